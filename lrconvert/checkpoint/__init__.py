@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lazy reading of checkpoints: a folder, a GGUF file, a Hub id, or the embedded model."""
+
+from __future__ import annotations
+
+import re
+from importlib.resources import files
+from pathlib import Path
+
+from lrconvert.checkpoint.base import Checkpoint, Model, TensorInfo, read_json, understand
+from lrconvert.checkpoint.folder import FolderCheckpoint
+from lrconvert.checkpoint.source import describe_source
+from lrconvert.errors import EnvironmentFailure, InputError
+
+__all__ = [
+    "Checkpoint",
+    "Model",
+    "TensorInfo",
+    "describe_source",
+    "locate",
+    "open_checkpoint",
+    "open_model",
+    "read_json",
+    "understand",
+]
+
+DEMO = "demo"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# Everything of a repository but what is never read: pickles, and copies of the weights for other programs.
+_NOT_DOWNLOADED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "onnx/*",
+                   "original/*", "consolidated*"]  # fmt: skip
+
+
+def open_model(reference: str | Path, *, revision: str | None = None) -> Model:
+    """Open and understand the model that `reference` names (`locate`)."""
+    return understand(str(reference), open_checkpoint(reference, revision=revision))
+
+
+def open_checkpoint(reference: str | Path, *, revision: str | None = None) -> Checkpoint:
+    """Open the checkpoint that `reference` names, without a look at its tensors."""
+    path = locate(reference, revision=revision)
+    if path.is_dir():
+        return FolderCheckpoint(path)
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic == b"GGUF":
+        from lrconvert.checkpoint.gguf import GgufCheckpoint
+
+        return GgufCheckpoint(path)
+    raise InputError(
+        f"{path}: neither a folder nor a GGUF file (it starts with {magic!r})",
+        remedy="Give the model's folder, a .gguf file or a Hub id",
+    )
+
+
+def locate(reference: str | Path, *, revision: str | None = None) -> Path:
+    """The folder or file of a model: a path, `demo` for the embedded model, or a Hub id (downloaded).
+
+    Raises `InputError` when there is no such thing and `EnvironmentFailure` when the Hub can't be reached.
+    """
+    path = Path(reference)
+    if path.exists():
+        return path
+    if str(reference) == DEMO:
+        return Path(str(files("lrconvert") / "data" / DEMO))
+    if not _HUB_ID.fullmatch(str(reference)):
+        raise InputError(f"{reference}: no such folder or file", remedy=f"`{DEMO}` names the embedded model")
+    return _download(str(reference), revision)
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(repository, revision=revision, ignore_patterns=_NOT_DOWNLOADED))
+    except RevisionNotFoundError as error:
+        raise InputError(f"{repository}: has no revision {revision!r} on the Hub") from error
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"{repository}: no such folder, and no such model on the Hub that you may read",
+            remedy="For a private or gated model log in first: `hf auth login`",
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise EnvironmentFailure(
+            f"{repository}: no such folder, and the Hub did not answer ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]})",
+            remedy="Check the network, or give a local folder",
+        ) from error

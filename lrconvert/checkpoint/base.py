@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a checkpoint is, whatever file it comes from: a config, named tensors read on demand, side files."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lrconvert.errors import InputError, UnsupportedError
+from lrconvert.families import ExpectedTensor, Family, ModelShape, expected_tensors, get_family, read_shape
+
+MAX_JSON_BYTES = 256 * 2**20  # the largest tokenizer.json files are about 35 MB
+
+# Names of the dtypes as safetensors spells them, with the dtype of the arrays that `Checkpoint.read` gives.
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The NumPy dtype of a float dtype's safetensors name; BF16 comes from ml_dtypes."""
+    if name == "BF16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype({"F64": np.float64, "F32": np.float32, "F16": np.float16}[name])
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies and what it is: known without reading it."""
+
+    name: str  # the Hugging Face name
+    dtype: str  # as safetensors spells it; for GGUF the quantisation type, as ggml spells it
+    shape: tuple[int, ...]
+    file: Path
+
+
+class Checkpoint(ABC):
+    """A model on disk, opened. Nothing but headers is in memory until `read`."""
+
+    path: Path  # the folder or file
+    config: dict[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    format: str  # "safetensors" or "gguf"
+    quantised_with: str | None = None  # the method of `quantization_config`: weights are opaque then
+
+    @abstractmethod
+    def read(self, name: str) -> np.ndarray[Any, Any]:
+        """One tensor, dequantised if need be, as F64, F32, F16 or BF16 (ml_dtypes)."""
+
+    @abstractmethod
+    def weight_files(self) -> list[Path]:
+        """The files that hold the weights, and the index if there is one, in a fixed order."""
+
+    @abstractmethod
+    def side_files(self) -> dict[str, Path | bytes]:
+        """What has to come along besides config and weights: tokenizer, chat template, licence, …
+        File name to the file, or to its bytes where it had to be rebuilt."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint understood: its family, its shape, and every tensor's role."""
+
+    reference: str  # as the user named it
+    checkpoint: Checkpoint
+    family: Family
+    shape: ModelShape
+    notes: tuple[str, ...] = ()
+    roles: Mapping[tuple[str, int | None], ExpectedTensor] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def dtype(self) -> str:
+        """The dtype that most weights have."""
+        counts: dict[str, int] = {}
+        for info in self.checkpoint.tensors.values():
+            counts[info.dtype] = counts.get(info.dtype, 0) + int(np.prod(info.shape, dtype=np.float64))
+        return max(counts, key=lambda name: counts[name])
+
+    def tensor(self, role: str, layer: int | None = None) -> np.ndarray[Any, Any] | None:
+        """The tensor of a role, or None where this model has none."""
+        expected = self.roles.get((role, layer))
+        return None if expected is None else self.checkpoint.read(expected.name)
+
+
+def understand(reference: str, checkpoint: Checkpoint) -> Model:
+    """Match every tensor with its family's table.
+
+    Raises `UnsupportedError` for a family that isn't known and `InputError` that lists all tensors that are
+    missing, unknown, or of another shape or dtype than the config promises.
+    """
+    family = get_family(checkpoint.config.get("model_type"))
+    shape = read_shape(checkpoint.config, family)
+    if checkpoint.quantised_with:
+        note = f"weights are quantised with {checkpoint.quantised_with}: copied as they are, not looked into"
+        return Model(reference, checkpoint, family, shape, notes=(note,))
+    found = checkpoint.tensors
+    expected = {tensor.name: tensor for tensor in expected_tensors(family, shape)}
+    ignored = {pattern.replace("{layer}", str(layer)) for pattern in family.ignored for layer in range(shape.layers)}
+    problems = []
+    if missing := [t.name for t in expected.values() if t.required and t.name not in found]:
+        problems.append(f"missing tensors: {', '.join(missing)}")
+    if unknown := [name for name in found if name not in expected and name not in ignored]:
+        problems.append(f"tensors that {family.name} does not have: {', '.join(unknown)}")
+    for name, tensor in expected.items():
+        if name in found and found[name].shape != tensor.shape:
+            problems.append(f"{name} has shape {list(found[name].shape)}; the config needs {list(tensor.shape)}")
+        elif name in found and checkpoint.format == "safetensors" and found[name].dtype not in FLOAT_DTYPES:
+            problems.append(f"{name} is {found[name].dtype}; one of {', '.join(FLOAT_DTYPES)} is needed")
+    if problems:
+        raise InputError.collect(checkpoint.path, problems)
+    roles = {(t.role, t.layer): t for t in expected.values() if t.name in found}
+    return Model(reference, checkpoint, family, shape, roles=roles)
+
+
+def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """A JSON object from a file; `InputError` for anything else, in bounded time and memory."""
+    try:
+        if path.stat().st_size > limit:
+            raise InputError(f"{path}: {path.stat().st_size} bytes; at most {limit} are read")
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror or error})") from error
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise InputError(f"{path}: not JSON ({reason})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds {type(value).__name__}; a JSON object is needed")
+    return value
+
+
+def refuse_quantised(model: Model, target: str) -> None:
+    """For targets that have to look into weights."""
+    if model.checkpoint.quantised_with:
+        raise UnsupportedError(
+            f"{model.reference} is quantised with {model.checkpoint.quantised_with}; {target} needs plain weights",
+            remedy="Convert the unquantised checkpoint, or bake to hf, which copies weights as they are",
+        )

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Hugging Face folder with safetensors: one file, or shards and their index.
+
+The safetensors library checks the headers (size, JSON, offsets that tile the file) and maps the files;
+what it can't know, that index and shards agree, is checked here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lrconvert.checkpoint.base import Checkpoint, TensorInfo, read_json
+from lrconvert.errors import InputError
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+# Files beside config and weights that make a model usable; patterns of `Path.match`.
+SIDE_FILES = (
+    "tokenizer*",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.tiktoken",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+class FolderCheckpoint(Checkpoint):
+    """Safetensors in a folder. Raises `InputError` for anything that isn't whole and consistent."""
+
+    format = "safetensors"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = read_json(path / CONFIG)
+        quantisation = self.config.get("quantization_config")
+        if quantisation is not None:
+            method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+            self.quantised_with = str(method or "an unnamed method")
+        self._weight_map = self._read_index() if (path / INDEX).exists() else None
+        self._handles: dict[Path, Any] = {}
+
+    def _read_index(self) -> dict[str, str]:
+        path = self.path / INDEX
+        weight_map = read_json(path).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise InputError(f"{path}: weight_map is missing or empty; tensor names to shard names are needed")
+        problems = []
+        for shard in sorted({str(value) for value in weight_map.values()}):
+            if Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
+                problems.append(f"{shard!r} is not the plain name of a .safetensors file in the folder")
+            elif not (self.path / shard).is_file():
+                problems.append(f"{shard} is named here but is not in the folder")
+        if problems:
+            raise InputError.collect(path, problems)
+        return {name: str(shard) for name, shard in weight_map.items()}
+
+    @cached_property
+    def shards(self) -> list[Path]:
+        """The weight files, sorted by name."""
+        if self._weight_map is not None:
+            return [self.path / name for name in sorted(set(self._weight_map.values()))]
+        if (self.path / SINGLE).is_file():
+            return [self.path / SINGLE]
+        found = sorted(self.path.glob("*.safetensors"))
+        if len(found) == 1:
+            return found
+        if found:
+            names = ", ".join(path.name for path in found)
+            raise InputError(f"{self.path}: several weight files and no {INDEX}: {names}")
+        pickles = sorted(path.name for pattern in PICKLES for path in self.path.glob(pattern))
+        if pickles:
+            raise InputError(
+                f"{self.path}: weights only as pickles ({', '.join(pickles)}), which can run code when "
+                "loaded and are never opened",
+                remedy="Save the model as safetensors first",
+            )
+        raise InputError(f"{self.path}: no weights: neither {SINGLE} nor {INDEX}")
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:  # type: ignore[override]
+        """Every tensor, in file order. Opening the shards checks their headers."""
+        found: dict[str, TensorInfo] = {}
+        problems = []
+        for shard in self.shards:
+            handle = self._open(shard)
+            for name in handle.keys():  # noqa: SIM118 (a handle is no mapping)
+                if name in found:
+                    problems.append(f"{name} is in {found[name].file.name} and in {shard.name}")
+                part = handle.get_slice(name)
+                found[name] = TensorInfo(name, part.get_dtype(), tuple(part.get_shape()), shard)
+        if self._weight_map is not None:
+            for name, shard in self._weight_map.items():
+                if name not in found:
+                    problems.append(f"{name} is in the index but not in {shard}")
+                elif found[name].file.name != shard:
+                    problems.append(f"{name} is in {found[name].file.name}, the index says {shard}")
+            problems += [f"{name} is not in the index" for name in found if name not in self._weight_map]
+        if problems:
+            raise InputError.collect(self.path, problems)
+        return found
+
+    def _open(self, shard: Path) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        if shard not in self._handles:
+            try:
+                self._handles[shard] = safe_open(shard, framework="numpy").__enter__()
+            except (SafetensorError, OSError, ValueError) as error:
+                raise InputError(f"{shard}: not a whole safetensors file ({error})") from error
+        return self._handles[shard]
+
+    def read(self, name: str) -> np.ndarray[Any, Any]:
+        return self._open(self.tensors[name].file).get_tensor(name)
+
+    def weight_files(self) -> list[Path]:
+        index = [self.path / INDEX] if self._weight_map is not None else []
+        return [*index, *self.shards]
+
+    def side_files(self) -> dict[str, Path | bytes]:
+        found = {path for pattern in SIDE_FILES for path in self.path.glob(pattern) if path.is_file()}
+        return {str(path.relative_to(self.path)): path for path in sorted(found)}

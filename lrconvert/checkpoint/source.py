@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a manifest says of the model an artifact was made from, so that it can be known again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from lrconvert.checkpoint.base import Model
+
+_MOST = 100 * 2**20  # the longest header that safetensors allows
+
+
+def describe_source(model: Model) -> dict[str, Any]:
+    """What the manifest says of the model: its name, family, and a digest of every input.
+
+    Weights are described by size and header digest, not hashed whole: a hard link costs no reading, and the
+    artifact's own digests are completed when `verify` reads its files anyway.
+    """
+    checkpoint = model.checkpoint
+    inputs: dict[str, Any] = {}
+    for path in checkpoint.weight_files():
+        inputs[path.name] = {"size": path.stat().st_size, "head_sha256": _head_digest(path)}
+    config = json.dumps(checkpoint.config, sort_keys=True, ensure_ascii=False)
+    return {
+        "model": model.reference,
+        "format": checkpoint.format,
+        "family": model.family.name,
+        "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
+        "weights": inputs,
+    }
+
+
+def _head_digest(path: Path) -> str:
+    """Digest of a safetensors header, or of another file's first MiB: names, types, shapes and offsets."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else 2**20
+        return hashlib.sha256(file.read(min(size, _MOST))).hexdigest()

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: this file wires, each command has a file of its own that is imported when it runs."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from importlib import import_module
+from typing import Any
+
+import click
+
+from lrconvert import __version__
+from lrconvert.errors import LrconvertError
+
+# Name: (module under lrconvert.cli, one line of help). A command's module is imported only when it is used.
+COMMANDS = {
+    "inspect": ("inspect", "What a model is, which RoPE it carries, what it can become."),
+    "recipe": ("recipe", "Factor sets: list, show, check, derive, import, plot."),
+    "hf": ("hf", "Bake a recipe into a Hugging Face folder."),
+    "verify": ("verify", "Compare an artifact with the reference implementation."),
+    "demo": ("demo", "All of it, on the embedded model, in about a minute."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands' names and help without importing them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        return import_module(f"lrconvert.cli.{COMMANDS[cmd_name][0]}").command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="lrconvert")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Bake LongRoPE recipes into checkpoints, and prove that the result computes what they say.
+
+    \b
+    MODEL is a folder, a GGUF file, a Hub id, or `demo` for the embedded model.
+
+    \b
+    Exit codes: 0 done, 1 our bug, 2 usage, 3 bad input, 4 not supported, 5 parity failed, 6 environment.
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    sys.exit(run(arguments))
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command line; the exit code. Errors become one line on stderr."""
+    debug = "--debug" in arguments
+    try:
+        result: Any = cli.main(arguments, prog_name="lrconvert", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except click.Abort:
+        return _fail("interrupted", 130, debug)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except LrconvertError as error:
+        return _fail(str(error), error.exit_code, debug)
+    except BrokenPipeError:
+        return 1
+    except Exception as error:  # whatever is not one of ours is a bug of ours
+        line = f"a bug in lrconvert, {type(error).__name__}: {error}. Please report it with the output of --debug"
+        return _fail(line, 1, debug)
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    click.echo(f"lrconvert: {' '.join(message.split())}", err=True)
+    return code

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments that several commands share."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import click
+
+_SUFFIX = {"": 1, "k": 1024, "m": 1024**2}
+
+
+class Tokens(click.ParamType):
+    """A number of tokens: 65536, 64k, 2048k or 2m (1k is 1024)."""
+
+    name = "tokens"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        matched = re.fullmatch(r"(\d{1,10})([km]?)", str(value).strip().lower())
+        if not matched or int(matched.group(1)) == 0:
+            self.fail(f"{value!r} is not a number of tokens; 65536, 64k and 2m are", param, ctx)
+        return int(matched.group(1)) * _SUFFIX[matched.group(2)]
+
+
+TOKENS = Tokens()
+
+model_argument = click.argument("model", metavar="MODEL")
+revision_option = click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id.")
+force_option = click.option("--force", is_flag=True, help="Replace an output that lrconvert wrote.")

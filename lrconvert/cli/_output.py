@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a command says: data on stdout, the rest on stderr, progress only where somebody looks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@cache
+def console() -> Console:
+    """For tables, on stdout; wide enough not to cut them where stdout is no terminal."""
+    from rich.console import Console
+
+    found = Console()
+    return found if found.is_terminal else Console(width=160)
+
+
+def data(value: Any) -> None:
+    """JSON on stdout."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def say(text: str = "") -> None:
+    """A line of data on stdout."""
+    click.echo(text)
+
+
+def hint(text: str) -> None:
+    """What to do next, or what is going on: stderr."""
+    click.echo(text, err=True)
+
+
+def warn(text: str) -> None:
+    click.echo(f"warning: {text}", err=True)
+
+
+def size(count: int) -> str:
+    """Bytes for people."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+@contextlib.contextmanager
+def byte_progress(quiet: bool = False) -> Iterator[Callable[[str, int, int], None] | None]:
+    """A progress bar over bytes: yields `report(what, done, total)`; None where nobody would see it."""
+    from rich.console import Console
+
+    terminal = Console(stderr=True)
+    if quiet or not terminal.is_terminal:
+        yield None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=terminal, transient=True) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda what, done, total: progress.update(task, description=what, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def spinner(quiet: bool = False) -> Iterator[Callable[[str], None]]:
+    """A line on stderr that says what is going on: yields `say(what)`."""
+    from rich.console import Console
+
+    terminal = Console(stderr=True)
+    if quiet or not terminal.is_terminal:
+        yield lambda what: None
+        return
+    with terminal.status("") as status:
+        yield lambda what: status.update(what)

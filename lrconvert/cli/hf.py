@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`lrconvert hf`: bake a recipe into a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from lrconvert.cli import _output as out
+from lrconvert.cli._common import TOKENS, force_option, model_argument, revision_option
+
+
+@click.command(name="hf", short_help="Bake a recipe into a Hugging Face folder.")
+@model_argument
+@click.option("--recipe", required=True, metavar="RECIPE", help="Recipe file, folder or shipped name.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="The artifact.")
+@click.option("--window", type=TOKENS, help="Stop at this window instead of the recipe's last tier.")
+@click.option("--dtype", type=click.Choice(["bf16", "f16", "f32"]), help="Convert the weights; default: as they are.")
+@click.option("--dry-run", is_flag=True, help="Print what would be written; write nothing.")
+@click.option(
+    "--copy/--link", "copy", default=None, help="Copy weights, or insist on hard links; default: link if possible."
+)
+@click.option("--verify", "verify_too", is_flag=True, help="Run `lrconvert verify` on the artifact.")
+@force_option
+@revision_option
+@click.pass_context
+def command(
+    ctx: click.Context,
+    model: str,
+    recipe: str,
+    output: Path,
+    window: int | None,
+    dtype: str | None,
+    dry_run: bool,
+    copy: bool | None,
+    verify_too: bool,
+    force: bool,
+    revision: str | None,
+) -> int | None:
+    """Bake RECIPE into MODEL: a Hugging Face folder that runs anywhere.
+
+    Native code runs it without remote code where two tiers suffice; with trust_remote_code=True its own
+    modeling_longrope.py computes the recipe exactly, and generate() stays right across a tier boundary.
+
+    \b
+    lrconvert hf demo --recipe demo-yarn-8x -o demo-32k
+    """
+    from lrconvert.checkpoint import open_model
+    from lrconvert.output import check_output
+    from lrconvert.recipe import load_recipe
+    from lrconvert.targets import hf
+
+    if not dry_run:
+        check_output(output, force=force)
+    planned = hf.plan(open_model(model, revision=revision), load_recipe(recipe), output, window=window, dtype=dtype)
+    _describe(planned, detailed=dry_run)
+    if dry_run:
+        out.hint("dry run: nothing was written")
+        return None
+    with out.byte_progress() as progress:
+        manifest = hf.write(planned, force=force, link=None if copy is None else not copy, progress=progress)
+    linked = sum(record.linked for record in manifest.files.values())
+    total = sum(record.size for record in manifest.files.values())
+    out.say(
+        f"{output}: {len(manifest.files)} files, {out.size(total)}"
+        + (f", {linked} of them hard links to the source (editing one edits both)" if linked else "")
+    )
+    if verify_too:
+        from lrconvert.cli.verify import command as verify_command
+
+        return ctx.invoke(verify_command, artifact=output)
+    out.hint(f"not verified yet: lrconvert verify {output}")
+    return None
+
+
+def _describe(planned, *, detailed: bool) -> None:
+    spec = planned.spec
+    tiers = ", ".join(str(tier.max_length) for tier in spec.tiers)
+    out.say(
+        f"{planned.model.reference} ({spec.family}): {spec.original_window} → {spec.window} tokens, tiers up to {tiers}"
+    )
+    for edit in planned.edits:
+        out.say(f"  {edit}")
+    if detailed:
+        for name, size in planned.sizes.items():
+            how = "made" if name in planned.texts else "kept" if name in planned.kept else "converted"
+            out.say(f"  {name}: {out.size(size)}, {how}")
+    for loss in planned.losses:
+        out.warn(f"without trust_remote_code: {loss}")
+    for note in planned.notes:
+        out.warn(note)

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`lrconvert inspect`: what a model is, which RoPE it carries, what it can become."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from lrconvert.cli import _output as out
+from lrconvert.cli._common import model_argument, revision_option
+
+
+@click.command(name="inspect", short_help="What a model is, which RoPE it carries, what it can become.")
+@model_argument
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@revision_option
+def command(model: str, as_json: bool, revision: str | None) -> None:
+    """What MODEL is, which RoPE it carries, what it can become."""
+    facts = inspect(model, revision)
+    if as_json:
+        out.data(facts)
+        return
+    shape, rope = facts["shape"], facts["rope"]
+    size = out.size(facts["bytes"])
+    out.say(
+        f"{model}: {facts['family']}, {facts['format']}, {facts['tensors']} tensors in {facts['files']} files, {size}"
+    )
+    out.say(
+        f"{shape['layers']} layers of {shape['hidden']}, {shape['heads']} heads ({shape['kv_heads']} for keys) of "
+        f"{shape['head_dim']}, {facts['parameters'] / 1e6:,.1f} M parameters, mostly {facts['dtype']}"
+    )
+    out.say(
+        f"RoPE: {rope['kind']}, θ {shape['theta']:g}, {shape['rotary_dim']} of {shape['head_dim']} channels rotate, "
+        f"original window {rope['original_window']}"
+    )
+    for line in facts["sparklines"]:
+        out.say(f"  {line}")
+    for note in facts["notes"]:
+        out.say(f"note: {note}")
+    out.say(f"can become: {', '.join(facts['targets'])}")
+    if facts["manifest"]:
+        out.say(
+            f"made by lrconvert from {facts['manifest']['model']} with {facts['manifest']['recipe']}: {facts['manifest']['parity']}"
+        )
+        return
+    out.hint(f"next: lrconvert recipe derive {model} --method yarn --factor 8 -o my-recipe")
+
+
+def inspect(reference: str, revision: str | None = None) -> dict[str, Any]:
+    """The facts as plain data."""
+    import dataclasses
+    import math
+
+    from lrconvert.checkpoint import open_model
+    from lrconvert.output import MANIFEST, Manifest
+    from lrconvert.plotting import sparklines
+    from lrconvert.recipe import Provenance, Recipe
+    from lrconvert.targets.hf.spelling import read_rope
+
+    model = open_model(reference, revision=revision)
+    checkpoint, shape = model.checkpoint, model.shape
+    found = read_rope(checkpoint.config, shape)
+    recipe = Recipe(
+        schema_version=1,
+        name="found",
+        family=model.family.name,
+        original_window=found.original_window,
+        rope_theta=shape.theta,
+        rotary_dim=shape.rotary_dim,
+        tiers=found.tiers,
+        provenance=Provenance("published"),
+    )
+    files = checkpoint.weight_files()
+    manifest = None
+    if checkpoint.path.is_dir() and (checkpoint.path / MANIFEST).is_file():
+        read = Manifest.read(checkpoint.path)
+        parity = read.parity["summary"] if read.parity else "not verified yet"
+        manifest = {"model": read.source["model"], "recipe": read.recipe["name"], "parity": parity}
+    tensors = checkpoint.tensors
+    return {
+        "model": reference,
+        "family": model.family.name,
+        "format": checkpoint.format,
+        "tensors": len(tensors),
+        "files": len(files),
+        "bytes": sum(path.stat().st_size for path in files),
+        "parameters": sum(math.prod(info.shape) for info in tensors.values()),
+        "dtype": model.dtype,
+        "shape": dataclasses.asdict(shape),
+        "rope": {
+            "kind": found.kind,
+            "original_window": found.original_window,
+            "tiers": [dataclasses.asdict(tier) for tier in found.tiers],
+        },
+        "sparklines": sparklines(recipe) if found.scaled else [],
+        "notes": [*model.notes, *found.notes, *(recipe.warnings() if found.scaled else [])],
+        "targets": ["hf"],
+        "manifest": manifest,
+    }

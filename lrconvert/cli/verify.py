@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`lrconvert verify`: compare an artifact with the reference implementation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from lrconvert.cli import _output as out
+
+
+@click.command(name="verify", short_help="Compare an artifact with the reference implementation.")
+@click.argument("artifact", metavar="ARTIFACT", type=click.Path(path_type=Path))
+@click.option("--against", metavar="MODEL", help="The model to judge by; default: the one the manifest names.")
+@click.option("--recipe", metavar="RECIPE", help="The recipe to judge by; default: the manifest's.")
+@click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1 …")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="What the artifact computes in; the reference stays in float64 (float32 on a GPU).",
+)
+@click.option(
+    "--code", "codes", type=click.Choice(["native", "custom"]), multiple=True, help="Only this code; may be repeated."
+)
+@click.option("--full", is_flag=True, help="Consecutive positions at every length and every decode, however long.")
+@click.option("--python", help="Interpreter for the runtime, to check against another version of transformers.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of the runtime.")
+@click.option("--junit", type=click.Path(path_type=Path), metavar="FILE", help="Also write JUnit XML.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def command(
+    artifact: Path,
+    against: str | None = None,
+    recipe: str | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    codes: tuple[str, ...] = (),
+    full: bool = False,
+    python: str | None = None,
+    threads: int | None = None,
+    junit: Path | None = None,
+    as_json: bool = False,
+) -> int:
+    """Does ARTIFACT compute what its recipe says?
+
+    Every piece of code in it (transformers' native one, the artifact's own) is asked in a process of its own
+    and compared with the reference, on both sides of every tier boundary. Exit code 5 when it fails.
+    """
+    from lrconvert.errors import ParityError, require
+    from lrconvert.parity import Options, verify
+
+    for module in ("torch", "transformers"):
+        require(module, "hf", "verify")
+    options = Options(device, dtype, codes or None, full, python, threads)
+    with out.spinner(quiet=as_json) as progress:
+        report = verify(artifact, against=against, recipe=recipe, options=options, progress=progress)
+    if junit is not None:
+        junit.write_text(report.to_junit(), encoding="utf-8")
+    if as_json:
+        out.data(report.to_json())
+    else:
+        show(report)
+    return 0 if report.passed else ParityError.exit_code
+
+
+def show(report) -> None:
+    """The report for a terminal."""
+    out.console().print(report.table())
+    for name, info in report.runtimes.items():
+        versions = f"transformers {info['transformers']}, torch {info['torch']}"
+        out.say(f"{name}: {info['class']} in {info['dtype']} on {info['device']}, {versions}")
+    for loss in report.losses:
+        out.say(f"lost: {loss}")
+    for row in report.rows:
+        if row.reason:
+            out.say(f"{row.verdict}: {row.code} code, {row.case}: {row.reason}")
+    for note in report.notes:
+        out.say(f"note: {note}")
+    out.say(report.summary)

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model families, found by file name: `families/<model_type>.py` defines `FAMILY`."""
+
+from __future__ import annotations
+
+import pkgutil
+from importlib import import_module
+
+from lrconvert.errors import UnsupportedError
+from lrconvert.families.base import (
+    ExpectedTensor,
+    Family,
+    ModelShape,
+    TensorRow,
+    expected_tensors,
+    read_shape,
+    rope_section,
+)
+
+__all__ = [
+    "ExpectedTensor",
+    "Family",
+    "ModelShape",
+    "TensorRow",
+    "expected_tensors",
+    "family_names",
+    "get_family",
+    "read_shape",
+    "rope_section",
+]
+
+
+def family_names() -> list[str]:
+    """Names of all families, sorted."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
+
+
+def get_family(model_type: object) -> Family:
+    """The family of a config's `model_type`; `UnsupportedError` (exit code 4) lists those that exist."""
+    if model_type not in family_names():
+        raise UnsupportedError(
+            f"model_type {model_type!r} is not a family that lrconvert reads",
+            remedy=f"Families: {', '.join(family_names())}",
+        )
+    return import_module(f"{__name__}.{model_type}").FAMILY

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model family is: a table of tensors and the facts a config leaves out. Data, not behaviour.
+
+A family is one file, `families/<model_type>.py`, that defines `FAMILY`. Readers, writers, the reference
+and the checks all work from its rows: `role` is the name the project uses, `hf` and `gguf` are the
+spellings of the formats, `shape` is in the symbols of `ModelShape.symbols`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lrconvert.errors import InputError, UnsupportedError
+
+LAYER = "{layer}"
+# Counts beyond these are damage or malice, not a model; they also bound the time and memory of the checks.
+MAX_COUNT = {"num_hidden_layers": 4096, "default": 2**31 - 1}
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """One tensor of the family (of every layer, where the names hold `{layer}`).
+
+    `when` names a flag of `ModelShape` that must be set for the tensor to exist; None: always.
+    `optional`: may be stored although nobody needs it (a tied lm_head).
+    """
+
+    role: str
+    hf: str
+    gguf: str
+    shape: tuple[str, ...]
+    when: str | None = None
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model architecture that can be read, and how the targets call it."""
+
+    name: str  # the model_type of Hugging Face configs
+    hf_class: str  # the native class in transformers
+    gguf_architecture: str
+    rows: tuple[TensorRow, ...]
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # what configs of this family may omit
+    ignored: tuple[str, ...] = ()  # stored by some programs, never used
+    gguf_interleaved: bool = False  # q/k rows are permuted in GGUF (llama.cpp's `llama` rotation)
+    hf_three_key_scaling: bool = False  # transformers 4.57 takes only {type, short_factor, long_factor}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The numbers of a config that decide shapes and rotation, checked."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    ffn: int
+    vocab: int
+    norm_eps: float
+    theta: float
+    window: int  # max_position_embeddings
+    tied: bool
+    attention_bias: bool
+    mlp_bias: bool
+
+    @property
+    def untied(self) -> bool:
+        return not self.tied
+
+    @property
+    def symbols(self) -> dict[str, int]:
+        """The symbols that `TensorRow.shape` may use."""
+        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "hidden": self.hidden,
+            "head_dim": self.head_dim,
+            "q": query,
+            "kv": key,
+            "qkv": query + 2 * key,
+            "ffn": self.ffn,
+            "2ffn": 2 * self.ffn,
+            "vocab": self.vocab,
+        }
+
+
+@dataclass(frozen=True)
+class ExpectedTensor:
+    """A row filled in for one layer of one model."""
+
+    role: str
+    layer: int | None
+    name: str
+    shape: tuple[int, ...]
+    required: bool
+
+
+def expected_tensors(family: Family, shape: ModelShape) -> Iterator[ExpectedTensor]:
+    """Every tensor that a checkpoint of this shape holds, in file order: layer by layer."""
+    symbols = shape.symbols
+    for row in family.rows:
+        wanted = row.when is None or bool(getattr(shape, row.when))
+        if not wanted and not row.optional:
+            continue
+        dims = tuple(symbols[symbol] for symbol in row.shape)
+        layers = range(shape.layers) if LAYER in row.hf else (None,)
+        for layer in layers:
+            name = row.hf.replace(LAYER, str(layer))
+            yield ExpectedTensor(row.role, layer, name, dims, required=wanted)
+
+
+# --- rows that most decoders share -----------------------------------------------------------------------
+
+_HF, _GGUF = "model.layers.{layer}.", "blk.{layer}."
+
+EMBEDDING = TensorRow("embedding", "model.embed_tokens.weight", "token_embd.weight", ("vocab", "hidden"))
+FINAL_NORM = TensorRow("final_norm", "model.norm.weight", "output_norm.weight", ("hidden",))
+LM_HEAD = TensorRow("lm_head", "lm_head.weight", "output.weight", ("vocab", "hidden"), when="untied", optional=True)
+
+
+def layer_row(role: str, hf: str, gguf: str, *shape: str, when: str | None = None) -> TensorRow:
+    """A row of every layer; `hf` and `gguf` without their layer prefixes."""
+    return TensorRow(role, _HF + hf, _GGUF + gguf, shape, when)
+
+
+NORMS = (
+    layer_row("attention_norm", "input_layernorm.weight", "attn_norm.weight", "hidden"),
+    layer_row("ffn_norm", "post_attention_layernorm.weight", "ffn_norm.weight", "hidden"),
+)
+ATTENTION = (
+    layer_row("q", "self_attn.q_proj.weight", "attn_q.weight", "q", "hidden"),
+    layer_row("k", "self_attn.k_proj.weight", "attn_k.weight", "kv", "hidden"),
+    layer_row("v", "self_attn.v_proj.weight", "attn_v.weight", "kv", "hidden"),
+    layer_row("o", "self_attn.o_proj.weight", "attn_output.weight", "hidden", "q"),
+)
+QKV_BIASES = (
+    layer_row("q_bias", "self_attn.q_proj.bias", "attn_q.bias", "q", when="attention_bias"),
+    layer_row("k_bias", "self_attn.k_proj.bias", "attn_k.bias", "kv", when="attention_bias"),
+    layer_row("v_bias", "self_attn.v_proj.bias", "attn_v.bias", "kv", when="attention_bias"),
+)
+O_BIAS = (layer_row("o_bias", "self_attn.o_proj.bias", "attn_output.bias", "hidden", when="attention_bias"),)
+QK_NORMS = (
+    layer_row("q_norm", "self_attn.q_norm.weight", "attn_q_norm.weight", "head_dim"),
+    layer_row("k_norm", "self_attn.k_norm.weight", "attn_k_norm.weight", "head_dim"),
+)
+MLP = (
+    layer_row("gate", "mlp.gate_proj.weight", "ffn_gate.weight", "ffn", "hidden"),
+    layer_row("up", "mlp.up_proj.weight", "ffn_up.weight", "ffn", "hidden"),
+    layer_row("down", "mlp.down_proj.weight", "ffn_down.weight", "hidden", "ffn"),
+)
+MLP_BIASES = (
+    layer_row("gate_bias", "mlp.gate_proj.bias", "ffn_gate.bias", "ffn", when="mlp_bias"),
+    layer_row("up_bias", "mlp.up_proj.bias", "ffn_up.bias", "ffn", when="mlp_bias"),
+    layer_row("down_bias", "mlp.down_proj.bias", "ffn_down.bias", "hidden", when="mlp_bias"),
+)
+# Rotary tables that old versions of transformers stored with the weights; nobody reads them.
+STORED_TABLES = ("model.layers.{layer}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
+
+
+# --- reading a config ------------------------------------------------------------------------------------
+
+
+def rope_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config's rotary settings, in whichever spelling: `rope_scaling` (v4) wins over
+    `rope_parameters` (v5), as in transformers 5. Empty when there are none."""
+    for key in ("rope_scaling", "rope_parameters"):
+        section = config.get(key)
+        if isinstance(section, Mapping):
+            if nested := [name for name, value in section.items() if isinstance(value, Mapping)]:
+                raise UnsupportedError(
+                    f"config.json: {key} has settings of their own for {', '.join(nested)}; lrconvert "
+                    "converts models with one rotation for all layers"
+                )
+            if section:
+                return section
+        elif section is not None:
+            raise InputError(f"config.json: {key} is {section!r}; an object or null is needed")
+    return {}
+
+
+class _Reader:
+    """Reads checked values from a config; remembers all problems."""
+
+    def __init__(self, config: Mapping[str, Any], family: Family) -> None:
+        self.config = config
+        self.values = {**family.defaults, **{k: v for k, v in config.items() if v is not None}}
+        self.problems: list[str] = []
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self.values.get(key, default)
+        most = MAX_COUNT.get(key, MAX_COUNT["default"])
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            self.problems.append(f"{key} is {_short(value)}; an integer from 1 to {most} is needed")
+            return 1
+        return value
+
+    def number(self, key: str, default: float | None = None, at: Mapping[str, Any] | None = None) -> float:
+        value = (at or {}).get(key)
+        value = self.values.get(key, default) if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            self.problems.append(f"{key} is {_short(value)}; a positive number is needed")
+            return 1.0
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        value = self.values.get(key, False)
+        if not isinstance(value, bool):
+            self.problems.append(f"{key} is {_short(value)}; true or false is needed")
+        return value is True
+
+
+def _short(value: object) -> str:
+    text = "missing" if value is None else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def read_shape(config: Mapping[str, Any], family: Family) -> ModelShape:
+    """The checked numbers of a Hugging Face config. Raises `InputError` listing every bad key."""
+    reader = _Reader(config, family)
+    section = rope_section(config)
+    hidden, heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
+    kv_heads = reader.integer("num_key_value_heads", heads)
+    head_dim = reader.integer("head_dim", max(hidden // heads, 1))
+    partial = reader.number("partial_rotary_factor", 1.0, at=section)
+    rotary_dim = int(head_dim * partial)
+    if heads % kv_heads:
+        reader.problems.append(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+    if rotary_dim % 2 or not 2 <= rotary_dim <= head_dim:
+        reader.problems.append(
+            f"head_dim {head_dim} times partial_rotary_factor {partial:g} rotates {rotary_dim} channels; "
+            f"an even number from 2 to {head_dim} is needed"
+        )
+    activation = reader.values.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        reader.problems.append(f"hidden_act is {_short(activation)}; only silu is known for {family.name}")
+    shape = ModelShape(
+        layers=reader.integer("num_hidden_layers"),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        rotary_dim=rotary_dim,
+        ffn=reader.integer("intermediate_size"),
+        vocab=reader.integer("vocab_size"),
+        norm_eps=reader.number("rms_norm_eps", 1e-6),
+        theta=reader.number("rope_theta", 10000.0, at=section),
+        window=reader.integer("max_position_embeddings"),
+        tied=reader.flag("tie_word_embeddings"),
+        attention_bias=reader.flag("attention_bias"),
+        mlp_bias=reader.flag("mlp_bias"),
+    )
+    if reader.problems:
+        raise InputError.collect("config.json", reader.problems)
+    return shape

@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mistral 7B and its kin: Llama's layout, grouped heads, perhaps a sliding window."""
+
+from lrconvert.families import base
+
+FAMILY = base.Family(
+    name="mistral",
+    hf_class="MistralForCausalLM",
+    gguf_architecture="llama",
+    gguf_interleaved=True,
+    rows=(
+        base.EMBEDDING,
+        *base.NORMS,
+        *base.ATTENTION,
+        *base.MLP,
+        base.FINAL_NORM,
+        base.LM_HEAD,
+    ),
+    defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    ignored=base.STORED_TABLES,
+)

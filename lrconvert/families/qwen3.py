@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen3: a norm over every head's q and k before the rotation, a head size of its own."""
+
+from lrconvert.families import base
+
+FAMILY = base.Family(
+    name="qwen3",
+    hf_class="Qwen3ForCausalLM",
+    gguf_architecture="qwen3",
+    rows=(
+        base.EMBEDDING,
+        *base.NORMS,
+        *base.ATTENTION,
+        *base.QKV_BIASES,
+        *base.O_BIAS,
+        *base.QK_NORMS,
+        *base.MLP,
+        base.FINAL_NORM,
+        base.LM_HEAD,
+    ),
+    defaults={"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
+)

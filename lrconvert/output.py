@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing artifacts: a staging folder beside the output, a manifest, an atomic publish.
+
+    with Staging(output, force=…) as staging:
+        staging.link_or_copy(source, name) / staging.write_bytes(name, data) / staging.create(name)
+        staging.publish(manifest)
+
+Whatever happens before `publish`, including `kill -9`, the output is what it was; the staging folder that
+a kill leaves behind is removed by the next conversion to the same output. `publish` exchanges the folders
+in one system call where the platform has it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from lrconvert import __version__
+from lrconvert.errors import EnvironmentFailure, InputError, LrconvertError, UsageError
+
+MANIFEST = "lrconvert.json"
+MANIFEST_VERSION = 1
+COPY_BYTES = 8 * 2**20
+
+
+@dataclass
+class FileRecord:
+    """A file of an artifact. `sha256` is None for a linked file that nobody has read yet (`verify` does)."""
+
+    size: int
+    sha256: str | None
+    linked: bool = False
+
+
+@dataclass
+class Manifest:
+    """`lrconvert.json`: how the artifact came to be and what it holds. No time, no machine: same inputs,
+    same bytes."""
+
+    target: str
+    source: dict[str, Any]
+    recipe: dict[str, Any]
+    options: dict[str, Any]
+    losses: list[str]
+    notes: list[str] = field(default_factory=list)
+    files: dict[str, FileRecord] = field(default_factory=dict)
+    parity: dict[str, Any] | None = None
+    lrconvert: str = __version__
+    manifest_version: int = MANIFEST_VERSION
+
+    def to_json(self) -> str:
+        values = {**vars(self), "files": {name: vars(self.files[name]) for name in sorted(self.files)}}
+        order = ["manifest_version", "lrconvert", "target", "source", "recipe", "options", "losses", "notes"]
+        return (
+            json.dumps({key: values[key] for key in [*order, "files", "parity"]}, indent=2, ensure_ascii=False) + "\n"
+        )
+
+    @classmethod
+    def read(cls, artifact: Path) -> Manifest:
+        """The manifest of an artifact; `InputError` where there is none or it isn't one."""
+        path = artifact / MANIFEST
+        if not path.is_file():
+            raise InputError(
+                f"{artifact}: no {MANIFEST}, so not an artifact of lrconvert",
+                remedy="To check a folder that something else wrote, name model and recipe: --against MODEL --recipe R",
+            )
+        try:
+            values = json.loads(path.read_bytes())
+            values["files"] = {name: FileRecord(**record) for name, record in values["files"].items()}
+            return cls(**values)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise InputError(f"{path}: not a manifest ({error})") from error
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a small file beside `path` and put it in its place."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def check_output(output: Path, *, force: bool) -> None:
+    """Refuse an output that exists, and with `force` one that lrconvert did not write (exit code 2)."""
+    if not output.exists() and not output.is_symlink():
+        return
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    if not force:
+        raise UsageError(f"{output} exists", remedy="Choose another name, or replace it with --force")
+    if not output.is_dir() or output.is_symlink() or not (output / MANIFEST).is_file():
+        raise UsageError(
+            f"{output} was not written by lrconvert (it has no {MANIFEST})",
+            remedy="--force replaces only artifacts; move it away yourself",
+        )
+    known = {*Manifest.read(output).files, MANIFEST}
+    present = {str(path.relative_to(output)) for path in output.rglob("*") if not path.is_dir()}
+    if foreign := sorted(present - known):
+        raise UsageError(
+            f"{output} holds files that lrconvert did not write: {', '.join(foreign)}",
+            remedy="Move them away first; --force replaces only what lrconvert wrote",
+        )
+
+
+class Staging(contextlib.AbstractContextManager["Staging"]):
+    """A folder that becomes the artifact, or vanishes."""
+
+    def __init__(self, output: Path, *, force: bool = False, link: bool | None = None) -> None:
+        """`link`: True demands hard links, False forbids them, None takes them where they work."""
+        self.output, self.force, self.link = output.absolute(), force, link
+        self.folder = self.output.with_name(f".{self.output.name}.lrconvert-staging")
+        self._lock_path = self.output.with_name(f".{self.output.name}.lrconvert-lock")
+        self._lock: IO[str] | None = None
+        self.files: dict[str, FileRecord] = {}
+
+    def __enter__(self) -> Staging:
+        check_output(self.output, force=self.force)
+        with _disk_errors(self.output):
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            self._acquire()
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir()
+        return self
+
+    def _acquire(self) -> None:
+        self._lock = self._lock_path.open("w")
+        if sys.platform == "win32":
+            return
+        import fcntl
+
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            self._lock = None
+            raise UsageError(
+                f"{self.output} is being written by another lrconvert",
+                remedy="Wait for it, or choose another name",
+            ) from error
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lock is None:
+            return
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock_path.unlink(missing_ok=True)
+        self._lock.close()
+        if isinstance(error, OSError):
+            raise _as_failure(error, self.output) from error
+
+    def _path(self, name: str) -> Path:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """A small file."""
+        with self.create(name) as file:
+            file.write(data)
+
+    @contextlib.contextmanager
+    def create(self, name: str) -> Iterator[HashingFile]:
+        """A file to stream into; hashed on the way, on disk when the block ends."""
+        with self._path(name).open("wb") as raw:
+            file = HashingFile(raw)
+            yield file
+            raw.flush()
+            os.fsync(raw.fileno())
+        self.files[name] = FileRecord(file.size, file.sha256.hexdigest())
+
+    def link_or_copy(self, source: Path, name: str) -> None:
+        """The same bytes under a new name: a hard link on one file system, else a copy."""
+        real = source.resolve(strict=True)  # a Hub cache holds links to blobs
+        if self.link is not False:
+            try:
+                os.link(real, self._path(name))
+                self.files[name] = FileRecord(real.stat().st_size, None, linked=True)
+                return
+            except OSError as error:
+                if self.link or error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+                    raise UsageError(
+                        f"{name}: can't be hard linked ({error.strerror})",
+                        remedy="Leave --link out, or use --copy",
+                    ) from error
+        with real.open("rb") as reader, self.create(name) as writer:
+            while part := reader.read(COPY_BYTES):
+                writer.write(part)
+
+    def publish(self, manifest: Manifest) -> None:
+        """Write the manifest and put the folder in the output's place, all at once."""
+        manifest.files = self.files
+        path = self._path(MANIFEST)
+        path.write_text(manifest.to_json(), encoding="utf-8")
+        for place in (path, self.folder):
+            _sync(place)
+        check_output(self.output, force=self.force)  # somebody may have come meanwhile
+        if not self.output.exists() or not _exchange(self.folder, self.output):
+            _replace_in_steps(self.folder, self.output)
+        _sync(self.output.parent)
+
+
+class HashingFile:
+    """A writer that counts and hashes what goes through it."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self._raw, self.size, self.sha256 = raw, 0, hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._raw.write(data)
+        self.sha256.update(data)
+        self.size += len(data)
+
+
+def sha256_of(path: Path) -> str:
+    """The digest of a file, read in parts."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(COPY_BYTES):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    if sys.platform == "win32":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _exchange(new: Path, old: Path) -> bool:
+    """Swap two folders in one step (Linux: renameat2 with RENAME_EXCHANGE); False where that isn't to be had."""
+    if not sys.platform.startswith("linux"):
+        return False
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    at_cwd, exchange = -100, 2
+    return rename is not None and rename(at_cwd, os.fsencode(new), at_cwd, os.fsencode(old), exchange) == 0
+
+
+def _replace_in_steps(new: Path, old: Path) -> None:
+    """Without an exchange: the old artifact steps aside for a moment, and comes back if the rename fails."""
+    aside = old.with_name(f".{old.name}.lrconvert-old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if old.exists():
+        old.rename(aside)
+    try:
+        new.rename(old)
+    except OSError:
+        if aside.exists():
+            aside.rename(old)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _disk_errors(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _as_failure(error, output) from error
+
+
+def _as_failure(error: OSError, output: Path) -> LrconvertError:
+    """A full disk, a folder without write access and kin: exit code 6, nothing left behind."""
+    where = error.filename or output
+    return EnvironmentFailure(f"{where}: {error.strerror or error}; nothing was written to {output}")

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does an artifact compute what its recipe says? Cases, measures, tolerances, mutants, report."""
+
+from lrconvert.parity.report import Report, Row
+from lrconvert.parity.verify import Options, verify
+
+__all__ = ["Options", "Report", "Row", "verify"]

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is asked of an artifact: lengths on both sides of every boundary, the far end, a batch, decoding.
+
+Short sequences are asked with consecutive positions. Where a length is beyond the budget, the same number of
+tokens is spread over it, dense at both ends: the rotation sees every distance and the true last position, at
+the cost of a short prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from lrconvert.expressible import Capability
+from lrconvert.rope import RopeSpec
+
+SEED = 20240221  # the day LongRoPE was published
+SPREAD_TOKENS = 512  # tokens of a case that is spread over its length
+KEPT = 128  # positions of a sequence whose logits are compared, half of them the last ones
+DECODED = 8  # tokens decoded across a boundary
+AROUND = 4  # of them up to the boundary
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long sequences may be before they are spread (`dense`) or not decoded (`decode`), in tokens."""
+
+    dense: int
+    decode: int
+
+
+CPU = Budget(dense=4224, decode=8320)
+GPU = Budget(dense=65600, decode=65600)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question. `lengths`: tokens of each row, for `decode` the length of the prompt."""
+
+    name: str
+    kind: Literal["forward", "batch", "decode"]
+    lengths: tuple[int, ...]
+    spread: bool = False
+    # What the code is known to get wrong, whatever the recipe: measured and shown, not judged.
+    known: str | None = None
+    skipped: str | None = None
+
+    @property
+    def length(self) -> int:
+        """The longest sequence whose logits are judged."""
+        return self.lengths[0] + (DECODED - 1 if self.kind == "decode" else 0)
+
+    def positions(self) -> np.ndarray:
+        """Positions of a spread case: three eighths dense at each end, the rest evenly between."""
+        length, edge = self.lengths[0], SPREAD_TOKENS * 3 // 8
+        middle = np.linspace(edge, length - edge - 1, SPREAD_TOKENS - 2 * edge + 2)[1:-1]
+        return np.concatenate([
+            np.arange(edge), middle.astype(np.int64), np.arange(length - edge, length)
+        ])  # fmt: skip
+
+
+def stream(vocabulary: int, count: int, row: int = 0) -> np.ndarray:
+    """The tokens of a row: random, the same for every length, so that one is a prefix of the other."""
+    return np.random.default_rng([SEED, row]).integers(0, vocabulary, size=count)
+
+
+def kept(count: int) -> np.ndarray:
+    """Indices of `count` tokens whose logits are compared: the last half of `KEPT`, the rest spread."""
+    if count <= KEPT:
+        return np.arange(count)
+    tail = np.arange(count - KEPT // 2, count)
+    return np.concatenate([np.linspace(0, count - KEPT // 2 - 1, KEPT // 2).astype(np.int64), tail])
+
+
+def build_cases(spec: RopeSpec, capability: Capability, budget: Budget) -> Iterator[Case]:
+    """The cases for a recipe in one piece of code."""
+    yield from _lengths(spec, budget)
+    yield from _batches(spec, capability)
+    for boundary in spec.boundaries:
+        yield _decode(boundary, capability, budget)
+    if not spec.boundaries and spec.window > 4 * DECODED:
+        yield Case("decode", "decode", (min(spec.window // 2, 256),))
+
+
+def _lengths(spec: RopeSpec, budget: Budget) -> Iterator[Case]:
+    asked: dict[int, str] = {}
+    for boundary in spec.boundaries:
+        for length, name in (
+            (boundary - 1, f"below {boundary}"),
+            (boundary, f"at {boundary}"),
+            (boundary + 1, f"one past {boundary}"),
+        ):
+            asked.setdefault(length, name)
+    if not spec.boundaries:
+        asked.setdefault(min(64, spec.window), "short")
+    counts = sorted({tier.start_tokens for tier in spec.tiers if tier.start_tokens > 1})
+    for count in counts:
+        if count + 1 <= spec.window:
+            asked.setdefault(count + 1, f"one past {count} start tokens")
+    asked.setdefault(spec.window, "far end")
+    for length, name in sorted(asked.items()):
+        yield Case(name, "forward", (length,), spread=length > max(budget.dense, SPREAD_TOKENS))
+
+
+def _batches(spec: RopeSpec, capability: Capability) -> Iterator[Case]:
+    """Left padding within the first tier, and with rows on both sides of the first boundary."""
+    within = min(spec.tiers[0].max_length, 256)
+    yield Case("batch, left-padded", "batch", (within, max(2, within // 2), max(1, within // 5)))
+    short = spec.tiers[0].max_length
+    if spec.boundaries and short < 2048:
+        known = None if capability.row_tiers else "one tier for the whole batch: short rows get the long set"
+        yield Case("batch across the boundary", "batch", (short + 3, short - 3), known=known)
+
+
+def _decode(boundary: int, capability: Capability, budget: Budget) -> Case:
+    known = None if capability.switches else "keys cached before the boundary keep the short set"
+    skipped = None
+    if boundary > budget.decode:
+        skipped = f"a prompt of {boundary} tokens is beyond this device's budget; use --device cuda or --full"
+    return Case(f"decode across {boundary}", "decode", (boundary - AROUND,), known=known, skipped=skipped)

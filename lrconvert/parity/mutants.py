@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mistakes that converters make, on purpose. A check that lets one of them through is worthless.
+
+A mutant is a recipe, or a model, with one mistake. A test bakes an artifact from the mutant and verifies it
+against the original: every one must fail, in every format and every runtime. None where the mistake does
+not exist for a recipe (no start tokens to drop).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from lrconvert.checkpoint import Checkpoint, Model
+from lrconvert.recipe import Recipe
+from lrconvert.rope import Tier
+
+
+def _tiers(recipe: Recipe, change: Callable[[Tier], Tier]) -> Recipe:
+    return replace(recipe, tiers=tuple(change(tier) for tier in recipe.tiers))
+
+
+def swapped_sets(recipe: Recipe) -> Recipe | None:
+    """Short and long exchanged."""
+    first, last = recipe.tiers[0], recipe.tiers[-1]
+    if first.factors == last.factors:
+        return None
+    return replace(
+        recipe,
+        tiers=(
+            replace(first, factors=last.factors),
+            *recipe.tiers[1:-1],
+            replace(last, factors=first.factors),
+        ),
+    )
+
+
+def no_attention_factor(recipe: Recipe) -> Recipe | None:
+    if all(tier.attention_factor == 1.0 for tier in recipe.tiers):
+        return None
+    return _tiers(recipe, lambda tier: replace(tier, attention_factor=1.0))
+
+
+def late_boundary(recipe: Recipe) -> Recipe | None:
+    """`>` where `≥` belongs: the switch comes one token late."""
+    if len(recipe.tiers) == 1:
+        return None
+    head = [replace(tier, max_length=tier.max_length + 1) for tier in recipe.tiers[:-1]]
+    return replace(recipe, tiers=(*head, recipe.tiers[-1]))
+
+
+def early_boundary(recipe: Recipe) -> Recipe | None:
+    """The switch comes one token early."""
+    if len(recipe.tiers) == 1:
+        return None
+    head = [replace(tier, max_length=tier.max_length - 1) for tier in recipe.tiers[:-1]]
+    return replace(recipe, original_window=recipe.original_window - 1, tiers=(*head, recipe.tiers[-1]))
+
+
+def factors_as_multipliers(recipe: Recipe) -> Recipe | None:
+    if all(set(tier.factors) == {1.0} for tier in recipe.tiers):
+        return None
+    return _tiers(recipe, lambda tier: replace(tier, factors=tuple(1 / value for value in tier.factors)))
+
+
+def no_start_tokens(recipe: Recipe) -> Recipe | None:
+    """n̂ dropped. (n̂ = 1 is n̂ = 0: position 0 has angle 0 in any set.)"""
+    if all(tier.start_tokens <= 1 for tier in recipe.tiers):
+        return None
+    return _tiers(recipe, lambda tier: replace(tier, start_tokens=0))
+
+
+RECIPE_MUTANTS: dict[str, Callable[[Recipe], Recipe | None]] = {
+    "swapped sets": swapped_sets,
+    "no attention factor": no_attention_factor,
+    "boundary one late": late_boundary,
+    "boundary one early": early_boundary,
+    "factors as multipliers": factors_as_multipliers,
+    "no start tokens": no_start_tokens,
+}
+
+
+class InterleavedCheckpoint(Checkpoint):
+    """A checkpoint whose q and k rows are in llama.cpp's order: what a forgotten permutation leaves."""
+
+    format = "gguf"  # makes targets write the weights anew
+
+    def __init__(self, model: Model) -> None:
+        self._inner, self._shape = model.checkpoint, model.shape
+        self.path, self.config, self.tensors = self._inner.path, self._inner.config, self._inner.tensors
+        self._wrong = {
+            tensor.name: model.shape.heads if role == "q" else model.shape.kv_heads
+            for (role, _), tensor in model.roles.items()
+            if role in ("q", "k")
+        }
+        self._fused = {tensor.name for (role, _), tensor in model.roles.items() if role == "qkv"}
+
+    def read(self, name: str) -> np.ndarray[Any, Any]:
+        array = self._inner.read(name)
+        if name in self._wrong:
+            return _interleave(array, self._wrong[name])
+        if name in self._fused:
+            width = self._shape.heads * self._shape.head_dim
+            return np.concatenate([_interleave(array[:width], self._shape.heads), array[width:]])
+        return array
+
+    def weight_files(self) -> list[Any]:
+        return self._inner.weight_files()
+
+    def side_files(self) -> dict[str, Any]:
+        return self._inner.side_files()
+
+
+def _interleave(array: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
+    rows, columns = array.shape
+    return array.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+
+
+def unpermuted_qk(model: Model) -> Model:
+    """The model as a converter leaves it that forgets the permutation of q and k."""
+    return replace(model, checkpoint=InterleavedCheckpoint(model))

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The result of a verification: rows, a verdict, and three ways to show them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+from xml.etree import ElementTree
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Verdict = Literal["pass", "fail", "known", "skipped"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One check. For parity: mean KL against its bound. `margin` is bound / value."""
+
+    code: str  # the piece of code that was asked, "files" for integrity
+    case: str
+    verdict: Verdict
+    length: int | None = None
+    kl_mean: float | None = None
+    kl_max: float | None = None
+    logit_max: float | None = None
+    top1: float | None = None
+    bound: float | None = None
+    reason: str = ""
+
+    @property
+    def margin(self) -> float | None:
+        if self.bound is None or self.kl_mean is None:
+            return None
+        return math.inf if self.kl_mean == 0 else self.bound / self.kl_mean
+
+
+@dataclass
+class Report:
+    """All rows, what answered (versions), what was lost, and whether the artifact is good."""
+
+    artifact: str
+    against: str
+    reference: str
+    rows: list[Row] = field(default_factory=list)
+    runtimes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    losses: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def failed(self) -> list[Row]:
+        return [row for row in self.rows if row.verdict == "fail"]
+
+    @property
+    def passed(self) -> bool:
+        """Something was compared, and nothing failed."""
+        return not self.failed and any(row.verdict == "pass" and row.bound is not None for row in self.rows)
+
+    @property
+    def summary(self) -> str:
+        judged = [row for row in self.rows if row.bound is not None and row.verdict in ("pass", "fail")]
+        if not self.passed:
+            worst = self.failed[0] if self.failed else None
+            where = f": {worst.code} code, {worst.case}: {worst.reason}" if worst else ": nothing was compared"
+            return f"FAILED, {len(self.failed)} of {len(self.rows)} checks{where}"
+        closest = min(judged, key=lambda row: row.margin or 0)
+        return (
+            f"verified: {len(judged)} cases agree with the reference; closest to its bound: {closest.code} "
+            f"code, {closest.case}, KL {closest.kl_mean:.1e} of {closest.bound:.0e} allowed"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        rows = []
+        for row in self.rows:
+            values = {key: value for key, value in asdict(row).items() if value not in (None, "")}
+            rows.append({key: _finite(value) for key, value in values.items()})
+        return {
+            "passed": self.passed,
+            "summary": self.summary,
+            **{key: value for key, value in vars(self).items() if key != "rows"},
+            "rows": rows,
+        }
+
+    def to_junit(self) -> str:
+        """JUnit XML, one test case a row, for CI systems."""
+        suite = ElementTree.Element(
+            "testsuite",
+            name="lrconvert verify",
+            tests=str(len(self.rows)),
+            failures=str(len(self.failed)),
+            skipped=str(sum(row.verdict in ("skipped", "known") for row in self.rows)),
+        )
+        for row in self.rows:
+            case = ElementTree.SubElement(suite, "testcase", classname=f"lrconvert.{row.code}", name=row.case)
+            if row.verdict == "fail":
+                ElementTree.SubElement(case, "failure", message=row.reason).text = str(asdict(row))
+            elif row.verdict != "pass":
+                ElementTree.SubElement(case, "skipped", message=row.reason)
+        ElementTree.indent(suite)
+        return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
+
+    def table(self) -> Table:
+        """For a terminal."""
+        from rich.table import Table
+
+        table = Table(title=f"Parity of {self.artifact} with {self.against} ({self.reference})")
+        for name in ("code", "case", "tokens", "KL mean", "KL max", "|Δlogit|", "top-1", "bound", "margin"):
+            table.add_column(name, justify="left" if name in ("code", "case") else "right")
+        table.add_column("verdict")
+        colour = {"pass": "green", "fail": "red", "known": "yellow", "skipped": "yellow"}
+        for row in self.rows:
+            margin = row.margin
+            shown = "" if margin is None else "∞" if math.isinf(margin) else f"{margin:.3g}x"
+            table.add_row(
+                row.code,
+                row.case,
+                "" if row.length is None else str(row.length),
+                *(_number(value) for value in (row.kl_mean, row.kl_max, row.logit_max)),
+                "" if row.top1 is None else f"{row.top1:.3f}",
+                "" if row.bound is None else f"{row.bound:.0e}",
+                shown,
+                f"[{colour[row.verdict]}]{row.verdict}[/]",
+            )
+        return table
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes, looked at: factors by frequency index, as a picture or as a line of text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from lrconvert.errors import require
+from lrconvert.recipe import Recipe, factor_set
+
+BARS = "▁▂▃▄▅▆▇█"
+# What every tier is shown beside, at the tier's own extension ratio.
+PEERS = {"pi": "PI", "ntk": "NTK-aware", "yarn": "YaRN"}
+
+
+def sparkline(values: tuple[float, ...], highest: float) -> str:
+    """One bar per frequency index, log scale from 1 (lowest) to `highest`."""
+    top = max(np.log(highest), 1e-9)
+    levels = np.clip(np.log(np.asarray(values)) / top, 0, 1) * (len(BARS) - 1)
+    return "".join(BARS[round(level)] for level in levels)
+
+
+def sparklines(recipe: Recipe) -> list[str]:
+    """A labelled line per tier."""
+    highest = max(max(tier.factors) for tier in recipe.tiers)
+    width = len(str(recipe.tiers[-1].max_length))
+    return [
+        f"{tier.max_length:>{width}} {sparkline(tier.factors, highest)} λ {min(tier.factors):.4g} … "
+        f"{max(tier.factors):.4g}, n̂ {tier.start_tokens}, attention {tier.attention_factor:.4g}"
+        for tier in recipe.tiers
+    ]
+
+
+def plot_recipe(recipe: Recipe, stem: Path) -> list[Path]:
+    """Factors of every tier beside PI, NTK-aware and YaRN, as `stem`.png and `stem`.svg."""
+    require("matplotlib", "plot", "a plot")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "lrconvert"  # the same recipe, the same bytes
+    from matplotlib import pyplot
+
+    tiers = recipe.tiers
+    columns = min(len(tiers), 4)
+    rows = -(-len(tiers) // columns)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(4.2 * columns, 3.4 * rows), squeeze=False, sharex=True, layout="constrained"
+    )
+    for axis, tier in zip(axes.flat, tiers, strict=False):
+        ratio = tier.max_length / recipe.original_window
+        for (method, label), style in zip(PEERS.items(), (":", "--", "-."), strict=True):
+            if ratio > 1:
+                peer = factor_set(method, recipe.rotary_dim, recipe.rope_theta, ratio, recipe.original_window)
+                axis.plot(peer, style, color="0.55", linewidth=1.2, label=f"{label} {ratio:g}x")
+        axis.plot(tier.factors, color="tab:blue", linewidth=2, label="this recipe")
+        axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+        axis.set_title(f"up to {tier.max_length:,} tokens", fontsize=10)
+        axis.text(
+            0.03,
+            0.62 if ratio > 1 else 0.8,
+            f"n̂ {tier.start_tokens}\nattention {tier.attention_factor:.4g}",
+            transform=axis.transAxes,
+            fontsize=8,
+        )
+        axis.legend(fontsize=7, loc="upper left")
+    for axis in axes.flat[len(tiers) :]:
+        axis.set_visible(False)
+    figure.supxlabel("frequency index (fast to slow)", fontsize=9)
+    figure.supylabel("factor λ (divides the frequency)", fontsize=9)
+    figure.suptitle(recipe.name, fontsize=11)
+    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    for path in paths:
+        figure.savefig(path, dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)
+    pyplot.close(figure)
+    return paths

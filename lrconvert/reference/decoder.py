@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reference: a plain decoder in PyTorch, float64 on a CPU, float32 with float64 angles on a GPU.
+
+One sequence at a time, no cache, no batch, nothing fused: every step is a line that can be held against
+the papers. Attention is made in chunks of queries and logits only where they are asked for, so that 64k
+tokens fit a GPU. Weights are read layer by layer and kept while they fit `keep_bytes`.
+
+Shapes: n tokens, c hidden channels, h query heads, g key/value heads, d channels a head, v words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from lrconvert.reference.rotation import FactorSet, Rotation
+
+if TYPE_CHECKING:
+    from lrconvert.checkpoint import Model
+
+MAX_SCORES = 2**26  # attention scores held at once: 512 MB in float64
+KEEP_BYTES = 6 * 2**30
+
+
+class Reference:
+    """What a checkpoint computes under a rotation.
+
+    `stored_dtype` (a safetensors name) rounds the weights to what an artifact stores before they are widened,
+    so that the artifact is not blamed for a rounding that the user asked for.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        rotation: Rotation,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+        stored_dtype: str | None = None,
+        keep_bytes: int = KEEP_BYTES,
+    ) -> None:
+        self.model, self.shape, self.rotation = model, model.shape, rotation
+        self.device = torch.device(device)
+        self.dtype = dtype or (torch.float64 if self.device.type == "cpu" else torch.float32)
+        self._stored_dtype = stored_dtype
+        self._kept: dict[tuple[str, int | None], torch.Tensor] = {}
+        self._room = keep_bytes
+
+    # --- weights -----------------------------------------------------------------------------------------
+
+    def _weight(self, role: str, layer: int | None = None) -> torch.Tensor:
+        tensor = self._maybe(role, layer)
+        if tensor is None:
+            raise KeyError(f"{self.model.family.name} has no {role} in layer {layer}")
+        return tensor
+
+    def _maybe(self, role: str, layer: int | None = None) -> torch.Tensor | None:
+        if (role, layer) in self._kept:
+            return self._kept[role, layer]
+        array = self.model.tensor(role, layer)
+        if array is None:
+            return None
+        if self._stored_dtype is not None:
+            from lrconvert.checkpoint.base import numpy_dtype
+
+            array = array.astype(numpy_dtype(self._stored_dtype))
+        wide = array.astype(np.float64 if self.dtype == torch.float64 else np.float32)
+        tensor = torch.from_numpy(wide).to(self.device)
+        size = tensor.numel() * tensor.element_size()
+        if size <= self._room:
+            self._room -= size
+            self._kept[role, layer] = tensor
+        return tensor
+
+    def _linear(self, x: torch.Tensor, role: str, layer: int) -> torch.Tensor:
+        return functional.linear(x, self._weight(role, layer), self._maybe(f"{role}_bias", layer))
+
+    # --- the decoder -------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def logits(
+        self,
+        tokens: Sequence[int] | np.ndarray,
+        *,
+        positions: Sequence[int] | np.ndarray | None = None,
+        length: int | None = None,
+        keep: Sequence[int] | np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Logits of one sequence, float64, shape [len(keep), v].
+
+        `positions` default to 0 … n−1; `length` is the sequence length that chooses the factor set, by
+        default the last position plus one; `keep` are the indices whose logits are wanted, by default all.
+        """
+        ids = torch.as_tensor(np.asarray(tokens, dtype=np.int64), device=self.device)
+        where = np.arange(len(ids)) if positions is None else np.asarray(positions, dtype=np.int64)
+        chosen = self.rotation.choose(int(where.max()) + 1 if length is None else length)
+        cos_sin = self.rotation.tables(torch.as_tensor(where, device=self.device), chosen, self.dtype)
+        x = self._weight("embedding")[ids]
+        for layer in range(self.shape.layers):
+            x = x + self._attention(self._norm(x, "attention_norm", layer), layer, cos_sin)
+            x = x + self._mlp(self._norm(x, "ffn_norm", layer), layer)
+        if keep is not None:
+            x = x[torch.as_tensor(np.asarray(keep, dtype=np.int64), device=self.device)]
+        x = self._norm(x, "final_norm", None)
+        head = self._weight("embedding") if self.shape.tied else self._weight("lm_head")
+        rows = max(1, MAX_SCORES // head.shape[0])
+        parts = [functional.linear(part, head).double().cpu() for part in x.split(rows)]
+        return torch.cat(parts).numpy()
+
+    def _norm(self, x: torch.Tensor, role: str, layer: int | None) -> torch.Tensor:
+        mean_square = x.square().mean(dim=-1, keepdim=True)
+        return x * torch.rsqrt(mean_square + self.shape.norm_eps) * self._weight(role, layer)
+
+    def _mlp(self, x: torch.Tensor, layer: int) -> torch.Tensor:
+        if ("gate_up", layer) in self.model.roles:
+            gate, up = self._linear(x, "gate_up", layer).chunk(2, dim=-1)
+        else:
+            gate, up = self._linear(x, "gate", layer), self._linear(x, "up", layer)
+        return self._linear(functional.silu(gate) * up, "down", layer)
+
+    def _attention(self, x: torch.Tensor, layer: int, cos_sin: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        shape, n = self.shape, len(x)
+        q_width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        if ("qkv", layer) in self.model.roles:
+            q, k, v = self._linear(x, "qkv", layer).split([q_width, kv_width, kv_width], dim=-1)
+        else:
+            q, k, v = (self._linear(x, role, layer) for role in ("q", "k", "v"))
+        q = q.reshape(n, shape.heads, shape.head_dim).transpose(0, 1)  # [h, n, d]
+        k = k.reshape(n, shape.kv_heads, shape.head_dim).transpose(0, 1)  # [g, n, d]
+        v = v.reshape(n, shape.kv_heads, shape.head_dim).transpose(0, 1)
+        if ("q_norm", layer) in self.model.roles:
+            q, k = self._norm(q, "q_norm", layer), self._norm(k, "k_norm", layer)
+        q, k = self.rotation.rotate(q, *cos_sin), self.rotation.rotate(k, *cos_sin)
+        mixed = self._attend(q, k, v).transpose(0, 1).reshape(n, q_width)
+        return self._linear(mixed, "o", layer)
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Causal softmax attention, a chunk of queries at a time; query head j reads key head j // (h/g)."""
+        heads, n, width = q.shape
+        groups = len(k)
+        out = torch.empty_like(q)
+        rows = max(1, min(n, MAX_SCORES // (heads * n)))
+        for start in range(0, n, rows):
+            end = min(start + rows, n)
+            grouped = q[:, start:end].reshape(groups, (heads // groups) * (end - start), width)
+            scores = grouped @ k[:, :end].transpose(1, 2) / width**0.5
+            scores = scores.reshape(heads, end - start, end)
+            future = torch.arange(end, device=q.device) > torch.arange(start, end, device=q.device)[:, None]
+            weights = torch.softmax(scores.masked_fill(future, float("-inf")), dim=-1)
+            mixed = weights.reshape(groups, -1, end) @ v[:, :end]
+            out[:, start:end] = mixed.reshape(heads, end - start, width)
+        return out
+
+
+__all__ = ["FactorSet", "Reference", "Rotation"]

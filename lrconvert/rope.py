@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rotation: inverse frequencies, factor sets, attention factors, angles. NumPy float64, no torch.
+
+This is the only place where the formulas are written for production use (the judge in `reference/` writes
+them a second time, from the papers). Conventions:
+
+- `rotary_dim` d counts the rotated channels of a head, so a factor set has d/2 entries, one per
+  *frequency index* i, fast frequencies first.
+- A factor λ_i *divides* the inverse frequency: angle(n, i) = n·θ_i / λ_i, with θ_i = base^(−2i/d).
+- *Start tokens* n̂: positions n < n̂ keep λ = 1 (LongRoPE, arXiv 2402.13753, section 3.2).
+- The *attention factor* multiplies cos and sin, so attention logits grow by its square.
+
+Angles are made in float64: in float32 they are off by 7.8e-3 rad at position 256k and 6.2e-2 rad at 2M.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import numpy as np
+from annotated_types import Ge, Gt, MinLen
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+# How values are read from files: nothing coerced, nothing unknown, nothing that is not a finite number.
+STRICT = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
+
+
+def inverse_frequencies(rotary_dim: int, base: float) -> Array:
+    """θ_i = base^(−2i/d) for i in 0 … d/2−1; shape [d/2]."""
+    return base ** (-np.arange(0, rotary_dim, 2, dtype=np.float64) / rotary_dim)
+
+
+def longrope_attention_factor(ratio: float, original_window: int) -> float:
+    """sqrt(1 + ln s / ln L0), 1 when s ≤ 1 (LongRoPE, section 3; the `longrope` rule of transformers)."""
+    if ratio <= 1.0:
+        return 1.0
+    return math.sqrt(1.0 + math.log(ratio) / math.log(original_window))
+
+
+def yarn_attention_factor(ratio: float, scale: float = 1.0) -> float:
+    """0.1·scale·ln s + 1, 1 when s ≤ 1 (YaRN, arXiv 2309.00071, section 3.4)."""
+    return 1.0 if ratio <= 1.0 else 0.1 * scale * math.log(ratio) + 1.0
+
+
+def pi_factors(rotary_dim: int, ratio: float) -> Array:
+    """Position Interpolation (arXiv 2306.15595): λ_i = s."""
+    return np.full(rotary_dim // 2, float(ratio))
+
+
+def ntk_factors(rotary_dim: int, ratio: float) -> Array:
+    """NTK-aware: the base times s^(d/(d−2)), which is λ_i = s^(2i/(d−2)). λ_0 = 1 and the last one is s."""
+    index = np.arange(rotary_dim // 2, dtype=np.float64)
+    return float(ratio) ** (2.0 * index / max(rotary_dim - 2, 1))
+
+
+def yarn_factors(
+    rotary_dim: int,
+    base: float,
+    ratio: float,
+    original_window: int,
+    *,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+    truncate: bool = True,
+) -> Array:
+    """YaRN's ramp over the turns a frequency makes in the original window (arXiv 2309.00071, section 3.2).
+
+    Above `beta_fast` turns λ = 1, below `beta_slow` turns λ = s, between them the *inverse* frequencies
+    are blended linearly in the frequency index. `truncate` rounds the ramp's ends outwards to whole
+    indices, as the authors' code and transformers do.
+    """
+
+    def index_of(turns: float) -> float:
+        return rotary_dim * math.log(original_window / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = index_of(beta_fast), index_of(beta_slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotary_dim - 1)
+    if low == high:
+        high += 0.001  # the same guard as transformers, against a division by zero
+    index = np.arange(rotary_dim // 2, dtype=np.float64)
+    interpolated = np.clip((index - low) / (high - low), 0.0, 1.0)
+    return 1.0 / (interpolated / ratio + (1.0 - interpolated))
+
+
+def llama3_factors(
+    rotary_dim: int,
+    base: float,
+    ratio: float,
+    original_window: int,
+    *,
+    low_freq_factor: float,
+    high_freq_factor: float,
+) -> Array:
+    """The `llama3` rule of Llama 3.1: wavelengths beyond L0/low are divided by s, a ramp up to L0/high."""
+    turns = original_window * inverse_frequencies(rotary_dim, base) / (2 * math.pi)
+    smooth = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
+    kept = np.clip(smooth, 0.0, 1.0)
+    return 1.0 / ((1.0 - kept) / ratio + kept)
+
+
+def dynamic_ntk_factors(rotary_dim: int, ratio: float, original_window: int, length: int) -> Array:
+    """The `dynamic` rule at one length: NTK-aware with s' = s·n/L0 − (s−1), unscaled up to L0."""
+    effective = max(ratio * length / original_window - (ratio - 1.0), 1.0)
+    return ntk_factors(rotary_dim, effective)
+
+
+@dataclass(frozen=True)
+class Tier:
+    """One factor set and the longest sequence it serves.
+
+    `factors` are divisors, d/2 of them; `start_tokens` is n̂; `attention_factor` multiplies cos and sin.
+    The annotations are the constraints of the recipe file, read by `recipe.py`.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+
+    max_length: Annotated[int, Ge(1)]
+    factors: Annotated[tuple[Annotated[float, Gt(0)], ...], MinLen(1)]
+    start_tokens: Annotated[int, Ge(0)] = 0
+    attention_factor: Annotated[float, Gt(0)] = 1.0
+
+    def angles(self, positions: NDArray[np.integer], base: float) -> Array:
+        """Angle of every position (shape [n]) and frequency index: float64, shape [n, d/2]."""
+        plain = inverse_frequencies(2 * len(self.factors), base)
+        scaled = plain / np.asarray(self.factors, dtype=np.float64)
+        position = positions.astype(np.float64)[:, None]
+        return position * np.where(position < self.start_tokens, plain, scaled)
+
+    def cos_sin(self, positions: NDArray[np.integer], base: float) -> tuple[Array, Array]:
+        """cos and sin of `angles`, times the attention factor; float64, shape [n, d/2] each."""
+        angles = self.angles(positions, base)
+        return np.cos(angles) * self.attention_factor, np.sin(angles) * self.attention_factor
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """A recipe resolved against a checkpoint: all that a target, the reference or a test has to know.
+
+    `tiers` are ordered by `max_length`; the last one serves `window`. A sequence of n tokens is rotated,
+    all of it, with the first tier whose `max_length` ≥ n.
+    """
+
+    family: str
+    rotary_dim: int
+    base: float
+    original_window: int
+    window: int
+    tiers: tuple[Tier, ...]
+
+    def tier_for(self, length: int) -> Tier:
+        """The tier that serves a sequence of `length` tokens; the last one beyond the window."""
+        return next((tier for tier in self.tiers if tier.max_length >= length), self.tiers[-1])
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """Lengths after which the tier changes; empty for a single tier."""
+        return tuple(tier.max_length for tier in self.tiers[:-1])
+
+    @property
+    def ratio(self) -> float:
+        """The extension ratio s = window / L0."""
+        return self.window / self.original_window

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs in an interpreter of its own: loads a Hugging Face folder with transformers and answers logits.
+
+It must not import lrconvert: what it computes is what a user's program computes. One JSON object a line
+comes in, one goes out; whatever libraries print goes to stderr.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+ANSWERS = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+
+
+def main() -> None:
+    worker = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            if request["do"] == "open":
+                worker = Worker(request)
+                answer = worker.info
+            elif request["do"] == "logits":
+                answer = worker.logits(request)
+            else:
+                answer = worker.generate(request)
+        except ModuleNotFoundError as error:
+            answer = {"missing": error.name or str(error)}
+        except Exception as error:  # whatever it is, the parent says it and ends the session
+            lines = str(error).strip().splitlines() or [""]
+            answer = {"error": f"{type(error).__name__}: {lines[0]}"}
+        ANSWERS.write(json.dumps(answer) + "\n")
+        ANSWERS.flush()
+
+
+class Worker:
+    def __init__(self, request):
+        import torch
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        if request.get("threads"):
+            torch.set_num_threads(request["threads"])
+        self.torch, self.folder = torch, Path(request["folder"])
+        dtype = getattr(torch, request["dtype"])
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(
+            request["artifact"], trust_remote_code=request["custom"], dtype=dtype
+        )
+        self.model = self.model.to(request["device"]).eval()
+        self.device = self.model.device
+        self.count = 0
+        self.info = {
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "class": type(self.model).__name__,
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type,
+            "dtype": request["dtype"],
+        }
+
+    def save(self, tensor):
+        import numpy
+
+        name = f"{self.count}.npy"
+        self.count += 1
+        numpy.save(self.folder / name, tensor.float().cpu().numpy())
+        return name
+
+    def logits(self, request):
+        torch = self.torch
+        rows, positions = request["rows"], request["positions"]
+        longest = max(len(row) for row in rows)
+        padded = [[0] * (longest - len(row)) + row for row in rows]
+        mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+        if positions is None:
+            where = [[max(0, i - (longest - len(row))) for i in range(longest)] for row in rows]
+        else:
+            where = [positions]
+        place = {"device": self.device, "dtype": torch.long}
+        # Kept indices count from the start of each row's own tokens; logits_to_keep is one list for all.
+        keep = [[i + longest - len(row) if i >= 0 else i + longest for i in request["keep"]] for row in rows]
+        wanted = sorted({index for row in keep for index in row})
+        with torch.inference_mode():
+            out = self.model(
+                input_ids=torch.tensor(padded, **place),
+                attention_mask=torch.tensor(mask, **place),
+                position_ids=torch.tensor(where, **place),
+                logits_to_keep=torch.tensor(wanted, **place),
+                use_cache=False,
+            ).logits
+        column = {index: at for at, index in enumerate(wanted)}
+        parts = [out[row][[column[index] for index in indices]] for row, indices in enumerate(keep)]
+        return {"logits": self.save(torch.stack(parts))}
+
+    def generate(self, request):
+        torch = self.torch
+        prompt = torch.tensor([request["prompt"]], device=self.device)
+        count = request["new_tokens"]
+        out = self.model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=count,
+            min_new_tokens=count,
+            return_dict_in_generate=True,
+            output_logits=True,
+            pad_token_id=0,
+        )
+        tokens = out.sequences[0, len(request["prompt"]) :].tolist()
+        return {"tokens": tokens, "logits": self.save(torch.cat(out.logits))}
+
+
+if __name__ == "__main__":
+    main()

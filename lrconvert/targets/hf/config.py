@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The artifact's JSON files, as edits of the source's: what is not about the rotation stays as it was."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from lrconvert.checkpoint import Model
+from lrconvert.rope import RopeSpec
+from lrconvert.targets.hf.spelling import AUTO_MAP, LONGROPE_KEY, native_keys, own_key
+
+TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One value that the artifact has otherwise than the source."""
+
+    file: str
+    key: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.key} {_brief(self.old)} → {_brief(self.new)}"
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(value) + "}"
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def edited_config(
+    model: Model, spec: RopeSpec, native: RopeSpec, dtype: str | None
+) -> tuple[dict[str, Any], list[Edit]]:
+    """The artifact's config.json and what changed. `dtype`: what the weights become, None: as they are."""
+    source, family = model.checkpoint.config, model.family
+    config = copy.deepcopy(source)
+    if model.shape.rotary_dim != model.shape.head_dim:
+        # transformers 5 keeps this inside rope_parameters, 4.57 reads only the top level.
+        config["partial_rotary_factor"] = model.shape.rotary_dim / model.shape.head_dim
+    config.pop("rope_parameters", None)
+    config.update(native_keys(native, family))
+    sliding = source.get("sliding_window", family.defaults.get("sliding_window"))
+    if isinstance(sliding, int) and sliding < spec.window:
+        config["sliding_window"] = spec.window
+    config["architectures"] = [family.hf_class]
+    config["auto_map"] = dict(AUTO_MAP)
+    if dtype is not None:
+        config["dtype" if "dtype" in source else "torch_dtype"] = TORCH_NAMES[dtype]
+    config[LONGROPE_KEY] = own_key(spec)
+    return config, _edits("config.json", source, config)
+
+
+def edited_tokenizer_config(source: dict[str, Any], spec: RopeSpec) -> tuple[dict[str, Any], list[Edit]]:
+    """tokenizer_config.json with the new window."""
+    config = {**source, "model_max_length": spec.window}
+    return config, _edits("tokenizer_config.json", source, config)
+
+
+def _edits(file: str, old: dict[str, Any], new: dict[str, Any]) -> list[Edit]:
+    keys = [*old, *(key for key in new if key not in old)]
+    return [Edit(file, key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]

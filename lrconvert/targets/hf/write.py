@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Baking a Hugging Face artifact: plan everything, then write it, then publish it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lrconvert.checkpoint import Model, describe_source, read_json
+from lrconvert.checkpoint.base import FLOAT_DTYPES, numpy_dtype, refuse_quantised
+from lrconvert.errors import InputError, UnsupportedError
+from lrconvert.expressible import NATIVE_HF, NATIVE_HF_FORMULA, project
+from lrconvert.output import Manifest, Staging
+from lrconvert.recipe import Recipe, resolve
+from lrconvert.rope import RopeSpec
+from lrconvert.shards import PlannedTensor, header_of, plan_shards, write_shards
+from lrconvert.targets.hf.config import Edit, edited_config, edited_tokenizer_config
+from lrconvert.targets.hf.spelling import MODELING_FILE
+
+DTYPES = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
+NATIVE_IMPORT = re.compile(r"^from transformers import (\w+) as NativeForCausalLM\b", re.MULTILINE)
+
+Progress = Callable[[str, int, int], None]  # what, bytes done, bytes in all
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would be written, before anything is."""
+
+    model: Model
+    recipe: Recipe
+    spec: RopeSpec
+    output: Path
+    texts: dict[str, bytes]  # files that are made here
+    kept: dict[str, Path]  # files that come along unchanged: hard linked or copied
+    shards: list[tuple[str, list[PlannedTensor]]]  # weights that are written anew; empty: they are kept
+    edits: list[Edit]
+    losses: list[str]  # what native code, without the artifact's own, can't express
+    notes: list[str]
+    options: dict[str, Any]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Every file of the artifact but the manifest, with its size in bytes."""
+        sizes = {name: len(data) for name, data in self.texts.items()}
+        sizes |= {name: path.stat().st_size for name, path in self.kept.items()}
+        for name, tensors in self.shards:
+            sizes[name] = len(header_of(tensors)) + sum(tensor.nbytes for tensor in tensors)
+        return dict(sorted(sizes.items()))
+
+
+def plan(model: Model, recipe: Recipe, output: Path, *, window: int | None = None, dtype: str | None = None) -> Plan:
+    """Resolve, edit and lay out. Raises what `resolve` raises; reads no weights."""
+    shape, family = model.shape, model.family
+    spec = resolve(recipe, family=family.name, rotary_dim=shape.rotary_dim, theta=shape.theta, window=window)
+    native, losses = project(spec, NATIVE_HF_FORMULA if family.hf_three_key_scaling else NATIVE_HF)
+    notes = [*model.notes, *recipe.warnings()]
+    stored = _stored_dtype(model, dtype)
+    config, edits = edited_config(model, spec, native, stored)
+    texts = {"config.json": _json(config), MODELING_FILE: modeling_code(family.hf_class)}
+    kept: dict[str, Path] = {}
+    for name, content in model.checkpoint.side_files().items():
+        if isinstance(content, bytes):
+            texts[name] = content
+        else:
+            kept[name] = content
+    if "tokenizer_config.json" in kept or "tokenizer_config.json" in texts:
+        path = kept.pop("tokenizer_config.json", None)
+        source = json.loads(texts["tokenizer_config.json"]) if path is None else read_json(path)
+        edited, more = edited_tokenizer_config(source, spec)
+        texts["tokenizer_config.json"] = _json(edited)
+        edits = [*edits, *more]
+    shards: list[tuple[str, list[PlannedTensor]]] = []
+    if stored is None:
+        kept |= {path.name: path for path in model.checkpoint.weight_files()}
+    else:
+        shards = plan_shards([
+            PlannedTensor(tensor.name, stored, tensor.shape) for tensor in model.roles.values()
+        ])  # fmt: skip
+    if (limit := _generation_limit(texts, kept)) is not None and limit < spec.window:
+        notes.append(f"generation_config.json: max_length {limit} caps what generate() makes by default")
+    options = {"window": spec.window, "dtype": stored}
+    return Plan(model, recipe, spec, output, texts, kept, shards, edits, losses, notes, options)
+
+
+def _stored_dtype(model: Model, dtype: str | None) -> str | None:
+    """The dtype that weights have to be written in, None when they stay byte for byte."""
+    if model.checkpoint.format == "gguf":
+        own = model.dtype if model.dtype in FLOAT_DTYPES else "BF16"
+        return DTYPES[dtype] if dtype else own
+    if dtype is None:
+        return None
+    refuse_quantised(model, f"--dtype {dtype}")
+    wanted = DTYPES[dtype]
+    return None if all(info.dtype == wanted for info in model.checkpoint.tensors.values()) else wanted
+
+
+def _generation_limit(texts: dict[str, bytes], kept: dict[str, Path]) -> int | None:
+    name = "generation_config.json"
+    source = json.loads(texts[name]) if name in texts else read_json(kept[name]) if name in kept else {}
+    limit = source.get("max_length")
+    return limit if isinstance(limit, int) else None
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def modeling_code(hf_class: str) -> bytes:
+    """The artifact's own code for one native class: the shipped file with its one import changed."""
+    text = (files("lrconvert") / "targets" / "hf" / MODELING_FILE).read_text(encoding="utf-8")
+    text, changed = NATIVE_IMPORT.subn(f"from transformers import {hf_class} as NativeForCausalLM", text)
+    if changed != 1:
+        raise AssertionError(f"{MODELING_FILE} must import its native class in exactly one line")
+    return text.encode()
+
+
+def write(plan: Plan, *, force: bool = False, link: bool | None = None, progress: Progress | None = None) -> Manifest:
+    """Carry the plan out. `link`: True demands hard links, False copies, None links where that works."""
+    report = progress or (lambda what, done, total: None)
+    total = sum(plan.sizes.values())
+    done = 0
+    with Staging(plan.output, force=force, link=link) as staging:
+        for name, data in sorted(plan.texts.items()):
+            staging.write_bytes(name, data)
+            done += len(data)
+        for name, path in sorted(plan.kept.items()):
+            report(name, done, total)
+            staging.link_or_copy(path, name)
+            done += path.stat().st_size
+        for tensor in write_shards(staging, plan.shards, lambda planned: _cast(plan.model, planned)):
+            done += tensor.nbytes
+            report(tensor.name, done, total)
+        manifest = Manifest(
+            target="hf",
+            source=describe_source(plan.model),
+            recipe=asdict(plan.recipe),
+            options=plan.options,
+            losses=plan.losses,
+            notes=plan.notes,
+        )
+        staging.publish(manifest)
+    return manifest
+
+
+def _cast(model: Model, planned: PlannedTensor) -> np.ndarray[Any, Any]:
+    """A tensor of the model in the planned dtype; a value that float16 can't hold is an error."""
+    array = model.checkpoint.read(planned.name)
+    with np.errstate(over="ignore"):
+        cast = array.astype(numpy_dtype(planned.dtype), copy=False)
+    if planned.dtype == "F16" and not np.isfinite(cast).all():
+        if not np.isfinite(array.astype(np.float32)).all():
+            raise InputError(f"{model.checkpoint.path}: {planned.name} holds values that are not finite")
+        raise UnsupportedError(f"{planned.name} holds values beyond float16's range", remedy="Use --dtype bf16")
+    return cast

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pico models: complete random models of every family, small enough to build in a test.
+
+q and k are widened: a freshly initialised model attends almost uniformly and hides a wrong rotation. The
+width is chosen so that the wrong factor set moves the mean KL by far more than a hundred tolerances
+(`tests/parity/test_mutants.py` holds it).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lrconvert.families import expected_tensors, get_family, read_shape
+
+WINDOW = 64
+WIDEN = 3.0
+
+BASE: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 96,
+    "vocab_size": 101,
+    "max_position_embeddings": WINDOW,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+# What each family adds: one grouped, one tied, one partial, one with its own head size.
+EXTRA: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 32, "tie_word_embeddings": True},
+    "qwen2": {"use_sliding_window": False, "num_key_value_heads": 1},
+    "qwen3": {"head_dim": 32, "attention_bias": False},
+    "phi3": {"partial_rotary_factor": 0.5, "original_max_position_embeddings": WINDOW},
+}
+FAMILIES = sorted(EXTRA)
+
+
+def pico_config(family: str, **changes: Any) -> dict[str, Any]:
+    """A config of the family; a change to None removes the key."""
+    config = {"model_type": family, "architectures": [get_family(family).hf_class], **BASE, **EXTRA[family]}
+    config |= changes
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def pico_tensors(config: dict[str, Any], seed: int = 7) -> dict[str, np.ndarray]:
+    """Random weights for a config, float32, q and k widened."""
+    family = get_family(config["model_type"])
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for tensor in expected_tensors(family, read_shape(config, family)):
+        if not tensor.required:
+            continue
+        scale = WIDEN if tensor.role in ("q", "k", "qkv") else 1.0
+        if tensor.role.endswith("norm"):
+            values = 1 + 0.1 * rng.standard_normal(tensor.shape)
+        else:
+            values = scale * rng.standard_normal(tensor.shape) / np.sqrt(tensor.shape[-1])
+        tensors[tensor.name] = values.astype(np.float32)
+    return tensors
+
+
+def write_pico(
+    folder: Path, family: str = "llama", *, shards: int = 1, seed: int = 7, **changes: Any
+) -> Path:
+    """A pico model as a Hugging Face folder."""
+    from safetensors.numpy import save_file
+
+    config = pico_config(family, **changes)
+    tensors = pico_tensors(config, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2}))
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+    names = sorted(tensors)
+    weight_map = {}
+    for part in range(shards):
+        file = f"model-{part + 1:05d}-of-{shards:05d}.safetensors"
+        chosen = {name: tensors[name] for name in names[part::shards]}
+        save_file(chosen, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(chosen, file)
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder

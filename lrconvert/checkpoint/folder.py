@@ -117,6 +117,7 @@ class FolderCheckpoint(Checkpoint):
         return found
 
     def _open(self, shard: Path) -> Any:
+        import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors asks for by name)
         from safetensors import SafetensorError, safe_open
 
         if shard not in self._handles:

@@ -11,7 +11,7 @@ from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.base import refuse_quantised
 from lrconvert.errors import require
 from lrconvert.parity.cases import Case, kept, stream
-from lrconvert.rope import RopeSpec
+from lrconvert.rope import RopeSpec, Tier
 
 
 class Judge:
@@ -26,7 +26,7 @@ class Judge:
         placeholder = Rotation(model.shape.theta, model.shape.rotary_dim, ())
         self.model = model
         self._reference = Reference(model, placeholder, device=device, stored_dtype=stored_dtype)
-        self._dense: dict[tuple[object, int], tuple[int, np.ndarray, np.ndarray]] = {}
+        self._dense: list[tuple[Tier, int, np.ndarray, np.ndarray]] = []  # tier, tokens, indices, logits
 
     @property
     def dtype(self) -> str:
@@ -51,8 +51,18 @@ class Judge:
         for tier, lengths in wanted.items():
             longest = max(lengths)
             indices = np.unique(np.concatenate([kept(length) for length in lengths]))
+            if self._prepared(spec.tiers[tier], longest, indices) is not None:
+                continue
             logits = self._ask(spec, stream(self.model.shape.vocab, longest), longest, indices)
-            self._dense[spec.tiers[tier], longest] = (longest, indices, logits)
+            self._dense.append((spec.tiers[tier], longest, indices, logits))
+
+    def _prepared(self, tier: Tier, length: int, wanted: np.ndarray | None = None) -> np.ndarray | None:
+        """Logits of a pass with this tier that holds all `wanted` indices (default: those of `length`)."""
+        wanted = kept(length) if wanted is None else wanted
+        for made_with, longest, indices, logits in self._dense:
+            if made_with == tier and longest >= length and np.isin(wanted, indices).all():
+                return logits[np.searchsorted(indices, wanted)]
+        return None
 
     def _ask(self, spec: RopeSpec, tokens: Sequence[int] | np.ndarray, length: int, keep: np.ndarray) -> np.ndarray:
         self._rotate_like(spec)
@@ -67,9 +77,9 @@ class Judge:
             tokens = stream(self.model.shape.vocab, len(positions))
             return self._reference.logits(tokens, positions=positions, keep=kept(len(positions)))
         if row == 0 and case.kind == "forward":
-            for (tier, _), (longest, indices, logits) in self._dense.items():
-                if tier == spec.tier_for(length) and longest >= length:
-                    return logits[np.searchsorted(indices, kept(length))]
+            ready = self._prepared(spec.tier_for(length), length)
+            if ready is not None:
+                return ready
         return self._ask(spec, stream(self.model.shape.vocab, length, row), length, kept_of_batch(case, row))
 
     def decoded(self, spec: RopeSpec, prompt: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
@@ -77,7 +87,7 @@ class Judge:
         pass with the tier of that length (one pass a tier, since a prefix computes what it computes)."""
         sequence = np.concatenate([prompt, np.asarray(tokens[:-1], dtype=np.int64)])
         ends = np.arange(len(prompt), len(sequence) + 1)  # the lengths whose last logits count
-        groups: dict[object, list[int]] = {}
+        groups: dict[Tier, list[int]] = {}
         for end in ends.tolist():
             groups.setdefault(spec.tier_for(end), []).append(end)
         rows: dict[int, np.ndarray] = {}

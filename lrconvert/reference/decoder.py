@@ -22,7 +22,9 @@ from lrconvert.reference.rotation import FactorSet, Rotation
 if TYPE_CHECKING:
     from lrconvert.checkpoint import Model
 
-MAX_SCORES = 2**26  # attention scores held at once: 512 MB in float64
+# Attention scores held at once: 32 MB of float64 stay near a CPU's caches, a GPU wants larger matrices.
+MAX_SCORES = {"cpu": 2**22, "cuda": 2**28}
+MAX_LOGITS = 2**26
 KEEP_BYTES = 6 * 2**30
 
 
@@ -107,7 +109,7 @@ class Reference:
             x = x[torch.as_tensor(np.asarray(keep, dtype=np.int64), device=self.device)]
         x = self._norm(x, "final_norm", None)
         head = self._weight("embedding") if self.shape.tied else self._weight("lm_head")
-        rows = max(1, MAX_SCORES // head.shape[0])
+        rows = max(1, MAX_LOGITS // head.shape[0])
         parts = [functional.linear(part, head).double().cpu() for part in x.split(rows)]
         return torch.cat(parts).numpy()
 
@@ -142,15 +144,16 @@ class Reference:
         """Causal softmax attention, a chunk of queries at a time; query head j reads key head j // (h/g)."""
         heads, n, width = q.shape
         groups = len(k)
+        q, k, v = q / width**0.5, k.transpose(1, 2).contiguous(), v.contiguous()
         out = torch.empty_like(q)
-        rows = max(1, min(n, MAX_SCORES // (heads * n)))
+        rows = max(1, min(n, MAX_SCORES.get(q.device.type, 2**22) // (heads * n)))
         for start in range(0, n, rows):
             end = min(start + rows, n)
             grouped = q[:, start:end].reshape(groups, (heads // groups) * (end - start), width)
-            scores = grouped @ k[:, :end].transpose(1, 2) / width**0.5
-            scores = scores.reshape(heads, end - start, end)
-            future = torch.arange(end, device=q.device) > torch.arange(start, end, device=q.device)[:, None]
-            weights = torch.softmax(scores.masked_fill(future, float("-inf")), dim=-1)
+            scores = (grouped @ k[:, :, :end]).reshape(heads, end - start, end)
+            future = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).triu(1)
+            scores[:, :, start:].masked_fill_(future, float("-inf"))
+            weights = torch.softmax(scores, dim=-1)
             mixed = weights.reshape(groups, -1, end) @ v[:, :end]
             out[:, start:end] = mixed.reshape(heads, end - start, width)
         return out

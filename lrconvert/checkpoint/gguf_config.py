@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Hugging Face config that a GGUF file's metadata and tensors amount to.
+
+Defaults are llama.cpp's, since that is what runs these files. Scalars that people write as short decimals
+(θ, the norm's epsilon) come back as the shortest decimal of their float32; factors stay verbatim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from lrconvert.checkpoint.gguf_header import GgufArray, GgufHeader, GgufTensor
+from lrconvert.errors import InputError, UnsupportedError
+from lrconvert.families import Family
+from lrconvert.rope import longrope_attention_factor
+
+SHORT, LONG, STATIC = "rope_factors_short.weight", "rope_factors_long.weight", "rope_freqs.weight"
+ROPE_TENSORS = (SHORT, LONG, STATIC)
+MAX_INTEGER = 2**31 - 1
+_TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16"}
+_NEEDED = {int: f"an integer from 1 to {MAX_INTEGER}", float: "a positive number", str: "a string"}
+
+ReadTensor = Callable[[GgufTensor], np.ndarray[Any, Any]]
+
+
+def _good(value: Any, kind: type) -> bool:
+    if kind is str:
+        return isinstance(value, str)
+    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
+        return False
+    return 0 < value < math.inf and (kind is float or value <= MAX_INTEGER)
+
+
+class _Keys:
+    """Reads checked values; remembers every missing key and every other problem."""
+
+    def __init__(self, header: GgufHeader, architecture: str) -> None:
+        self.header = header
+        self.prefix = architecture + "."
+        self.missing: list[str] = []
+        self.problems: list[str] = []
+
+    def get(self, key: str, kind: type, *, required: bool = False, zero: bool = False) -> Any:
+        """The value of `<architecture>.<key>`; None where it is missing or bad. `zero`: 0 counts as missing."""
+        full = self.prefix + key
+        value: Any = self.header.metadata.get(full)
+        if isinstance(value, GgufArray) and kind is int:
+            value = self._same_in_all_layers(full)
+        if value is None or (zero and value == 0):
+            if required:
+                self.missing.append(full)
+            return None
+        if not _good(value, kind):
+            self.problems.append(f"{full} is {value!r:.60}; {_NEEDED[kind]} is needed")
+            return None
+        return value
+
+    def _same_in_all_layers(self, full: str) -> Any:
+        values = self.header.array(full) or [None]
+        if any(value != values[0] for value in values):
+            raise UnsupportedError(
+                f"{self.header.path}: {full} differs from layer to layer; lrconvert reads models whose layers are alike"
+            )
+        return values[0]
+
+    def check(self) -> None:
+        """Raise `InputError` with everything that was found."""
+        listed = [f"missing metadata: {', '.join(self.missing)}"] if self.missing else []
+        if listed or self.problems:
+            raise InputError.collect(self.header.path, [*listed, *self.problems])
+
+
+def build_config(
+    header: GgufHeader, family: Family, tensors: Mapping[str, GgufTensor], read: ReadTensor
+) -> dict[str, Any]:
+    """The config. Raises `InputError` listing all that is missing, wrong or contradictory."""
+    keys = _Keys(header, family.gguf_architecture)
+    if keys.get("expert_count", int, zero=True):
+        raise UnsupportedError(f"{header.path}: a mixture of experts; lrconvert reads dense models")
+    layers = keys.get("block_count", int, required=True)
+    window = keys.get("context_length", int, required=True)
+    hidden = keys.get("embedding_length", int, required=True)
+    ffn = keys.get("feed_forward_length", int, required=True)
+    heads = keys.get("attention.head_count", int, required=True)
+    epsilon = keys.get("attention.layer_norm_rms_epsilon", float, required=True)
+    theta = keys.get("rope.freq_base", float) or 10000.0
+    embedding = tensors.get("token_embd.weight")
+    vocab = keys.get("vocab_size", int) or (embedding.shape[0] if embedding else None)
+    if vocab is None:
+        keys.missing.append(keys.prefix + "vocab_size")
+    head_dim: Any = keys.get("attention.key_length", int) or (hidden // heads if hidden and heads else None)
+    value_dim = keys.get("attention.value_length", int)
+    if value_dim and head_dim and value_dim != head_dim:
+        keys.problems.append(f"attention.key_length is {head_dim}, value_length {value_dim}; they have to be the same")
+    rotary_dim: Any = keys.get("rope.dimension_count", int) or head_dim
+    if family.gguf_interleaved and rotary_dim != head_dim:
+        keys.problems.append(f"rope.dimension_count is {rotary_dim}; {family.name} rotates all {head_dim} channels")
+    kv_heads = keys.get("attention.head_count_kv", int) or heads
+    sliding_window = keys.get("attention.sliding_window", int, zero=True)
+    keys.check()
+    config: dict[str, Any] = {
+        "architectures": [family.hf_class],
+        "model_type": family.name,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "vocab_size": vocab,
+        "rms_norm_eps": _short_decimal(epsilon),
+        "rope_theta": _short_decimal(theta),
+        "max_position_embeddings": window,
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "torch_dtype": _torch_dtype(tensors),
+    }
+    if rotary_dim != head_dim:
+        config["partial_rotary_factor"] = _fraction(rotary_dim, head_dim)
+    if sliding_window:
+        config["sliding_window"] = sliding_window
+    for name in ("bos", "eos", "pad"):
+        key = f"tokenizer.ggml.{'padding' if name == 'pad' else name}_token_id"
+        if isinstance(token := header.metadata.get(key), int):
+            config[f"{name}_token_id"] = token
+    config |= _biases(family, tensors)
+    config |= _rope(keys, family, tensors, read, rotary_dim, window)
+    keys.check()
+    return config
+
+
+def _short_decimal(value: float) -> float:
+    return float(str(np.float32(value)))
+
+
+def _fraction(part: int, whole: int) -> float:
+    """part / whole, such that int(whole * fraction) is part again (as transformers and `read_shape` compute)."""
+    fraction = part / whole
+    return fraction if int(whole * fraction) == part else math.nextafter(fraction, math.inf)
+
+
+def _torch_dtype(tensors: Mapping[str, GgufTensor]) -> str:
+    """The dtype of most of the weights; bfloat16 where they are quantised."""
+    counts: dict[str, int] = {}
+    for tensor in tensors.values():
+        counts[tensor.type.name] = counts.get(tensor.type.name, 0) + math.prod(tensor.shape)
+    return _TORCH_DTYPES.get(max(counts, key=lambda name: counts[name]), "bfloat16")
+
+
+def _biases(family: Family, tensors: Mapping[str, GgufTensor]) -> dict[str, bool]:
+    """The bias flags that this family's configs state: set where any of their tensors exists."""
+    flags: dict[str, bool] = {}
+    for row in family.rows:
+        if row.when in ("attention_bias", "mlp_bias") and row.when not in family.defaults:
+            there = row.gguf.replace("{layer}", "0") in tensors
+            flags[row.when] = flags.get(row.when, False) or there
+    return flags
+
+
+# --- rope ------------------------------------------------------------------------------------------------
+
+
+def _rope(
+    keys: _Keys,
+    family: Family,
+    tensors: Mapping[str, GgufTensor],
+    read: ReadTensor,
+    rotary_dim: int,
+    window: int,
+) -> dict[str, Any]:
+    """The rope scaling in Hugging Face's spelling; empty where there is none. Problems go to `keys`."""
+    kind = keys.get("rope.scaling.type", str)
+    ratio = keys.get("rope.scaling.factor", float, zero=True) or keys.get("rope.scale_linear", float, zero=True) or 1.0
+    original = keys.get("rope.scaling.original_context_length", int, zero=True)
+    attention = keys.get("rope.scaling.attn_factor", float)
+    there = [name for name in ROPE_TENSORS if name in tensors]
+    factors = {name: _factors(keys, tensors[name], read, rotary_dim) for name in there}
+    if there and ratio != 1.0:
+        keys.problems.append(f"rope.scaling.factor {ratio:g} would stack on the factors of {', '.join(there)}")
+    if there and kind not in (None, "none", "linear" if there == [STATIC] else "longrope"):
+        keys.problems.append(f"rope.scaling.type is {kind!r}, but the file carries {', '.join(there)}")
+    if kind == "longrope" or SHORT in there or LONG in there:
+        # llama.cpp takes plain rope, or the short set for ever, where one of these is missing: no error, a wrong model.
+        needed = {SHORT: SHORT in there, LONG: LONG in there}
+        needed |= {keys.prefix + "rope.scaling.original_context_length": original}
+        needed |= {keys.prefix + "rope.scaling.attn_factor": attention}
+        if incomplete := [name for name, value in needed.items() if not value]:
+            keys.problems.append(f"incomplete longrope: {', '.join(incomplete)} missing")
+        if STATIC in there:
+            keys.problems.append(f"{STATIC} contradicts longrope's two factor sets")
+        if original and window < original:
+            keys.problems.append(
+                f"context_length {window} is less than rope.scaling.original_context_length {original}"
+            )
+        if keys.problems or incomplete:
+            return {}
+        return _longrope(family, factors[SHORT], factors[LONG], original, window, attention)
+    if STATIC in there:
+        # One set for every length (Llama 3.1's files): two equal sets, so that the switch between them is none.
+        # The window before an extension isn't in the file and doesn't matter to two equal sets.
+        if all(factor == 1.0 for factor in factors[STATIC]) and attention in (None, 1.0):
+            return {}
+        return _longrope(family, factors[STATIC], factors[STATIC], window, window, attention or 1.0)
+    if kind == "yarn":
+        return _yarn(keys, ratio, original or window, attention or 1.0)
+    if kind not in (None, "none", "linear"):
+        keys.problems.append(f"rope.scaling.type is {kind!r:.60}; none, linear, yarn and longrope are known")
+    elif attention not in (None, 1.0):
+        keys.problems.append(f"rope.scaling.attn_factor {attention:g} without factors or yarn")
+    if kind == "none" or ratio == 1.0:
+        return {}
+    return {"rope_scaling": {"rope_type": "linear", "factor": ratio}}
+
+
+def _factors(keys: _Keys, tensor: GgufTensor, read: ReadTensor, rotary_dim: int) -> list[float]:
+    if tensor.type.name != "F32":
+        keys.problems.append(f"{tensor.name} is {tensor.type.name}; llama.cpp takes F32 factors only")
+    elif tensor.shape != (rotary_dim // 2,):
+        keys.problems.append(
+            f"{tensor.name} has shape {list(tensor.shape)}; the model rotates {rotary_dim} channels, so "
+            f"{rotary_dim // 2} values are needed"
+        )
+    else:
+        values = read(tensor).astype(np.float64)
+        if np.isfinite(values).all() and (values > 0).all():
+            return values.tolist()
+        keys.problems.append(f"{tensor.name} has values that are not positive numbers")
+    return []
+
+
+def _longrope(
+    family: Family, short: list[float], long: list[float], original: int, window: int, attention: float
+) -> dict[str, Any]:
+    ratio = window / original
+    scaling: dict[str, Any] = {"short_factor": short, "long_factor": long}
+    formula = longrope_attention_factor(ratio, original)
+    if family.hf_three_key_scaling and math.isclose(attention, formula, rel_tol=1e-6):
+        scaling = {"type": "longrope", **scaling}  # the only form that transformers 4.57 takes
+    else:
+        scaling = {"rope_type": "longrope", **scaling, "factor": ratio, "attention_factor": attention}
+        scaling["original_max_position_embeddings"] = original
+    return {"rope_scaling": scaling, "original_max_position_embeddings": original}
+
+
+def _yarn(keys: _Keys, ratio: float, original: int, attention: float) -> dict[str, Any]:
+    scaling: dict[str, Any] = {
+        "rope_type": "yarn",
+        "factor": ratio,
+        "original_max_position_embeddings": original,
+    }
+    for ours in ("beta_fast", "beta_slow"):
+        if value := keys.get(f"rope.scaling.yarn_{ours}", float):
+            scaling[ours] = value
+    if attention != 1.0:  # llama.cpp multiplies it by YaRN's own, transformers replaces that
+        scaling["attention_factor"] = attention * (0.1 * math.log(ratio) + 1.0)
+    for name, plain in (("ext_factor", 1.0), ("attn_factor", 1.0), ("log_multiplier", 0.0)):
+        value = keys.header.metadata.get(f"{keys.prefix}rope.scaling.yarn_{name}", plain)
+        if value != plain:
+            keys.problems.append(f"rope.scaling.yarn_{name} is {value!r:.60}; no Hugging Face config can say that")
+    return {"rope_scaling": scaling}

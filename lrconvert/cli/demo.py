@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`lrconvert demo`: the whole path on the embedded model."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from lrconvert.cli import _output as out
+from lrconvert.cli._common import force_option
+
+METHOD, RATIO = "yarn", 8.0
+LENGTHS = (4096, 8192, 16384)
+DEPTHS = {8192: (0.1, 0.5, 0.9), 16384: (0.2, 0.6)}  # passkey trials: one per depth
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model at one length."""
+
+    length: int
+    perplexity: float
+    passkey: float | None
+
+
+@click.command(name="demo", short_help="All of it, on the embedded model, in about a minute.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), default=Path("lrconvert-demo"), show_default=True, metavar="DIR"
+)
+@force_option
+@click.pass_context
+def command(ctx: click.Context, output: Path, force: bool) -> int:
+    """Derive a recipe for the embedded model, bake it, verify the artifact, and show what it gained.
+
+    Offline, about a minute on two cores. Leaves a folder to look into.
+    """
+    from lrconvert.cli.hf import command as hf_command
+    from lrconvert.cli.recipe import derive
+    from lrconvert.cli.verify import show
+    from lrconvert.errors import ParityError, UsageError, require
+    from lrconvert.output import MANIFEST
+    from lrconvert.parity import verify
+    from lrconvert.plotting import plot_recipe
+    from lrconvert.recipe import load_recipe
+
+    for module in ("torch", "transformers", "matplotlib"):
+        require(module, "demo", "the demo")
+    recipe, artifact = output / "recipe", output / "demo-32k"
+    if output.exists() and not force:
+        raise UsageError(f"{output} exists", remedy="Name another folder with -o, or replace it with --force")
+    started = time.monotonic()
+    _step(f"lrconvert recipe derive demo --method {METHOD} --factor {RATIO:g} -o {recipe}")
+    ctx.invoke(derive, model="demo", method=METHOD, factor=RATIO, output=recipe, force=force)
+    _step(f"lrconvert hf demo --recipe {recipe} -o {artifact}")
+    force_artifact = force and (artifact / MANIFEST).exists()
+    ctx.invoke(hf_command, model="demo", recipe=str(recipe), output=artifact, copy=True, force=force_artifact)
+    _step(f"lrconvert verify {artifact}")
+    with out.spinner() as progress:
+        report = verify(artifact, progress=progress)
+    show(report)
+    _step(f"lrconvert recipe plot {recipe} -o {output / 'factors'}")
+    out.say(" ".join(str(path) for path in plot_recipe(load_recipe(recipe), output / "factors")))
+    _step("before and after: held-out text and passkeys (the same last 1,024 tokens at every length)")
+    results = {"before": _measure(None), "after": _measure(artifact)}
+    _show_results(results)
+    plain = {name: [vars(row) for row in rows] for name, rows in results.items()}
+    (output / "results.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+    out.say(f"\n{output}: recipe/, demo-32k/ (the artifact), factors.png, factors.svg, results.json")
+    out.say(report.summary)
+    out.hint(
+        f"{time.monotonic() - started:.0f} s. Next: your own model: lrconvert inspect MODEL; "
+        "lrconvert recipe derive MODEL --method yarn --factor 8 -o my-recipe; "
+        "lrconvert hf MODEL --recipe my-recipe -o my-model"
+    )
+    return 0 if report.passed else ParityError.exit_code
+
+
+def _step(text: str) -> None:
+    out.say(f"\n$ {text}")
+
+
+def _measure(artifact: Path | None) -> list[Measured]:
+    """Perplexity and passkey of the artifact's own code, or of the unmodified model."""
+    from tokenizers import Tokenizer
+
+    from lrconvert.checkpoint import locate
+    from lrconvert.evals.passkey import PasskeyFormat, passkey_accuracy
+    from lrconvert.evals.perplexity import same_token_perplexity
+    from lrconvert.runtimes.transformers import open_session
+
+    source = locate("demo")
+    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+    form = PasskeyFormat.read(source / "passkey.json")
+    text = tokenizer.encode((source / "heldout.txt").read_text(encoding="utf-8"), add_special_tokens=False).ids
+
+    def encode(piece: str) -> list[int]:
+        return tokenizer.encode(piece, add_special_tokens=False).ids
+
+    rows = []
+    with open_session(artifact or source, custom=artifact is not None) as session, out.spinner() as say:
+        for length in LENGTHS:
+            say(f"{'after' if artifact else 'before'}: {length} tokens")
+            passkey = passkey_accuracy(session, form, encode, length, DEPTHS[length]) if length in DEPTHS else None
+            rows.append(Measured(length, same_token_perplexity(session, text, length), passkey))
+    return rows
+
+
+def _show_results(results: dict[str, list[Measured]]) -> None:
+    from rich.table import Table
+
+    table = Table(title="The embedded model (window 4096), before and after")
+    for name in ("tokens", "perplexity before", "after", "passkey before", "after"):
+        table.add_column(name, justify="right")
+    for before, after in zip(results["before"], results["after"], strict=True):
+        trials = len(DEPTHS.get(before.length, ()))
+        cells = [f"{before.perplexity:.1f}", f"{after.perplexity:.1f}"]
+        for row in (before, after):
+            cells.append("" if row.passkey is None else f"{round(row.passkey * trials)} of {trials}")
+        table.add_row(f"{before.length:,}", *cells)
+    out.console().print(table)

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Passkey retrieval: a five-digit key hidden in noise, asked for at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lrconvert.checkpoint import read_json
+from lrconvert.errors import InputError
+from lrconvert.runtimes.base import Session
+
+Encode = Callable[[str], list[int]]
+
+
+@dataclass(frozen=True)
+class PasskeyFormat:
+    """The pieces of a document: sentences of noise, the needle with its `{label}` and `{key}`, the question."""
+
+    filler: tuple[str, ...]
+    needle: str
+    question: str
+    label: str
+    digits: int
+
+    @classmethod
+    def read(cls, path: Path) -> PasskeyFormat:
+        """From a model's passkey.json."""
+        values: dict[str, Any] = read_json(path)
+        try:
+            return cls(
+                tuple(values["filler"]),
+                values["needle"],
+                values["question"],
+                values["passkey_label"],
+                values["key_digits"],
+            )
+        except KeyError as error:
+            raise InputError(f"{path}: {error} is missing") from error
+
+
+def build_document(
+    form: PasskeyFormat, encode: Encode, length: int, depth: float, rng: np.random.Generator
+) -> tuple[list[int], list[int]]:
+    """A prompt of exactly `length` tokens with the key at `depth` (0 start, 1 end), and the key's tokens."""
+    key = "".join(str(digit) for digit in rng.integers(0, 10, size=form.digits))
+    needle = encode(form.needle.format(label=form.label, key=key))
+    question = encode(form.question.format(label=form.label))
+    answer = encode(key)
+    room = length - len(needle) - len(question)
+    if room < 0:
+        raise InputError(f"a passkey document needs at least {len(needle) + len(question)} tokens, not {length}")
+    sentences = [encode(sentence) for sentence in form.filler]
+    before: list[list[int]] = []
+    after: list[list[int]] = []
+    target, at_start, at_end = depth * room, 0, 0
+    while at_start + at_end < room:
+        sentence = sentences[rng.integers(len(sentences))]
+        if at_start < target:
+            before.append(sentence)
+            at_start += len(sentence)
+        else:
+            after.append(sentence)
+            at_end += len(sentence)
+    surplus = at_start + at_end - room
+    noise = [token for sentence in before for token in sentence]
+    rest = [token for sentence in after for token in sentence]
+    # Cut from the front of the document, never into the needle.
+    prompt = noise[surplus:] + needle + rest if len(noise) >= surplus else needle + rest[surplus - len(noise) :]
+    return prompt + question, answer
+
+
+def passkey_accuracy(
+    session: Session, form: PasskeyFormat, encode: Encode, length: int, depths: Sequence[float], seed: int = 0
+) -> float:
+    """Share of keys that greedy decoding gets exactly right, one trial per depth.
+
+    The key is fed behind the prompt and every digit must be the preferred token at its place, which is
+    when greedy decoding without the key would write it: one forward pass instead of a decode.
+    """
+    right = 0
+    for index, depth in enumerate(depths):
+        rng = np.random.default_rng([seed, length, index])
+        prompt, answer = build_document(form, encode, length - form.digits, depth, rng)
+        keep = list(range(len(prompt) - 1, len(prompt) + len(answer) - 1))
+        (logits,) = session.logits([prompt + answer], keep=keep)
+        right += logits.argmax(axis=-1).tolist() == answer
+    return right / len(depths)

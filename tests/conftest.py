@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures that every test may use: pico models built once, the command line run in process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+# Nothing here needs the network; a test that tried would hang on a machine without one.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+from pico import write_pico
+
+from lrconvert.checkpoint import Model, open_model
+from lrconvert.recipe import Provenance, Recipe
+from lrconvert.rope import Tier, longrope_attention_factor, yarn_factors
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def recipe_for(model: Model, *, tiers: int = 2, start_tokens: int = 0, even: bool = False) -> Recipe:
+    """A recipe with a set of its own in every tier: ×2 windows from the model's own.
+
+    `even`: one attention factor for all tiers, LongRoPE's formula, so that native code can express two.
+    """
+    shape = model.shape
+    last = longrope_attention_factor(2 ** (tiers - 1), shape.window)
+    made = []
+    for index in range(tiers):
+        ratio = 2.0**index
+        factors = yarn_factors(shape.rotary_dim, shape.theta, ratio + 0.25, shape.window) * (1 + 0.05 * index)
+        own = longrope_attention_factor(ratio, shape.window) if not even else last
+        made.append(Tier(int(shape.window * ratio), tuple(factors.tolist()), start_tokens, own))
+    return Recipe(
+        schema_version=1,
+        name="pico",
+        family=model.family.name,
+        original_window=shape.window,
+        rope_theta=shape.theta,
+        rotary_dim=shape.rotary_dim,
+        tiers=tuple(made),
+        provenance=Provenance("published", source="a test"),
+    )
+
+
+@pytest.fixture(scope="session")
+def pico_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Folder of a pico model of a family; built once for each set of arguments."""
+    made: dict[object, Path] = {}
+
+    def get(family: str = "llama", **changes: object) -> Path:
+        key = (family, tuple(sorted((name, repr(value)) for name, value in changes.items())))
+        if key not in made:
+            made[key] = write_pico(tmp_path_factory.mktemp(family), family, **changes)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def pico(pico_folder: Callable[..., Path]) -> Callable[..., Model]:
+    """A pico model, opened."""
+    return lambda family="llama", **changes: open_model(pico_folder(family, **changes))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command left: exit code and streams."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Run the command line in process."""
+    from lrconvert.cli import run
+
+    def call(*arguments: object) -> Result:
+        capfd.readouterr()
+        code = run([str(argument) for argument in arguments])
+        streams = capfd.readouterr()
+        return Result(code, streams.out, streams.err)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def published_factors() -> Path:
+    """The published factor sets beside the project, where they are."""
+    folder = SHARED / "factors"
+    if not folder.is_dir():
+        pytest.skip("the published factor sets (../shared/factors) are not on this machine")
+    return folder

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The formulas against two peers: transformers' own, and the reference's second writing of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from lrconvert import rope
+from lrconvert.reference import FactorSet, Rotation
+from lrconvert.rope import RopeSpec, Tier
+
+DIM, BASE, L0 = 64, 500000.0, 4096
+
+
+def peer(scaling: dict, window: int = L0, seq_len: int | None = None) -> tuple[np.ndarray, float]:
+    """Inverse frequencies and attention factor as transformers computes them (float32)."""
+    config = LlamaConfig(
+        hidden_size=DIM,
+        num_attention_heads=1,
+        max_position_embeddings=window,
+        rope_theta=BASE,
+        rope_scaling={**scaling, "rope_theta": BASE},
+    )
+    inverse, attention = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config, torch.device("cpu"), seq_len=seq_len)
+    return inverse.numpy(), attention
+
+
+CASES = {
+    "linear": ({"factor": 4.0}, rope.pi_factors(DIM, 4.0), 1.0),
+    "yarn": (
+        {"factor": 8.0, "original_max_position_embeddings": L0},
+        rope.yarn_factors(DIM, BASE, 8.0, L0),
+        rope.yarn_attention_factor(8.0),
+    ),
+    "llama3": (
+        {"factor": 8.0, "original_max_position_embeddings": L0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        rope.llama3_factors(DIM, BASE, 8.0, L0, low_freq_factor=1.0, high_freq_factor=4.0),
+        1.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_analytic_sets_divide_to_what_transformers_computes(kind: str) -> None:
+    """PI, YaRN and Llama 3 as factor sets give transformers' inverse frequencies, to float32 rounding."""
+    extra, factors, attention = CASES[kind]
+    inverse, scale = peer({"rope_type": kind, **extra})
+    np.testing.assert_allclose(rope.inverse_frequencies(DIM, BASE) / factors, inverse, rtol=1e-6)
+    assert scale == pytest.approx(attention, rel=1e-9)
+
+
+@pytest.mark.parametrize("length", [L0, 2 * L0, 5 * L0])
+def test_dynamic_ntk_equals_transformers_at_every_length(length: int) -> None:
+    inverse, _ = peer({"rope_type": "dynamic", "factor": 4.0}, seq_len=length)
+    factors = rope.dynamic_ntk_factors(DIM, 4.0, L0, length)
+    np.testing.assert_allclose(rope.inverse_frequencies(DIM, BASE) / factors, inverse, rtol=2e-6)
+
+
+def test_ntk_is_a_change_of_base() -> None:
+    """NTK-aware is defined as base · s^(d/(d−2)); as factors it ends at exactly s."""
+    factors = rope.ntk_factors(DIM, 8.0)
+    rebased = rope.inverse_frequencies(DIM, BASE * 8.0 ** (DIM / (DIM - 2)))
+    np.testing.assert_allclose(rope.inverse_frequencies(DIM, BASE) / factors, rebased, rtol=1e-12)
+    assert factors[0] == 1.0
+    assert factors[-1] == pytest.approx(8.0)
+
+
+def test_attention_factors() -> None:
+    """LongRoPE's and YaRN's formulas at published points; never below 1."""
+    assert rope.longrope_attention_factor(32, 4096) == pytest.approx(1.1902380714238083, rel=1e-12)  # Phi-3
+    assert rope.longrope_attention_factor(0.5, 4096) == 1.0
+    assert rope.yarn_attention_factor(8) == pytest.approx(1.2079441541679836, rel=1e-12)
+    assert rope.yarn_attention_factor(1) == 1.0
+
+
+def test_cos_and_sin_agree_with_the_reference_far_out() -> None:
+    """Two independent writings agree at 2M to 1e-9; float32 angles would be off by 1e-2 (the control)."""
+    factors = tuple((1 + np.arange(DIM // 2) / 4).tolist())
+    tier = Tier(2**21, factors, start_tokens=16, attention_factor=1.3)
+    positions = np.array([0, 1, 15, 16, 17, 4095, 262143, 2097151])
+    cos, sin = tier.cos_sin(positions, BASE)
+    chosen = FactorSet(2**21, factors, 16, 1.3)
+    theirs = Rotation(BASE, DIM, [chosen]).tables(torch.as_tensor(positions), chosen, torch.float64)
+    np.testing.assert_allclose(cos, theirs[0].numpy(), atol=1e-9)
+    np.testing.assert_allclose(sin, theirs[1].numpy(), atol=1e-9)
+    narrow = positions.astype(np.float32)[:, None] * (rope.inverse_frequencies(DIM, BASE) / factors).astype(np.float32)
+    assert np.abs(np.cos(narrow) * 1.3 - cos).max() > 1e-2
+
+
+def test_start_tokens_are_the_first_positions_only() -> None:
+    tier = Tier(64, (4.0,) * 4, start_tokens=3)
+    angles = tier.angles(np.arange(5), 100.0)[:, 0]
+    assert angles.tolist() == [0.0, 1.0, 2.0, 0.75, 1.0]
+
+
+def test_a_sequence_gets_the_first_tier_that_holds_it() -> None:
+    tiers = tuple(Tier(length, (1.0,)) for length in (4, 8, 16))
+    spec = RopeSpec("llama", 2, 10000.0, 4, 16, tiers)
+    chosen = [spec.tier_for(length).max_length for length in (1, 4, 5, 8, 9, 16, 17)]
+    assert chosen == [4, 4, 8, 8, 16, 16, 16]
+    assert spec.boundaries == (4, 8)

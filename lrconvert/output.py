@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import hashlib
 import json
 import os
@@ -92,24 +91,32 @@ def replace_file(path: Path, text: str) -> None:
 
 def check_output(output: Path, *, force: bool) -> None:
     """Refuse an output that exists, and with `force` one that lrconvert did not write (exit code 2)."""
-    if not output.exists() and not output.is_symlink():
-        return
-    if output.is_dir() and not any(output.iterdir()):
+    with _disk_errors(output):
+        _check_output(output, force=force)
+
+
+def _check_output(output: Path, *, force: bool) -> None:
+    if not os.path.lexists(output) or (_is_folder(output) and not any(output.iterdir())):
         return
     if not force:
         raise UsageError(f"{output} exists", remedy="Choose another name, or replace it with --force")
-    if not output.is_dir() or output.is_symlink() or not (output / MANIFEST).is_file():
+    if not _is_folder(output) or not (output / MANIFEST).is_file():
         raise UsageError(
             f"{output} was not written by lrconvert (it has no {MANIFEST})",
             remedy="--force replaces only artifacts; move it away yourself",
         )
     known = {*Manifest.read(output).files, MANIFEST}
-    present = {str(path.relative_to(output)) for path in output.rglob("*") if not path.is_dir()}
+    present = {str(path.relative_to(output)) for path in output.rglob("*") if not _is_folder(path)}
     if foreign := sorted(present - known):
         raise UsageError(
             f"{output} holds files that lrconvert did not write: {', '.join(foreign)}",
             remedy="Move them away first; --force replaces only what lrconvert wrote",
         )
+
+
+def _is_folder(path: Path) -> bool:
+    """A folder itself; what a link names belongs to somebody else."""
+    return path.is_dir() and not path.is_symlink()
 
 
 class Staging(contextlib.AbstractContextManager["Staging"]):
@@ -121,41 +128,59 @@ class Staging(contextlib.AbstractContextManager["Staging"]):
         self.folder = self.output.with_name(f".{self.output.name}.lrconvert-staging")
         self._lock_path = self.output.with_name(f".{self.output.name}.lrconvert-lock")
         self._lock: IO[str] | None = None
+        self._new_parents: list[Path] = []
         self.files: dict[str, FileRecord] = {}
 
     def __enter__(self) -> Staging:
         check_output(self.output, force=self.force)
         with _disk_errors(self.output):
+            self._new_parents = [parent for parent in self.output.parents if not parent.exists()]
             self.output.parent.mkdir(parents=True, exist_ok=True)
-            self._acquire()
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir()
+            while not self._acquire():
+                pass
+            try:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                self.folder.mkdir()
+            except OSError:
+                self._release()
+                raise
         return self
 
-    def _acquire(self) -> None:
-        self._lock = self._lock_path.open("w")
-        if sys.platform == "win32":
-            return
-        import fcntl
+    def _acquire(self) -> bool:
+        """Lock the output's name; False when the file was removed by its last owner while we took it."""
+        lock = self._lock_path.open("a")  # never truncates what a link of this name may point to
+        if sys.platform != "win32":
+            import fcntl
 
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                lock.close()
+                raise UsageError(
+                    f"{self.output} is being written by another lrconvert",
+                    remedy="Wait for it, or choose another name",
+                ) from error
+        if not self._lock_path.exists() or not os.path.samestat(os.fstat(lock.fileno()), self._lock_path.stat()):
+            lock.close()
+            return False
+        self._lock = lock
+        return True
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock_path.unlink(missing_ok=True)
             self._lock.close()
             self._lock = None
-            raise UsageError(
-                f"{self.output} is being written by another lrconvert",
-                remedy="Wait for it, or choose another name",
-            ) from error
+        if not self.output.exists():
+            for parent in self._new_parents:
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._lock is None:
-            return
         shutil.rmtree(self.folder, ignore_errors=True)
-        self._lock_path.unlink(missing_ok=True)
-        self._lock.close()
+        self._release()
         if isinstance(error, OSError):
             raise _as_failure(error, self.output) from error
 
@@ -188,7 +213,7 @@ class Staging(contextlib.AbstractContextManager["Staging"]):
                 self.files[name] = FileRecord(real.stat().st_size, None, linked=True)
                 return
             except OSError as error:
-                if self.link or error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+                if self.link:
                     raise UsageError(
                         f"{name}: can't be hard linked ({error.strerror})",
                         remedy="Leave --link out, or use --copy",

@@ -77,7 +77,7 @@ def write_shards(
             file.write(header_of(tensors))
             for tensor in tensors:
                 array = np.ascontiguousarray(read(tensor))
-                file.write(memoryview(array.reshape(-1).view(np.uint8)))
+                file.write(array.reshape(-1).view(np.uint8).data)
                 yield tensor
     if len(shards) > 1:
         index = {

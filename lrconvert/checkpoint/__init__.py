@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -41,8 +42,7 @@ def open_checkpoint(reference: str | Path, *, revision: str | None = None) -> Ch
     path = locate(reference, revision=revision)
     if path.is_dir():
         return FolderCheckpoint(path)
-    with path.open("rb") as file:
-        magic = file.read(4)
+    magic = _magic(path)
     if magic == b"GGUF":
         from lrconvert.checkpoint.gguf import GgufCheckpoint
 
@@ -53,14 +53,26 @@ def open_checkpoint(reference: str | Path, *, revision: str | None = None) -> Ch
     )
 
 
+def _magic(path: Path) -> bytes:
+    """The first bytes of a file."""
+    if not path.is_file():
+        return b""  # a pipe would wait for ever
+    try:
+        with path.open("rb") as file:
+            return file.read(4)
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror or error})") from error
+
+
 def locate(reference: str | Path, *, revision: str | None = None) -> Path:
     """The folder or file of a model: a path, `demo` for the embedded model, or a Hub id (downloaded).
 
     Raises `InputError` when there is no such thing and `EnvironmentFailure` when the Hub can't be reached.
     """
     path = Path(reference)
-    if path.exists():
-        return path
+    with contextlib.suppress(OSError):  # a name that no file can have names none
+        if path.exists():
+            return path
     if str(reference) == DEMO:
         return Path(str(files("lrconvert") / "data" / DEMO))
     if not _HUB_ID.fullmatch(str(reference)):
@@ -72,6 +84,7 @@ def _download(repository: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -79,6 +92,8 @@ def _download(repository: str, revision: str | None) -> Path:
 
     try:
         return Path(snapshot_download(repository, revision=revision, ignore_patterns=_NOT_DOWNLOADED))
+    except HFValidationError as error:
+        raise InputError(f"{repository}: no such folder, and not a name that the Hub allows") from error
     except RevisionNotFoundError as error:
         raise InputError(f"{repository}: has no revision {revision!r} on the Hub") from error
     except RepositoryNotFoundError as error:
@@ -87,8 +102,8 @@ def _download(repository: str, revision: str | None) -> Path:
             remedy="For a private or gated model log in first: `hf auth login`",
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        said = str(error).partition("\n")[0]
         raise EnvironmentFailure(
-            f"{repository}: no such folder, and the Hub did not answer ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]})",
+            f"{repository}: no such folder, and the Hub did not answer ({type(error).__name__}: {said})",
             remedy="Check the network, or give a local folder",
         ) from error

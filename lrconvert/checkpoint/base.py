@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,9 @@ import numpy as np
 from lrconvert.errors import InputError, UnsupportedError
 from lrconvert.families import ExpectedTensor, Family, ModelShape, expected_tensors, get_family, read_shape
 
-MAX_JSON_BYTES = 256 * 2**20  # the largest tokenizer.json files are about 35 MB
+# The largest indexes, of a hundred thousand tensors, are about 10 MB; parsed, a file can be 20 times its size.
+MAX_JSON_BYTES = 32 * 2**20
+MAX_JSON_DEPTH = 64
 
 # Names of the dtypes as safetensors spells them, with the dtype of the arrays that `Checkpoint.read` gives.
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
@@ -98,6 +101,7 @@ def understand(reference: str, checkpoint: Checkpoint) -> Model:
     family = get_family(checkpoint.config.get("model_type"))
     shape = read_shape(checkpoint.config, family)
     if checkpoint.quantised_with:
+        _ = checkpoint.tensors  # headers, index and shards are checked all the same
         note = f"weights are quantised with {checkpoint.quantised_with}: copied as they are, not looked into"
         return Model(reference, checkpoint, family, shape, notes=(note,))
     found = checkpoint.tensors
@@ -122,8 +126,11 @@ def understand(reference: str, checkpoint: Checkpoint) -> Model:
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """A JSON object from a file; `InputError` for anything else, in bounded time and memory."""
     try:
-        if path.stat().st_size > limit:
-            raise InputError(f"{path}: {path.stat().st_size} bytes; at most {limit} are read")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe or a device has no end
+            raise InputError(f"{path}: not a file")
+        if status.st_size > limit:
+            raise InputError(f"{path}: {status.st_size} bytes; at most {limit} are read")
         value = json.loads(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path}: can't be read ({error.strerror or error})") from error
@@ -132,7 +139,13 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
         raise InputError(f"{path}: not JSON ({reason})") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds {type(value).__name__}; a JSON object is needed")
-    return value
+    level: list[Any] = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        inner = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [item for items in inner for item in items if isinstance(item, dict | list)]
+        if not level:
+            return value
+    raise InputError(f"{path}: not JSON that anybody means (nested more than {MAX_JSON_DEPTH} deep)")
 
 
 def refuse_quantised(model: Model, target: str) -> None:

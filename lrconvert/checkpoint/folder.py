@@ -8,6 +8,7 @@ what it can't know, that index and shards agree, is checked here.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,22 +22,23 @@ CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-# Files beside config and weights that make a model usable; patterns of `Path.match`.
+# Files beside config and weights that make a model usable: patterns of `fnmatch`, in any case.
 SIDE_FILES = (
     "tokenizer*",
     "vocab.json",
     "vocab.txt",
     "merges.txt",
     "*.tiktoken",
+    "tekken.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "generation_config.json",
     "chat_template*",
     "additional_chat_templates/*",
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
-    "USE_POLICY*",
+    "license*",
+    "licence*",
+    "notice*",
+    "use_policy*",
 )
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -53,7 +55,9 @@ class FolderCheckpoint(Checkpoint):
         if quantisation is not None:
             method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
             self.quantised_with = str(method or "an unnamed method")
-        self._weight_map = self._read_index() if (path / INDEX).exists() else None
+        # One whole file wins over an index beside it, as in transformers.
+        sharded = (path / INDEX).exists() and not (path / SINGLE).is_file()
+        self._weight_map = self._read_index() if sharded else None
         self._handles: dict[Path, Any] = {}
 
     def _read_index(self) -> dict[str, str]:
@@ -135,5 +139,7 @@ class FolderCheckpoint(Checkpoint):
         return [*index, *self.shards]
 
     def side_files(self) -> dict[str, Path | bytes]:
-        found = {path for pattern in SIDE_FILES for path in self.path.glob(pattern) if path.is_file()}
-        return {str(path.relative_to(self.path)): path for path in sorted(found)}
+        paths = [*self.path.iterdir(), *self.path.glob("additional_chat_templates/*")]
+        files = {path.relative_to(self.path).as_posix(): path for path in sorted(paths) if path.is_file()}
+        wanted = {name for pattern in SIDE_FILES for name in files if fnmatchcase(name.lower(), pattern)}
+        return {name: path for name, path in files.items() if name in wanted}

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from lrconvert import __version__
-from lrconvert.errors import LrconvertError
+from lrconvert.errors import EnvironmentFailure, LrconvertError, UsageError
 
 # Name: (module under lrconvert.cli, one line of help). A command's module is imported only when it is used.
 COMMANDS = {
@@ -69,13 +69,21 @@ def run(arguments: list[str]) -> int:
         return done.exit_code
     except click.Abort:
         return _fail("interrupted", 130, debug)
+    except click.UsageError as error:
+        if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):  # since click 8.2
+            error.show()
+            return error.exit_code
+        command = error.ctx.command_path if error.ctx else "lrconvert"
+        return _fail(f"{error.format_message().rstrip('.')}. See `{command} --help`", UsageError.exit_code, debug)
     except click.ClickException as error:
-        error.show()
-        return error.exit_code
+        return _fail(error.format_message(), error.exit_code, debug)
     except LrconvertError as error:
         return _fail(str(error), error.exit_code, debug)
     except BrokenPipeError:
         return 1
+    except OSError as error:  # what the machine refuses where no command had more to say about it
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}", EnvironmentFailure.exit_code, debug)
     except Exception as error:  # whatever is not one of ours is a bug of ours
         line = f"a bug in lrconvert, {type(error).__name__}: {error}. Please report it with the output of --debug"
         return _fail(line, 1, debug)

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import sys
 from typing import Any
 
 import click
@@ -23,6 +25,19 @@ class Tokens(click.ParamType):
         if not matched or int(matched.group(1)) == 0:
             self.fail(f"{value!r} is not a number of tokens; 65536, 64k and 2m are", param, ctx)
         return int(matched.group(1)) * _SUFFIX[matched.group(2)]
+
+
+class Number(click.FloatRange):
+    """A number above `least`, neither nan nor infinity, which click's own range lets pass."""
+
+    def __init__(self, least: float, most: float = sys.float_info.max) -> None:
+        super().__init__(least, most, min_open=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value!r} is not a number", param, ctx)
+        return number
 
 
 TOKENS = Tokens()

@@ -40,9 +40,8 @@ def command(model: str, as_json: bool, revision: str | None) -> None:
         out.say(f"note: {note}")
     out.say(f"can become: {', '.join(facts['targets'])}")
     if facts["manifest"]:
-        out.say(
-            f"made by lrconvert from {facts['manifest']['model']} with {facts['manifest']['recipe']}: {facts['manifest']['parity']}"
-        )
+        made = facts["manifest"]
+        out.say(f"made by lrconvert from {made['model']} with {made['recipe']}: {made['parity']}")
         return
     out.hint(f"next: lrconvert recipe derive {model} --method yarn --factor 8 -o my-recipe")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from lrconvert.cli import _output as out
-from lrconvert.cli._common import TOKENS, force_option, model_argument, revision_option
+from lrconvert.cli._common import TOKENS, Number, force_option, model_argument, revision_option
 
 METHODS = ("pi", "ntk", "yarn")
 
@@ -106,8 +106,10 @@ def check(recipe: str, model: str | None) -> None:
 @command.command()
 @model_argument
 @click.option("--method", type=click.Choice(METHODS), required=True, help="The analytic interpolation.")
-@click.option("--factor", type=float, required=True, metavar="S", help="Extension ratio: window / original window.")
-@click.option("--attention-factor", type=click.FloatRange(0, min_open=True), help="Instead of the method's own.")
+@click.option(
+    "--factor", type=Number(0, 1e6), required=True, metavar="S", help="Extension ratio: window / original window."
+)
+@click.option("--attention-factor", type=Number(0), help="Instead of the method's own.")
 @click.option("--original-window", type=TOKENS, help="Where the model's config is wrong about it.")
 @click.option("--name", help="The recipe's name.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="RECIPE", help="Folder or .json file.")
@@ -161,7 +163,7 @@ def derive(
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @click.option("--model", help="The model that the factors fit: fills in what the sources don't say.")
 @click.option("--family", help="The model's family, as in model_type.")
-@click.option("--theta", type=click.FloatRange(1, min_open=True), help="The model's rope_theta.")
+@click.option("--theta", type=Number(1), help="The model's rope_theta.")
 @click.option("--original-window", type=TOKENS, help="The window the model was trained with.")
 @click.option("--name", help="The recipe's name.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="RECIPE", help="Folder or .json file.")

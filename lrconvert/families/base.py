@@ -8,6 +8,7 @@ spellings of the formats, `shape` is in the symbols of `ModelShape.symbols`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -187,11 +188,12 @@ class _Reader:
 
     def __init__(self, config: Mapping[str, Any], family: Family) -> None:
         self.config = config
-        self.values = {**family.defaults, **{k: v for k, v in config.items() if v is not None}}
+        self.values = {**family.defaults, **config}  # null is not a missing key: transformers computes a value then
         self.problems: list[str] = []
 
     def integer(self, key: str, default: int | None = None) -> int:
-        value = self.values.get(key, default)
+        value = self.values.get(key)
+        value = default if value is None else value
         most = MAX_COUNT.get(key, MAX_COUNT["default"])
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
             self.problems.append(f"{key} is {_short(value)}; an integer from 1 to {most} is needed")
@@ -200,15 +202,16 @@ class _Reader:
 
     def number(self, key: str, default: float | None = None, at: Mapping[str, Any] | None = None) -> float:
         value = (at or {}).get(key)
-        value = self.values.get(key, default) if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        value = self.values.get(key) if value is None else value
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
             self.problems.append(f"{key} is {_short(value)}; a positive number is needed")
             return 1.0
         return float(value)
 
     def flag(self, key: str) -> bool:
-        value = self.values.get(key, False)
-        if not isinstance(value, bool):
+        value = self.values.get(key)
+        if not isinstance(value, bool | None):
             self.problems.append(f"{key} is {_short(value)}; true or false is needed")
         return value is True
 
@@ -226,12 +229,13 @@ def read_shape(config: Mapping[str, Any], family: Family) -> ModelShape:
     kv_heads = reader.integer("num_key_value_heads", heads)
     head_dim = reader.integer("head_dim", max(hidden // heads, 1))
     partial = reader.number("partial_rotary_factor", 1.0, at=section)
-    rotary_dim = int(head_dim * partial)
-    if heads % kv_heads:
+    rotary_dim = int(head_dim * min(partial, 2.0))
+    sound = not reader.problems  # else the numbers below are stand-ins
+    if sound and heads % kv_heads:
         reader.problems.append(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-    if rotary_dim % 2 or not 2 <= rotary_dim <= head_dim:
+    if sound and (rotary_dim % 2 or not 2 <= rotary_dim <= head_dim):
         reader.problems.append(
-            f"head_dim {head_dim} times partial_rotary_factor {partial:g} rotates {rotary_dim} channels; "
+            f"head_dim {head_dim} times partial_rotary_factor {partial:g} channels rotate; "
             f"an even number from 2 to {head_dim} is needed"
         )
     activation = reader.values.get("hidden_act", "silu")

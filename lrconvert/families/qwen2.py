@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Qwen2 and 2.5: biases on q, k and v, always."""
 
+from dataclasses import replace
+
 from lrconvert.families import base
 
 FAMILY = base.Family(
@@ -11,11 +13,11 @@ FAMILY = base.Family(
         base.EMBEDDING,
         *base.NORMS,
         *base.ATTENTION,
-        *base.QKV_BIASES,
+        # Its configs have no switch for them, and transformers ignores an attention_bias.
+        *(replace(row, when=None) for row in base.QKV_BIASES),
         *base.MLP,
         base.FINAL_NORM,
         base.LM_HEAD,
     ),
-    # Qwen2's configs have no switch for the biases: the architecture always has them.
-    defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768, "attention_bias": True},
+    defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096},
 )

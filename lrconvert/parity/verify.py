@@ -20,7 +20,7 @@ from lrconvert.parity.report import Report, Row, Verdict
 from lrconvert.parity.tolerances import Tolerance, tolerance_for
 from lrconvert.recipe import Recipe, load_recipe, parse_recipe, resolve
 from lrconvert.rope import RopeSpec
-from lrconvert.runtimes.base import Session, WorkerSession
+from lrconvert.runtimes.base import Interpreter, Session, WorkerSession
 
 Progress = Callable[[str], None]
 UNLIMITED = Budget(dense=2**31, decode=2**31)
@@ -28,7 +28,8 @@ UNLIMITED = Budget(dense=2**31, decode=2**31)
 
 @dataclass(frozen=True)
 class Options:
-    """How to verify. `codes` of the artifact to ask (None: all); `full`: nothing is spread or skipped."""
+    """How to verify. `codes` of the artifact to ask (None: all); `full`: nothing is spread or skipped;
+    `python`: the runtime's interpreter; `interpreter`: one that runs already, shared by all codes."""
 
     device: str = "cpu"
     dtype: str = "float32"
@@ -36,6 +37,7 @@ class Options:
     full: bool = False
     python: str | None = None
     threads: int | None = None
+    interpreter: Interpreter | None = None
 
     @property
     def budget(self) -> Budget:
@@ -62,6 +64,7 @@ def _transformers(custom: bool) -> Callable[[Path, Options], WorkerSession]:
             dtype=options.dtype,
             threads=options.threads,
             python=options.python,
+            interpreter=options.interpreter,
         )
 
     return opened

@@ -50,34 +50,35 @@ class Session(Protocol):
     def close(self) -> None: ...
 
 
-class WorkerSession:
-    """A worker script in an interpreter of its own, spoken to over pipes."""
+class Interpreter:
+    """A fresh Python process that runs a worker script, spoken to over pipes.
 
-    def __init__(self, script: Path, options: dict[str, Any], *, python: str | None = None) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="lrconvert-runtime-")
-        self._log = (Path(self._folder.name) / "log").open("w+")
+    A session starts one of its own. Several sessions may share one, one after the other: that saves the
+    seconds that importing a runtime takes, where what they load is trusted not to disturb each other.
+    """
+
+    def __init__(self, script: Path, *, python: str | None = None) -> None:
+        self._temporary = tempfile.TemporaryDirectory(prefix="lrconvert-runtime-")
+        self.folder = Path(self._temporary.name)
+        self._log = (self.folder / "log").open("w+")
         environment = {
             **os.environ,
             "HF_HUB_OFFLINE": "1",
-            "HF_MODULES_CACHE": str(Path(self._folder.name) / "modules"),
+            "HF_MODULES_CACHE": str(self.folder / "modules"),
             "TOKENIZERS_PARALLELISM": "false",
         }
-        # -P where the interpreter knows it would be enough; -I also keeps PYTHONPATH and user site out.
         self._process = subprocess.Popen(
-            [python or sys.executable, "-I", str(script)],
+            [python or sys.executable, "-I", str(script)],  # -I: nothing of ours on its path
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
             env=environment,
         )
-        try:
-            self.info: dict[str, Any] = self._ask({"do": "open", "folder": self._folder.name, **options})
-        except BaseException:
-            self.close()
-            raise
 
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The worker's answer. `EnvironmentFailure` when it died or lacks a module, `InputError` when the
+        runtime raised."""
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
@@ -88,46 +89,25 @@ class WorkerSession:
         if not line:
             raise EnvironmentFailure(f"the runtime's process ended: {self._last_words()}")
         answer = json.loads(line)
-        if answer.get("missing"):
+        if missing := answer.get("missing"):
             raise EnvironmentFailure(
-                f"this check needs {answer['missing']}, which can't be imported",
-                remedy="pip install 'lrconvert[hf]'",
+                f"this check needs {missing}, which can't be imported", remedy="pip install 'lrconvert[hf]'"
             )
-        if answer.get("error"):
-            raise InputError(f"the runtime refuses the artifact: {answer['error']}")
+        if error := answer.get("error"):
+            raise InputError(f"the runtime refuses the artifact: {error}")
         return answer
 
     def _last_words(self) -> str:
         self._log.seek(0)
         lines = [line for line in self._log.read().splitlines() if line.strip()]
-        return lines[-1] if lines else f"exit status {self._process.poll()}"
+        return lines[-1] if lines else f"exit status {self._process.wait()}"
 
-    def _array(self, answer: dict[str, Any], name: str) -> np.ndarray:
-        path = Path(self._folder.name) / answer[name]
+    def array(self, name: str) -> np.ndarray:
+        """An array that the worker left, as float64; its file goes away."""
+        path = self.folder / name
         array = np.load(path, allow_pickle=False).astype(np.float64)
         path.unlink()
         return array
-
-    def logits(
-        self,
-        rows: Sequence[Sequence[int]],
-        *,
-        positions: Sequence[int] | None = None,
-        keep: Sequence[int],
-    ) -> list[np.ndarray]:
-        answer = self._ask({
-            "do": "logits",
-            "rows": [[int(token) for token in row] for row in rows],
-            "positions": None if positions is None else [int(position) for position in positions],
-            "keep": [int(index) for index in keep],
-        })  # fmt: skip
-        return list(self._array(answer, "logits"))
-
-    def generate(self, prompt: Sequence[int], new_tokens: int) -> tuple[list[int], np.ndarray]:
-        answer = self._ask({
-            "do": "generate", "prompt": [int(token) for token in prompt], "new_tokens": new_tokens
-        })  # fmt: skip
-        return answer["tokens"], self._array(answer, "logits")
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -141,10 +121,52 @@ class WorkerSession:
         if self._process.stdout is not None:
             self._process.stdout.close()
         self._log.close()
-        self._folder.cleanup()
+        self._temporary.cleanup()
 
-    def __enter__(self) -> WorkerSession:
-        return self
+
+class WorkerSession(contextlib.AbstractContextManager["WorkerSession"]):
+    """An artifact loaded by a worker: a `Session` over an `Interpreter`, its own unless one is given."""
+
+    def __init__(
+        self,
+        script: Path,
+        options: dict[str, Any],
+        *,
+        python: str | None = None,
+        interpreter: Interpreter | None = None,
+    ) -> None:
+        self._interpreter = interpreter or Interpreter(script, python=python)
+        self._owned = interpreter is None
+        try:
+            request = {"do": "open", "folder": str(self._interpreter.folder), **options}
+            self.info: dict[str, Any] = self._interpreter.ask(request)
+        except BaseException:
+            self.close()
+            raise
+
+    def logits(
+        self,
+        rows: Sequence[Sequence[int]],
+        *,
+        positions: Sequence[int] | None = None,
+        keep: Sequence[int],
+    ) -> list[np.ndarray]:
+        request = {
+            "do": "logits",
+            "rows": [[int(token) for token in row] for row in rows],
+            "positions": None if positions is None else [int(position) for position in positions],
+            "keep": [int(index) for index in keep],
+        }
+        return list(self._interpreter.array(self._interpreter.ask(request)["logits"]))
+
+    def generate(self, prompt: Sequence[int], new_tokens: int) -> tuple[list[int], np.ndarray]:
+        request = {"do": "generate", "prompt": [int(token) for token in prompt], "new_tokens": new_tokens}
+        answer = self._interpreter.ask(request)
+        return answer["tokens"], self._interpreter.array(answer["logits"])
+
+    def close(self) -> None:
+        if self._owned:
+            self._interpreter.close()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lrconvert.runtimes.base import WorkerSession
+from lrconvert.runtimes.base import Interpreter, WorkerSession
 
 WORKER = Path(__file__).with_name("transformers_worker.py")
 
@@ -18,10 +18,12 @@ def open_session(
     dtype: str = "float32",
     threads: int | None = None,
     python: str | None = None,
+    interpreter: Interpreter | None = None,
 ) -> WorkerSession:
     """Load the artifact; `custom` runs the code that lies in it, in the worker's process alone.
 
-    `python` names another interpreter, to check the same artifact against another version of transformers.
+    `python` names another interpreter, to check the same artifact against another version of transformers;
+    `interpreter` is one that already runs.
     """
     options = {
         "artifact": str(artifact.resolve()),
@@ -30,4 +32,4 @@ def open_session(
         "dtype": dtype,
         "threads": threads,
     }
-    return WorkerSession(WORKER, options, python=python)
+    return WorkerSession(WORKER, options, python=python, interpreter=interpreter)

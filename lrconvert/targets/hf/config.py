@@ -37,7 +37,7 @@ def _brief(value: Any) -> str:
 def edited_config(
     model: Model, spec: RopeSpec, native: RopeSpec, dtype: str | None
 ) -> tuple[dict[str, Any], list[Edit]]:
-    """The artifact's config.json and what changed. `dtype`: what the weights become, None: as they are."""
+    """The artifact's config.json and what changed. `dtype`: what the weights are to be, None: as they were."""
     source, family = model.checkpoint.config, model.family
     config = copy.deepcopy(source)
     if model.shape.rotary_dim != model.shape.head_dim:
@@ -46,12 +46,13 @@ def edited_config(
     config.pop("rope_parameters", None)
     config.update(native_keys(native, family))
     sliding = source.get("sliding_window", family.defaults.get("sliding_window"))
-    if isinstance(sliding, int) and sliding < spec.window:
+    if isinstance(sliding, int) and not isinstance(sliding, bool) and sliding < spec.window:
         config["sliding_window"] = spec.window
     config["architectures"] = [family.hf_class]
     config["auto_map"] = dict(AUTO_MAP)
     if dtype is not None:
-        config["dtype" if "dtype" in source else "torch_dtype"] = TORCH_NAMES[dtype]
+        spelled = [key for key in ("dtype", "torch_dtype") if key in source] or ["torch_dtype"]
+        config.update(dict.fromkeys(spelled, TORCH_NAMES[dtype]))
     config[LONGROPE_KEY] = own_key(spec)
     return config, _edits("config.json", source, config)
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from lrconvert.checkpoint import Model, describe_source, read_json
 from lrconvert.checkpoint.base import FLOAT_DTYPES, numpy_dtype, refuse_quantised
+from lrconvert.checkpoint.folder import SINGLE
 from lrconvert.errors import InputError, UnsupportedError
 from lrconvert.expressible import NATIVE_HF, NATIVE_HF_FORMULA, project
 from lrconvert.output import Manifest, Staging
@@ -63,8 +64,8 @@ def plan(model: Model, recipe: Recipe, output: Path, *, window: int | None = Non
     native, losses = project(spec, NATIVE_HF_FORMULA if family.hf_three_key_scaling else NATIVE_HF)
     notes = [*model.notes, *recipe.warnings()]
     stored = _stored_dtype(model, dtype)
-    config, edits = edited_config(model, spec, native, stored)
-    texts = {"config.json": _json(config), MODELING_FILE: modeling_code(family.hf_class)}
+    config, edits = edited_config(model, spec, native, DTYPES[dtype] if dtype else stored)
+    texts = {"config.json": _json(config, "config.json"), MODELING_FILE: modeling_code(family.hf_class)}
     kept: dict[str, Path] = {}
     for name, content in model.checkpoint.side_files().items():
         if isinstance(content, bytes):
@@ -75,11 +76,13 @@ def plan(model: Model, recipe: Recipe, output: Path, *, window: int | None = Non
         path = kept.pop("tokenizer_config.json", None)
         source = json.loads(texts["tokenizer_config.json"]) if path is None else read_json(path)
         edited, more = edited_tokenizer_config(source, spec)
-        texts["tokenizer_config.json"] = _json(edited)
+        texts["tokenizer_config.json"] = _json(edited, "tokenizer_config.json")
         edits = [*edits, *more]
     shards: list[tuple[str, list[PlannedTensor]]] = []
     if stored is None:
-        kept |= {path.name: path for path in model.checkpoint.weight_files()}
+        weights = model.checkpoint.weight_files()
+        # A lone file may have any name in the source; transformers looks for one.
+        kept |= {SINGLE: weights[0]} if len(weights) == 1 else {path.name: path for path in weights}
     else:
         shards = plan_shards([
             PlannedTensor(tensor.name, stored, tensor.shape) for tensor in model.roles.values()
@@ -99,7 +102,8 @@ def _stored_dtype(model: Model, dtype: str | None) -> str | None:
         return None
     refuse_quantised(model, f"--dtype {dtype}")
     wanted = DTYPES[dtype]
-    return None if all(info.dtype == wanted for info in model.checkpoint.tensors.values()) else wanted
+    used = [model.checkpoint.tensors[tensor.name] for tensor in model.roles.values()]
+    return None if all(info.dtype == wanted for info in used) else wanted
 
 
 def _generation_limit(texts: dict[str, bytes], kept: dict[str, Path]) -> int | None:
@@ -109,8 +113,11 @@ def _generation_limit(texts: dict[str, bytes], kept: dict[str, Path]) -> int | N
     return limit if isinstance(limit, int) else None
 
 
-def _json(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+def _json(value: dict[str, Any], name: str) -> bytes:
+    try:
+        return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    except ValueError as error:  # NaN, infinity, half a surrogate pair: Python reads them, JSON has no such thing
+        raise InputError(f"{name}: holds what JSON can't express ({error})") from error
 
 
 def modeling_code(hf_class: str) -> bytes:

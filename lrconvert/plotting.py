@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from lrconvert.errors import require
-from lrconvert.recipe import Recipe, factor_set
+from lrconvert.recipe import Method, Recipe, factor_set
 
 BARS = "▁▂▃▄▅▆▇█"
 # What every tier is shown beside, at the tier's own extension ratio.
-PEERS = {"pi": "PI", "ntk": "NTK-aware", "yarn": "YaRN"}
+PEERS: dict[Method, str] = {"pi": "PI", "ntk": "NTK-aware", "yarn": "YaRN"}
 
 
 def sparkline(values: tuple[float, ...], highest: float) -> str:

@@ -1,14 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the JSON Schema of the recipe file, generated from `recipe.Recipe`: `python -m lrconvert.schema`."""
+"""The JSON Schema of the recipe file, generated from `recipe.Recipe`.
+
+`python -m lrconvert.schema` writes it, `--check` only says whether it is what would be written.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 from lrconvert.recipe import json_schema
 
 PATH = Path(__file__).parent / "data" / "recipe.schema.json"
 
+
+def main(arguments: list[str]) -> int:
+    text = json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
+    if arguments == ["--check"]:
+        return 0 if PATH.read_text(encoding="utf-8") == text else 1
+    PATH.write_text(text, encoding="utf-8")
+    return 0
+
+
 if __name__ == "__main__":
-    PATH.write_text(json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    sys.exit(main(sys.argv[1:]))

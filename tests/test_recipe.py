@@ -53,7 +53,10 @@ positive = st.floats(min_value=1e-6, max_value=1e9, allow_nan=False)
 
 
 @given(
-    st.lists(st.lists(positive, min_size=3, max_size=3), min_size=1, max_size=4), positive, st.integers(0, 300), positive
+    st.lists(st.lists(positive, min_size=3, max_size=3), min_size=1, max_size=4),
+    positive,
+    st.integers(0, 300),
+    positive,
 )
 def test_every_float_survives_the_file(sets: list[list[float]], theta: float, start: int, attention: float) -> None:
     """Write and read gives back the same bits, whatever the numbers are."""
@@ -75,7 +78,10 @@ def test_every_float_survives_the_file(sets: list[list[float]], theta: float, st
         (broken(tiers=[{"max_length": 64, "factors": [1.0, math.nan]}]), ["tiers[0].factors[1] is nan", "finite"]),
         (broken(tiers=[{"max_length": 64, "factors": [1.0, math.inf]}]), ["tiers[0].factors[1] is inf", "finite"]),
         (broken(tiers=[{"max_length": 64, "factors": [1.0]}]), ["tiers[0].factors has 1 values", "needs 2"]),
-        (broken(tiers=[{"max_length": 32, "factors": [1.0, 1.0]}]), ["tiers[0].max_length is 32", "original window, 64"]),
+        (
+            broken(tiers=[{"max_length": 32, "factors": [1.0, 1.0]}]),
+            ["tiers[0].max_length is 32", "original window, 64"],
+        ),
         (
             broken(tiers=[{"max_length": n, "factors": [1.0, 1.0]} for n in (128, 64)]),
             ["tiers[1].max_length is 64", "more than 128"],

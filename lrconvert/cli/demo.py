@@ -118,7 +118,7 @@ def _show_results(results: dict[str, list[Measured]]) -> None:
     for before, after in zip(results["before"], results["after"], strict=True):
         trials = len(DEPTHS.get(before.length, ()))
         cells = [f"{before.perplexity:.1f}", f"{after.perplexity:.1f}"]
-        for row in (before, after):
-            cells.append("" if row.passkey is None else f"{round(row.passkey * trials)} of {trials}")
+        scores = [None if row.passkey is None else round(row.passkey * trials) for row in (before, after)]
+        cells += ["" if score is None else f"{score} of {trials}" for score in scores]
         table.add_row(f"{before.length:,}", *cells)
     out.console().print(table)

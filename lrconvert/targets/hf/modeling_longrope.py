@@ -317,7 +317,6 @@ class LongRopeForCausalLM(NativeForCausalLM, GenerationMixin):
             raise self._crossing(cache, total)
         _empty(cache)
         cache.longrope_tag = tag
-        kwargs["position_ids"] = positions
         kwargs.pop("next_sequence_length", None)  # 5.x: all of input_ids, not the last one
         if "cache_position" in kwargs:  # 4.x: the same
             kwargs["cache_position"] = torch.arange(total, device=input_ids.device)

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The artifact on the oldest transformers it promises to run in, in that version's own environment.
+
+`.ci/run` makes the environment and names its interpreter in LRCONVERT_OLDEST_PYTHON.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import recipe_for
+from pico import FAMILIES
+
+from lrconvert.checkpoint import Model
+from lrconvert.parity import Options, verify
+from lrconvert.targets import hf
+
+OLDEST = os.environ.get("LRCONVERT_OLDEST_PYTHON")
+pytestmark = pytest.mark.skipif(not OLDEST, reason="LRCONVERT_OLDEST_PYTHON names no interpreter")
+HERE = Path(__file__).parent
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_artifacts_verify_there(pico: Callable[..., Model], tmp_path: Path, family: str) -> None:
+    """The config spelling and the modeling code that the newest version runs are right in the oldest too."""
+    model = pico(family)
+    hf.write(hf.plan(model, recipe_for(model, even=True), tmp_path / "a"))
+    report = verify(tmp_path / "a", options=Options(threads=1, python=OLDEST))
+    assert report.passed, report.summary
+    assert report.runtimes["native"]["transformers"].startswith("4.57")
+
+
+def test_the_modeling_code_passes_its_own_tests_there() -> None:
+    assert OLDEST is not None
+    command = [OLDEST, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--noconftest", "-c", os.devnull]
+    done = subprocess.run([*command, str(HERE / "test_modeling.py")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert " passed" in done.stdout

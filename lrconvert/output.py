@@ -2,7 +2,8 @@
 """Writing artifacts: a staging folder beside the output, a manifest, an atomic publish.
 
     with Staging(output, force=…) as staging:
-        staging.link_or_copy(source, name) / staging.write_bytes(name, data) / staging.create(name)
+        staging.link_or_copy(source, name) / staging.copy(source, name)
+        staging.write_bytes(name, data) / staging.create(name)
         staging.publish(manifest)
 
 Whatever happens before `publish`, including `kill -9`, the output is what it was; the staging folder that
@@ -218,7 +219,11 @@ class Staging(contextlib.AbstractContextManager["Staging"]):
                         f"{name}: can't be hard linked ({error.strerror})",
                         remedy="Leave --link out, or use --copy",
                     ) from error
-        with real.open("rb") as reader, self.create(name) as writer:
+        self.copy(real, name)
+
+    def copy(self, source: Path, name: str) -> None:
+        """The same bytes in a file of its own."""
+        with source.open("rb") as reader, self.create(name) as writer:
             while part := reader.read(COPY_BYTES):
                 writer.write(part)
 

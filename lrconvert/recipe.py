@@ -180,6 +180,16 @@ def read_bounded(path: Path, limit: int = MAX_RECIPE_BYTES) -> bytes:
 
 def load_recipe(reference: str | Path) -> Recipe:
     """A recipe by file, by folder with a recipe.json, or by the name of one that is shipped."""
+    path = _recipe_path(reference)
+    return parse_recipe(read_bounded(path), path)
+
+
+def recipe_folder(reference: str | Path) -> Path:
+    """The folder that holds a recipe, to which its `adapter` is relative."""
+    return _recipe_path(reference).parent
+
+
+def _recipe_path(reference: str | Path) -> Path:
     path = Path(reference)
     if not path.exists() and str(reference) in shipped_recipes():
         path = shipped_recipes()[str(reference)]
@@ -190,7 +200,7 @@ def load_recipe(reference: str | Path) -> Recipe:
             f"{reference}: no such recipe file, folder or shipped recipe",
             remedy=f"Shipped: {', '.join(sorted(shipped_recipes())) or 'none'}; see `lrconvert recipe list`",
         )
-    return parse_recipe(read_bounded(path), path)
+    return path
 
 
 def write_recipe(recipe: Recipe, output: Path, *, force: bool = False) -> Path:

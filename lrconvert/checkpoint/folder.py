@@ -121,7 +121,6 @@ class FolderCheckpoint(Checkpoint):
         return found
 
     def _open(self, shard: Path) -> Any:
-        import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors asks for by name)
         from safetensors import SafetensorError, safe_open
 
         if shard not in self._handles:
@@ -132,6 +131,8 @@ class FolderCheckpoint(Checkpoint):
         return self._handles[shard]
 
     def read(self, name: str) -> np.ndarray[Any, Any]:
+        import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors asks for by name)
+
         return self._open(self.tensors[name].file).get_tensor(name)
 
     def weight_files(self) -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -56,16 +57,14 @@ def size(count: int) -> str:
 @contextlib.contextmanager
 def byte_progress(quiet: bool = False) -> Iterator[Callable[[str, int, int], None] | None]:
     """A progress bar over bytes: yields `report(what, done, total)`; None where nobody would see it."""
-    from rich.console import Console
-
-    terminal = Console(stderr=True)
-    if quiet or not terminal.is_terminal:
+    if quiet or not sys.stderr.isatty():
         yield None
         return
+    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=terminal, transient=True) as progress:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=None)
         yield lambda what, done, total: progress.update(task, description=what, completed=done, total=total)
 
@@ -73,11 +72,10 @@ def byte_progress(quiet: bool = False) -> Iterator[Callable[[str, int, int], Non
 @contextlib.contextmanager
 def spinner(quiet: bool = False) -> Iterator[Callable[[str], None]]:
     """A line on stderr that says what is going on: yields `say(what)`."""
-    from rich.console import Console
-
-    terminal = Console(stderr=True)
-    if quiet or not terminal.is_terminal:
+    if quiet or not sys.stderr.isatty():
         yield lambda what: None
         return
-    with terminal.status("") as status:
+    from rich.console import Console
+
+    with Console(stderr=True).status("") as status:
         yield lambda what: status.update(what)

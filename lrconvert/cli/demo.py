@@ -15,7 +15,7 @@ from lrconvert.cli._common import force_option
 
 METHOD, RATIO = "yarn", 8.0
 LENGTHS = (4096, 8192, 16384)
-DEPTHS = {8192: (0.1, 0.5, 0.9), 16384: (0.2, 0.6)}  # passkey trials: one per depth
+DEPTHS = {4096: (0.1, 0.5, 0.9), 8192: (0.1, 0.5, 0.9), 16384: (0.1, 0.5, 0.9)}  # passkey trials: one per depth
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from lrconvert.cli._common import TOKENS, force_option, model_argument, revision
 @model_argument
 @click.option("--recipe", required=True, metavar="RECIPE", help="Recipe file, folder or shipped name.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="The artifact.")
+@click.option("--adapter", metavar="PATH|HUB_ID", help="Merge this LoRA adapter; default: the recipe's, if any.")
 @click.option("--window", type=TOKENS, help="Stop at this window instead of the recipe's last tier.")
 @click.option("--dtype", type=click.Choice(["bf16", "f16", "f32"]), help="Convert the weights; default: as they are.")
 @click.option("--dry-run", is_flag=True, help="Print what would be written; write nothing.")
@@ -30,6 +31,7 @@ def command(
     model: str,
     recipe: str,
     output: Path,
+    adapter: str | None,
     window: int | None,
     dtype: str | None,
     dry_run: bool,
@@ -47,13 +49,23 @@ def command(
     lrconvert hf demo --recipe demo-yarn-8x -o demo-32k
     """
     from lrconvert.checkpoint import open_model
+    from lrconvert.checkpoint.adapter import choose_adapter, open_adapter
     from lrconvert.output import check_output
-    from lrconvert.recipe import load_recipe
+    from lrconvert.recipe import load_recipe, recipe_folder
     from lrconvert.targets import hf
 
     if not dry_run:
         check_output(output, force=force)
-    planned = hf.plan(open_model(model, revision=revision), load_recipe(recipe), output, window=window, dtype=dtype)
+    baked = load_recipe(recipe)
+    chosen = choose_adapter(adapter, baked.adapter, recipe_folder(recipe))
+    planned = hf.plan(
+        open_model(model, revision=revision),
+        baked,
+        output,
+        window=window,
+        dtype=dtype,
+        adapter=None if chosen is None else open_adapter(chosen),
+    )
     _describe(planned, detailed=dry_run)
     if dry_run:
         out.hint("dry run: nothing was written")

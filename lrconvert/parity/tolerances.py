@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far apart is allowed: one table, every row with its reason.
 
-A bound is on the mean KL of a case and is chosen against the mistakes it has to catch: the mutants of
-`mutants.py` move the mean KL of at least one case beyond it, which the tests show on pico models and on the
-embedded model.
+Bounds are on the mean KL of a case and on its largest KL, and are chosen against the mistakes they have to
+catch: every mutant of `mutants.py` moves at least one case beyond them, which the tests show on pico models
+(float32) and, on a GPU, on the embedded model (bfloat16 too). Measured values: benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -15,32 +15,39 @@ ANY = 2**62
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Bound on the mean KL (nats) of a case, for a code and a compute dtype, up to a length."""
+    """Bounds on the KL (nats) of a case, for a code and a compute dtype, up to a length."""
 
     code: str
     dtype: str
     up_to: int
     kl_mean: float
+    kl_max: float
     reason: str
 
 
-_FP64_ANGLES = "angles in float64: only float32 rounding of the arithmetic, whatever the position"
-_FP32_ANGLES = "native code makes angles in float32: the error grows with the position (cos off by 5.8e-4 at 8k)"
-_BF16 = "bfloat16 arithmetic: 8 bits of mantissa in every product; only gross mistakes show"
-_F16 = "float16 arithmetic: 11 bits of mantissa"
+_FP64_ANGLES = "angles in float64: only float32 rounding of the arithmetic, at any position (measured up to 6e-11)"
+_FP32_ANGLES = "native code makes angles in float32, so the error grows with the position: {}"
+_BF16 = (
+    "bfloat16 arithmetic, 8 bits of mantissa: 1e-4 on the embedded model, 5e-3 on SmolLM2-135M. It sees every "
+    "mutant on the embedded model (a boundary off by one 1.4e-2), dropped start tokens only in the largest KL (0.19)"
+)
+_BF16_FAR = "bfloat16 arithmetic and float32 angles far out"
+_F16 = "float16 arithmetic, 11 bits of mantissa: about 1/64 of bfloat16's KL"
 
 TOLERANCES = (
-    Tolerance("custom", "float32", ANY, 1e-8, _FP64_ANGLES),
-    Tolerance("native", "float32", 1024, 1e-8, "float32 angles are still exact enough"),
-    Tolerance("native", "float32", 16384, 1e-6, _FP32_ANGLES),
-    Tolerance("native", "float32", 131072, 1e-4, _FP32_ANGLES + "; 9.3e-3 at 131k"),
-    Tolerance("native", "float32", 524288, 2e-3, _FP32_ANGLES),
-    Tolerance("native", "float32", ANY, 1e-1, _FP32_ANGLES + "; 7.4e-2 at 1M, 1.5e-1 at 2M"),
-    Tolerance("custom", "bfloat16", ANY, 3e-2, _BF16),
-    Tolerance("native", "bfloat16", ANY, 1e-1, _BF16),
-    Tolerance("custom", "float16", ANY, 1e-3, _F16),
-    Tolerance("native", "float16", 131072, 1e-3, _F16),
-    Tolerance("native", "float16", ANY, 1e-1, _F16 + ", and float32 angles"),
+    Tolerance("custom", "float32", ANY, 1e-8, 1e-6, _FP64_ANGLES),
+    Tolerance("native", "float32", 1024, 1e-8, 1e-6, _FP32_ANGLES.format("still exact enough here")),
+    Tolerance("native", "float32", 16384, 1e-6, 1e-4, _FP32_ANGLES.format("cos off by 5.8e-4 at 8k")),
+    Tolerance("native", "float32", 32768, 3e-5, 3e-3, _FP32_ANGLES.format("5.0e-6 on a widened pico model")),
+    Tolerance("native", "float32", 131072, 5e-4, 5e-2, _FP32_ANGLES.format("8.8e-5 on a widened pico model")),
+    Tolerance("native", "float32", 524288, 7e-3, 0.5, _FP32_ANGLES.format("1.4e-3 on a widened pico model")),
+    Tolerance("native", "float32", ANY, 1e-1, 5.0, _FP32_ANGLES.format("1.7e-2 to 6e-2 at 2M on pico models")),
+    Tolerance("custom", "bfloat16", ANY, 1e-2, 1e-1, _BF16),
+    Tolerance("native", "bfloat16", 131072, 1e-2, 1e-1, _BF16),
+    Tolerance("native", "bfloat16", ANY, 1e-1, 5.0, _BF16_FAR),
+    Tolerance("custom", "float16", ANY, 1e-3, 1e-2, _F16),
+    Tolerance("native", "float16", 131072, 1e-3, 5e-2, _F16 + "; float32 angles come on top"),
+    Tolerance("native", "float16", ANY, 1e-1, 5.0, _F16 + "; float32 angles far out"),
 )
 
 

@@ -71,24 +71,20 @@ class Worker:
         torch = self.torch
         rows, positions = request["rows"], request["positions"]
         longest = max(len(row) for row in rows)
-        padded = [[0] * (longest - len(row)) + row for row in rows]
-        mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-        if positions is None:
-            where = [[max(0, i - (longest - len(row))) for i in range(longest)] for row in rows]
-        else:
-            where = [positions]
         place = {"device": self.device, "dtype": torch.long}
+        given = {"input_ids": torch.tensor([[0] * (longest - len(row)) + row for row in rows], **place)}
+        if positions is not None or len(rows) > 1:
+            # As generate passes them. One plain row needs neither, and a mask of 64k x 64k would not fit.
+            mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+            where = [[max(0, i - (longest - len(row))) for i in range(longest)] for row in rows]
+            given["attention_mask"] = torch.tensor(mask, **place)
+            given["position_ids"] = torch.tensor(where if positions is None else [positions], **place)
         # Kept indices count from the start of each row's own tokens; logits_to_keep is one list for all.
         keep = [[i + longest - len(row) if i >= 0 else i + longest for i in request["keep"]] for row in rows]
         wanted = sorted({index for row in keep for index in row})
         with torch.inference_mode():
-            out = self.model(
-                input_ids=torch.tensor(padded, **place),
-                attention_mask=torch.tensor(mask, **place),
-                position_ids=torch.tensor(where, **place),
-                logits_to_keep=torch.tensor(wanted, **place),
-                use_cache=False,
-            ).logits
+            logits_to_keep = torch.tensor(wanted, **place)
+            out = self.model(**given, logits_to_keep=logits_to_keep, use_cache=False).logits
         column = {index: at for at, index in enumerate(wanted)}
         parts = [out[row][[column[index] for index in indices]] for row, indices in enumerate(keep)]
         return {"logits": self.save(torch.stack(parts))}

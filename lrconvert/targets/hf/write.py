@@ -11,19 +11,18 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from lrconvert.checkpoint import Model, describe_source, read_json
-from lrconvert.checkpoint.base import FLOAT_DTYPES, numpy_dtype, refuse_quantised
-from lrconvert.checkpoint.folder import SINGLE
-from lrconvert.errors import InputError, UnsupportedError
+from lrconvert.checkpoint import Model, read_json
+from lrconvert.checkpoint.adapter import Adapter, describe, merged
+from lrconvert.checkpoint.base import FLOAT_DTYPES, refuse_quantised
+from lrconvert.errors import InputError
 from lrconvert.expressible import NATIVE_HF, NATIVE_HF_FORMULA, project
 from lrconvert.output import Manifest, Staging
 from lrconvert.recipe import Recipe, resolve
 from lrconvert.rope import RopeSpec
-from lrconvert.shards import PlannedTensor, header_of, plan_shards, write_shards
+from lrconvert.shards import PlannedTensor, header_of, plan_shards
 from lrconvert.targets.hf.config import Edit, edited_config, edited_tokenizer_config
 from lrconvert.targets.hf.spelling import MODELING_FILE
+from lrconvert.targets.hf.weights import lay_out, write_weights
 
 DTYPES = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
 NATIVE_IMPORT = re.compile(r"^from transformers import (\w+) as NativeForCausalLM\b", re.MULTILINE)
@@ -40,8 +39,8 @@ class Plan:
     spec: RopeSpec
     output: Path
     texts: dict[str, bytes]  # files that are made here
-    kept: dict[str, Path]  # files that come along unchanged: hard linked or copied
-    shards: list[tuple[str, list[PlannedTensor]]]  # weights that are written anew; empty: they are kept
+    kept: dict[str, Path]  # files that come along unchanged: weights hard linked where that works
+    shards: list[tuple[str, list[PlannedTensor]]]  # weight files that are written anew
     edits: list[Edit]
     losses: list[str]  # what native code, without the artifact's own, can't express
     notes: list[str]
@@ -57,13 +56,23 @@ class Plan:
         return dict(sorted(sizes.items()))
 
 
-def plan(model: Model, recipe: Recipe, output: Path, *, window: int | None = None, dtype: str | None = None) -> Plan:
-    """Resolve, edit and lay out. Raises what `resolve` raises; reads no weights."""
+def plan(
+    model: Model,
+    recipe: Recipe,
+    output: Path,
+    *,
+    window: int | None = None,
+    dtype: str | None = None,
+    adapter: Adapter | None = None,
+) -> Plan:
+    """Resolve, edit and lay out. Raises what `resolve` and `merged` raise; merges no weights yet."""
     shape, family = model.shape, model.family
     spec = resolve(recipe, family=family.name, rotary_dim=shape.rotary_dim, theta=shape.theta, window=window)
     native, losses = project(spec, NATIVE_HF_FORMULA if family.hf_three_key_scaling else NATIVE_HF)
-    notes = [*model.notes, *recipe.warnings()]
     stored = _stored_dtype(model, dtype)
+    if adapter is not None:  # with a dtype of its own, the artifact's one rounding is the writer's
+        model = merged(model, adapter, rounded=stored is None)
+    notes = [*model.notes, *recipe.warnings()]
     config, edits = edited_config(model, spec, native, DTYPES[dtype] if dtype else stored)
     texts = {"config.json": _json(config, "config.json"), MODELING_FILE: modeling_code(family.hf_class)}
     kept: dict[str, Path] = {}
@@ -78,15 +87,9 @@ def plan(model: Model, recipe: Recipe, output: Path, *, window: int | None = Non
         edited, more = edited_tokenizer_config(source, spec)
         texts["tokenizer_config.json"] = _json(edited, "tokenizer_config.json")
         edits = [*edits, *more]
-    shards: list[tuple[str, list[PlannedTensor]]] = []
-    if stored is None:
-        weights = model.checkpoint.weight_files()
-        # A lone file may have any name in the source; transformers looks for one.
-        kept |= {SINGLE: weights[0]} if len(weights) == 1 else {path.name: path for path in weights}
-    else:
-        shards = plan_shards([
-            PlannedTensor(tensor.name, stored, tensor.shape) for tensor in model.roles.values()
-        ])  # fmt: skip
+    weights, shards, index = lay_out(model, stored, plan_shards)
+    kept |= weights
+    texts |= index
     if (limit := _generation_limit(texts, kept)) is not None and limit < spec.window:
         notes.append(f"generation_config.json: max_length {limit} caps what generate() makes by default")
     options = {"window": spec.window, "dtype": stored}
@@ -140,14 +143,16 @@ def write(plan: Plan, *, force: bool = False, link: bool | None = None, progress
             done += len(data)
         for name, path in sorted(plan.kept.items()):
             report(name, done, total)
-            staging.link_or_copy(path, name)
+            # People edit a tokenizer's or generation's config in place: only weights share bytes with the source.
+            place = staging.link_or_copy if name.endswith(".safetensors") else staging.copy
+            place(path, name)
             done += path.stat().st_size
-        for tensor in write_shards(staging, plan.shards, lambda planned: _cast(plan.model, planned)):
+        for tensor in write_weights(staging, plan.model.checkpoint, plan.shards):
             done += tensor.nbytes
             report(tensor.name, done, total)
         manifest = Manifest(
             target="hf",
-            source=describe_source(plan.model),
+            source=describe(plan.model),
             recipe=asdict(plan.recipe),
             options=plan.options,
             losses=plan.losses,
@@ -155,15 +160,3 @@ def write(plan: Plan, *, force: bool = False, link: bool | None = None, progress
         )
         staging.publish(manifest)
     return manifest
-
-
-def _cast(model: Model, planned: PlannedTensor) -> np.ndarray[Any, Any]:
-    """A tensor of the model in the planned dtype; a value that float16 can't hold is an error."""
-    array = model.checkpoint.read(planned.name)
-    with np.errstate(over="ignore"):
-        cast = array.astype(numpy_dtype(planned.dtype), copy=False)
-    if planned.dtype == "F16" and not np.isfinite(cast).all():
-        if not np.isfinite(array.astype(np.float32)).all():
-            raise InputError(f"{model.checkpoint.path}: {planned.name} holds values that are not finite")
-        raise UnsupportedError(f"{planned.name} holds values beyond float16's range", remedy="Use --dtype bf16")
-    return cast

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the benchmarks share: checkpoints to convert, commands timed as whole processes, results written down."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lrconvert.families import expected_tensors, get_family, read_shape
+from lrconvert.shards import PlannedTensor, header_of
+
+RESULTS = Path(__file__).parent / "results"
+CHUNK = 64 * 2**20
+
+# 2.8 GB in bf16 (1.4 B parameters), and the shape of a 7B model (13.5 GB).
+SHAPES = {
+    "2.8 GB": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 26, "num_attention_heads": 16},
+    "14 GB": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+}
+
+
+def write_checkpoint(folder: Path, shape: str, *, shards: int = 7, sparse: bool = False) -> Path:
+    """A sharded bf16 Llama of a shape, random weights; `sparse`: holes instead of weights, for what never
+    reads them. Kept if it is there already."""
+    if (folder / "config.json").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "num_key_value_heads": SHAPES[shape]["num_attention_heads"],
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "torch_dtype": "bfloat16",
+        **SHAPES[shape],
+    }
+    family = get_family("llama")
+    tensors = [
+        PlannedTensor(t.name, "BF16", t.shape)
+        for t in expected_tensors(family, read_shape(config, family))
+        if t.required
+    ]
+    weight_map: dict[str, str] = {}
+    noise = np.random.default_rng(0).integers(0x3B00, 0x3D00, size=CHUNK // 2, dtype=np.uint16).tobytes()
+    ends = [len(tensors) * part // shards for part in range(shards + 1)]
+    groups = [tensors[start:end] for start, end in itertools.pairwise(ends)]
+    for index, group in enumerate(groups, 1):
+        name = f"model-{index:05d}-of-{len(groups):05d}.safetensors"
+        weight_map |= {tensor.name: name for tensor in group}
+        left = sum(tensor.nbytes for tensor in group)
+        with (folder / name).open("wb") as file:
+            file.write(header_of(group))
+            if sparse:
+                file.truncate(file.tell() + left)
+                continue
+            while left:
+                left -= file.write(noise[: min(left, CHUNK)])
+    total = sum(tensor.nbytes for tensor in tensors)
+    index_text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map})
+    (folder / "model.safetensors.index.json").write_text(index_text)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A whole process: wall and CPU seconds, peak resident bytes."""
+
+    wall: float
+    cpu: float
+    rss: int
+
+
+# A process starts with the peak of the one that started it: commands are started by a small one.
+_LAUNCHER = """
+import json, os, subprocess, sys, time
+started = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+wall = time.perf_counter() - started
+print(json.dumps([os.waitstatus_to_exitcode(status), wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss]))
+"""
+
+
+def run(command: Sequence[str | Path]) -> Cost:
+    """Run a command to its end; the operating system's own accounting of it. Raises when it fails."""
+    launched = [sys.executable, "-I", "-S", "-c", _LAUNCHER, *map(str, command)]
+    done = subprocess.run(launched, capture_output=True, text=True, check=True)
+    code, wall, cpu, peak = json.loads(done.stdout)
+    if code:
+        raise RuntimeError(f"{command} failed: {done.stderr[-500:]}")
+    return Cost(wall, cpu, peak * 1024)
+
+
+def lrconvert(*arguments: str | Path) -> list[str | Path]:
+    """The command line of this interpreter's lrconvert."""
+    return [Path(sys.executable).with_name("lrconvert"), *arguments]
+
+
+def copy_with_fsync(source: Path, target: Path) -> float:
+    """Seconds for a plain copy of a folder's files that ends when they are on the disk."""
+    started = time.perf_counter()
+    target.mkdir(parents=True)
+    for path in sorted(source.iterdir()):
+        with path.open("rb") as reader, (target / path.name).open("wb") as writer:
+            while part := reader.read(CHUNK):
+                writer.write(part)
+            writer.flush()
+            os.fsync(writer.fileno())
+    return time.perf_counter() - started
+
+
+def median(values: Sequence[float]) -> float:
+    return statistics.median(values)
+
+
+def repeat(times: int, measure: Callable[[], Any]) -> list[Any]:
+    return [measure() for _ in range(times)]
+
+
+def save(name: str, numbers: dict[str, Any]) -> None:
+    """Print and keep a result: date, command, versions, machine (cores and memory alone), numbers."""
+    options = [argument for argument in sys.argv[1:] if "/" not in argument]  # no paths of this machine
+    pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    result = {
+        "date": date.today().isoformat(),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *options]),
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("lrconvert", "numpy", "safetensors")},
+        },
+        "machine": {"cores": os.cpu_count(), "memory_gib": round(pages * page / 2**30)},
+        **numbers,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    text = json.dumps(result, indent=2)
+    (RESULTS / f"{name}.json").write_text(text + "\n")
+    print(text)

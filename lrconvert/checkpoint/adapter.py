@@ -1,0 +1,359 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA adapters in PEFT layout: a model with one merged is a view that merges what is read of it.
+
+    model = merged(open_model("base"), open_adapter("adapter"))
+
+Shapes, for a module with weight W [out, in] and rank r: lora_A [r, in], lora_B [out, r], and for an embedding
+[words, hidden] lora_embedding_A [r, words], lora_embedding_B [hidden, r]. With s = α/r, or α/√r with
+use_rslora (`AdapterConfig.scale_of`):
+
+    LoRA   W' = W + s·(B·A)            DoRA   W'' = W' · m / ‖row of W'‖, m = lora_magnitude_vector [out]
+
+in float32, rows in blocks, with one rounding at the end. modules_to_save replace a tensor.
+
+What an adapter does is what peft computes *before* it merges. The two differ where input and output
+embeddings are tied and only one of them is adapted: peft's forward pass adapts one, `merge_and_unload`
+changes the shared tensor. Here the tie is broken: lm_head.weight becomes a tensor of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lrconvert.checkpoint import locate
+from lrconvert.checkpoint.adapter_config import CONFIG, AdapterConfig, read_adapter_config
+from lrconvert.checkpoint.base import (
+    FLOAT_DTYPES,
+    Checkpoint,
+    Model,
+    TensorInfo,
+    numpy_dtype,
+    refuse_quantised,
+    understand,
+)
+from lrconvert.checkpoint.source import describe_source
+from lrconvert.checkpoint.tensor_file import TensorFile, other_dtypes
+from lrconvert.errors import InputError, UnsupportedError, UsageError
+from lrconvert.output import sha256_of
+
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+BLOCK_VALUES = 2**20  # of a tensor, merged at once: 4 MB in float32
+
+Array = np.ndarray[Any, Any]
+Part = Callable[[], Array]  # computes a block of rows
+_PART_OF = re.compile(
+    r"(?P<module>.+)\.(?:lora_(?P<pair>[AB])\.weight|lora_embedding_(?P<embedding>[AB])"
+    r"|(?P<magnitude>lora_magnitude_vector)(?:\.weight)?|base_layer\.(?P<base>weight|bias))"
+)
+
+
+def row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Starts and ends of the blocks in which the rows of a tensor are worked on."""
+    step = max(1, BLOCK_VALUES // max(1, int(np.prod(shape[1:], dtype=np.int64))))
+    return ((start, min(start + step, shape[0])) for start in range(0, shape[0], step))
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter on disk, opened and understood as far as that goes without its base model."""
+
+    reference: str  # as the user named it
+    path: Path
+    config: AdapterConfig
+    file: TensorFile
+
+    @cached_property
+    def description(self) -> dict[str, str]:
+        """What a manifest says of it: its name, and digests of both files."""
+        return {
+            "reference": self.reference,
+            "config_sha256": sha256_of(self.path / CONFIG),
+            "weights_sha256": sha256_of(self.file.path),
+        }
+
+
+def open_adapter(reference: str | Path, revision: str | None = None) -> Adapter:
+    """Open the adapter that a folder or Hub id names.
+
+    Raises `InputError` for files that aren't whole, `UnsupportedError` for features that aren't merged.
+    """
+    path = locate(reference, revision=revision)
+    if not (path / CONFIG).is_file():
+        raise InputError(f"{path}: no {CONFIG}, so not an adapter in PEFT layout")
+    config = read_adapter_config(path / CONFIG)
+    if not (path / WEIGHTS).is_file():
+        raise InputError(
+            f"{path}: no {WEIGHTS}; an adapter_model.bin is a pickle, which can run code when loaded and is never "
+            "opened",
+            remedy="Save the adapter as safetensors first",
+        )
+    file = TensorFile(path / WEIGHTS)
+    problems = other_dtypes(file.tensors) if file.tensors else ["holds no tensors"]
+    if problems:
+        raise InputError.collect(file.path, problems)
+    return Adapter(str(reference), path, config, file)
+
+
+def choose_adapter(given: str | None, carried: str | None, folder: Path) -> str | None:
+    """The adapter to merge: the one given, else the one that a recipe in `folder` carries (a path relative to
+    that folder, or a Hub id). Raises `UsageError` when there are two and they differ."""
+    if carried is None:
+        return given
+    beside = folder / carried
+    own = str(beside) if beside.exists() else carried
+    if given is None:
+        return own
+    if given == own or (beside.exists() and Path(given).exists() and beside.samefile(given)):
+        return given
+    raise UsageError(
+        f"adapter and recipe disagree: --adapter is {given}, the recipe was made for {own}",
+        remedy="Leave --adapter out, or take a recipe without an adapter",
+    )
+
+
+@dataclass(frozen=True)
+class Change:
+    """What becomes of one tensor. `start` names the base tensor it starts from; in `saved`, the adapter's key
+    for what replaces that; `left`, `right` (keys of B and A) and `scale` the product to add."""
+
+    start: str
+    saved: str | None = None
+    left: str | None = None
+    right: str | None = None
+    scale: float = 0.0
+    embedding: bool = False  # the factors are stored transposed
+    magnitude: str | None = None
+
+
+class MergedCheckpoint(Checkpoint):
+    """A checkpoint in which an adapter's changes are made when a tensor is read."""
+
+    def __init__(
+        self, base: Checkpoint, adapter: Adapter, changes: Mapping[str, Change], *, untied: bool, rounded: bool
+    ) -> None:
+        """`rounded`: a changed tensor has its base's dtype; else it stays in float32 for the reader to round."""
+        self.base, self.adapter, self._changes, self._rounded = base, adapter, changes, rounded
+        self.path, self.format = base.path, base.format
+        self.config = {**base.config, "tie_word_embeddings": False} if untied else base.config
+        self.tensors = dict(base.tensors)
+        if untied:  # the last file is the one to grow
+            like, last = base.tensors[EMBEDDING], list(base.tensors.values())[-1]
+            self.tensors.setdefault(LM_HEAD, replace(like, name=LM_HEAD, file=last.file))
+        self.touched = frozenset(changes)
+        self._files: dict[Path, TensorFile] = {}
+
+    def weight_files(self) -> list[Path]:
+        return self.base.weight_files()
+
+    def side_files(self) -> dict[str, Path | bytes]:
+        return self.base.side_files()
+
+    def read(self, name: str) -> Array:
+        if name not in self.touched:
+            return self.base.read(name)
+        return np.concatenate([part() for part in self.parts(name)])
+
+    def parts(self, name: str) -> Iterator[Part]:
+        """A changed tensor in blocks of rows, in order, each as a function that computes it (in any thread)."""
+        change, file = self._changes[name], self.adapter.file
+        stored = self.base.tensors[change.start].dtype
+        own = numpy_dtype(stored if stored in FLOAT_DTYPES else "F32")  # what `read` of the base gives
+        wide = np.float64 if stored == "F64" else np.float32
+        work = _Work(name, self._rows_of(change), wide, own if self._rounded else np.dtype(wide))
+        if change.left is not None and change.right is not None:
+            left, right = (file.read(key).astype(wide) for key in (change.left, change.right))
+            if change.embedding:
+                left, right = right.T, left.T
+            work = replace(work, left=left, right=right, scale=change.scale)
+        if change.magnitude is not None:
+            work = replace(work, magnitude=file.read(change.magnitude).astype(wide))
+        return (partial(work.block, start, stop) for start, stop in row_blocks(self.tensors[name].shape))
+
+    def _rows_of(self, change: Change) -> Callable[[int, int], Array]:
+        """A function that reads rows of what a change starts from."""
+        if change.saved is not None:
+            return partial(self.adapter.file.rows, change.saved)
+        if self.format != "safetensors":
+            whole = self.base.read(change.start)
+            return lambda start, stop: whole[start:stop]
+        path = self.base.tensors[change.start].file
+        if path not in self._files:
+            self._files[path] = TensorFile(path)
+        return partial(self._files[path].rows, change.start)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A tensor being merged: left [rows, r] · right [r, columns] · scale is added to the rows read."""
+
+    name: str
+    rows: Callable[[int, int], Array]
+    wide: type[np.floating[Any]]
+    dtype: np.dtype[Any]
+    left: Array | None = None
+    right: Array | None = None
+    scale: float = 0.0
+    magnitude: Array | None = None
+
+    def block(self, start: int, stop: int) -> Array:
+        weight = self.rows(start, stop)
+        if self.left is None and weight.dtype == self.dtype:
+            return weight
+        weight = weight.astype(self.wide)
+        with np.errstate(all="ignore"):  # infinities are looked for below
+            if self.left is not None and self.right is not None:
+                delta = self.left[start:stop] @ self.right
+                delta *= self.wide(self.scale)
+                weight += delta
+            if self.magnitude is not None:
+                weight *= (self.magnitude[start:stop] / np.linalg.norm(weight, axis=1))[:, None]
+            cast = weight.astype(self.dtype)
+            total = weight.sum()  # finite only if all are; its own overflow is cleared up by the slow look
+        if not np.isfinite(total) and not np.isfinite(weight).all():
+            raise InputError(f"merged {self.name}: holds values that are not finite, from the adapter or its base")
+        if self.dtype == np.float16 and not np.isfinite(cast).all():
+            raise UnsupportedError(f"merged {self.name}: beyond float16's range", remedy="Use --dtype bf16")
+        return cast
+
+
+def merged(model: Model, adapter: Adapter, *, rounded: bool = True) -> Model:
+    """The model with the adapter merged, tensor by tensor when they are read.
+
+    `rounded`: see `MergedCheckpoint`. Raises `InputError` that lists, with shapes, every tensor of the adapter
+    that doesn't fit the model; `UnsupportedError` for a quantised model.
+    """
+    refuse_quantised(model, "merging an adapter")
+    plan = _Matching(model, adapter)
+    changes, untied, tie_note = plan.changes()
+    checkpoint = MergedCheckpoint(model.checkpoint, adapter, changes, untied=untied, rounded=rounded)
+    result = understand(model.reference, checkpoint)
+    notes = [*model.notes, *tie_note]
+    named = adapter.config.base
+    if named and named.rstrip("/").rpartition("/")[2] != model.reference.rstrip("/").rpartition("/")[2]:
+        notes.append(f"adapter {adapter.reference} was trained on {named}; it is merged into {model.reference}")
+    return replace(result, notes=tuple(notes))
+
+
+class _Matching:
+    """Every tensor of an adapter matched with the base tensor that it changes; remembers all problems."""
+
+    def __init__(self, model: Model, adapter: Adapter) -> None:
+        self.base, self.adapter, self.config = model.checkpoint.tensors, adapter, adapter.config
+        self.tied = model.shape.tied
+        self.problems: list[str] = []
+        self.keys: dict[str, dict[str, str]] = {}  # base tensor → part (A, B, embedding A, …) → adapter key
+        for key in adapter.file.tensors:
+            name, part = self._read_key(key)
+            if part in self.keys.setdefault(name, {}):
+                self.problems.append(f"{key} and {self.keys[name][part]} are the same tensor")
+            self.keys[name][part] = key
+
+    def _read_key(self, key: str) -> tuple[str, str]:
+        plain = key.removeprefix(PREFIX)
+        if (match := _PART_OF.fullmatch(plain)) is None:
+            return plain, "saved"
+        if match["base"]:  # peft writes the base's own tensor along where embeddings are adapted
+            return f"{match['module']}.{match['base']}", "base"
+        kind = match["pair"] or (match["embedding"] and f"embedding {match['embedding']}") or "magnitude"
+        return f"{match['module']}.weight", kind
+
+    def _shape(self, key: str) -> str:
+        return f"{key} {list(self.adapter.file.tensors[key].shape)}"
+
+    def changes(self) -> tuple[dict[str, Change], bool, list[str]]:
+        """The change of every tensor that has one; whether the tie is broken, and a note if so."""
+        found = {}
+        for name, parts in self.keys.items():
+            start = EMBEDDING if name == LM_HEAD and self.tied else name
+            if start not in self.base:
+                self.problems += [f"{self._shape(key)}: the model has no {name}" for key in parts.values()]
+            else:
+                found[name] = self._change(name, self.base[start], parts)
+        if self.problems:
+            raise InputError.collect(self.adapter.file.path, self.problems)
+        return self._tie(found) if self.tied and {EMBEDDING, LM_HEAD} & set(found) else (found, False, [])
+
+    def _change(self, name: str, base: TensorInfo, parts: dict[str, str]) -> Change:
+        module, shape, listed = name.removesuffix(".weight"), base.shape, ", ".join(parts.values())
+        rank = self.config.rank_of(module)
+        embedding = name == EMBEDDING
+        left, right = ("embedding B", "embedding A") if embedding else ("B", "A")
+        wanted: dict[str, tuple[int, ...]] = {"saved": shape, "base": shape}
+        if len(shape) == 2:
+            wanted[right] = (rank, shape[0] if embedding else shape[1])
+            wanted[left] = (shape[1] if embedding else shape[0], rank)
+            wanted["magnitude"] = shape[:1]
+        for part, key in parts.items():
+            if part not in wanted:
+                needed = f"a pair lora_embedding_A and _B of {name}" if embedding else f"no such part of {name}"
+                self.problems.append(f"{self._shape(key)}: needed is {needed} {list(shape)}")
+            elif self.adapter.file.tensors[key].shape != wanted[part]:
+                self.problems.append(f"{self._shape(key)}: {list(wanted[part])} is needed for {name} {list(shape)}")
+        pair = left in parts, right in parts
+        if any(pair) and not all(pair):
+            self.problems.append(f"{listed}: one of A and B is missing")
+        if "saved" in parts and (any(pair) or "base" in parts):
+            self.problems.append(f"{listed}: replaced and adapted at once")
+        if ("magnitude" in parts) != (self.config.dora and any(pair)):
+            state = "with" if self.config.dora else "without"
+            has = "a" if "magnitude" in parts else "no"
+            self.problems.append(f"{listed}: {has} lora_magnitude_vector {state} use_dora")
+        if embedding and "magnitude" in parts:
+            raise UnsupportedError(f"{self.adapter.path}: use_dora on an embedding ({listed}) isn't merged")
+        return Change(
+            start=base.name,
+            saved=parts.get("saved", parts.get("base")),
+            left=parts.get(left),
+            right=parts.get(right),
+            scale=self.config.scale_of(module),
+            embedding=embedding,
+            magnitude=parts.get("magnitude"),
+        )
+
+    def _tie(self, found: dict[str, Change]) -> tuple[dict[str, Change], bool, list[str]]:
+        """What tied embeddings become. The tie stays where both ends are still the same tensor."""
+        head, embedding = found.pop(LM_HEAD, Change(EMBEDDING)), found.pop(EMBEDDING, Change(EMBEDDING))
+        raw = {name for name, parts in self.keys.items() if "saved" in parts}
+        free = {name for name in raw if not self.config.saves(name.removesuffix(".weight"))}
+        if free & {LM_HEAD} and EMBEDDING not in raw:
+            text = f"{self._shape(self.keys[LM_HEAD]['saved'])}: tied in the model, and not in modules_to_save"
+            raise InputError.collect(self.adapter.file.path, [text])
+        # A tensor beside modules_to_save, or under a pair, is the one that both ends start from.
+        shared = embedding.saved if EMBEDDING in free or "base" in self.keys.get(EMBEDDING, {}) else None
+        shared = shared or (head.saved if "base" in self.keys.get(LM_HEAD, {}) else None)
+        head = replace(head, saved=head.saved or shared)
+        embedding = replace(embedding, saved=embedding.saved or shared)
+        plain = head.left is None and embedding.left is None
+        if plain and head.saved and embedding.saved and self._equal(head.saved, embedding.saved):
+            return {**found, EMBEDDING: embedding}, False, []
+        changed = {} if embedding == Change(EMBEDDING) else {EMBEDDING: embedding}
+        note = "the adapter changes one of two tied embeddings: lm_head.weight is written, tie_word_embeddings false"
+        return {**found, **changed, LM_HEAD: head}, True, [note]
+
+    def _equal(self, one: str, other: str) -> bool:
+        """Whether two tensors of the adapter, of one shape, hold the same bytes."""
+        file = self.adapter.file
+        if one == other:
+            return True
+        shape = file.tensors[one].shape
+        return file.tensors[one].dtype == file.tensors[other].dtype and all(
+            file.rows(one, *rows).tobytes() == file.rows(other, *rows).tobytes() for rows in row_blocks(shape)
+        )
+
+
+def describe(model: Model) -> dict[str, Any]:
+    """`describe_source`, with the adapter where one is merged."""
+    checkpoint = model.checkpoint
+    if not isinstance(checkpoint, MergedCheckpoint):
+        return describe_source(model)
+    base = replace(model, checkpoint=checkpoint.base)  # its config is not the one with a broken tie
+    return {**describe_source(base), "adapter": checkpoint.adapter.description}

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A safetensors file read without mapping it.
+
+Pages of a mapping count as our memory, up to the size of the file, and a file that shrinks under a mapping
+kills the process; plain reads do neither. The safetensors library checks the header.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lrconvert.checkpoint.base import FLOAT_DTYPES, TensorInfo, numpy_dtype
+from lrconvert.errors import InputError
+
+
+class TensorFile:
+    """The tensors of one file, in the order in which they lie there. Raises `InputError` if it isn't whole."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tensors: dict[str, TensorInfo] = {}
+        self._offsets: dict[str, int] = {}
+        header, data = _checked_header(path)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            self.tensors[name] = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), path)
+            self._offsets[name] = data + entry["data_offsets"][0]
+
+    def read(self, name: str) -> np.ndarray[Any, Any]:
+        """One tensor whole; its dtype has to be one of `FLOAT_DTYPES`."""
+        shape = self.tensors[name].shape
+        return self._values(name, 0, int(np.prod(shape, dtype=np.int64))).reshape(shape)
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """Rows `start` to `stop` of a tensor with at least one dimension."""
+        inner = self.tensors[name].shape[1:]
+        width = int(np.prod(inner, dtype=np.int64))
+        return self._values(name, start * width, (stop - start) * width).reshape(stop - start, *inner)
+
+    def _values(self, name: str, first: int, count: int) -> np.ndarray[Any, Any]:
+        dtype = numpy_dtype(self.tensors[name].dtype)
+        try:
+            values = np.fromfile(self.path, dtype, count, offset=self._offsets[name] + first * dtype.itemsize)
+        except OSError as error:
+            raise InputError(f"{self.path}: can't be read ({error.strerror or error})") from error
+        if values.size != count:
+            raise InputError(f"{self.path}: shrank while {name} was read")
+        return values
+
+
+def _checked_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header's tensors, and where the data begins."""
+    import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors asks for by name)
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise InputError(f"{path}: not a file")
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error})") from error
+    header.pop("__metadata__", None)
+    return header, 8 + size
+
+
+def other_dtypes(tensors: dict[str, TensorInfo]) -> list[str]:
+    """A problem for every tensor that isn't of a float dtype."""
+    return [
+        f"{info.name} is {info.dtype}; one of {', '.join(FLOAT_DTYPES)} is needed"
+        for info in tensors.values()
+        if info.dtype not in FLOAT_DTYPES
+    ]

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The artifact's weight files: which stay as they are, which are written anew, and how.
+
+Tensors are made in blocks by a few threads, a bounded number of bytes ahead of the one that writes and
+hashes them, in order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lrconvert.checkpoint import Checkpoint, Model, read_json
+from lrconvert.checkpoint.adapter import MergedCheckpoint, Part, row_blocks
+from lrconvert.checkpoint.base import numpy_dtype
+from lrconvert.checkpoint.folder import INDEX, SINGLE
+from lrconvert.checkpoint.tensor_file import TensorFile
+from lrconvert.errors import InputError, UnsupportedError
+from lrconvert.output import Staging
+from lrconvert.shards import PlannedTensor, header_of
+
+Shard = tuple[str, list[PlannedTensor]]  # a file's name and its tensors, in order
+
+WORKERS = 2
+AHEAD_BYTES = 64 * 2**20  # of finished blocks that wait for the writer
+
+
+def lay_out(
+    model: Model, stored: str | None, shard: Callable[[Sequence[PlannedTensor]], list[Shard]]
+) -> tuple[dict[str, Path], list[Shard], dict[str, bytes]]:
+    """Weight files that are kept, shards that are written, and the index if it isn't kept.
+
+    With a `stored` dtype every tensor is laid out anew by `shard`. Else the source's own layout stands, and a
+    file is written again, under its name and in its order, if it holds a tensor that an adapter changes.
+    """
+    checkpoint = model.checkpoint
+    if stored is not None:
+        shards = shard([PlannedTensor(tensor.name, stored, tensor.shape) for tensor in model.roles.values()])
+        return {}, shards, {INDEX: _index(shards)} if len(shards) > 1 else {}
+    weights = checkpoint.weight_files()
+    # A lone file may have any name in the source; transformers looks for one.
+    names = {weights[0]: SINGLE} if len(weights) == 1 else {path: path.name for path in weights}
+    if not isinstance(checkpoint, MergedCheckpoint):
+        return {name: path for path, name in names.items()}, [], {}
+    shards = []
+    used = {tensor.name for tensor in model.roles.values()}
+    for path in dict.fromkeys(checkpoint.tensors[name].file for name in checkpoint.touched):
+        inside = [*TensorFile(path).tensors, *(n for n, i in checkpoint.tensors.items() if i.file == path)]
+        infos = [checkpoint.tensors[name] for name in dict.fromkeys(inside) if name in used]
+        shards.append((names.pop(path), [PlannedTensor(info.name, info.dtype, info.shape) for info in infos]))
+    kept = {name: path for path, name in names.items()}
+    index = {} if INDEX not in kept else _edited_index(checkpoint, kept[INDEX], used)
+    return {name: path for name, path in kept.items() if name not in index}, sorted(shards), index
+
+
+def _index(shards: Sequence[Shard]) -> bytes:
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for _, group in shards for tensor in group)},
+        "weight_map": {tensor.name: name for name, group in shards for tensor in group},
+    }
+    return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _edited_index(checkpoint: MergedCheckpoint, path: Path, used: set[str]) -> dict[str, bytes]:
+    """The source's index with the tensors that the merge adds, and without those that nobody uses and that a
+    rewritten shard leaves out; nothing where it stays as it is."""
+    index = read_json(path)
+    rewritten = {checkpoint.tensors[name].file for name in checkpoint.touched}
+    infos = {n: i for n, i in checkpoint.tensors.items() if n in used or i.file not in rewritten}
+    if set(infos) == set(index["weight_map"]):
+        return {}
+    added = [infos[name] for name in infos if name not in index["weight_map"]]
+    gone = [checkpoint.tensors[name] for name in index["weight_map"] if name not in infos]
+    metadata = index["metadata"] if isinstance(index.get("metadata"), dict) else {}
+    for key, weigh in (("total_size", _nbytes), ("total_parameters", _values)):
+        if isinstance(metadata.get(key), int):
+            metadata[key] += sum(map(weigh, added)) - sum(map(weigh, gone))
+    index["weight_map"] = {name: info.file.name for name, info in sorted(infos.items())}
+    return {INDEX: (json.dumps({**index, "metadata": metadata}, indent=2) + "\n").encode()}
+
+
+def _values(info: Any) -> int:
+    return int(np.prod(info.shape, dtype=np.int64))
+
+
+def _nbytes(info: Any) -> int:
+    return _values(info) * numpy_dtype(info.dtype).itemsize
+
+
+# --- writing ---------------------------------------------------------------------------------------------
+
+
+def write_weights(staging: Staging, checkpoint: Checkpoint, shards: Sequence[Shard]) -> Iterator[PlannedTensor]:
+    """Write every shard; yields each tensor once it is written."""
+    with ThreadPoolExecutor(WORKERS) as pool:
+        blocks = _ahead(pool, _jobs(checkpoint, [tensor for _, tensors in shards for tensor in tensors]))
+        try:
+            for file_name, tensors in shards:
+                with staging.create(file_name) as file:
+                    file.write(header_of(tensors))
+                    for tensor in tensors:
+                        left = tensor.nbytes
+                        while left:
+                            block = next(blocks)
+                            file.write(block)
+                            left -= block.nbytes
+                        yield tensor
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _ahead(pool: ThreadPoolExecutor, jobs: Iterable[tuple[Callable[[], memoryview], int]]) -> Iterator[memoryview]:
+    """Results of the jobs in order, computed ahead up to `AHEAD_BYTES`; each job comes with its size."""
+    waiting: deque[tuple[Future[memoryview], int]] = deque()
+    held = 0
+    for job, size in jobs:
+        while waiting and held + size > AHEAD_BYTES:
+            future, freed = waiting.popleft()
+            yield future.result()
+            held -= freed
+        waiting.append((pool.submit(job), size))
+        held += size
+    while waiting:
+        yield waiting.popleft()[0].result()
+
+
+def _jobs(checkpoint: Checkpoint, tensors: Iterable[PlannedTensor]) -> Iterator[tuple[Callable[[], memoryview], int]]:
+    """Functions that make the tensors' bytes block by block, each with about how many bytes it makes."""
+    files: dict[Path, TensorFile] = {}
+    for tensor in tensors:
+        parts = list(_parts(checkpoint, tensor, files))
+        for part in parts:
+            yield partial(_cast, checkpoint, tensor, part), tensor.nbytes // len(parts)
+
+
+def _parts(checkpoint: Checkpoint, tensor: PlannedTensor, files: dict[Path, TensorFile]) -> Iterable[Part]:
+    name, source = tensor.name, checkpoint
+    if isinstance(checkpoint, MergedCheckpoint):
+        if name in checkpoint.touched:
+            return checkpoint.parts(name)
+        source = checkpoint.base
+    if source.format != "safetensors":
+        return [partial(source.read, name)]
+    path = source.tensors[name].file
+    if path not in files:
+        files[path] = TensorFile(path)
+    return [partial(files[path].rows, name, start, stop) for start, stop in row_blocks(tensor.shape)]
+
+
+def _cast(checkpoint: Checkpoint, planned: PlannedTensor, part: Part) -> memoryview:
+    """The bytes of a block in the planned dtype; a value that float16 can't hold is an error."""
+    array = part()
+    with np.errstate(over="ignore"):
+        cast = array.astype(numpy_dtype(planned.dtype), copy=False)
+    if planned.dtype == "F16" and array.dtype != cast.dtype and not np.isfinite(cast).all():
+        if not np.isfinite(array.astype(np.float32)).all():
+            raise InputError(f"{checkpoint.path}: {planned.name} holds values that are not finite")
+        raise UnsupportedError(f"{planned.name} holds values beyond float16's range", remedy="Use --dtype bf16")
+    return np.ascontiguousarray(cast).reshape(-1).view(np.uint8).data

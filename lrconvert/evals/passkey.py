@@ -19,12 +19,11 @@ Encode = Callable[[str], list[int]]
 
 @dataclass(frozen=True)
 class PasskeyFormat:
-    """The pieces of a document: sentences of noise, the needle with its `{label}` and `{key}`, the question."""
+    """The pieces of a document: sentences of noise, the needle with its `{key}`, the question."""
 
     filler: tuple[str, ...]
     needle: str
     question: str
-    label: str
     digits: int
 
     @classmethod
@@ -32,13 +31,7 @@ class PasskeyFormat:
         """From a model's passkey.json."""
         values: dict[str, Any] = read_json(path)
         try:
-            return cls(
-                tuple(values["filler"]),
-                values["needle"],
-                values["question"],
-                values["passkey_label"],
-                values["key_digits"],
-            )
+            return cls(tuple(values["filler"]), values["needle"], values["question"], values["key_digits"])
         except KeyError as error:
             raise InputError(f"{path}: {error} is missing") from error
 
@@ -48,8 +41,8 @@ def build_document(
 ) -> tuple[list[int], list[int]]:
     """A prompt of exactly `length` tokens with the key at `depth` (0 start, 1 end), and the key's tokens."""
     key = "".join(str(digit) for digit in rng.integers(0, 10, size=form.digits))
-    needle = encode(form.needle.format(label=form.label, key=key))
-    question = encode(form.question.format(label=form.label))
+    needle = encode(form.needle.format(key=key))
+    question = encode(form.question)
     answer = encode(key)
     room = length - len(needle) - len(question)
     if room < 0:

@@ -21,9 +21,8 @@ VOCAB = 4096
 class Oracle:
     """A session that knows what comes next (or, `blind`, prefers token 0 always)."""
 
-    info: dict[str, Any] = {}
-
     def __init__(self, *, blind: bool = False, sharpness: float = 20.0) -> None:
+        self.info: dict[str, Any] = {}
         self.blind, self.sharpness = blind, sharpness
         self.asked: list[Sequence[int]] = []
 
@@ -77,8 +76,8 @@ def test_documents_have_the_length_and_the_key_where_it_was_asked(
     form, encode = demo_format
     prompt, answer = build_document(form, encode, length, depth, np.random.default_rng(5))
     key = "".join(str(d) for d in np.random.default_rng(5).integers(0, 10, size=5))
-    needle = encode(form.needle.format(label=form.label, key=key))
-    question = encode(form.question.format(label=form.label))
+    needle = encode(form.needle.format(key=key))
+    question = encode(form.question)
     assert len(prompt) == length and len(answer) == 5 and answer == encode(key)
     places = [i for i in range(length) if prompt[i : i + len(needle)] == needle]
     assert len(places) == 1

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Imports point one way (docs/ARCHITECTURE.md): cli, what it wires, what that is made of, the formulas."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import lrconvert
+
+PACKAGE = Path(lrconvert.__file__).parent
+
+# From the top down: a module may import its own level and those below. Every module has a place here.
+LEVELS: tuple[set[str], ...] = (
+    {"cli", "schema"},
+    {"targets", "parity", "importing", "plotting", "evals"},
+    {"output", "shards", "expressible", "runtimes", "reference", "checkpoint", "families"},
+    {"recipe", "rope"},
+    {"errors", "__init__"},
+)
+# What the levels alone would allow: (who, must not import, except).
+FORBIDDEN: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("targets", "parity", ()),
+    ("parity", "targets", ()),
+    ("parity", "importing", ()),
+    ("targets", "importing", ()),
+    ("importing", "targets", ("targets.hf.spelling",)),
+    ("reference", "rope", ()),
+    ("reference", "recipe", ()),
+    ("reference", "expressible", ()),
+    ("families", "rope", ()),
+    ("families", "checkpoint", ()),
+    # These run where lrconvert is not installed.
+    ("runtimes.transformers_worker", "", ()),
+    ("targets.hf.modeling_longrope", "", ()),
+)
+
+
+def within(module: str, package: str) -> bool:
+    return not package or module == package or module.startswith(f"{package}.")
+
+
+def imports_of(path: Path, module: str) -> Iterator[tuple[int, str]]:
+    """Line and name, without `lrconvert.`, of every import of the package: at any depth, relative too,
+    and by `import_module` of a plain string."""
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = ["lrconvert", *package][: len(package) + 2 - node.level] if node.level else []
+            source = ".".join([*above, *filter(None, [node.module])])
+            names = [f"{source}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            names = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+        for name in names:
+            if name == "lrconvert" or name.startswith("lrconvert."):
+                yield getattr(node, "lineno", 0), name.partition(".")[2] or "__init__"
+
+
+def level_of(module: str) -> int | None:
+    top = module.partition(".")[0]
+    return next((number for number, level in enumerate(LEVELS) if top in level), None)
+
+
+def violations(root: Path) -> list[str]:
+    """Every import of the package under `root` that points the wrong way, and modules without a level."""
+    tops = {path.stem for path in root.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    found = [f"{top} has no level" for top in sorted(tops) if level_of(top) is None]
+    for path in sorted(root.rglob("*.py")):
+        module = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+        own = level_of(module)
+        for line, name in imports_of(path, module):
+            # `from lrconvert import __version__` names a value of the package itself.
+            imported = name if name.partition(".")[0] in tops else "__init__"
+            where = f"{path.relative_to(root)}:{line} imports {imported}"
+            other = level_of(imported)
+            if own is not None and other is not None and other < own:
+                found.append(f"{where}, which is above")
+            for who, what, allowed in FORBIDDEN:
+                excepted = any(within(imported, exception) for exception in allowed)
+                if within(module, who) and within(imported, what) and not excepted:
+                    found.append(f"{where}, which {who} must not")
+    return found
+
+
+def test_imports_point_one_way() -> None:
+    """Holds for every import at any depth, those for types included."""
+    assert violations(PACKAGE) == []
+
+
+def test_every_named_module_exists() -> None:
+    """A rule about something that is gone would hold nothing."""
+    named = {name for level in LEVELS for name in level} | {name for who, what, _ in FORBIDDEN for name in (who, what)}
+    for name in named - {""}:
+        path = PACKAGE / name.replace(".", "/")
+        assert path.is_dir() or path.with_suffix(".py").is_file(), name
+
+
+PLANTED = [
+    ("rope.py", "from lrconvert.recipe import Recipe", None),  # one level: allowed
+    ("rope.py", "import lrconvert.checkpoint", "rope.py:1 imports checkpoint, which is above"),
+    ("errors.py", "from lrconvert import rope", "errors.py:1 imports rope, which is above"),
+    ("recipe.py", "def f():\n    from .output import Staging", "recipe.py:2 imports output.Staging, which is above"),
+    ("checkpoint/base.py", "from ..targets import hf", "imports targets.hf, which is above"),
+    ("checkpoint/__init__.py", "from ..cli import run", "imports cli.run, which is above"),
+    ("output.py", "if TYPE_CHECKING:\n    from lrconvert.parity import verify", "parity.verify, which is above"),
+    ("families/llama.py", "from importlib import import_module\nimport_module('lrconvert.cli')", "cli, which is above"),
+    ("targets/hf/write.py", "import lrconvert.cli.hf as x", "imports cli.hf, which is above"),
+    ("targets/hf/write.py", "from lrconvert.parity.verify import verify", "which targets must not"),
+    ("targets/hf/write.py", "from lrconvert import parity", "which targets must not"),
+    ("parity/cases.py", "def f():\n    import lrconvert.targets.hf", "imports targets.hf, which parity must not"),
+    ("importing.py", "from lrconvert.targets.hf.write import plan", "which importing must not"),
+    ("importing.py", "from lrconvert.targets.hf.spelling import read_rope", None),
+    ("reference/decoder.py", "from lrconvert.rope import Tier", "which reference must not"),
+    ("reference/rotation.py", "from lrconvert import recipe", "imports recipe, which reference must not"),
+    ("reference/__init__.py", "from ..targets.hf import spelling", "which is above"),
+    (
+        "runtimes/transformers_worker.py",
+        "import lrconvert",
+        "imports __init__, which runtimes.transformers_worker must",
+    ),
+    ("runtimes/transformers_worker.py", "from .base import WorkerSession", "which runtimes.transformers_worker must"),
+    ("targets/hf/modeling_longrope.py", "from lrconvert import rope", "which targets.hf.modeling_longrope must not"),
+    ("newcomer.py", "", "newcomer has no level"),
+    ("newcomers/__init__.py", "", "newcomers has no level"),
+    ("cli/hf.py", "from lrconvert import __version__, rope, targets, parity", None),
+]
+
+
+@pytest.mark.parametrize(("file", "code", "expected"), PLANTED)
+def test_the_check_can_fail(file: str, code: str, expected: str | None, tmp_path: Path) -> None:
+    """A planted import is found in a copy of the package, and an allowed one is not."""
+    root = tmp_path / "lrconvert"
+    shutil.copytree(PACKAGE, root, ignore=lambda folder, names: {n for n in names if n in ("data", "__pycache__")})
+    path = root / file
+    path.parent.mkdir(exist_ok=True)
+    old = path.read_text() if path.exists() else ""
+    path.write_text(code + "\n" + old.replace("from __future__ import annotations", ""))
+    found = violations(root)
+    assert ([expected in text for text in found] == [True]) if expected else (found == []), found

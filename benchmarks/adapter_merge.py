@@ -66,7 +66,9 @@ def measure(scratch: Path, rounds: int) -> None:
     }
     save("adapter-merge", numbers)
     result = json.loads((RESULTS / "adapter-merge.json").read_text())
-    lines = [f"| {key} | {value if not isinstance(value, dict) else json.dumps(value)} |" for key, value in result.items()]
+    lines = [
+        f"| {key} | {value if not isinstance(value, dict) else json.dumps(value)} |" for key, value in result.items()
+    ]
     (RESULTS / "adapter-merge.md").write_text("\n".join(["| what | value |", "| --- | --- |", *lines, ""]))
 
 

@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-
-import numpy as np
 
 from lrconvert.errors import require
 from lrconvert.recipe import Method, Recipe, factor_set
@@ -17,8 +16,8 @@ PEERS: dict[Method, str] = {"pi": "PI", "ntk": "NTK-aware", "yarn": "YaRN"}
 
 def sparkline(values: tuple[float, ...], highest: float) -> str:
     """One bar per frequency index, log scale from 1 (lowest) to `highest`."""
-    top = max(np.log(highest), 1e-9)
-    levels = np.clip(np.log(np.asarray(values)) / top, 0, 1) * (len(BARS) - 1)
+    top = max(math.log(highest), 1e-9)
+    levels = [min(max(math.log(value) / top, 0.0), 1.0) * (len(BARS) - 1) for value in values]
     return "".join(BARS[round(level)] for level in levels)
 
 

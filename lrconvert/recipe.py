@@ -191,11 +191,15 @@ def recipe_folder(reference: str | Path) -> Path:
 
 def _recipe_path(reference: str | Path) -> Path:
     path = Path(reference)
-    if not path.exists() and str(reference) in shipped_recipes():
-        path = shipped_recipes()[str(reference)]
-    if path.is_dir():
-        path = path / RECIPE_FILE
-    if not path.is_file():
+    try:
+        if not path.exists() and str(reference) in shipped_recipes():
+            path = shipped_recipes()[str(reference)]
+        if path.is_dir():
+            path = path / RECIPE_FILE
+        found = path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        found = False
+    if not found:
         raise InputError(
             f"{reference}: no such recipe file, folder or shipped recipe",
             remedy=f"Shipped: {', '.join(sorted(shipped_recipes())) or 'none'}; see `lrconvert recipe list`",

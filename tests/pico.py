@@ -72,9 +72,7 @@ def pico_tensors(config: dict[str, Any], seed: int = 7) -> dict[str, np.ndarray]
     return tensors
 
 
-def write_pico(
-    folder: Path, family: str = "llama", *, shards: int = 1, seed: int = 7, **changes: Any
-) -> Path:
+def write_pico(folder: Path, family: str = "llama", *, shards: int = 1, seed: int = 7, **changes: Any) -> Path:
     """A pico model as a Hugging Face folder."""
     from safetensors.numpy import save_file
 

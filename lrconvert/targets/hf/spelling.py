@@ -9,7 +9,8 @@ window / original window (the versions disagree when it doesn't).
 
 from __future__ import annotations
 
-import math
+import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +19,13 @@ from lrconvert import rope
 from lrconvert.errors import InputError
 from lrconvert.expressible import switch_length
 from lrconvert.families import Family, ModelShape, rope_section
+from lrconvert.recipe import SCHEMA_VERSION, parse_recipe
 from lrconvert.rope import RopeSpec, Tier
 
 LONGROPE_KEY = "longrope"  # ours, top level: what the artifact's own code reads. Published names are permanent.
 LONGROPE_VERSION = 1
 MODELING_FILE = "modeling_longrope.py"
+MAX_WINDOW = 2**31 - 1  # beyond it a length is damage, not a window
 AUTO_MAP = {"AutoModelForCausalLM": "modeling_longrope.LongRopeForCausalLM"}
 
 
@@ -43,6 +46,11 @@ class FoundRope:
 # --- reading ---------------------------------------------------------------------------------------------
 
 
+def _positive(value: Any) -> bool:
+    """A finite number above zero, whatever JSON made of it (10**400 is an int there)."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
+
+
 class _Section:
     """Checked access to a config's rotary settings."""
 
@@ -53,7 +61,7 @@ class _Section:
     def number(self, key: str, default: float | None = None) -> float:
         value = self.values.get(key, default)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        if not _positive(value):
             found = "missing" if value is None else repr(value)
             raise InputError(f"config.json: rope_scaling.{key} is {found}; a positive number is needed")
         return float(value)
@@ -68,8 +76,7 @@ class _Section:
                 f"{self.shape.rotary_dim} dimensions, so {needed} are needed"
             )
         for index, item in enumerate(value):
-            good = isinstance(item, int | float) and not isinstance(item, bool)
-            if not good or not math.isfinite(item) or item <= 0:
+            if not _positive(item):
                 raise InputError(f"config.json: rope_scaling.{key}[{index}] is {item!r}; a positive number is needed")
         return tuple(float(item) for item in value)
 
@@ -79,7 +86,7 @@ class _Section:
             value = values.get("original_max_position_embeddings")
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value) or value < 2:
+            if not _positive(value) or value != int(value) or not 2 <= value <= MAX_WINDOW:
                 raise InputError(
                     f"config.json: {where}original_max_position_embeddings is {value!r}; an integer above 1 is needed"
                 )
@@ -113,6 +120,8 @@ def _longrope(section: _Section) -> FoundRope:
 
 def _extended(section: _Section, original: int, ratio: float) -> int:
     """The window of a rule with a ratio: what it reaches, or what the config promises if that is more."""
+    if original * ratio > MAX_WINDOW:
+        raise InputError(f"config.json: rope_scaling.factor is {ratio:g}; windows end at {MAX_WINDOW} tokens")
     return max(round(original * ratio), section.shape.window, original)
 
 
@@ -191,13 +200,13 @@ _READERS: dict[str, Callable[[_Section], FoundRope]] = {
 def read_rope(config: Mapping[str, Any], shape: ModelShape) -> FoundRope:
     """The rotation of a config in any version's spelling, as tiers. `InputError` names what is wrong."""
     if LONGROPE_KEY in config:
-        return _read_own(config[LONGROPE_KEY])
+        return _read_own(config[LONGROPE_KEY], shape)
     section = _Section(config, shape)
     kind = section.values.get("rope_type", section.values.get("type")) or "default"
     if kind == "default":
         plain = Tier(shape.window, (1.0,) * (shape.rotary_dim // 2))
         return FoundRope("default", shape.window, (plain,))
-    if kind not in _READERS:
+    if not isinstance(kind, str) or kind not in _READERS:
         raise InputError(
             f"config.json: rope_type {kind!r} is not known", remedy=f"Known: {', '.join(sorted(_READERS))}"
         )
@@ -205,17 +214,23 @@ def read_rope(config: Mapping[str, Any], shape: ModelShape) -> FoundRope:
     return FoundRope(found.kind, found.original_window, found.tiers, tuple(section.notes))
 
 
-def _read_own(value: Any) -> FoundRope:
-    """The tiers of an artifact of ours."""
-    try:
-        if value["version"] != LONGROPE_VERSION:
-            raise InputError(
-                f"config.json: {LONGROPE_KEY}.version is {value['version']!r}; this lrconvert reads {LONGROPE_VERSION}"
-            )
-        tiers = tuple(Tier(**{**tier, "factors": tuple(tier["factors"])}) for tier in value["tiers"])
-        return FoundRope("lrconvert", int(value["original_window"]), tiers)
-    except (KeyError, TypeError) as error:
-        raise InputError(f"config.json: {LONGROPE_KEY} is damaged ({type(error).__name__}: {error})") from error
+def _read_own(value: Any, shape: ModelShape) -> FoundRope:
+    """The tiers of an artifact of ours; the recipe file's reader checks them."""
+    version = value.get("version") if isinstance(value, dict) else None
+    if version != LONGROPE_VERSION:
+        raise InputError(f"config.json: {LONGROPE_KEY}.version is {version!r}; this lrconvert reads {LONGROPE_VERSION}")
+    recipe = {
+        "schema_version": SCHEMA_VERSION,
+        "name": "found",
+        "family": "found",
+        "original_window": value.get("original_window"),
+        "rope_theta": value.get("rope_theta"),
+        "rotary_dim": shape.rotary_dim,
+        "tiers": value.get("tiers"),
+        "provenance": {"kind": "published"},
+    }
+    found = parse_recipe(json.dumps(recipe), f"config.json: {LONGROPE_KEY}")
+    return FoundRope("lrconvert", found.original_window, found.tiers)
 
 
 # --- writing ---------------------------------------------------------------------------------------------

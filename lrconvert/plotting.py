@@ -52,22 +52,20 @@ def plot_recipe(recipe: Recipe, stem: Path) -> list[Path]:
         for (method, label), style in zip(PEERS.items(), (":", "--", "-."), strict=True):
             if ratio > 1:
                 peer = factor_set(method, recipe.rotary_dim, recipe.rope_theta, ratio, recipe.original_window)
-                axis.plot(peer, style, color="0.55", linewidth=1.2, label=f"{label} {ratio:g}x")
+                axis.plot(peer, style, color="0.55", linewidth=1.2, label=label)
         axis.plot(tier.factors, color="tab:blue", linewidth=2, label="this recipe")
         axis.set_yscale("log")
+        axis.set_xlabel("frequency index (fast to slow)", fontsize=8)
         axis.grid(alpha=0.3)
-        axis.set_title(f"up to {tier.max_length:,} tokens", fontsize=10)
-        axis.text(
-            0.03,
-            0.62 if ratio > 1 else 0.8,
-            f"n̂ {tier.start_tokens}\nattention {tier.attention_factor:.4g}",
-            transform=axis.transAxes,
-            fontsize=8,
+        axis.set_title(
+            f"up to {tier.max_length:,} tokens ({ratio:g}x)\n"
+            f"n̂ {tier.start_tokens}, attention factor {tier.attention_factor:.4g}",
+            fontsize=9,
         )
-        axis.legend(fontsize=7, loc="upper left")
+    lines = {line.get_label(): line for axis in axes.flat[: len(tiers)] for line in axis.get_lines()}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     for axis in axes.flat[len(tiers) :]:
         axis.set_visible(False)
-    figure.supxlabel("frequency index (fast to slow)", fontsize=9)
     figure.supylabel("factor λ (divides the frequency)", fontsize=9)
     figure.suptitle(recipe.name, fontsize=11)
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]

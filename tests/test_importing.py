@@ -210,3 +210,39 @@ def test_the_published_tables_of_one_model_become_one_recipe(published_factors: 
     paths = sorted(map(str, published_factors.glob("longrope-llama2-7b-*-256k.json")))
     recipe, _ = import_recipe(paths, Base("llama"))
     assert [tier.max_length // 1024 for tier in recipe.tiers] == [4, 8, 16, 32, 256, 512, 2048]
+
+
+# --- GGUF ------------------------------------------------------------------------------------------------
+
+
+def test_a_gguf_that_carries_factors_gives_its_recipe(tmp_path: Path) -> None:
+    """Factors as stored (float32), attention factor and windows, through the file's own metadata."""
+    import gguf
+
+    factors = {"short": np.float32([1.0 + i / 7 for i in range(8)]), "long": np.float32([1.5 + i for i in range(8)])}
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_context_length(256)
+    writer.add_embedding_length(64)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(16)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(101)
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
+    writer.add_rope_scaling_orig_ctx_len(64)
+    writer.add_rope_scaling_attn_factors(1.25)
+    for name, values in factors.items():
+        writer.add_tensor(f"rope_factors_{name}.weight", values)
+    writer.add_tensor("token_embd.weight", np.zeros((101, 64), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    recipe, _ = import_recipe([str(tmp_path / "m.gguf")])
+    assert (recipe.family, recipe.original_window, recipe.rotary_dim) == ("llama", 64, 16)
+    assert [tier.max_length for tier in recipe.tiers] == [64, 256]
+    assert [list(tier.factors) for tier in recipe.tiers] == [factors["short"].tolist(), factors["long"].tolist()]
+    assert [tier.attention_factor for tier in recipe.tiers] == [1.25, 1.25]

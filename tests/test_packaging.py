@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is shipped, and what the README promises."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Result
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_wheel_holds_the_recipes_the_model_and_the_modeling_code(tmp_path: Path) -> None:
+    """Built by the backend itself, without a network; nothing of the tests comes along."""
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for needed in (
+        "lrconvert/data/demo/model.safetensors",
+        "lrconvert/data/demo/tokenizer.json",
+        "lrconvert/data/demo/LICENSE",
+        "lrconvert/data/recipes/demo-yarn-8x/recipe.json",
+        "lrconvert/data/recipe.schema.json",
+        "lrconvert/targets/hf/modeling_longrope.py",
+    ):
+        assert needed in names
+    assert not [name for name in names if name.startswith(("tests", "benchmarks"))]
+    assert wheel.stat().st_size < 16 * 2**20
+
+
+def test_the_readme_and_ci_run_the_same_test_command() -> None:
+    """`.ci/run` calls exactly what the README tells a person to call."""
+    readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
+    assert ".venv/bin/python -m pytest\n" in readme
+    assert "\n.venv/bin/python -m pytest\n" in ci
+    assert "-c constraints.txt -e '.[test]'" in readme and "-c constraints.txt -e '.[test]'" in ci
+    assert ".venv/bin/lrconvert demo" in readme and ".venv/bin/lrconvert demo" in ci
+
+
+def test_no_file_is_too_large() -> None:
+    """At most 16 MiB a file, 60 MiB of weights in all."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    sizes = {name: (ROOT / name).stat().st_size for name in listed.stdout.decode().split("\0") if name}
+    assert max(sizes.values()) <= 16 * 2**20
+    assert sum(size for name, size in sizes.items() if name.endswith(".safetensors")) <= 60 * 2**20
+
+
+@pytest.mark.parametrize("module", ["torch", "transformers"])
+def test_verify_without_its_extra_says_which(
+    cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    done = cli("verify", "anything")
+    assert done.code == 6
+    assert module in done.err and "pip install 'lrconvert[hf]'" in done.err
+    assert done.err.count("\n") == 1

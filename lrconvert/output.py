@@ -31,6 +31,7 @@ from lrconvert.errors import EnvironmentFailure, InputError, LrconvertError, Usa
 
 MANIFEST = "lrconvert.json"
 MANIFEST_VERSION = 1
+MAX_MANIFEST_BYTES = 64 * 2**20
 COPY_BYTES = 8 * 2**20
 
 
@@ -75,12 +76,22 @@ class Manifest:
                 f"{artifact}: no {MANIFEST}, so not an artifact of lrconvert",
                 remedy="To check a folder that something else wrote, name model and recipe: --against MODEL --recipe R",
             )
+        from pydantic import TypeAdapter, ValidationError
+
         try:
-            values = json.loads(path.read_bytes())
-            values["files"] = {name: FileRecord(**record) for name, record in values["files"].items()}
-            return cls(**values)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise InputError(f"{path}: not a manifest ({error})") from error
+            if path.stat().st_size > MAX_MANIFEST_BYTES:
+                raise InputError(f"{path}: {path.stat().st_size} bytes; at most {MAX_MANIFEST_BYTES} are read")
+            found = TypeAdapter(cls).validate_json(path.read_bytes())
+        except OSError as error:
+            raise InputError(f"{path}: can't be read ({error.strerror or error})") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"]) or "the file"
+            raise InputError(f"{path}: not a manifest ({key}: {first['msg']})") from error
+        for section, key in (("source", "model"), ("recipe", "name")):
+            if not isinstance(getattr(found, section).get(key), str):
+                raise InputError(f"{path}: not a manifest ({section}.{key} is no text)")
+        return found
 
 
 def replace_file(path: Path, text: str) -> None:

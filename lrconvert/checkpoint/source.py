@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lrconvert.checkpoint.base import Model
+from lrconvert.errors import InputError
 
 _MOST = 100 * 2**20  # the longest header that safetensors allows
 
@@ -31,6 +33,22 @@ def describe_source(model: Model) -> dict[str, Any]:
         "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
         "weights": inputs,
     }
+
+
+def snapshot(paths: Iterable[Path]) -> dict[Path, tuple[int, int]]:
+    """Size and time of the last change of files that are about to be read."""
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
+
+
+def check_unchanged(before: Mapping[Path, tuple[int, int]]) -> None:
+    """`InputError` when one of the files is another than when `before` was taken."""
+    try:
+        changed = [path for path, stamp in snapshot(before).items() if stamp != before[path]]
+    except FileNotFoundError as error:
+        raise InputError(f"{error.filename}: vanished while it was read", remedy="Convert again") from error
+    if changed:
+        names = ", ".join(str(path) for path in changed)
+        raise InputError(f"{names}: changed while it was read", remedy="Wait until nobody writes it; convert again")
 
 
 def _head_digest(path: Path) -> str:

@@ -2,7 +2,7 @@
 """The modeling file that ships in Hugging Face artifacts, loaded as a user loads it.
 
 Everything is compared with `Oracle`: the native class with cos and sin from numpy, for a tier that
-the test itself chooses. Bounds are stated beside a known mistake that exceeds them (see `tell`).
+the test itself chooses. Bounds are stated beside a known mistake that exceeds them (see `tell` and BOUND).
 """
 
 import copy
@@ -37,11 +37,11 @@ FAMILIES = {
 VERSION = int(transformers.__version__.split(".")[0])
 HEAD_DIM, VOCABULARY, BASE = 16, 101, 10000.0
 WINDOWS = (64, 128, 256)
-# fp32 rounding in logits of up to about 40. The mildest mistake, one tier too far, moves them by
-# more than 100 times this (test_the_bound_sees_a_wrong_tier).
-BOUND = 5e-3
-# Native code makes its angles in fp32, and sharp attention amplifies that.
+# fp32 rounding in logits of up to 45: 3e-4 was measured, in both transformers versions.
+BOUND = 2e-3
+# Native code makes its angles in fp32, and sharp attention amplifies that: 7e-3 was measured.
 NATIVE_BOUND = 2e-2
+# The mildest mistake, dropped start tokens, moves logits by 12 (test_the_bounds_see_a_wrong_tier).
 
 pytestmark = [
     pytest.mark.filterwarnings("default"),
@@ -258,15 +258,15 @@ def test_a_forward_pass_uses_the_tier_of_its_length(family, start_tokens, tell):
             tell(far(model(ids[None]).logits[0], oracle.logits(ids)))
 
 
-def test_the_bound_sees_a_wrong_tier(family):
-    """Control: the neighbouring tier, and dropped start tokens, are far outside the bound."""
+def test_the_bounds_see_a_wrong_tier(family):
+    """Control: the neighbouring tier, and dropped start tokens, are far outside both bounds."""
     _, oracle, _ = artifact(family)
     _, other, _ = artifact(family, 0)
     ids = tokens(129)
-    assert far(oracle.logits(ids[:64]), oracle.logits(ids[:64], tier=1)) > 100 * BOUND
-    assert far(oracle.logits(ids[:65]), oracle.logits(ids[:65], tier=0)) > 100 * BOUND
-    assert far(oracle.logits(ids), oracle.logits(ids, tier=1)) > 100 * BOUND
-    assert far(oracle.logits(ids), other.logits(ids)) > 100 * BOUND
+    assert far(oracle.logits(ids[:64]), oracle.logits(ids[:64], tier=1)) > 100 * NATIVE_BOUND
+    assert far(oracle.logits(ids[:65]), oracle.logits(ids[:65], tier=0)) > 100 * NATIVE_BOUND
+    assert far(oracle.logits(ids), oracle.logits(ids, tier=1)) > 100 * NATIVE_BOUND
+    assert far(oracle.logits(ids), other.logits(ids)) > 100 * NATIVE_BOUND
 
 
 def test_custom_and_native_code_agree_where_both_can_express_the_recipe(family, tell):
@@ -518,7 +518,7 @@ def test_left_padded_rows_that_cross_at_different_steps_equal_the_rows_alone(fam
     _, oracle, model = artifact(family)
     lengths = (60, 20, 50, 110)
     ids, mask = padded(lengths)
-    out, logits = generate(model, ids, 50, attention_mask=mask, **CACHES[kind])
+    out, logits = generate(model, ids, 25, attention_mask=mask, **CACHES[kind])
     for row, n in enumerate(lengths):
         alone = out.sequences[row, max(lengths) - n :]
         tell(far(logits[row], oracle_steps(oracle, alone, n)))
@@ -527,11 +527,11 @@ def test_left_padded_rows_that_cross_at_different_steps_equal_the_rows_alone(fam
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_beam_search_equals_beam_search_without_a_cache(family, kind):
     _, _, model = artifact(family)
-    ids, mask = padded((60, 45))
+    ids, mask = padded((60, 55))
     kwargs = {"num_beams": 3, "num_return_sequences": 2, "attention_mask": mask}
     kwargs |= {"output_scores": True}
-    got, _ = generate(model, ids, 24, **kwargs, **CACHES[kind])
-    want, _ = generate(model, ids, 24, **kwargs, use_cache=False)
+    got, _ = generate(model, ids, 12, **kwargs, **CACHES[kind])
+    want, _ = generate(model, ids, 12, **kwargs, use_cache=False)
     assert torch.equal(got.sequences, want.sequences)
     assert far(got.sequences_scores, want.sequences_scores) < 1e-3
 
@@ -699,7 +699,7 @@ def test_streamers_and_pipelines_get_the_same_tokens(tmp_path):
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_upfront_takes_the_tier_of_prompt_and_budget(family, kind, tell):
     _, oracle, model = artifact(family, switch="upfront")
-    for new, tier in ((4, 0), (5, 1), (68, 1), (69, 2)):
+    for new, tier in ((4, 0), (5, 1), (69, 2)):
         out, logits = generate(model, tokens(60), new, **CACHES[kind])
         tell(far(logits[0], oracle_steps(oracle, out.sequences[0], 60, tier)))
     ids, mask = padded((60, 20))

@@ -14,6 +14,7 @@ from lrconvert.errors import InputError, LrconvertError, UsageError
 from lrconvert.expressible import CUSTOM_HF, NATIVE_HF, NATIVE_HF_FORMULA, Capability, project
 from lrconvert.output import MANIFEST, Manifest, replace_file, sha256_of
 from lrconvert.parity.cases import CPU, DECODED, GPU, Budget, Case, build_cases, kept, stream
+from lrconvert.parity.config_checks import check_config
 from lrconvert.parity.judge import Judge, kept_of_batch
 from lrconvert.parity.measures import Measures, compare, merge
 from lrconvert.parity.report import Report, Row, Verdict
@@ -118,6 +119,7 @@ def verify(
     if manifest is not None:
         say("checksums")
         report.rows += _integrity(artifact, manifest)
+    report.rows += check_config(read_json(artifact / "config.json"), artifact, model.family.hf_class)
     for code in codes_of(artifact, model):
         if options.codes is None or code.name in options.codes:
             _verify_code(artifact, code, spec, judge, options, report, say)

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a Hugging Face config has to hold to be read the same by every supported version and engine.
+
+The logits of one version can't show what another would make of the config: `save_pretrained` of transformers 5
+writes a config that 4.57 reads as plain RoPE, without a word. So these are read off the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lrconvert.parity.report import Row
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ConfigCheck:
+    """`broken` says whether the config, in its folder, breaks what `reason` says."""
+
+    case: str
+    broken: Callable[[Config, Path, str], bool]
+    reason: str
+
+
+def _auto_map_file_is_missing(config: Config, folder: Path, native: str) -> bool:
+    named = config.get("auto_map")
+    modules = [str(value).partition(".")[0] for value in named.values()] if isinstance(named, Mapping) else []
+    return any("--" not in module and not (folder / f"{module}.py").is_file() for module in modules)
+
+
+CHECKS = (
+    ConfigCheck(
+        "rope_scaling",
+        lambda config, folder, native: not config.get("rope_scaling") and bool(config.get("rope_parameters")),
+        "rope_parameters without rope_scaling, as save_pretrained of transformers 5 writes it: transformers 4.57 "
+        "computes plain RoPE from it",
+    ),
+    ConfigCheck(
+        "rope_theta",
+        lambda config, folder, native: config.get("rope_theta") is None,
+        "no rope_theta at the top level: transformers 4.57 takes 10000 instead",
+    ),
+    ConfigCheck(
+        "original window",
+        lambda config, folder, native: config.get("original_max_position_embeddings") is None,
+        "no original_max_position_embeddings at the top level: transformers 4.57 never uses the long set",
+    ),
+    ConfigCheck(
+        "architectures",
+        lambda config, folder, native: config.get("architectures") != [native],
+        "architectures names another class than the native one: other engines don't know it",
+    ),
+    ConfigCheck(
+        "auto_map",
+        _auto_map_file_is_missing,
+        "auto_map names a file that is not in the folder (save_pretrained of the native class leaves it behind): "
+        "copy modeling_longrope.py from the artifact, or trust_remote_code fails",
+    ),
+)
+
+
+def check_config(config: Config, folder: Path, native: str) -> list[Row]:
+    """A row for everything that some version or engine would read wrong; one `pass` when there is nothing."""
+    broken = [check for check in CHECKS if check.broken(config, folder, native)]
+    if not broken:
+        return [Row("config", "read alike by transformers 4.57 to 5.x", "pass")]
+    return [Row("config", check.case, "fail", reason=check.reason) for check in broken]

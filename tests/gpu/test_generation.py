@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generation on a GPU: every cache that the version has, across both boundaries of three tiers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import recipe_for
+from generation import step_errors
+from pico import WINDOW
+
+from lrconvert.checkpoint import Model
+from lrconvert.targets import hf
+
+pytestmark = pytest.mark.gpu
+CACHES = (None, "dynamic", "static", "offloaded", "offloaded_static")
+# float32 on a GPU, logits up to 45; a stale key moves them by more than 1.
+BOUND = 5e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+@pytest.mark.parametrize("cache", CACHES)
+def test_every_step_equals_a_fresh_pass(
+    pico: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, cache: str | None
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = pico(family)
+    hf.write(hf.plan(model, recipe_for(model, tiers=3, start_tokens=4), tmp_path / "a"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a", trust_remote_code=True).to("cuda").eval()
+    prompt = torch.randint(3, 100, (1, WINDOW - 4), generator=torch.Generator().manual_seed(1)).to("cuda")
+    options = {} if cache is None else {"cache_implementation": cache}
+    errors = step_errors(loaded, prompt, WINDOW + 12, **options)
+    assert max(errors) < BOUND, (cache, max(errors))
+
+
+def test_native_code_fails_the_same_check(
+    pico: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control: native code keeps stale keys."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = pico("llama")
+    hf.write(hf.plan(model, recipe_for(model, even=True), tmp_path / "a"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a").to("cuda").eval()
+    prompt = torch.randint(3, 100, (1, WINDOW - 4), generator=torch.Generator().manual_seed(1)).to("cuda")
+    assert max(step_errors(loaded, prompt, 16)) > 100 * BOUND

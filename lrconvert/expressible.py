@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from lrconvert.families import Family
 from lrconvert.rope import RopeSpec, Tier, longrope_attention_factor
 
 # Attention factors closer than this are the same: both were rounded once, from the same formula.
@@ -23,6 +24,7 @@ class Capability:
     `tiers`: how many factor sets, None for any number. `attention`: a factor per tier, one for all tiers, or
     only the value of LongRoPE's formula from window / boundary. `row_tiers`: every row of a batch gets the
     tier of its own length. `switches`: decoding across a boundary is exact (cached keys are made again).
+    `once`: the factor set is chosen before anything is read, and it is the last one, whatever the length.
     """
 
     name: str
@@ -31,12 +33,25 @@ class Capability:
     attention: Literal["per tier", "one", "formula"]
     row_tiers: bool
     switches: bool
+    once: bool = False
 
 
 CUSTOM_HF = Capability("the artifact's own modeling code", None, True, "per tier", True, True)
 NATIVE_HF = Capability("transformers' native code", 2, False, "one", False, False)
 # Phi3Config of transformers 4.57 has no place for an attention factor (formats-hf: exactly three keys).
 NATIVE_HF_FORMULA = Capability("transformers' native Phi-3 code", 2, False, "formula", False, False)
+
+
+def native_hf(family: Family) -> Capability:
+    """What native code can do with a config that every version of transformers loads."""
+    return NATIVE_HF_FORMULA if family.hf_three_key_scaling else NATIVE_HF
+
+
+# Both read the keys of native code, and serve the whole window (`engines` has the sources).
+MLX = Capability("mlx-lm", 2, False, "formula", True, True, once=True)
+VLLM = Capability("vLLM", 2, False, "formula", True, True, once=True)
+# What the engines agree on, once the attention factor is in the weights (`lrconvert hf --portable`).
+PORTABLE = Capability("a portable artifact", 2, False, "one", True, True)
 
 
 def project(spec: RopeSpec, capability: Capability) -> tuple[RopeSpec, list[str]]:
@@ -55,6 +70,13 @@ def project(spec: RopeSpec, capability: Capability) -> tuple[RopeSpec, list[str]
         losses.append(f"{capability.name} knows no start tokens: the first {counts} positions are scaled too")
     if not capability.start_tokens:
         tiers = tuple(replace(tier, start_tokens=0) for tier in tiers)
+    if capability.once and len(tiers) > 1:
+        if tiers[0].factors != tiers[-1].factors:
+            losses.append(
+                f"{capability.name} chooses one factor set for all lengths: sequences of up to "
+                f"{tiers[0].max_length} tokens use the factors of {tiers[-1].max_length}"
+            )
+        tiers = tiers[-1:]
     wanted = _attention(spec, tiers, capability)
     if wanted is not None:
         differ = [t for t in tiers if abs(t.attention_factor - wanted) > SAME * wanted]
@@ -66,14 +88,24 @@ def project(spec: RopeSpec, capability: Capability) -> tuple[RopeSpec, list[str]
     return replace(spec, tiers=tiers), losses
 
 
+def folded_attention(spec: RopeSpec, scale: float) -> RopeSpec:
+    """What remains to be rotated where the weights carry `scale` of every attention factor already."""
+    return replace(spec, tiers=tuple(replace(t, attention_factor=t.attention_factor / scale) for t in spec.tiers))
+
+
+def formula_attention(spec: RopeSpec) -> float:
+    """The attention factor of LongRoPE's formula for a config with this window and these sets."""
+    boundary = switch_length(spec, spec.tiers)
+    return longrope_attention_factor(spec.window / boundary, boundary)
+
+
 def _attention(spec: RopeSpec, tiers: tuple[Tier, ...], capability: Capability) -> float | None:
     """The one factor that `capability` will use, or None when each tier keeps its own."""
     if capability.attention == "per tier":
         return None
     if capability.attention == "one":
         return tiers[-1].attention_factor  # the extension is what the recipe is for
-    boundary = switch_length(spec, tiers)
-    return longrope_attention_factor(spec.window / boundary, boundary)
+    return formula_attention(spec)
 
 
 def switch_length(spec: RopeSpec, tiers: tuple[Tier, ...]) -> int:

@@ -17,8 +17,20 @@ PACKAGE = Path(lrconvert.__file__).parent
 # From the top down: a module may import its own level and those below. Every module has a place here.
 LEVELS: tuple[set[str], ...] = (
     {"cli", "schema"},
-    {"targets", "parity", "importing", "plotting", "evals"},
-    {"output", "shards", "expressible", "runtimes", "reference", "checkpoint", "families"},
+    {"targets", "parity", "importing", "plotting", "evals", "hub"},
+    {
+        "card",
+        "hub_access",
+        "output",
+        "public",
+        "shards",
+        "engines",
+        "expressible",
+        "runtimes",
+        "reference",
+        "checkpoint",
+        "families",
+    },
     {"recipe", "rope"},
     {"errors", "__init__"},
 )
@@ -36,6 +48,9 @@ FORBIDDEN: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("families", "checkpoint", ()),
     # These run where lrconvert is not installed.
     ("runtimes.transformers_worker", "", ()),
+    ("runtimes.mlx_worker", "", ()),
+    ("runtimes.vllm_worker", "", ()),
+    ("runtimes.worker_loop", "", ()),
     ("targets.hf.modeling_longrope", "", ()),
 )
 

@@ -7,6 +7,7 @@ import contextlib
 import re
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from lrconvert.checkpoint.base import Checkpoint, Model, TensorInfo, read_json, understand
 from lrconvert.checkpoint.folder import FolderCheckpoint
@@ -85,11 +86,12 @@ def _download(repository: str, revision: str | None) -> Path:
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,
-        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
+    # The bases are those of its HTTP library, whichever that is: a download may break off in the middle.
+    network: tuple[Any, ...] = (*HfHubHTTPError.__bases__, OSError)
     try:
         return Path(snapshot_download(repository, revision=revision, ignore_patterns=_NOT_DOWNLOADED))
     except HFValidationError as error:
@@ -101,7 +103,7 @@ def _download(repository: str, revision: str | None) -> Path:
             f"{repository}: no such folder, and no such model on the Hub that you may read",
             remedy="For a private or gated model log in first: `hf auth login`",
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except network as error:
         said = str(error).partition("\n")[0]
         raise EnvironmentFailure(
             f"{repository}: no such folder, and the Hub did not answer ({type(error).__name__}: {said})",

@@ -46,7 +46,7 @@ from lrconvert.output import sha256_of
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
-BLOCK_VALUES = 2**20  # of a tensor, merged at once: 4 MB in float32
+BLOCK_VALUES = 2**18  # of a tensor, merged at once: 1 MB in float32
 
 Array = np.ndarray[Any, Any]
 Part = Callable[[], Array]  # computes a block of rows
@@ -211,7 +211,7 @@ class _Work:
         weight = weight.astype(self.wide)
         with np.errstate(all="ignore"):  # infinities are looked for below
             if self.left is not None and self.right is not None:
-                delta = self.left[start:stop] @ self.right
+                delta = _product(self.left[start:stop], self.right)
                 delta *= self.wide(self.scale)
                 weight += delta
             if self.magnitude is not None:
@@ -223,6 +223,20 @@ class _Work:
         if self.dtype == np.float16 and not np.isfinite(cast).all():
             raise UnsupportedError(f"merged {self.name}: beyond float16's range", remedy="Use --dtype bf16")
         return cast
+
+
+def _product(left: Array, right: Array) -> Array:
+    """left [n, r] · right [r, c], in products so small that OpenBLAS makes each on the calling thread: for
+    larger ones it wakes threads of its own, whose waiting costs more time here than all the rest."""
+    (count, rank), columns = left.shape, right.shape[1]
+    rows, values = 16, 2**18  # of one product: rows · columns · rank, OpenBLAS's own threshold
+    left = np.concatenate([left, np.zeros((-count % rows, rank), left.dtype)])
+    product = np.empty((len(left), columns), left.dtype)
+    step = max(1, values // (rows * rank))
+    for first in range(0, columns, step):
+        part = product.reshape(-1, rows, columns)[:, :, first : first + step]
+        np.matmul(left.reshape(-1, rows, rank), right[:, first : first + step], out=part)
+    return product[:count]
 
 
 def merged(model: Model, adapter: Adapter, *, rounded: bool = True) -> Model:

@@ -23,11 +23,13 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.tensors: dict[str, TensorInfo] = {}
+        self.nbytes: dict[str, int] = {}
         self._offsets: dict[str, int] = {}
         header, data = _checked_header(path)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             self.tensors[name] = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), path)
-            self._offsets[name] = data + entry["data_offsets"][0]
+            start, stop = entry["data_offsets"]
+            self._offsets[name], self.nbytes[name] = data + start, stop - start
 
     def read(self, name: str) -> np.ndarray[Any, Any]:
         """One tensor whole; its dtype has to be one of `FLOAT_DTYPES`."""

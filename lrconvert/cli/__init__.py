@@ -19,6 +19,7 @@ COMMANDS = {
     "recipe": ("recipe", "Factor sets: list, show, check, derive, import, plot."),
     "hf": ("hf", "Bake a recipe into a Hugging Face folder."),
     "verify": ("verify", "Compare an artifact with the reference implementation."),
+    "push": ("push", "Publish an artifact on the Hugging Face Hub."),
     "demo": ("demo", "All of it, on the embedded model, in about a minute."),
 }
 

@@ -18,11 +18,17 @@ from lrconvert.cli._common import TOKENS, force_option, model_argument, revision
 @click.option("--adapter", metavar="PATH|HUB_ID", help="Merge this LoRA adapter; default: the recipe's, if any.")
 @click.option("--window", type=TOKENS, help="Stop at this window instead of the recipe's last tier.")
 @click.option("--dtype", type=click.Choice(["bf16", "f16", "f32"]), help="Convert the weights; default: as they are.")
+@click.option("--portable", is_flag=True, help="Bake what engines get right: the attention factor folded into q and k.")
+@click.option("--allow-lossy", "lossy", is_flag=True, help="With --portable: give up what engines can't do.")
 @click.option("--dry-run", is_flag=True, help="Print what would be written; write nothing.")
 @click.option(
     "--copy/--link", "copy", default=None, help="Copy weights, or insist on hard links; default: link if possible."
 )
 @click.option("--verify", "verify_too", is_flag=True, help="Run `lrconvert verify` on the artifact.")
+@click.option(
+    "--push-to-hub", "name", metavar="NAME", help="Then publish it on the Hub as NAME, unless --verify fails."
+)
+@click.option("--private", is_flag=True, help="With --push-to-hub: make the repository private.")
 @force_option
 @revision_option
 @click.pass_context
@@ -34,9 +40,13 @@ def command(
     adapter: str | None,
     window: int | None,
     dtype: str | None,
+    portable: bool,
+    lossy: bool,
     dry_run: bool,
     copy: bool | None,
     verify_too: bool,
+    name: str | None,
+    private: bool,
     force: bool,
     revision: str | None,
 ) -> int | None:
@@ -50,12 +60,21 @@ def command(
     """
     from lrconvert.checkpoint import open_model
     from lrconvert.checkpoint.adapter import choose_adapter, open_adapter
+    from lrconvert.errors import UsageError
     from lrconvert.output import check_output
     from lrconvert.recipe import load_recipe, recipe_folder
     from lrconvert.targets import hf
 
+    if private and name is None:
+        raise UsageError("--private is about --push-to-hub, which is not given")
+    if lossy and not portable:
+        raise UsageError("--allow-lossy is about --portable, which is not given")
     if not dry_run:
         check_output(output, force=force)
+        if name is not None:  # who can't publish learns it before the work
+            from lrconvert.hub_access import sign_in
+
+            sign_in(name)
     baked = load_recipe(recipe)
     chosen = choose_adapter(adapter, baked.adapter, recipe_folder(recipe))
     planned = hf.plan(
@@ -65,10 +84,12 @@ def command(
         window=window,
         dtype=dtype,
         adapter=None if chosen is None else open_adapter(chosen),
+        portable=portable,
+        lossy=lossy,
     )
     _describe(planned, detailed=dry_run)
     if dry_run:
-        out.hint("dry run: nothing was written")
+        out.hint("dry run: nothing was written" + (f", nothing published as {name}" if name else ""))
         return None
     with out.byte_progress() as progress:
         manifest = hf.write(planned, force=force, link=None if copy is None else not copy, progress=progress)
@@ -81,12 +102,21 @@ def command(
     if verify_too:
         from lrconvert.cli.verify import command as verify_command
 
-        return ctx.invoke(verify_command, artifact=output)
-    out.hint(f"not verified yet: lrconvert verify {output}")
+        code = ctx.invoke(verify_command, artifact=output)
+        if code or name is None:
+            return code
+    else:
+        out.hint(f"not verified yet: lrconvert verify {output}")
+    if name is not None:
+        from lrconvert.cli.push import command as push_command
+
+        ctx.invoke(push_command, artifact=output, name=name, private=private)
     return None
 
 
 def _describe(planned, *, detailed: bool) -> None:
+    from lrconvert.engines import assess
+
     spec = planned.spec
     tiers = ", ".join(str(tier.max_length) for tier in spec.tiers)
     out.say(
@@ -98,6 +128,10 @@ def _describe(planned, *, detailed: bool) -> None:
         for name, size in planned.sizes.items():
             how = "made" if name in planned.texts else "kept" if name in planned.kept else "converted"
             out.say(f"  {name}: {out.size(size)}, {how}")
+    for verdict in assess(spec, spec.family):
+        out.say(f"  {verdict}")
+    for loss in planned.given_up:
+        out.warn(f"given up: {loss}")
     for loss in planned.losses:
         out.warn(f"without trust_remote_code: {loss}")
     for note in planned.notes:

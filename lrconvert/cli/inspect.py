@@ -3,12 +3,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lrconvert.cli import _output as out
 from lrconvert.cli._common import model_argument, revision_option
+
+if TYPE_CHECKING:
+    from lrconvert.checkpoint import Model
+    from lrconvert.targets.hf.spelling import FoundRope
+
+LONGROPE_KINDS = ("longrope", "su", "lrconvert")  # their config is what an engine reads
 
 
 @click.command(name="inspect", short_help="What a model is, which RoPE it carries, what it can become.")
@@ -38,12 +44,36 @@ def command(model: str, as_json: bool, revision: str | None) -> None:
         out.say(f"  {line}")
     for note in facts["notes"]:
         out.say(f"note: {note}")
+    if facts["engines"]:
+        out.say("engines:" if facts["rope"]["kind"] in LONGROPE_KINDS else "engines, once baked as longrope:")
+    for engine in facts["engines"]:
+        out.say(f"  {engine['text']}")
     out.say(f"can become: {', '.join(facts['targets'])}")
     if facts["manifest"]:
         made = facts["manifest"]
         out.say(f"made by lrconvert from {made['model']} with {made['recipe']}: {made['parity']}")
         return
     out.hint(f"next: lrconvert recipe derive {model} --method yarn --factor 8 -o my-recipe")
+
+
+def assess_found(found: FoundRope, model: Model) -> list[dict[str, Any]]:
+    """What engines make of the rotation that a config has; of its keys too, where they are longrope's."""
+    from lrconvert.engines import assess
+    from lrconvert.rope import RopeSpec
+
+    if not found.scaled:
+        return []
+    shape = model.shape
+    spec = RopeSpec(
+        model.family.name,
+        shape.rotary_dim,
+        shape.theta,
+        found.original_window,
+        found.tiers[-1].max_length,
+        found.tiers,
+    )
+    config = model.checkpoint.config if found.kind in LONGROPE_KINDS and model.checkpoint.format != "gguf" else None
+    return [{**verdict.to_json(), "text": str(verdict)} for verdict in assess(spec, model.family.name, config)]
 
 
 def inspect(reference: str, revision: str | None = None) -> dict[str, Any]:
@@ -93,6 +123,7 @@ def inspect(reference: str, revision: str | None = None) -> dict[str, Any]:
             "tiers": [dataclasses.asdict(tier) for tier in found.tiers],
         },
         "sparklines": sparklines(recipe) if found.scaled else [],
+        "engines": assess_found(found, model),
         "notes": [*model.notes, *found.notes, *(recipe.warnings() if found.scaled else [])],
         "targets": ["hf"],
         "manifest": manifest,

@@ -25,8 +25,15 @@ from lrconvert.cli import _output as out
 @click.option(
     "--code", "codes", type=click.Choice(["native", "custom"]), multiple=True, help="Only this code; may be repeated."
 )
+@click.option(
+    "--runtime",
+    type=click.Choice(["transformers", "mlx", "vllm"]),
+    default="transformers",
+    show_default=True,
+    help="What runs the artifact; mlx-lm and vLLM live in environments of their own: name one with --python.",
+)
 @click.option("--full", is_flag=True, help="Consecutive positions at every length and every decode, however long.")
-@click.option("--python", help="Interpreter for the runtime, to check against another version of transformers.")
+@click.option("--python", help="Interpreter for the runtime: another version of transformers, mlx-lm, vLLM.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of the runtime.")
 @click.option("--junit", type=click.Path(path_type=Path), metavar="FILE", help="Also write JUnit XML.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
@@ -37,6 +44,7 @@ def command(
     device: str = "cpu",
     dtype: str = "float32",
     codes: tuple[str, ...] = (),
+    runtime: str = "transformers",
     full: bool = False,
     python: str | None = None,
     threads: int | None = None,
@@ -47,13 +55,16 @@ def command(
 
     Every piece of code in it (transformers' native one, the artifact's own) is asked in a process of its own
     and compared with the reference, on both sides of every tier boundary. Exit code 5 when it fails.
+
+    \b
+    lrconvert verify my-model --runtime vllm --python vllm-env/bin/python
     """
     from lrconvert.errors import ParityError, require
     from lrconvert.parity import Options, verify
 
     for module in ("torch", "transformers"):
         require(module, "hf", "verify")
-    options = Options(device, dtype, codes or None, full, python, threads)
+    options = Options(device, dtype, codes or None, full, python, threads, runtime=runtime)
     with out.spinner(quiet=as_json) as progress:
         report = verify(artifact, against=against, recipe=recipe, options=options, progress=progress)
     if junit is not None:
@@ -69,7 +80,8 @@ def show(report) -> None:
     """The report for a terminal."""
     out.console().print(report.table())
     for name, info in report.runtimes.items():
-        versions = f"transformers {info['transformers']}, torch {info['torch']}"
+        about = ("class", "dtype", "device")
+        versions = ", ".join(f"{module} {version}" for module, version in info.items() if module not in about)
         out.say(f"{name}: {info['class']} in {info['dtype']} on {info['device']}, {versions}")
     for loss in report.losses:
         out.say(f"lost: {loss}")

@@ -8,7 +8,7 @@ the cost of a short prompt.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,6 +32,16 @@ class Budget:
     decode: int
 
 
+@dataclass(frozen=True)
+class Asking:
+    """What a runtime can be asked. Without `positions` only whole prompts, one at a time: no tokens spread over
+    a length, no padded batch. `reserved`: tokens of the window that a prompt may not take."""
+
+    positions: bool = True
+    reserved: int = 0
+
+
+ANYTHING = Asking()
 CPU = Budget(dense=4224, decode=8320)
 GPU = Budget(dense=65600, decode=65600)
 
@@ -75,34 +85,52 @@ def kept(count: int) -> np.ndarray:
     return np.concatenate([np.linspace(0, count - KEPT // 2 - 1, KEPT // 2).astype(np.int64), tail])
 
 
-def build_cases(spec: RopeSpec, capability: Capability, budget: Budget) -> Iterator[Case]:
-    """The cases for a recipe in one piece of code."""
-    yield from _lengths(spec, budget)
-    yield from _batches(spec, capability)
-    for boundary in spec.boundaries:
+def build_cases(
+    spec: RopeSpec,
+    capability: Capability,
+    budget: Budget,
+    *,
+    asking: Asking = ANYTHING,
+    edges: Sequence[int] | None = None,
+) -> Iterator[Case]:
+    """The cases for a recipe in one piece of code. `edges`: the boundaries to ask around, by default those of
+    `spec`; code that chooses once has none of its own, and must not change anything at the recipe's."""
+    edges = spec.boundaries if edges is None else edges
+    yield from _lengths(spec, budget, asking, edges)
+    if asking.positions:
+        yield from _batches(spec, capability)
+    for boundary in edges:
         yield _decode(boundary, capability, budget)
-    if not spec.boundaries and spec.window > 4 * DECODED:
+    if not edges and spec.window > 4 * DECODED:
         yield Case("decode", "decode", (min(spec.window // 2, 256),))
 
 
-def _lengths(spec: RopeSpec, budget: Budget) -> Iterator[Case]:
+def _lengths(spec: RopeSpec, budget: Budget, asking: Asking, edges: Sequence[int]) -> Iterator[Case]:
     asked: dict[int, str] = {}
-    for boundary in spec.boundaries:
+    end, dense = spec.window - asking.reserved, max(budget.dense, SPREAD_TOKENS)
+    for boundary in edges:
         for length, name in (
             (boundary - 1, f"below {boundary}"),
             (boundary, f"at {boundary}"),
             (boundary + 1, f"one past {boundary}"),
         ):
             asked.setdefault(length, name)
-    if not spec.boundaries:
+    if not edges:
         asked.setdefault(min(64, spec.window), "short")
     counts = sorted({tier.start_tokens for tier in spec.tiers if tier.start_tokens > 1})
     for count in counts:
         if count + 1 <= spec.window:
             asked.setdefault(count + 1, f"one past {count} start tokens")
-    asked.setdefault(spec.window, "far end")
+    asked.setdefault(end, "far end")
+    if end > dense and not asking.positions:
+        asked.setdefault(dense, f"at {dense}")
     for length, name in sorted(asked.items()):
-        yield Case(name, "forward", (length,), spread=length > max(budget.dense, SPREAD_TOKENS))
+        spread = length > dense
+        if spread and not asking.positions:
+            skipped = f"{length} consecutive tokens are beyond this device's budget; use --full"
+            yield Case(name, "forward", (length,), skipped=skipped)
+        elif length <= end:
+            yield Case(name, "forward", (length,), spread=spread)
 
 
 def _batches(spec: RopeSpec, capability: Capability) -> Iterator[Case]:

@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 from xml.etree import ElementTree
 
+from lrconvert.parity.measures import Measures
+from lrconvert.parity.tolerances import Tolerance
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -34,6 +37,21 @@ class Row:
         if self.bound is None or self.kl_mean is None:
             return None
         return math.inf if self.kl_mean == 0 else self.bound / self.kl_mean
+
+
+def judged(
+    code: str, case: str, length: int, measures: Measures, tolerance: Tolerance, *, known: str | None = None
+) -> Row:
+    """The row of a case. `known`: what the code is known to get wrong there, so that it isn't judged."""
+    verdict: Verdict = "pass"
+    reason, bound = "", tolerance.kl_mean
+    if not measures.kl_mean <= tolerance.kl_mean:
+        verdict, reason = "fail", f"mean KL {measures.kl_mean:.2e}, {tolerance.kl_mean:.0e} allowed"
+    elif not measures.kl_max <= tolerance.kl_max:
+        verdict, reason = "fail", f"largest KL {measures.kl_max:.2e}, {tolerance.kl_max:.0e} allowed"
+    if known:
+        verdict, reason, bound = "known", known, None
+    return Row(code, case, verdict, length=length, bound=bound, reason=reason, **vars(measures))
 
 
 @dataclass

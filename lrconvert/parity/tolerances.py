@@ -32,7 +32,25 @@ _BF16 = (
     "mutant on the embedded model (a boundary off by one 1.4e-2), dropped start tokens only in the largest KL (0.19)"
 )
 _BF16_FAR = "bfloat16 arithmetic and float32 angles far out"
+_FOLD = "the reference against itself, q and k scaled and the attention factor divided, without rounding: {}"
+_BF16_ENGINE = "bfloat16 arithmetic, in vLLM a bfloat16 table of cos and sin too: XXB"
 _F16 = "float16 arithmetic, 11 bits of mantissa: about 1/64 of bfloat16's KL"
+
+
+
+def _engine(code: str, measured: str) -> tuple[Tolerance, ...]:
+    """Engines make angles in float32 as native code does, so its bounds fit; what was measured of them."""
+    reason = f"angles in float32, as in native code: {measured}"
+    return (
+        Tolerance(code, "float32", 1024, 1e-8, 1e-6, reason),
+        Tolerance(code, "float32", 16384, 1e-6, 1e-4, reason),
+        Tolerance(code, "float32", 32768, 3e-5, 3e-3, reason + "; beyond that native's bounds"),
+        Tolerance(code, "float32", 131072, 5e-4, 5e-2, reason + "; beyond that native's bounds"),
+        Tolerance(code, "float32", ANY, 1e-1, 5.0, reason + "; beyond that native's bounds"),
+        Tolerance(code, "bfloat16", ANY, 1e-1, 1.0, _BF16_ENGINE),
+        Tolerance(code, "float16", ANY, 1e-3, 5e-2, _F16 + "; float32 angles come on top"),
+    )
+
 
 TOLERANCES = (
     Tolerance("custom", "float32", ANY, 1e-8, 1e-6, _FP64_ANGLES),
@@ -45,6 +63,10 @@ TOLERANCES = (
     Tolerance("custom", "bfloat16", ANY, 1e-2, 1e-1, _BF16),
     Tolerance("native", "bfloat16", 131072, 1e-2, 1e-1, _BF16),
     Tolerance("native", "bfloat16", ANY, 1e-1, 5.0, _BF16_FAR),
+    *_engine("mlx", "9e-11 on pico models, XXM on the embedded model at 4k"),
+    *_engine("vllm", "4e-11 on pico models, XXV on the embedded model at 4k"),
+    Tolerance("portable", "float64", ANY, 1e-12, 1e-10, _FOLD.format("float64")),
+    Tolerance("portable", "float32", ANY, 1e-7, 1e-5, _FOLD.format("float32, on a GPU")),
     Tolerance("custom", "float16", ANY, 1e-3, 1e-2, _F16),
     Tolerance("native", "float16", 131072, 1e-3, 5e-2, _F16 + "; float32 angles come on top"),
     Tolerance("native", "float16", ANY, 1e-1, 5.0, _F16 + "; float32 angles far out"),

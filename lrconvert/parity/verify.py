@@ -4,23 +4,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lrconvert.checkpoint import Model, describe_source, open_model, read_json
 from lrconvert.checkpoint.adapter import merged, open_adapter
 from lrconvert.errors import InputError, LrconvertError, UsageError
-from lrconvert.expressible import CUSTOM_HF, NATIVE_HF, NATIVE_HF_FORMULA, Capability, project
+from lrconvert.expressible import CUSTOM_HF, MLX, VLLM, Capability, native_hf, project
+from lrconvert.families import Family
 from lrconvert.output import MANIFEST, Manifest, replace_file, sha256_of
-from lrconvert.parity.cases import CPU, DECODED, GPU, Budget, Case, build_cases, kept, stream
+from lrconvert.parity.cases import ANYTHING, CPU, DECODED, GPU, Asking, Budget, Case, build_cases, kept, stream
 from lrconvert.parity.config_checks import check_config
 from lrconvert.parity.judge import Judge, kept_of_batch
 from lrconvert.parity.measures import Measures, compare, merge
-from lrconvert.parity.report import Report, Row, Verdict
-from lrconvert.parity.tolerances import Tolerance, tolerance_for
+from lrconvert.parity.promise import fold_rows, lost, promise
+from lrconvert.parity.report import Report, Row, judged
+from lrconvert.parity.tolerances import tolerance_for
 from lrconvert.recipe import Recipe, load_recipe, parse_recipe, resolve
 from lrconvert.rope import RopeSpec
+from lrconvert.runtimes import mlx, transformers, vllm
 from lrconvert.runtimes.base import Interpreter, Session, WorkerSession
 
 Progress = Callable[[str], None]
@@ -30,7 +34,8 @@ UNLIMITED = Budget(dense=2**31, decode=2**31)
 @dataclass(frozen=True)
 class Options:
     """How to verify. `codes` of the artifact to ask (None: all); `full`: nothing is spread or skipped;
-    `python`: the runtime's interpreter; `interpreter`: one that runs already, shared by all codes."""
+    `python`: the runtime's interpreter; `interpreter`: one that runs already, shared by all codes; `runtime`: one
+    of `RUNTIMES`."""
 
     device: str = "cpu"
     dtype: str = "float32"
@@ -39,6 +44,7 @@ class Options:
     python: str | None = None
     threads: int | None = None
     interpreter: Interpreter | None = None
+    runtime: str = "transformers"
 
     @property
     def budget(self) -> Budget:
@@ -47,37 +53,56 @@ class Options:
 
 @dataclass(frozen=True)
 class Code:
-    """A piece of rotating code in an artifact, what it can express and how to ask it."""
+    """A piece of code that can run an artifact: what it can express, by family, what it can be asked and how."""
 
     name: str
-    capability: Capability
+    runtime: str
+    capability: Callable[[Family], Capability]
     open: Callable[[Path, Options], WorkerSession]
+    asking: Asking = ANYTHING
+    needs: str | None = None  # a key of config.json without which the artifact has no such code
 
 
 def _transformers(custom: bool) -> Callable[[Path, Options], WorkerSession]:
-    def opened(artifact: Path, options: Options) -> WorkerSession:
-        from lrconvert.runtimes.transformers import open_session
-
-        return open_session(
-            artifact,
-            custom=custom,
-            device=options.device,
-            dtype=options.dtype,
-            threads=options.threads,
-            python=options.python,
-            interpreter=options.interpreter,
-        )
-
-    return opened
+    return lambda artifact, options: transformers.open_session(
+        artifact,
+        custom=custom,
+        device=options.device,
+        dtype=options.dtype,
+        threads=options.threads,
+        python=options.python,
+        interpreter=options.interpreter,
+    )
 
 
-def codes_of(artifact: Path, model: Model) -> list[Code]:
-    """The codes that can run an artifact: a table by format."""
-    native = NATIVE_HF_FORMULA if model.family.hf_three_key_scaling else NATIVE_HF
-    codes = [Code("native", native, _transformers(custom=False))]
-    if "auto_map" in read_json(artifact / "config.json"):
-        codes.append(Code("custom", CUSTOM_HF, _transformers(custom=True)))
-    return codes
+def _mlx(artifact: Path, options: Options) -> WorkerSession:
+    return mlx.open_session(artifact, dtype=options.dtype, python=options.python, interpreter=options.interpreter)
+
+
+def _vllm(artifact: Path, options: Options) -> WorkerSession:
+    return vllm.open_session(
+        artifact,
+        dtype=options.dtype,
+        threads=options.threads,
+        python=options.python,
+        interpreter=options.interpreter,
+    )
+
+
+CODES = (
+    Code("native", "transformers", native_hf, _transformers(custom=False)),
+    Code("custom", "transformers", lambda family: CUSTOM_HF, _transformers(custom=True), needs="auto_map"),
+    Code("mlx", "mlx", lambda family: MLX, _mlx, Asking(positions=False)),
+    # vLLM serves no prompt that leaves no room for one more token.
+    Code("vllm", "vllm", lambda family: VLLM, _vllm, Asking(positions=False, reserved=1)),
+)
+RUNTIMES = tuple(dict.fromkeys(code.runtime for code in CODES))
+
+
+def codes_of(artifact: Path, runtime: str) -> list[Code]:
+    """The codes of a runtime that can run an artifact."""
+    config = read_json(artifact / "config.json")
+    return [code for code in CODES if code.runtime == runtime and (code.needs is None or code.needs in config)]
 
 
 def verify(
@@ -109,7 +134,8 @@ def verify(
         window=window,
     )
     stored = manifest.options.get("dtype") if manifest else None
-    judge = Judge(model, device=options.device, stored_dtype=stored)
+    made = promise(model, spec, manifest.options if manifest else {}, artifact)
+    judge = Judge(made.model, device=options.device, stored_dtype=stored)
     report = Report(
         artifact=artifact.name or str(artifact),
         against=f"{model.reference} + {chosen.name}",
@@ -120,13 +146,25 @@ def verify(
         say("checksums")
         report.rows += _integrity(artifact, manifest)
     report.rows += check_config(read_json(artifact / "config.json"), artifact, model.family.hf_class)
-    for code in codes_of(artifact, model):
+    report.losses += made.given_up
+    if made.spec != spec:
+        say("what the weights carry: reference")
+        report.rows += fold_rows(made, judge, stored_dtype=stored, device=options.device, budget=options.budget)
+    for code in codes_of(artifact, options.runtime):
         if options.codes is None or code.name in options.codes:
-            _verify_code(artifact, code, spec, judge, options, report, say)
+            _verify_code(artifact, code, made.spec, judge, options, report, say)
     if manifest is not None and recipe is None:
-        manifest.parity = report.to_json()
+        manifest.parity = _recorded(manifest.parity, report.to_json(), options.runtime)
         replace_file(artifact / MANIFEST, manifest.to_json())
     return report
+
+
+def _recorded(earlier: dict[str, Any] | None, report: dict[str, Any], runtime: str) -> dict[str, Any]:
+    """What the manifest keeps: the report on the artifact's own codes, and the other engines' beside it."""
+    engines = (earlier or {}).get("engines", {})
+    if runtime == CODES[0].runtime:
+        return {**report, "engines": engines} if engines else report
+    return {**(earlier or report), "engines": {**engines, runtime: report}}
 
 
 def _source(artifact: Path, manifest: Manifest | None, against: str | None) -> tuple[Model, list[str]]:
@@ -139,21 +177,26 @@ def _source(artifact: Path, manifest: Manifest | None, against: str | None) -> t
     try:
         model = open_model(named, revision=manifest.source.get("revision"))
         recorded = manifest.source.get("adapter")
-        adapter = open_adapter(str(recorded["reference"])) if recorded else None
+        adapter = (
+            open_adapter(str(recorded["reference"]), manifest.source.get("adapter_revision")) if recorded else None
+        )
     except LrconvertError as error:
         note = f"the source, {named}, can't be opened ({error.message}): judged on the artifact's own weights"
         return open_model(artifact), [note]
-    differs = ["weights"] if describe_source(model)["weights"] != manifest.source["weights"] else []
-    if adapter is not None and adapter.description != recorded:
-        differs.append("adapter")
-    if differs:
+    changed = {
+        f"{named} is no longer the model": describe_source(model)["weights"] != manifest.source["weights"],
+        "its adapter is no longer the one": adapter is not None and adapter.description != recorded,
+    }
+    if any(changed.values()):
         raise InputError(
-            f"{named} is no longer the model that {artifact} was made from: its {' and '.join(differs)} differ from "
-            f"what {MANIFEST} describes",
+            f"{', '.join(what for what, is_so in changed.items() if is_so)} that {artifact} was made from, as "
+            f"{MANIFEST} describes it",
             remedy="Name the right one with --against, or convert again",
         )
     if adapter is not None:
-        model = merged(model, adapter, rounded=manifest.options.get("dtype") is None)
+        # A dtype of its own, and a fold, are rounded once and later.
+        once = manifest.options.get("dtype") is None and manifest.options.get("folded_attention", 1.0) == 1.0
+        model = merged(model, adapter, rounded=once)
     return model, []
 
 
@@ -188,10 +231,12 @@ def _integrity(artifact: Path, manifest: Manifest) -> list[Row]:
 def _verify_code(
     artifact: Path, code: Code, spec: RopeSpec, judge: Judge, options: Options, report: Report, say: Progress
 ) -> None:
-    projected, losses = project(spec, code.capability)
-    cases = list(build_cases(projected, code.capability, options.budget))
+    capability = code.capability(judge.model.family)
+    projected, losses = project(spec, capability)
+    edges = spec.boundaries[:1] if capability.once else None
+    cases = list(build_cases(projected, capability, options.budget, asking=code.asking, edges=edges))
     say(f"{code.name} code: reference")
-    judge.prepare(projected, cases)
+    judge.prepare(projected, [case for case in cases if not case.skipped])
     say(f"{code.name} code: loading")
     try:
         session = code.open(artifact, options)
@@ -207,7 +252,7 @@ def _verify_code(
         report.losses.append(loss)
     if losses:
         say(f"{code.name} code: what it can't express")
-        report.rows += _measure_losses(code, spec, projected, judge, options)
+        report.rows += lost(code.name, spec, projected, judge, options.budget)
 
 
 def _verify_case(code: Code, case: Case, spec: RopeSpec, judge: Judge, session: Session, options: Options) -> Row:
@@ -218,19 +263,7 @@ def _verify_case(code: Code, case: Case, spec: RopeSpec, judge: Judge, session: 
     except InputError as error:
         return Row(code.name, case.name, "fail", length=case.length, reason=error.message)
     tolerance = tolerance_for(code.name, options.dtype, case.length)
-    return _judged(code, case, measures, tolerance)
-
-
-def _judged(code: Code, case: Case, measures: Measures, tolerance: Tolerance) -> Row:
-    verdict: Verdict = "pass"
-    reason, bound = "", tolerance.kl_mean
-    if not measures.kl_mean <= tolerance.kl_mean:
-        verdict, reason = "fail", f"mean KL {measures.kl_mean:.2e}, {tolerance.kl_mean:.0e} allowed"
-    elif not measures.kl_max <= tolerance.kl_max:
-        verdict, reason = "fail", f"largest KL {measures.kl_max:.2e}, {tolerance.kl_max:.0e} allowed"
-    if case.known:
-        verdict, reason, bound = "known", case.known, None
-    return Row(code.name, case.name, verdict, length=case.length, bound=bound, reason=reason, **vars(measures))
+    return judged(code.name, case.name, case.length, measures, tolerance, known=case.known)
 
 
 def _ask(case: Case, spec: RopeSpec, judge: Judge, session: Session) -> Measures:
@@ -253,20 +286,3 @@ def _ask(case: Case, spec: RopeSpec, judge: Judge, session: Session) -> Measures
         keep=kept(len(tokens)).tolist(),
     )
     return compare(judge.forward(spec, case), answer[0])
-
-
-def _measure_losses(code: Code, exact: RopeSpec, projected: RopeSpec, judge: Judge, options: Options) -> Sequence[Row]:
-    """What the projection costs against the recipe itself, by the reference alone, at every tier's end."""
-    cases = []
-    for tier in exact.tiers:
-        if tier != projected.tier_for(tier.max_length):
-            spread = tier.max_length > options.budget.dense
-            cases.append(Case(f"lost at {tier.max_length}", "forward", (tier.max_length,), spread=spread))
-    judge.prepare(exact, cases)
-    judge.prepare(projected, cases)
-    rows = []
-    for case in cases:
-        measures = compare(judge.forward(exact, case), judge.forward(projected, case))
-        reason = "what the recipe asks and this code can't express"
-        rows.append(Row(code.name, case.name, "known", length=case.length, reason=reason, **vars(measures)))
-    return rows

@@ -90,9 +90,7 @@ class Interpreter:
             raise EnvironmentFailure(f"the runtime's process ended: {self._last_words()}")
         answer = json.loads(line)
         if missing := answer.get("missing"):
-            raise EnvironmentFailure(
-                f"this check needs {missing}, which can't be imported", remedy="pip install 'lrconvert[hf]'"
-            )
+            raise EnvironmentFailure(f"this check needs {missing}, which can't be imported", remedy=answer["remedy"])
         if error := answer.get("error"):
             raise InputError(f"the runtime refuses the artifact: {error}")
         return answer

@@ -1,38 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs in an interpreter of its own: loads a Hugging Face folder with transformers and answers logits.
+"""Runs in an interpreter of its own: loads a Hugging Face folder with transformers and answers logits."""
 
-It must not import lrconvert: what it computes is what a user's program computes. One JSON object a line
-comes in, one goes out; whatever libraries print goes to stderr.
-"""
-
-import json
-import os
-import sys
+import importlib.util
 from pathlib import Path
 
-ANSWERS = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)
-
-
-def main() -> None:
-    worker = None
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            if request["do"] == "open":
-                worker = Worker(request)
-                answer = worker.info
-            elif request["do"] == "logits":
-                answer = worker.logits(request)
-            else:
-                answer = worker.generate(request)
-        except ModuleNotFoundError as error:
-            answer = {"missing": error.name or str(error)}
-        except Exception as error:  # whatever it is, the parent says it and ends the session
-            lines = str(error).strip().splitlines() or [""]
-            answer = {"error": f"{type(error).__name__}: {lines[0]}"}
-        ANSWERS.write(json.dumps(answer) + "\n")
-        ANSWERS.flush()
+REMEDY = "pip install 'lrconvert[hf]'"
 
 
 class Worker:
@@ -109,4 +81,7 @@ class Worker:
 
 
 if __name__ == "__main__":
-    main()
+    spec = importlib.util.spec_from_file_location("worker_loop", Path(__file__).with_name("worker_loop.py"))
+    loop = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loop)
+    loop.serve(Worker, REMEDY)

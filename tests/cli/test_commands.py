@@ -387,7 +387,7 @@ def test_hf_says_what_it_did(tmp_path: Path, model: Path, recipe: Path, cli: Run
     """Windows, edits, files, links, and that nobody has verified it yet."""
     result = cli("hf", model, "--recipe", recipe, "-o", tmp_path / "out")
     assert result.out.startswith(f"{model} (llama): 64 → 128 tokens, tiers up to 64, 128\n")
-    assert re.search(r"out: 4 files, [\d.]+ kB, 1 of them hard links to the source", result.out)
+    assert re.search(r"out: 5 files, [\d.]+ kB, 1 of them hard links to the source", result.out)
     assert f"not verified yet: lrconvert verify {tmp_path / 'out'}" in result.err
     copied = cli("hf", model, "--recipe", recipe, "-o", tmp_path / "copy", "--copy")
     assert "hard links" not in copied.out

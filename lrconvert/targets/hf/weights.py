@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from lrconvert.checkpoint import Checkpoint, Model, read_json
+from lrconvert.checkpoint import Checkpoint, Model, TensorInfo, read_json
 from lrconvert.checkpoint.adapter import MergedCheckpoint, Part, row_blocks
 from lrconvert.checkpoint.base import numpy_dtype
+from lrconvert.checkpoint.fold import FoldedCheckpoint
 from lrconvert.checkpoint.folder import INDEX, SINGLE
 from lrconvert.checkpoint.tensor_file import TensorFile
 from lrconvert.errors import InputError, UnsupportedError
@@ -28,6 +28,7 @@ from lrconvert.shards import PlannedTensor, header_of
 
 Shard = tuple[str, list[PlannedTensor]]  # a file's name and its tensors, in order
 
+VIEWS = (MergedCheckpoint, FoldedCheckpoint)  # change some tensors of another checkpoint when they are read
 WORKERS = 2
 AHEAD_BYTES = 64 * 2**20  # of finished blocks that wait for the writer
 
@@ -38,7 +39,7 @@ def lay_out(
     """Weight files that are kept, shards that are written, and the index if it isn't kept.
 
     With a `stored` dtype every tensor is laid out anew by `shard`. Else the source's own layout stands, and a
-    file is written again, under its name and in its order, if it holds a tensor that an adapter changes.
+    file is written again, under its name and in its order, if it holds a tensor that a view changes.
     """
     checkpoint = model.checkpoint
     if stored is not None:
@@ -47,7 +48,7 @@ def lay_out(
     weights = checkpoint.weight_files()
     # A lone file may have any name in the source; transformers looks for one.
     names = {weights[0]: SINGLE} if len(weights) == 1 else {path: path.name for path in weights}
-    if not isinstance(checkpoint, MergedCheckpoint):
+    if not isinstance(checkpoint, VIEWS):
         return {name: path for path, name in names.items()}, [], {}
     shards = []
     used = {tensor.name for tensor in model.roles.values()}
@@ -68,30 +69,28 @@ def _index(shards: Sequence[Shard]) -> bytes:
     return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _edited_index(checkpoint: MergedCheckpoint, path: Path, used: set[str]) -> dict[str, bytes]:
+def _edited_index(checkpoint: MergedCheckpoint | FoldedCheckpoint, path: Path, used: set[str]) -> dict[str, bytes]:
     """The source's index with the tensors that the merge adds, and without those that nobody uses and that a
     rewritten shard leaves out; nothing where it stays as it is."""
     index = read_json(path)
     rewritten = {checkpoint.tensors[name].file for name in checkpoint.touched}
     infos = {n: i for n, i in checkpoint.tensors.items() if n in used or i.file not in rewritten}
-    if set(infos) == set(index["weight_map"]):
-        return {}
     added = [infos[name] for name in infos if name not in index["weight_map"]]
     gone = [checkpoint.tensors[name] for name in index["weight_map"] if name not in infos]
-    metadata = index["metadata"] if isinstance(index.get("metadata"), dict) else {}
-    for key, weigh in (("total_size", _nbytes), ("total_parameters", _values)):
-        if isinstance(metadata.get(key), int):
-            metadata[key] += sum(map(weigh, added)) - sum(map(weigh, gone))
-    index["weight_map"] = {name: info.file.name for name, info in sorted(infos.items())}
-    return {INDEX: (json.dumps({**index, "metadata": metadata}, indent=2) + "\n").encode()}
+    if not added and not gone:
+        return {}
+    metadata = dict(index["metadata"]) if isinstance(index.get("metadata"), dict) else {}
+    if isinstance(metadata.get("total_size"), int):
+        metadata["total_size"] += sum(PlannedTensor(i.name, i.dtype, i.shape).nbytes for i in added)
+        metadata["total_size"] -= sum(TensorFile(info.file).nbytes[info.name] for info in gone)
+    if isinstance(metadata.get("total_parameters"), int):
+        metadata["total_parameters"] += sum(map(_values, added)) - sum(map(_values, gone))
+    index |= {"metadata": metadata, "weight_map": {name: info.file.name for name, info in sorted(infos.items())}}
+    return {INDEX: (json.dumps(index, indent=2) + "\n").encode()}
 
 
-def _values(info: Any) -> int:
+def _values(info: TensorInfo) -> int:
     return int(np.prod(info.shape, dtype=np.int64))
-
-
-def _nbytes(info: Any) -> int:
-    return _values(info) * numpy_dtype(info.dtype).itemsize
 
 
 # --- writing ---------------------------------------------------------------------------------------------
@@ -142,7 +141,7 @@ def _jobs(checkpoint: Checkpoint, tensors: Iterable[PlannedTensor]) -> Iterator[
 
 def _parts(checkpoint: Checkpoint, tensor: PlannedTensor, files: dict[Path, TensorFile]) -> Iterable[Part]:
     name, source = tensor.name, checkpoint
-    if isinstance(checkpoint, MergedCheckpoint):
+    if isinstance(checkpoint, VIEWS):
         if name in checkpoint.touched:
             return checkpoint.parts(name)
         source = checkpoint.base

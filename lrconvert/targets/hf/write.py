@@ -11,16 +11,21 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from lrconvert.checkpoint import Model, read_json
-from lrconvert.checkpoint.adapter import Adapter, describe, merged
+from lrconvert.card import CARD, render, source_card
+from lrconvert.checkpoint import Checkpoint, Model, read_json
+from lrconvert.checkpoint.adapter import Adapter, MergedCheckpoint, describe, merged
 from lrconvert.checkpoint.base import FLOAT_DTYPES, refuse_quantised
+from lrconvert.checkpoint.fold import folded
+from lrconvert.checkpoint.source import check_unchanged, snapshot
 from lrconvert.errors import InputError
-from lrconvert.expressible import NATIVE_HF, NATIVE_HF_FORMULA, project
+from lrconvert.expressible import native_hf, project
 from lrconvert.output import Manifest, Staging
+from lrconvert.public import hub_revision
 from lrconvert.recipe import Recipe, resolve
 from lrconvert.rope import RopeSpec
 from lrconvert.shards import PlannedTensor, header_of, plan_shards
 from lrconvert.targets.hf.config import Edit, edited_config, edited_tokenizer_config
+from lrconvert.targets.hf.portable import make_portable
 from lrconvert.targets.hf.spelling import MODELING_FILE
 from lrconvert.targets.hf.weights import lay_out, write_weights
 
@@ -35,6 +40,7 @@ class Plan:
     """What would be written, before anything is."""
 
     model: Model
+    weights: Checkpoint  # the model's, with an attention factor folded in where that was asked for
     recipe: Recipe
     spec: RopeSpec
     output: Path
@@ -42,9 +48,11 @@ class Plan:
     kept: dict[str, Path]  # files that come along unchanged: weights hard linked where that works
     shards: list[tuple[str, list[PlannedTensor]]]  # weight files that are written anew
     edits: list[Edit]
+    given_up: list[str]  # what the recipe asks and no code of this artifact does (`--allow-lossy`)
     losses: list[str]  # what native code, without the artifact's own, can't express
     notes: list[str]
     options: dict[str, Any]
+    stamps: dict[Path, tuple[int, int]]  # of the source's files: none may change before they are published
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -64,15 +72,29 @@ def plan(
     window: int | None = None,
     dtype: str | None = None,
     adapter: Adapter | None = None,
+    portable: bool = False,
+    lossy: bool = False,
 ) -> Plan:
-    """Resolve, edit and lay out. Raises what `resolve` and `merged` raise; merges no weights yet."""
+    """Resolve, edit and lay out. Raises what `resolve`, `merged` and `make_portable` raise; touches no weights yet.
+
+    `portable`: bake what other engines get right too; `lossy`: give up what they can't do.
+    """
     shape, family = model.shape, model.family
     spec = resolve(recipe, family=family.name, rotary_dim=shape.rotary_dim, theta=shape.theta, window=window)
-    native, losses = project(spec, NATIVE_HF_FORMULA if family.hf_three_key_scaling else NATIVE_HF)
+    scale, given_up = 1.0, []
+    if portable:
+        spec, scale, given_up = make_portable(spec, lossy=lossy)
+    native, losses = project(spec, native_hf(family))
     stored = _stored_dtype(model, dtype)
     if adapter is not None:  # with a dtype of its own, the artifact's one rounding is the writer's
-        model = merged(model, adapter, rounded=stored is None)
+        model = merged(model, adapter, rounded=stored is None and scale == 1.0)
+    baked = model if scale == 1.0 else folded(model, scale, rounded=False)
     notes = [*model.notes, *recipe.warnings()]
+    if scale != 1.0:
+        notes.append(
+            f"attention factor folded: the rotated channels of q and k are {scale:.9g} times as large, so that the "
+            f"formula's {spec.tiers[-1].attention_factor:.9g} does what the recipe asks"
+        )
     config, edits = edited_config(model, spec, native, DTYPES[dtype] if dtype else stored)
     texts = {"config.json": _json(config, "config.json"), MODELING_FILE: modeling_code(family.hf_class)}
     kept: dict[str, Path] = {}
@@ -87,13 +109,35 @@ def plan(
         edited, more = edited_tokenizer_config(source, spec)
         texts["tokenizer_config.json"] = _json(edited, "tokenizer_config.json")
         edits = [*edits, *more]
-    weights, shards, index = lay_out(model, stored, plan_shards)
+    weights, shards, index = lay_out(baked, stored, plan_shards)
     kept |= weights
     texts |= index
     if (limit := _generation_limit(texts, kept)) is not None and limit < spec.window:
         notes.append(f"generation_config.json: max_length {limit} caps what generate() makes by default")
+    found = source_card(model)
+    notes += found.notes
+    card = render(model, recipe, spec, given_up=given_up, losses=losses, notes=notes, adapter=adapter, source=found)
+    texts[CARD] = card.encode()
     options = {"window": spec.window, "dtype": stored}
-    return Plan(model, recipe, spec, output, texts, kept, shards, edits, losses, notes, options)
+    if portable:
+        options |= {"portable": True, "folded_attention": scale}
+    stamps = snapshot([*model.checkpoint.weight_files(), *kept.values()])
+    return Plan(
+        model=model,
+        weights=baked.checkpoint,
+        recipe=recipe,
+        spec=spec,
+        output=output,
+        texts=texts,
+        kept=kept,
+        shards=shards,
+        edits=edits,
+        given_up=given_up,
+        losses=losses,
+        notes=notes,
+        options=options,
+        stamps=stamps,
+    )
 
 
 def _stored_dtype(model: Model, dtype: str | None) -> str | None:
@@ -132,6 +176,15 @@ def modeling_code(hf_class: str) -> bytes:
     return text.encode()
 
 
+def _source(model: Model) -> dict[str, Any]:
+    """`describe`, with the commits of what came from the Hub."""
+    source, checkpoint = describe(model), model.checkpoint
+    commits = {"revision": hub_revision(model.reference, checkpoint.path)}
+    if isinstance(checkpoint, MergedCheckpoint):
+        commits["adapter_revision"] = hub_revision(checkpoint.adapter.reference, checkpoint.adapter.path)
+    return source | {key: commit for key, commit in commits.items() if commit}
+
+
 def write(plan: Plan, *, force: bool = False, link: bool | None = None, progress: Progress | None = None) -> Manifest:
     """Carry the plan out. `link`: True demands hard links, False copies, None links where that works."""
     report = progress or (lambda what, done, total: None)
@@ -147,15 +200,16 @@ def write(plan: Plan, *, force: bool = False, link: bool | None = None, progress
             place = staging.link_or_copy if name.endswith(".safetensors") else staging.copy
             place(path, name)
             done += path.stat().st_size
-        for tensor in write_weights(staging, plan.model.checkpoint, plan.shards):
+        for tensor in write_weights(staging, plan.weights, plan.shards):
             done += tensor.nbytes
             report(tensor.name, done, total)
+        check_unchanged(plan.stamps)
         manifest = Manifest(
             target="hf",
-            source=describe(plan.model),
+            source=_source(plan.model),
             recipe=asdict(plan.recipe),
             options=plan.options,
-            losses=plan.losses,
+            losses=[*plan.given_up, *plan.losses],
             notes=plan.notes,
         )
         staging.publish(manifest)

@@ -304,7 +304,8 @@ def test_weights_are_linked_and_the_rest_comes_along(shards: int, tmp_path: Path
     bake(folder, tmp_path / "out")
     made = files_of(tmp_path / "out")
     weights = {path.name for path in folder.glob("model*")}
-    assert set(made) == {*SIDES, *weights, "config.json", "generation_config.json", "modeling_longrope.py", MANIFEST}
+    ours = {"config.json", "generation_config.json", "modeling_longrope.py", "README.md", MANIFEST}
+    assert set(made) == {*SIDES, *weights, *ours}
     assert len(weights) == (1 if shards == 1 else 3)
     for name in weights | set(SIDES):
         shared = (tmp_path / "out" / name).samefile(folder / name)

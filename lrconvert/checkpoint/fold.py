@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An attention factor folded into weights: a view that scales the rotated channels of q and k as they are read.
+
+Attention logits are q·k with rotated channels times (attention factor)². So code that insists on f computes
+what a asks for when those channels of q and of k are a/f times as large:
+
+    model = folded(open_model("base"), a / f)
+
+Channels that don't rotate have no attention factor and stay. Where q and k pass through a norm of their own
+(Qwen3), the norm undoes a scale before it, so its weight is scaled, which all heads share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lrconvert.checkpoint.adapter import Array, MergedCheckpoint, Part, row_blocks
+from lrconvert.checkpoint.base import FLOAT_DTYPES, Checkpoint, Model, numpy_dtype, refuse_quantised
+from lrconvert.checkpoint.tensor_file import TensorFile
+
+
+class FoldedCheckpoint(Checkpoint):
+    """A checkpoint in which rows of some tensors are scaled when they are read."""
+
+    def __init__(self, base: Checkpoint, scales: Mapping[str, Array], *, rounded: bool) -> None:
+        """`scales`: a factor for every row of a tensor. `rounded`: what is read has the stored dtype; else what
+        changed stays wider for the reader to round."""
+        self.base, self._scales, self._rounded = base, scales, rounded
+        self.path, self.format, self.config = base.path, base.format, base.config
+        self.tensors, self.quantised_with = base.tensors, base.quantised_with
+        self.touched = frozenset(scales) | (base.touched if isinstance(base, MergedCheckpoint) else frozenset())
+        self._files: dict[Path, TensorFile] = {}
+
+    def weight_files(self) -> list[Path]:
+        return self.base.weight_files()
+
+    def side_files(self) -> dict[str, Path | bytes]:
+        return self.base.side_files()
+
+    def read(self, name: str) -> Array:
+        whole = np.concatenate([part() for part in self.parts(name)]) if name in self._scales else self.base.read(name)
+        stored = self.tensors[name].dtype
+        return whole.astype(numpy_dtype(stored), copy=False) if self._rounded and stored in FLOAT_DTYPES else whole
+
+    def parts(self, name: str) -> Iterator[Part]:
+        """A changed tensor in blocks of rows, in order, each as a function that computes it (in any thread)."""
+        if name not in self._scales:
+            assert isinstance(self.base, MergedCheckpoint)
+            return self.base.parts(name)
+        scales, blocks = self._scales[name], row_blocks(self.tensors[name].shape)
+        return (
+            partial(_scaled, part, scales[start:stop])
+            for part, (start, stop) in zip(self._base_parts(name), blocks, strict=True)
+        )
+
+    def _base_parts(self, name: str) -> Iterator[Part]:
+        base = self.base
+        if isinstance(base, MergedCheckpoint):
+            if name in base.touched:
+                return base.parts(name)
+            base = base.base
+        blocks = row_blocks(self.tensors[name].shape)
+        if base.format != "safetensors":
+            whole = base.read(name)
+            return (partial(whole.__getitem__, slice(*block)) for block in blocks)
+        path = base.tensors[name].file
+        if path not in self._files:
+            self._files[path] = TensorFile(path)
+        return (partial(self._files[path].rows, name, *block) for block in blocks)
+
+
+def _scaled(part: Part, scales: Array) -> Array:
+    """In float64, so that the only rounding is that of the stored dtype."""
+    values = part()
+    return values.astype(np.float64) * scales.reshape(-1, *(1 for _ in values.shape[1:]))
+
+
+def folded(model: Model, scale: float, *, rounded: bool = True) -> Model:
+    """The model with the rotated channels of q and k scaled; `rounded`: see `FoldedCheckpoint`.
+
+    With a scale of 1 nothing is scaled. Raises `UnsupportedError` for a quantised model.
+    """
+    refuse_quantised(model, "folding an attention factor into weights")
+    scales = {} if scale == 1.0 else row_scales(model, scale)
+    return replace(model, checkpoint=FoldedCheckpoint(model.checkpoint, scales, rounded=rounded))
+
+
+def row_scales(model: Model, scale: float) -> dict[str, Array]:
+    """The factor of every row of the tensors that make q and k: by role, how many heads of them lead."""
+    shape = model.shape
+    normed = any(role == "q_norm" for role, _ in model.roles)
+    heads: dict[str, int] = {"q": shape.heads, "k": shape.kv_heads, "qkv": shape.heads + shape.kv_heads}
+    heads |= {f"{role}_bias": count for role, count in heads.items()}
+    heads = {"q_norm": 1, "k_norm": 1} if normed else heads
+    head = np.ones(shape.head_dim)
+    head[: shape.rotary_dim] = scale
+    found: dict[str, Any] = {}
+    for (role, _), tensor in model.roles.items():
+        if role in heads:
+            leading = np.tile(head, heads[role])
+            found[tensor.name] = np.concatenate([leading, np.ones(tensor.shape[0] - len(leading))])
+    return found

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`lrconvert push`: publish an artifact on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from lrconvert.cli import _output as out
+
+if TYPE_CHECKING:
+    from lrconvert.hub import Plan
+
+
+@click.command(name="push", short_help="Publish an artifact on the Hugging Face Hub.")
+@click.argument("artifact", metavar="ARTIFACT", type=click.Path(path_type=Path))
+@click.argument("name", metavar="NAME")
+@click.option("--private", is_flag=True, help="Make the repository private, where it doesn't exist yet.")
+@click.option("--force", is_flag=True, help="Publish what failed to verify; write into a repository of other content.")
+@click.option("--dry-run", is_flag=True, help="Print what would be uploaded and deleted; change nothing.")
+def command(artifact: Path, name: str, private: bool = False, force: bool = False, dry_run: bool = False) -> None:
+    """Publish ARTIFACT, a folder that lrconvert wrote, on the Hub as NAME (OWNER/NAME).
+
+    One commit with the artifact's files, its model card with the last parity report, and its manifest without
+    local paths. Needs a token with write access: `hf auth login`.
+
+    \b
+    lrconvert push my-model me/my-model --dry-run
+    """
+    from lrconvert import hub
+
+    quiet_client()
+    planned = hub.plan(artifact, name, private=private, force=force, progress=out.hint)
+    describe(planned)
+    planned.check(force=force)
+    if dry_run:
+        out.hint("dry run: nothing was uploaded")
+        return
+    done = hub.upload(planned, force=force, progress=out.hint)
+    out.say(done.url if done.changed else f"{planned.repo} has exactly this already: {done.url}")
+
+
+def describe(planned: Plan) -> None:
+    """What would change on the Hub, before anything does."""
+    state = "private" if planned.private else "public"
+    branch = f", branch {planned.revision}" if planned.revision else ""
+    out.say(f"{planned.repo}{branch} ({'new, ' if planned.head is None else ''}{state}), with the {planned.account}")
+    for name, size in planned.sizes.items():
+        out.say(f"  {name}: {out.size(size)}")
+    for name in planned.deleted:
+        out.say(f"  {name}: deleted there")
+    for found in planned.foreign:
+        out.warn(f"{planned.repo} holds other content: {found}")
+    for warning in planned.warnings:
+        out.warn(warning)
+
+
+def quiet_client() -> None:
+    """The client's own words stay away; its progress bars too, where nobody would see them."""
+    from huggingface_hub.utils import disable_progress_bars, logging
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        disable_progress_bars()

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What engines other than transformers get right: two tiers, no start tokens, the formula's attention factor."""
+
+from __future__ import annotations
+
+from lrconvert.errors import UnsupportedError
+from lrconvert.expressible import PORTABLE, SAME, folded_attention, formula_attention, project
+from lrconvert.rope import RopeSpec
+
+
+def make_portable(spec: RopeSpec, *, lossy: bool = False) -> tuple[RopeSpec, float, list[str]]:
+    """The spec that every engine can rotate, the scale that q and k have to carry for it, and what was given up.
+
+    With the recipe's attention factor a and the engines' f, the scale is a/f and the spec's factor f. Raises
+    `UnsupportedError` (exit code 4) that names all that engines can't do, unless `lossy`.
+    """
+    kept, losses = project(spec, PORTABLE)
+    if losses and not lossy:
+        raise UnsupportedError(
+            f"--portable: {'; '.join(losses)}",
+            remedy="Bake without --portable for the artifact's own code, or give this up with --allow-lossy",
+        )
+    scale = kept.tiers[-1].attention_factor / formula_attention(kept)
+    scale = 1.0 if abs(scale - 1.0) <= SAME else scale
+    return folded_attention(kept, scale), scale, losses

@@ -44,6 +44,8 @@ class Asking:
 ANYTHING = Asking()
 CPU = Budget(dense=4224, decode=8320)
 GPU = Budget(dense=65600, decode=65600)
+# In float32 transformers' attention keeps the whole matrix of scores: 144 GiB for 9 heads at 64k.
+GPU_FLOAT32 = Budget(dense=33000, decode=33000)
 
 
 @dataclass(frozen=True)

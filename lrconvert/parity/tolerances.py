@@ -33,9 +33,11 @@ _BF16 = (
 )
 _BF16_FAR = "bfloat16 arithmetic and float32 angles far out"
 _FOLD = "the reference against itself, q and k scaled and the attention factor divided, without rounding: {}"
-_BF16_ENGINE = "bfloat16 arithmetic, in vLLM a bfloat16 table of cos and sin too: XXB"
+_BF16_ENGINE = (
+    "bfloat16 arithmetic, in vLLM a bfloat16 table of cos and sin too: 2.5e-3 (largest 2.5e-2) on pico models, where "
+    "the wrong set is 0.4"
+)
 _F16 = "float16 arithmetic, 11 bits of mantissa: about 1/64 of bfloat16's KL"
-
 
 
 def _engine(code: str, measured: str) -> tuple[Tolerance, ...]:
@@ -47,8 +49,8 @@ def _engine(code: str, measured: str) -> tuple[Tolerance, ...]:
         Tolerance(code, "float32", 32768, 3e-5, 3e-3, reason + "; beyond that native's bounds"),
         Tolerance(code, "float32", 131072, 5e-4, 5e-2, reason + "; beyond that native's bounds"),
         Tolerance(code, "float32", ANY, 1e-1, 5.0, reason + "; beyond that native's bounds"),
-        Tolerance(code, "bfloat16", ANY, 1e-1, 1.0, _BF16_ENGINE),
-        Tolerance(code, "float16", ANY, 1e-3, 5e-2, _F16 + "; float32 angles come on top"),
+        Tolerance(code, "bfloat16", ANY, 3e-2, 3e-1, _BF16_ENGINE),
+        Tolerance(code, "float16", ANY, 1e-3, 5e-2, _F16 + "; float32 angles come on top (not measured)"),
     )
 
 
@@ -61,10 +63,10 @@ TOLERANCES = (
     Tolerance("native", "float32", 524288, 7e-3, 0.5, _FP32_ANGLES.format("1.4e-3 on a widened pico model")),
     Tolerance("native", "float32", ANY, 1e-1, 5.0, _FP32_ANGLES.format("1.7e-2 to 6e-2 at 2M on pico models")),
     Tolerance("custom", "bfloat16", ANY, 1e-2, 1e-1, _BF16),
-    Tolerance("native", "bfloat16", 131072, 1e-2, 1e-1, _BF16),
+    Tolerance("native", "bfloat16", 131072, 1e-2, 5e-1, _BF16 + "; 0.16 at most on a widened pico model"),
     Tolerance("native", "bfloat16", ANY, 1e-1, 5.0, _BF16_FAR),
-    *_engine("mlx", "9e-11 on pico models, XXM on the embedded model at 4k"),
-    *_engine("vllm", "4e-11 on pico models, XXV on the embedded model at 4k"),
+    *_engine("mlx", "9e-11 on pico models, 1.6e-9 on the embedded model at 4k"),
+    *_engine("vllm", "4e-11 on pico models, 1.6e-9 on the embedded model at 4k"),
     Tolerance("portable", "float64", ANY, 1e-12, 1e-10, _FOLD.format("float64")),
     Tolerance("portable", "float32", ANY, 1e-7, 1e-5, _FOLD.format("float32, on a GPU")),
     Tolerance("custom", "float16", ANY, 1e-3, 1e-2, _F16),

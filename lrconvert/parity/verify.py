@@ -15,7 +15,19 @@ from lrconvert.errors import InputError, LrconvertError, UsageError
 from lrconvert.expressible import CUSTOM_HF, MLX, VLLM, Capability, native_hf, project
 from lrconvert.families import Family
 from lrconvert.output import MANIFEST, Manifest, replace_file, sha256_of
-from lrconvert.parity.cases import ANYTHING, CPU, DECODED, GPU, Asking, Budget, Case, build_cases, kept, stream
+from lrconvert.parity.cases import (
+    ANYTHING,
+    CPU,
+    DECODED,
+    GPU,
+    GPU_FLOAT32,
+    Asking,
+    Budget,
+    Case,
+    build_cases,
+    kept,
+    stream,
+)
 from lrconvert.parity.config_checks import check_config
 from lrconvert.parity.judge import Judge, kept_of_batch
 from lrconvert.parity.measures import Measures, compare, merge
@@ -48,7 +60,9 @@ class Options:
 
     @property
     def budget(self) -> Budget:
-        return UNLIMITED if self.full else CPU if self.device == "cpu" else GPU
+        return (
+            UNLIMITED if self.full else CPU if self.device == "cpu" else GPU_FLOAT32 if self.dtype == "float32" else GPU
+        )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keeps what the GPU tests reported: one JSON with every case, one table to read.
+
+    LRCONVERT_GPU_REPORT=report.json python -m pytest -o addopts= -m gpu tests/gpu
+    python benchmarks/gpu_parity.py report.json [more.json …]
+
+Reports of one set of runs are merged; where two hold the same name the later one counts.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from _common import RESULTS
+
+KEPT = ("code", "case", "length", "verdict", "kl_mean", "kl_max", "top1", "bound", "reason")
+COMMAND = "LRCONVERT_GPU_REPORT=report.json python -m pytest -o addopts= -m gpu tests/gpu"
+
+
+def main() -> None:
+    merged: dict[str, Any] = {}
+    for path in sys.argv[1:]:
+        merged |= json.loads(Path(path).read_text())
+    runtime = next(info for report in merged.values() for info in report["runtimes"].values())
+    result = {
+        "date": date.today().isoformat(),
+        "command": COMMAND,
+        "device": runtime["device"],
+        "versions": {name: runtime[name] for name in ("transformers", "torch")},
+        "reports": {
+            name: {
+                "passed": report["passed"],
+                "rows": [{key: row[key] for key in KEPT if key in row} for row in report["rows"] if "kl_mean" in row],
+            }
+            for name, report in sorted(merged.items())
+        },
+    }
+    (RESULTS / "gpu-parity.json").write_text(json.dumps(result, indent=1) + "\n")
+    versions = f"transformers {runtime['transformers']}, torch {runtime['torch']}"
+    lines = [
+        f"Parity on {result['device']}, {result['date']}, {versions}.",
+        f"Command: `{COMMAND}`. KL in nats against the reference in float32 with float64 angles.",
+        "",
+        "| artifact | code | case | tokens | KL mean | KL max | bound | verdict |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, report in result["reports"].items():
+        if name.startswith("mutant"):
+            continue
+        for row in report["rows"]:
+            bound = f"{row['bound']:.0e}" if "bound" in row else ""
+            cells = (row["code"], row["case"], row.get("length", ""), f"{row['kl_mean']:.1e}", f"{row['kl_max']:.1e}")
+            lines.append(f"| {name} | {' | '.join(map(str, cells))} | {bound} | {row['verdict']} |")
+    lines += [
+        "",
+        "Mutants of the demo model, each caught:",
+        "",
+        "| mutant | failing cases | largest mean KL |",
+        "|---|---|---|",
+    ]
+    for name, report in result["reports"].items():
+        failed = [row for row in report["rows"] if row["verdict"] == "fail"]
+        if name.startswith("mutant"):
+            worst = max((row["kl_mean"] for row in failed), default=0.0)
+            lines.append(f"| {name.removeprefix('mutant ')} | {len(failed)} | {worst:.1e} |")
+    (RESULTS / "gpu-parity.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,8 +16,10 @@ from pico import FAMILIES
 
 from lrconvert import engines
 from lrconvert.checkpoint import Model
+from lrconvert.cli.verify import command
 from lrconvert.engines import ENGINES, Verdict, assess
 from lrconvert.families import get_family
+from lrconvert.parity.verify import RUNTIMES, _recorded
 from lrconvert.recipe import resolve, write_recipe
 from lrconvert.rope import RopeSpec, Tier, longrope_attention_factor
 from lrconvert.targets.hf.config import edited_config
@@ -166,3 +169,29 @@ def test_an_engine_that_computes_its_factor_follows_the_window() -> None:
     """The formula is that of the window that is baked, not of the recipe's last tier."""
     short = replace(spec(), window=100, tiers=(spec().tiers[0], replace(spec().tiers[1], max_length=100)))
     assert verdicts(short, "llama")["vLLM"].outcome == "differs"
+
+
+def test_an_engines_report_is_kept_beside_the_artifacts_own() -> None:
+    """In either order, and each run replaces its own part alone."""
+    own, mlx, vllm = {"summary": "own"}, {"summary": "mlx"}, {"summary": "vllm"}
+    first = _recorded(None, own, "transformers")
+    assert first == own
+    both = _recorded(_recorded(first, mlx, "mlx"), vllm, "vllm")
+    assert both == {"summary": "own", "engines": {"mlx": mlx, "vllm": vllm}}
+    assert _recorded(both, {"summary": "again"}, "transformers") == {**both, "summary": "again"}
+    assert _recorded(None, mlx, "mlx") == {"summary": "mlx", "engines": {"mlx": mlx}}
+
+
+def test_a_runtime_has_its_own_code(cli: Callable[..., Result], pico: Callable[..., Model], tmp_path: Path) -> None:
+    """--code is about transformers; an interpreter without the engine is the environment's fault, and says so."""
+    (option,) = (param for param in command.params if param.name == "runtime")
+    assert tuple(getattr(option.type, "choices", ())) == RUNTIMES
+    model = pico("llama")
+    recipe = write_recipe(recipe_for(model, even=True), tmp_path / "recipe")
+    assert cli("hf", model.reference, "--recipe", recipe, "-o", tmp_path / "out").code == 0
+    result = cli("verify", tmp_path / "out", "--runtime", "mlx", "--code", "native")
+    assert result.code == 2 and "--runtime mlx has one code" in result.err
+    for runtime in RUNTIMES[1:]:
+        if importlib.util.find_spec(runtime) is None:
+            result = cli("verify", tmp_path / "out", "--runtime", runtime)
+            assert result.code == 6 and "--python" in result.err

@@ -59,9 +59,11 @@ def command(
     \b
     lrconvert verify my-model --runtime vllm --python vllm-env/bin/python
     """
-    from lrconvert.errors import ParityError, require
+    from lrconvert.errors import ParityError, UsageError, require
     from lrconvert.parity import Options, verify
 
+    if codes and runtime != "transformers":
+        raise UsageError(f"--code chooses among what transformers runs; --runtime {runtime} has one code")
     for module in ("torch", "transformers"):
         require(module, "hf", "verify")
     options = Options(device, dtype, codes or None, full, python, threads, runtime=runtime)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 REMEDY = "Name an interpreter that has vLLM with --python (CONTRIBUTING.md says how to install its CPU build)"
 
+MOST_VALUES = 2**21  # about 400 MB of objects
+
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GB
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process: it ends with it
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
@@ -76,12 +78,18 @@ class Worker:
     def logits(self, request):
         if request["positions"] is not None:
             raise ValueError("vLLM knows no positions but those of a whole prompt")
-        answers = []
-        for row in self.run(request["rows"], 1, prompt_logprobs=self.vocabulary):
-            # prompt_logprobs[i] is what the tokens before i predict; the last one predicts the token that is made.
-            predicted = [*row.prompt_logprobs[1:], row.outputs[0].logprobs[0]]
-            answers.append([self.values(predicted[index]) for index in request["keep"]])
-        return {"logits": self.save(answers)}
+        return {"logits": self.save([self.of_row(row, request["keep"]) for row in request["rows"]])}
+
+    def of_row(self, row, keep):
+        """Every position's logits are Python objects here: where they would be too many, prompts that end at the
+        positions wanted are asked instead."""
+        if len(row) * self.vocabulary > MOST_VALUES:
+            prefixes = [row[: index % len(row) + 1] for index in keep]
+            return [self.values(one.outputs[0].logprobs[0]) for one in self.run(prefixes, 1)]
+        (whole,) = self.run([row], 1, prompt_logprobs=self.vocabulary)
+        # prompt_logprobs[i] is what the tokens before i predict; the last one predicts the token that is made.
+        predicted = [*whole.prompt_logprobs[1:], whole.outputs[0].logprobs[0]]
+        return [self.values(predicted[index]) for index in keep]
 
     def generate(self, request):
         (row,) = self.run([request["prompt"]], request["new_tokens"])

@@ -9,12 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from conftest import Result, recipe_for
-from pico import FAMILIES, write_pico
+from pico import FAMILIES, pico_config, pico_tensors, write_pico
+from safetensors.numpy import save_file
 
 from lrconvert.checkpoint import Model, fold, open_model
+from lrconvert.checkpoint.adapter import merged, open_adapter
 from lrconvert.errors import UnsupportedError
 from lrconvert.output import MANIFEST, Manifest, sha256_of
 from lrconvert.parity import Options, Report, verify
@@ -174,6 +177,33 @@ def test_shards_without_q_and_k_stay_as_they_are(tmp_path: Path) -> None:
     for file in {*index.values(), "model.safetensors.index.json"}:
         same = sha256_of(folder / file) == sha256_of(tmp_path / "out" / file)
         assert same == (file not in written), file
+
+
+def test_a_merged_adapter_and_the_fold_are_rounded_once(tmp_path: Path, options: Options) -> None:
+    """q is merged and scaled, o is merged, k is scaled: each rounded to bfloat16 once, as the judge has them."""
+    half = {name: array.astype(ml_dtypes.bfloat16) for name, array in pico_tensors(pico_config("llama")).items()}
+    folder = write_pico(tmp_path / "model", torch_dtype="bfloat16")
+    save_file(half, folder / "model.safetensors", metadata={"format": "pt"})
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    rng, tensors = np.random.default_rng(3), {}
+    for name in ("q", "o"):
+        for part, shape in (("A", (4, 64)), ("B", (64, 4))):
+            key = f"base_model.model.model.layers.0.self_attn.{name}_proj.lora_{part}.weight"
+            tensors[key] = rng.standard_normal(shape).astype(np.float32)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 2}))
+    model = open_model(folder)
+    artifact = bake(model, uneven(model), tmp_path / "a", adapter=open_adapter(adapter))
+    wide = merged(model, open_adapter(adapter), rounded=False)
+    made, scale = open_model(artifact), ATTENTION / FORMULA
+    for role, factor in (("q", scale), ("k", scale), ("o", 1.0), ("v", 1.0)):
+        exact, found = wide.tensor(role, 0), made.tensor(role, 0)
+        assert exact is not None and found is not None
+        np.testing.assert_array_equal(found, (exact.astype(np.float64) * factor).astype(ml_dtypes.bfloat16))
+    report = verify(artifact, options=options)
+    assert report.passed, report.summary
+    assert all((row.kl_mean or 0) < 1e-8 for row in report.rows if row.code == "custom")
 
 
 def test_the_formula_needs_no_fold(pico: Callable[..., Model], tmp_path: Path, options: Options) -> None:

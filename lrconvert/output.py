@@ -31,6 +31,7 @@ from lrconvert.errors import EnvironmentFailure, InputError, LrconvertError, Usa
 
 MANIFEST = "lrconvert.json"
 MANIFEST_VERSION = 1
+EDITABLE = frozenset({"README.md"})  # the card is for people: they may go on writing it
 MAX_MANIFEST_BYTES = 64 * 2**20
 COPY_BYTES = 8 * 2**20
 

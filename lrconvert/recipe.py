@@ -256,21 +256,20 @@ def derive_recipe(
     base_model: str | None = None,
     name: str | None = None,
     attention_factor: float | None = None,
+    uniform: bool = False,
 ) -> Recipe:
     """An analytic recipe: the unmodified model up to L0, `method` at ratio s up to s·L0.
 
-    The attention factor is the method's own: 1 for PI and NTK-aware, 0.1 ln s + 1 for YaRN.
+    The attention factor is the method's own: 1 for PI and NTK-aware, 0.1 ln s + 1 for YaRN. `uniform` gives it to
+    both tiers, which code with one factor for all (transformers' native, llama.cpp, vLLM) can express.
     """
     if not ratio > 1:
         raise UsageError(f"--factor is {ratio:g}; an extension needs a ratio above 1")
     own = rope.yarn_attention_factor(ratio) if method == "yarn" else 1.0
     factors = factor_set(method, rotary_dim, theta, ratio, original_window)
-    unmodified = Tier(original_window, (1.0,) * (rotary_dim // 2))
-    extended = Tier(
-        round(original_window * ratio),
-        tuple(factors.tolist()),
-        attention_factor=own if attention_factor is None else attention_factor,
-    )
+    chosen = own if attention_factor is None else attention_factor
+    unmodified = Tier(original_window, (1.0,) * (rotary_dim // 2), attention_factor=chosen if uniform else 1.0)
+    extended = Tier(round(original_window * ratio), tuple(factors.tolist()), attention_factor=chosen)
     return Recipe(
         schema_version=SCHEMA_VERSION,
         name=name or f"{Path(base_model or family).name}-{method}-{ratio:g}x",

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing safetensors in a stream: the header is known before the first tensor is read."""
+"""Laying out safetensors files before they are written: who lies where, and the header."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from lrconvert.checkpoint.base import numpy_dtype
-from lrconvert.output import Staging
 
 MAX_SHARD_BYTES = 5 * 10**9  # what save_pretrained uses
 _ALIGN = 8
@@ -61,29 +60,3 @@ def header_of(tensors: Sequence[PlannedTensor]) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGN)
     return len(text).to_bytes(8, "little") + text
-
-
-def write_shards(
-    staging: Staging,
-    shards: Sequence[tuple[str, list[PlannedTensor]]],
-    read: Callable[[PlannedTensor], np.ndarray[Any, Any]],
-) -> Iterator[PlannedTensor]:
-    """Write every shard (and an index when there are several); yields each tensor once it is written.
-
-    `read` gives the array of a planned tensor in the planned dtype and shape; one is held at a time.
-    """
-    for file_name, tensors in shards:
-        with staging.create(file_name) as file:
-            file.write(header_of(tensors))
-            for tensor in tensors:
-                array = np.ascontiguousarray(read(tensor))
-                file.write(array.reshape(-1).view(np.uint8).data)
-                yield tensor
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(t.nbytes for _, group in shards for t in group)},
-            "weight_map": {t.name: name for name, group in shards for t in group},
-        }
-        staging.write_bytes(
-            "model.safetensors.index.json", (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
-        )

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # Nothing here needs the network; a test that tried would hang on a machine without one.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -51,7 +52,7 @@ def pico_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
     """Folder of a pico model of a family; built once for each set of arguments."""
     made: dict[object, Path] = {}
 
-    def get(family: str = "llama", **changes: object) -> Path:
+    def get(family: str = "llama", **changes: Any) -> Path:
         key = (family, tuple(sorted((name, repr(value)) for name, value in changes.items())))
         if key not in made:
             made[key] = write_pico(tmp_path_factory.mktemp(family), family, **changes)

@@ -219,7 +219,10 @@ def test_a_gguf_that_carries_factors_gives_its_recipe(tmp_path: Path) -> None:
     """Factors as stored (float32), attention factor and windows, through the file's own metadata."""
     import gguf
 
-    factors = {"short": np.float32([1.0 + i / 7 for i in range(8)]), "long": np.float32([1.5 + i for i in range(8)])}
+    factors = {
+        "short": np.array([1.0 + i / 7 for i in range(8)], np.float32),
+        "long": np.array([1.5 + i for i in range(8)], np.float32),
+    }
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     writer.add_context_length(256)
     writer.add_embedding_length(64)

@@ -146,6 +146,8 @@ def test_deriving_keeps_the_short_window_unmodified() -> None:
     assert made.tiers[0] == Tier(64, (1.0,) * 4)
     assert made.tiers[1].max_length == 256
     assert made.tiers[1].factors[-1] == pytest.approx(4.0)
+    even = derive_recipe("yarn", 4, family="llama", rotary_dim=8, theta=1e4, original_window=64, uniform=True)
+    assert len({tier.attention_factor for tier in even.tiers}) == 1 and even.tiers[0].attention_factor > 1
     with pytest.raises(UsageError, match="above 1"):
         derive_recipe("pi", 1.0, family="llama", rotary_dim=8, theta=1e4, original_window=64)
 

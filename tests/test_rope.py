@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,8 @@ DIM, BASE, L0 = 64, 500000.0, 4096
 
 def peer(scaling: dict, window: int = L0, seq_len: int | None = None) -> tuple[np.ndarray, float]:
     """Inverse frequencies and attention factor as transformers computes them (float32)."""
-    config = LlamaConfig(
+    make: Any = LlamaConfig  # both spellings of the scaling are accepted, one is typed
+    config = make(
         hidden_size=DIM,
         num_attention_heads=1,
         max_position_embeddings=window,

@@ -110,6 +110,7 @@ def check(recipe: str, model: str | None) -> None:
     "--factor", type=Number(0, 1e6), required=True, metavar="S", help="Extension ratio: window / original window."
 )
 @click.option("--attention-factor", type=Number(0), help="Instead of the method's own.")
+@click.option("--uniform", is_flag=True, help="One attention factor for both tiers, for code that knows only one.")
 @click.option("--original-window", type=TOKENS, help="Where the model's config is wrong about it.")
 @click.option("--name", help="The recipe's name.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="RECIPE", help="Folder or .json file.")
@@ -120,6 +121,7 @@ def derive(
     method: str,
     factor: float,
     attention_factor: float | None,
+    uniform: bool,
     original_window: int | None,
     name: str | None,
     output: Path | None,
@@ -155,6 +157,7 @@ def derive(
         base_model=model,
         name=name,
         attention_factor=attention_factor,
+        uniform=uniform,
     )
     _finish(recipe, output, force)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import recipe_for
@@ -39,7 +40,8 @@ def test_every_step_equals_a_fresh_pass(
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     model = pico(family)
     hf.write(hf.plan(model, recipe_for(model, tiers=3, start_tokens=4), tmp_path / "a"))
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a", trust_remote_code=True).to("cuda").eval()
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "a", trust_remote_code=True)
+    loaded = loaded.to("cuda").eval()
     prompt = torch.randint(3, 100, (1, WINDOW - 4), generator=torch.Generator().manual_seed(1)).to("cuda")
     errors = step_errors(loaded, prompt, WINDOW + 12, **CACHES[cache])
     assert max(errors) < BOUND, (cache, max(errors))
@@ -55,7 +57,8 @@ def test_native_code_fails_the_same_check(
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     model = pico("llama")
     hf.write(hf.plan(model, recipe_for(model, even=True), tmp_path / "a"))
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a").to("cuda").eval()
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    loaded = loaded.to("cuda").eval()
     prompt = torch.randint(3, 100, (1, WINDOW - 4), generator=torch.Generator().manual_seed(1)).to("cuda")
     assert max(step_errors(loaded, prompt, 16)) > 100 * BOUND
 
@@ -71,7 +74,8 @@ def test_a_compiled_static_step(
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     model = pico("llama")
     hf.write(hf.plan(model, recipe_for(model, tiers=3 if custom else 2, even=not custom), tmp_path / "a"))
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a", trust_remote_code=custom).to("cuda").eval()
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "a", trust_remote_code=custom)
+    loaded = loaded.to("cuda").eval()
     start, count = (WINDOW - 4, WINDOW + 12) if custom else (20, 30)
     prompt = torch.randint(3, 100, (1, start), generator=torch.Generator().manual_seed(1)).to("cuda")
     assert max(step_errors(loaded, prompt, count, cache_implementation="static")) < BOUND

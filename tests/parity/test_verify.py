@@ -155,6 +155,13 @@ def test_damaged_files_fail(artifact: Path, damage: str, quick: Options) -> None
     assert any(row.code == "files" for row in report.failed)
 
 
+def test_people_may_edit_the_card(artifact: Path, quick: Options) -> None:
+    """README.md is theirs: an edit is taken over into the manifest, and does not fail."""
+    (artifact / "README.md").write_text("mine")
+    assert verify(artifact, options=quick).passed
+    assert json.loads((artifact / MANIFEST).read_text())["files"]["README.md"]["size"] == 4
+
+
 def test_an_artifact_outlives_its_source(pico_folder: Callable[..., Path], tmp_path: Path, quick: Options) -> None:
     """Where the source is gone the artifact's own weights are the judge's, and the report says so."""
     from lrconvert.checkpoint import open_model

@@ -13,7 +13,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from lrconvert import rope
 from lrconvert.errors import InputError
@@ -46,7 +46,7 @@ class FoundRope:
 # --- reading ---------------------------------------------------------------------------------------------
 
 
-def _positive(value: Any) -> bool:
+def _positive(value: object) -> TypeGuard[float]:
     """A finite number above zero, whatever JSON made of it (10**400 is an int there)."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 

@@ -725,7 +725,7 @@ def test_assisted_decoding_fixes_the_tier_and_equals_greedy(how, switch):
     _, _, greedy = artifact("llama", switch="upfront")
     _, _, model = artifact("llama", switch=switch)
     _, _, assistant = artifact("llama", 0)
-    extra = {"assistant_model": assistant} if how == "assistant" else {"prompt_lookup_num_tokens": 3}
+    extra: dict = {"assistant_model": assistant} if how == "assistant" else {"prompt_lookup_num_tokens": 3}
     extra["eos_token_id"] = VOCABULARY + 1  # never made; 4.57 looks candidates up among end tokens
     for seed in range(4):
         ids = tokens(12, seed=seed).repeat(5)

@@ -11,6 +11,7 @@ into the metadata. No local path is in it (`public`). Same inputs, same bytes.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -175,10 +176,11 @@ def _section(name: str, lines: Iterable[str]) -> str:
 
 
 def _metadata(values: Mapping[str, Any]) -> str:
-    from huggingface_hub.repocard_data import ModelCardData
-
-    data = ModelCardData(**values, library_name="transformers", pipeline_tag="text-generation", tags=list(TAGS))
-    return f"---\n{data.to_yaml(line_break=chr(10)).strip()}\n---"
+    """The card's front matter. JSON values are YAML too, and spare a bake the import of a YAML library; the tests
+    read the result with huggingface_hub."""
+    data = {**values, "library_name": "transformers", "pipeline_tag": "text-generation", "tags": list(TAGS)}
+    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in data.items() if value is not None]
+    return "\n".join(["---", *lines, "---"])
 
 
 def _run(repo: str | None) -> list[str]:

@@ -11,7 +11,6 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -20,6 +19,7 @@ from annotated_types import Ge, Gt, MinLen, MultipleOf
 
 from lrconvert import rope
 from lrconvert.errors import EnvironmentFailure, InputError, UsageError
+from lrconvert.resources import DATA
 from lrconvert.rope import RopeSpec, Tier
 
 SCHEMA_VERSION = 1
@@ -229,8 +229,7 @@ def write_recipe(recipe: Recipe, output: Path, *, force: bool = False) -> Path:
 
 def shipped_recipes() -> dict[str, Path]:
     """Name and recipe file of every recipe that comes with the package."""
-    root = Path(str(files("lrconvert") / "data" / "recipes"))
-    return {path.parent.name: path for path in sorted(root.glob(f"*/{RECIPE_FILE}"))}
+    return {path.parent.name: path for path in sorted((DATA / "recipes").glob(f"*/{RECIPE_FILE}"))}
 
 
 # --- making ----------------------------------------------------------------------------------------------

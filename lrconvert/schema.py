@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 from lrconvert.recipe import json_schema
+from lrconvert.resources import DATA
 
-PATH = Path(__file__).parent / "data" / "recipe.schema.json"
+PATH = DATA / "recipe.schema.json"
 
 
 def main(arguments: list[str]) -> int:

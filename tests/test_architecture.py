@@ -32,7 +32,7 @@ LEVELS: tuple[set[str], ...] = (
         "families",
     },
     {"recipe", "rope"},
-    {"errors", "__init__"},
+    {"errors", "resources", "__init__"},
 )
 # What the levels alone would allow: (who, must not import, except).
 FORBIDDEN: tuple[tuple[str, str, tuple[str, ...]], ...] = (

@@ -182,7 +182,7 @@ def test_a_revision_is_what_it_names(hub: Hub, user: User, artifact: Path, tmp_p
         ok(user("hf", ID, "--recipe", recipe, "-o", output, "--revision", revision))
         assert Manifest.read(output).source["revision"] == commit
         assert json.loads((output / "config.json").read_text()).get("note") == note
-        assert f"base_model: {ID}" in (output / CARD).read_text()
+        assert f'base_model: "{ID}"' in (output / CARD).read_text()
     assert json.loads(ok(user("inspect", ID, "--revision", "v1", "--json")).out)["family"] == "llama"
 
 
@@ -490,10 +490,10 @@ def test_a_local_path_in_the_source_config_is_warned_of(hub: Hub, user: User, tm
 def test_metadata_that_the_hub_refuses(hub: Hub, user: User, artifact: Path) -> None:
     """Before anything is sent; the card is the owner's to mend."""
     text = (artifact / CARD).read_text()
-    (artifact / CARD).write_text(text.replace("license: apache-2.0", "license: My Licence"))
+    (artifact / CARD).write_text(text.replace('license: "apache-2.0"', "license: My Licence"))
     refused(user("push", artifact, ID), 3, "Invalid metadata in README.md", "not My Licence", "Mend the head")
     assert hub.puts == 0
-    (artifact / CARD).write_text(text.replace("license: apache-2.0", "license: mit"))
+    (artifact / CARD).write_text(text.replace('license: "apache-2.0"', "license: mit"))
     ok(user("push", artifact, ID))
 
 

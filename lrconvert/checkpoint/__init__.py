@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from lrconvert.checkpoint.base import Checkpoint, Model, TensorInfo, read_json, 
 from lrconvert.checkpoint.folder import FolderCheckpoint
 from lrconvert.checkpoint.source import describe_source
 from lrconvert.errors import EnvironmentFailure, InputError
+from lrconvert.resources import DATA
 
 __all__ = [
     "Checkpoint",
@@ -75,7 +75,7 @@ def locate(reference: str | Path, *, revision: str | None = None) -> Path:
         if path.exists():
             return path
     if str(reference) == DEMO:
-        return Path(str(files("lrconvert") / "data" / DEMO))
+        return DATA / DEMO
     if not _HUB_ID.fullmatch(str(reference)):
         raise InputError(f"{reference}: no such folder or file", remedy=f"`{DEMO}` names the embedded model")
     return _download(str(reference), revision)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import sys
 import traceback
 from importlib import import_module
@@ -57,6 +59,10 @@ def cli(debug: bool) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    # This process is ours and mostly imports: a collector that runs less often and no search for pydantic plugins
+    # save a tenth of a short command's time.
+    gc.set_threshold(50_000, 20, 20)
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     sys.exit(run(arguments))
 
 

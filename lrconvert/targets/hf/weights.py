@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from lrconvert.checkpoint.tensor_file import TensorFile
 from lrconvert.errors import InputError, UnsupportedError
 from lrconvert.output import Staging
 from lrconvert.shards import PlannedTensor, header_of
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 Shard = tuple[str, list[PlannedTensor]]  # a file's name and its tensors, in order
 
@@ -98,6 +101,10 @@ def _values(info: TensorInfo) -> int:
 
 def write_weights(staging: Staging, checkpoint: Checkpoint, shards: Sequence[Shard]) -> Iterator[PlannedTensor]:
     """Write every shard; yields each tensor once it is written."""
+    if not shards:
+        return
+    from concurrent.futures import ThreadPoolExecutor  # a hundredth of a second that most bakes can do without
+
     with ThreadPoolExecutor(WORKERS) as pool:
         blocks = _ahead(pool, _jobs(checkpoint, [tensor for _, tensors in shards for tensor in tensors]))
         try:

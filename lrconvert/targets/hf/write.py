@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +168,7 @@ def _json(value: dict[str, Any], name: str) -> bytes:
 
 def modeling_code(hf_class: str) -> bytes:
     """The artifact's own code for one native class: the shipped file with its one import changed."""
-    text = (files("lrconvert") / "targets" / "hf" / MODELING_FILE).read_text(encoding="utf-8")
+    text = Path(__file__).with_name(MODELING_FILE).read_text(encoding="utf-8")
     text, changed = NATIVE_IMPORT.subn(f"from transformers import {hf_class} as NativeForCausalLM", text)
     if changed != 1:
         raise AssertionError(f"{MODELING_FILE} must import its native class in exactly one line")

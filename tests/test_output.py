@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -410,7 +411,7 @@ def test_a_kill_while_staging_harms_nothing_and_the_next_run_cleans_up(tmp_path:
 def test_a_conversion_killed_at_any_moment_leaves_the_old_artifact_or_the_new(
     tmp_path: Path, model_and_recipe: tuple[Path, Path]
 ) -> None:
-    """Ten moments spread over a run that replaces an artifact."""
+    """Twenty random moments of a run that replaces an artifact."""
     model, recipe = model_and_recipe
     output = tmp_path / "out"
     code = "import sys; from lrconvert.cli import run; print('go', flush=True); sys.exit(run(sys.argv[1:]))"
@@ -419,10 +420,11 @@ def test_a_conversion_killed_at_any_moment_leaves_the_old_artifact_or_the_new(
     assert python(code, *arguments).returncode == 0
     whole = time.perf_counter() - started
     complete = {name: hashlib.sha256(data).hexdigest() for name, data in content(output).items()}
-    for moment in range(10):
+    moments = random.Random(20)
+    for _ in range(20):
         process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None and process.stdout.readline() == "go\n"
-        time.sleep(whole * (moment / 10))
+        time.sleep(whole * moments.random())
         kill(process)
         assert {name: hashlib.sha256(data).hexdigest() for name, data in content(output).items()} == complete
     assert python(code, *arguments).returncode == 0

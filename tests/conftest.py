@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,6 +46,15 @@ def recipe_for(model: Model, *, tiers: int = 2, start_tokens: int = 0, even: boo
         tiers=tuple(made),
         provenance=Provenance("published", source="a test"),
     )
+
+
+_NAMES = itertools.count()
+
+
+def own_name(output: Path) -> Path:
+    """`output` under a name that no other folder has: transformers keeps modules by folder name, and in 4.57.0 a
+    second artifact of that name in one process gets the first one's code."""
+    return output.with_name(f"{output.name}{next(_NAMES)}")
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import transformers
 from conftest import recipe_for
 
 from lrconvert.checkpoint import Model
@@ -38,7 +39,9 @@ def test_what_save_pretrained_writes_works_or_is_named(
     subprocess.run(command, check=True, capture_output=True)
     report = verify(tmp_path / "again", against=model.reference, recipe=recipe, options=Options(threads=1))
     failed = {(row.code, row.case) for row in report.failed}
-    expected = {("config", "rope_scaling"), ("config", "rope_theta")}
+    # Version 4.57 keeps its own spelling.
+    of_version_5 = {("config", "rope_scaling"), ("config", "rope_theta")}
+    expected = of_version_5 if transformers.__version__.startswith("5") else set()
     if saved_by == "native":
         assert failed == expected | {("config", "auto_map"), ("custom", "loads")}
     else:

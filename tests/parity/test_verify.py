@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import Result, recipe_for
+from conftest import Result, own_name, recipe_for
 from pico import FAMILIES
 
 from lrconvert.checkpoint import Model
@@ -36,6 +36,7 @@ def options() -> Iterator[Options]:
 
 
 def bake(model: Model, recipe: Recipe, output: Path) -> Path:
+    output = own_name(output)
     hf.write(hf.plan(model, recipe, output))
     return output
 
@@ -123,9 +124,9 @@ def test_mutants_that_do_not_apply_say_so(pico: Callable[..., Model]) -> None:
 @pytest.fixture
 def artifact(pico: Callable[..., Model], tmp_path: Path) -> Path:
     """A baked pico Llama whose files are its own."""
-    model = pico("llama")
-    hf.write(hf.plan(model, recipe_for(model, even=True), tmp_path / "a"), link=False)
-    return tmp_path / "a"
+    model, output = pico("llama"), own_name(tmp_path / "a")
+    hf.write(hf.plan(model, recipe_for(model, even=True), output), link=False)
+    return output
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import Result, recipe_for
+from conftest import Result, own_name, recipe_for
 from pico import FAMILIES, pico_config, pico_tensors, write_pico
 from safetensors.numpy import save_file
 
@@ -45,6 +45,7 @@ def uneven(model: Model, attention: float = ATTENTION, **changes: Any) -> Recipe
 
 
 def bake(model: Model, recipe: Recipe, output: Path, **changes: Any) -> Path:
+    output = own_name(output)
     hf.write(hf.plan(model, recipe, output, portable=True, **changes))
     return output
 

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -124,6 +127,20 @@ def copy_with_fsync(source: Path, target: Path) -> float:
             writer.flush()
             os.fsync(writer.fileno())
     return time.perf_counter() - started
+
+
+def in_scratch(measure: Callable[[Path, int], None], *, rounds: int) -> None:
+    """Run `measure(folder, rounds)` in `--scratch`, or in a temporary folder."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--scratch", type=Path, help="where to work; default: a temporary folder")
+    parser.add_argument("--rounds", type=int, default=rounds)
+    arguments = parser.parse_args()
+    scratch = arguments.scratch or Path(tempfile.mkdtemp(prefix="lrconvert-bench-"))
+    try:
+        measure(scratch, arguments.rounds)
+    finally:
+        if arguments.scratch is None:
+            shutil.rmtree(scratch)
 
 
 def median(values: Sequence[float]) -> float:

@@ -8,14 +8,12 @@ The adapter has a pair of rank 16 on every linear layer of every block, so every
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
-from _common import RESULTS, copy_with_fsync, lrconvert, median, run, save, write_checkpoint
+from _common import RESULTS, copy_with_fsync, in_scratch, lrconvert, median, run, save, write_checkpoint
 from safetensors.numpy import save_file
 
 from lrconvert.checkpoint import open_model
@@ -72,18 +70,5 @@ def measure(scratch: Path, rounds: int) -> None:
     (RESULTS / "adapter-merge.md").write_text("\n".join(["| what | value |", "| --- | --- |", *lines, ""]))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scratch", type=Path, help="where to work; default: a temporary folder")
-    parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse_args()
-    scratch = arguments.scratch or Path(tempfile.mkdtemp(prefix="lrconvert-bench-"))
-    try:
-        measure(scratch, arguments.rounds)
-    finally:
-        if arguments.scratch is None:
-            shutil.rmtree(scratch)
-
-
 if __name__ == "__main__":
-    main()
+    in_scratch(measure, rounds=3)

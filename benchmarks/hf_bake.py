@@ -8,25 +8,10 @@ Also the peak memory, at 2.8 GB and at the 14 GB of a 7B shape (sparse files: a 
 
 from __future__ import annotations
 
-import argparse
 import shutil
-import tempfile
 from pathlib import Path
 
-from _common import copy_with_fsync, lrconvert, median, run, save, write_checkpoint
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scratch", type=Path, help="where to work; default: a temporary folder")
-    parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
-    scratch = arguments.scratch or Path(tempfile.mkdtemp(prefix="lrconvert-bench-"))
-    try:
-        measure(scratch, arguments.rounds)
-    finally:
-        if arguments.scratch is None:
-            shutil.rmtree(scratch)
+from _common import copy_with_fsync, in_scratch, lrconvert, median, run, save, write_checkpoint
 
 
 def measure(scratch: Path, rounds: int) -> None:
@@ -60,4 +45,4 @@ def measure(scratch: Path, rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    in_scratch(measure, rounds=5)

@@ -255,7 +255,7 @@ def test_refreshing_changes_its_own_sections_only(pico: Callable[..., Model]) ->
         ("/home/me/models/llama", "llama"),
         ("from '/home/me/x.json', and ~/y/z.csv", "from 'x.json', and z.csv"),
         ("C:\\Users\\me\\model + r", "model + r"),
-        ("D:/work/model", "model"),
+        ("D:/models/model", "model"),
         ("//server/share/model", "model"),
         ("FileNotFoundError: /tmp/a/config.json: no such", "FileNotFoundError: config.json: no such"),
         ("https://x.org/a/b and owner/name", "https://x.org/a/b and owner/name"),

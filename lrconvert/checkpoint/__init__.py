@@ -71,11 +71,11 @@ def locate(reference: str | Path, *, revision: str | None = None) -> Path:
     Raises `InputError` when there is no such thing and `EnvironmentFailure` when the Hub can't be reached.
     """
     path = Path(reference)
+    if reference == DEMO:  # whatever folder stands there: `./demo` names one
+        return DATA / DEMO
     with contextlib.suppress(OSError):  # a name that no file can have names none
         if path.exists():
             return path
-    if str(reference) == DEMO:
-        return DATA / DEMO
     if not _HUB_ID.fullmatch(str(reference)):
         raise InputError(f"{reference}: no such folder or file", remedy=f"`{DEMO}` names the embedded model")
     return _download(str(reference), revision)

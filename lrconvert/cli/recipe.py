@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from lrconvert.cli import _output as out
 from lrconvert.cli._common import TOKENS, Number, force_option, model_argument, revision_option
+
+if TYPE_CHECKING:
+    from lrconvert.recipe import Recipe
 
 METHODS = ("pi", "ntk", "yarn")
 
@@ -154,12 +158,13 @@ def derive(
         rotary_dim=shape.rotary_dim,
         theta=shape.theta,
         original_window=original_window or found.original_window,
-        base_model=model,
+        # A recipe travels: of a local path it keeps the name.
+        base_model=checkpoint.path.resolve().name.removesuffix(".gguf") if Path(model).exists() else model,
         name=name,
         attention_factor=attention_factor,
         uniform=uniform,
     )
-    _finish(recipe, output, force)
+    _finish(recipe, output, force, model)
 
 
 @command.command("import")
@@ -197,7 +202,7 @@ def import_(
     recipe, notes = import_recipe(sources, Base(family, theta, original_window, model), name)
     for note in notes:
         out.hint(f"note: {note}")
-    _finish(recipe, output, force)
+    _finish(recipe, output, force, model or recipe.base_model or "MODEL")
 
 
 @command.command()
@@ -232,7 +237,7 @@ def plot(recipe: str, output: Path | None) -> None:
     out.say(" ".join(str(path) for path in paths))
 
 
-def _finish(recipe, output: Path | None, force: bool) -> None:
+def _finish(recipe: Recipe, output: Path | None, force: bool, model: str = "MODEL") -> None:
     """Write the recipe, or print it where no output was named."""
     from lrconvert.recipe import write_recipe
 
@@ -243,4 +248,4 @@ def _finish(recipe, output: Path | None, force: bool) -> None:
         return
     path = write_recipe(recipe, output, force=force)
     out.say(f"{path}: {len(recipe.tiers)} tiers, up to {recipe.tiers[-1].max_length} tokens")
-    out.hint(f"next: lrconvert hf {recipe.base_model or 'MODEL'} --recipe {output} -o {recipe.name}")
+    out.hint(f"next: lrconvert hf {model} --recipe {output} -o {recipe.name}")

@@ -454,3 +454,21 @@ def test_the_check_sees_an_import(tmp_path: Path) -> None:
     code, heavy = run_light(["verify", tmp_path])
     assert code == 3
     assert "torch" in heavy
+
+
+def test_a_derived_recipe_keeps_the_name_of_a_path_not_the_path(tmp_path: Path, model: Path, cli: Run) -> None:
+    """A recipe travels; what comes next is said with the user's own words."""
+    result = cli("recipe", "derive", model, "--method", "ntk", "--factor", 2, "-o", tmp_path / "r")
+    assert result.code == 0
+    values = json.loads((tmp_path / "r" / "recipe.json").read_text())
+    assert values["base_model"] == model.name and values["name"] == f"{model.name}-ntk-2x"
+    assert f"lrconvert hf {model} --recipe {tmp_path / 'r'}" in result.err
+
+
+def test_demo_is_the_embedded_model_whatever_folder_stands_there(
+    tmp_path: Path, cli: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert cli("inspect", "demo").out.startswith("demo: llama")
+    assert cli("inspect", "./demo").code == 3

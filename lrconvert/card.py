@@ -291,6 +291,8 @@ def _plain(text: str) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    cell: Callable[[str], str] = lambda text: " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())  # noqa: E731
+    def cell(text: str) -> str:
+        return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+
     lines = [head, ["---"] * len(head), *([cell(value) for value in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -32,6 +32,7 @@ from lrconvert.checkpoint.adapter_config import CONFIG, AdapterConfig, read_adap
 from lrconvert.checkpoint.base import (
     FLOAT_DTYPES,
     Checkpoint,
+    CheckpointView,
     Model,
     TensorInfo,
     numpy_dtype,
@@ -134,28 +135,22 @@ class Change:
     magnitude: str | None = None
 
 
-class MergedCheckpoint(Checkpoint):
+class MergedCheckpoint(CheckpointView):
     """A checkpoint in which an adapter's changes are made when a tensor is read."""
 
     def __init__(
         self, base: Checkpoint, adapter: Adapter, changes: Mapping[str, Change], *, untied: bool, rounded: bool
     ) -> None:
         """`rounded`: a changed tensor has its base's dtype; else it stays in float32 for the reader to round."""
-        self.base, self.adapter, self._changes, self._rounded = base, adapter, changes, rounded
-        self.path, self.format = base.path, base.format
-        self.config = {**base.config, "tie_word_embeddings": False} if untied else base.config
-        self.tensors = dict(base.tensors)
+        super().__init__(base)
+        self.adapter, self._changes, self._rounded = adapter, changes, rounded
         if untied:  # the last file is the one to grow
             like, last = base.tensors[EMBEDDING], list(base.tensors.values())[-1]
-            self.tensors.setdefault(LM_HEAD, replace(like, name=LM_HEAD, file=last.file))
+            added = replace(like, name=LM_HEAD, file=last.file)
+            self.tensors = base.tensors if LM_HEAD in base.tensors else {**base.tensors, LM_HEAD: added}
+            self.config = {**base.config, "tie_word_embeddings": False}
         self.touched = frozenset(changes)
         self._files: dict[Path, TensorFile] = {}
-
-    def weight_files(self) -> list[Path]:
-        return self.base.weight_files()
-
-    def side_files(self) -> dict[str, Path | bytes]:
-        return self.base.side_files()
 
     def read(self, name: str) -> Array:
         if name not in self.touched:
@@ -163,7 +158,6 @@ class MergedCheckpoint(Checkpoint):
         return np.concatenate([part() for part in self.parts(name)])
 
     def parts(self, name: str) -> Iterator[Part]:
-        """A changed tensor in blocks of rows, in order, each as a function that computes it (in any thread)."""
         change, file = self._changes[name], self.adapter.file
         stored = self.base.tensors[change.start].dtype
         own = numpy_dtype(stored if stored in FLOAT_DTYPES else "F32")  # what `read` of the base gives

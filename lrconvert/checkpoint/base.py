@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -65,6 +65,27 @@ class Checkpoint(ABC):
     def side_files(self) -> dict[str, Path | bytes]:
         """What has to come along besides config and weights: tokenizer, chat template, licence, …
         File name to the file, or to its bytes where it had to be rebuilt."""
+
+
+class CheckpointView(Checkpoint):
+    """Another checkpoint, some of whose tensors are changed as they are read; its files are the base's."""
+
+    touched: frozenset[str]  # names of the tensors that differ from what the files hold
+
+    def __init__(self, base: Checkpoint) -> None:
+        self.base = base
+        self.path, self.format, self.config, self.tensors = base.path, base.format, base.config, base.tensors
+        self.quantised_with = base.quantised_with
+
+    @abstractmethod
+    def parts(self, name: str) -> Iterator[Callable[[], np.ndarray[Any, Any]]]:
+        """A touched tensor in blocks of rows, in order, each as a function that computes it (in any thread)."""
+
+    def weight_files(self) -> list[Path]:
+        return self.base.weight_files()
+
+    def side_files(self) -> dict[str, Path | bytes]:
+        return self.base.side_files()
 
 
 @dataclass(frozen=True)

@@ -20,28 +20,21 @@ from typing import Any
 
 import numpy as np
 
-from lrconvert.checkpoint.adapter import Array, MergedCheckpoint, Part, row_blocks
-from lrconvert.checkpoint.base import FLOAT_DTYPES, Checkpoint, Model, numpy_dtype, refuse_quantised
+from lrconvert.checkpoint.adapter import Array, Part, row_blocks
+from lrconvert.checkpoint.base import FLOAT_DTYPES, Checkpoint, CheckpointView, Model, numpy_dtype, refuse_quantised
 from lrconvert.checkpoint.tensor_file import TensorFile
 
 
-class FoldedCheckpoint(Checkpoint):
+class FoldedCheckpoint(CheckpointView):
     """A checkpoint in which rows of some tensors are scaled when they are read."""
 
     def __init__(self, base: Checkpoint, scales: Mapping[str, Array], *, rounded: bool) -> None:
         """`scales`: a factor for every row of a tensor. `rounded`: what is read has the stored dtype; else what
         changed stays wider for the reader to round."""
-        self.base, self._scales, self._rounded = base, scales, rounded
-        self.path, self.format, self.config = base.path, base.format, base.config
-        self.tensors, self.quantised_with = base.tensors, base.quantised_with
-        self.touched = frozenset(scales) | (base.touched if isinstance(base, MergedCheckpoint) else frozenset())
+        super().__init__(base)
+        self._scales, self._rounded = scales, rounded
+        self.touched = frozenset(scales) | (base.touched if isinstance(base, CheckpointView) else frozenset())
         self._files: dict[Path, TensorFile] = {}
-
-    def weight_files(self) -> list[Path]:
-        return self.base.weight_files()
-
-    def side_files(self) -> dict[str, Path | bytes]:
-        return self.base.side_files()
 
     def read(self, name: str) -> Array:
         whole = np.concatenate([part() for part in self.parts(name)]) if name in self._scales else self.base.read(name)
@@ -49,9 +42,8 @@ class FoldedCheckpoint(Checkpoint):
         return whole.astype(numpy_dtype(stored), copy=False) if self._rounded and stored in FLOAT_DTYPES else whole
 
     def parts(self, name: str) -> Iterator[Part]:
-        """A changed tensor in blocks of rows, in order, each as a function that computes it (in any thread)."""
         if name not in self._scales:
-            assert isinstance(self.base, MergedCheckpoint)
+            assert isinstance(self.base, CheckpointView)
             return self.base.parts(name)
         scales, blocks = self._scales[name], row_blocks(self.tensors[name].shape)
         return (
@@ -61,7 +53,7 @@ class FoldedCheckpoint(Checkpoint):
 
     def _base_parts(self, name: str) -> Iterator[Part]:
         base = self.base
-        if isinstance(base, MergedCheckpoint):
+        if isinstance(base, CheckpointView):
             if name in base.touched:
                 return base.parts(name)
             base = base.base

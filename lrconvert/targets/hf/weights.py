@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lrconvert.checkpoint import Checkpoint, Model, TensorInfo, read_json
-from lrconvert.checkpoint.adapter import MergedCheckpoint, Part, row_blocks
-from lrconvert.checkpoint.base import numpy_dtype
-from lrconvert.checkpoint.fold import FoldedCheckpoint
+from lrconvert.checkpoint.adapter import Part, row_blocks
+from lrconvert.checkpoint.base import CheckpointView, numpy_dtype
 from lrconvert.checkpoint.folder import INDEX, SINGLE
 from lrconvert.checkpoint.tensor_file import TensorFile
 from lrconvert.errors import InputError, UnsupportedError
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
 Shard = tuple[str, list[PlannedTensor]]  # a file's name and its tensors, in order
 
-VIEWS = (MergedCheckpoint, FoldedCheckpoint)  # change some tensors of another checkpoint when they are read
 WORKERS = 2
 AHEAD_BYTES = 64 * 2**20  # of finished blocks that wait for the writer
 
@@ -51,7 +49,7 @@ def lay_out(
     weights = checkpoint.weight_files()
     # A lone file may have any name in the source; transformers looks for one.
     names = {weights[0]: SINGLE} if len(weights) == 1 else {path: path.name for path in weights}
-    if not isinstance(checkpoint, VIEWS):
+    if not isinstance(checkpoint, CheckpointView):
         return {name: path for path, name in names.items()}, [], {}
     shards = []
     used = {tensor.name for tensor in model.roles.values()}
@@ -72,7 +70,7 @@ def _index(shards: Sequence[Shard]) -> bytes:
     return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _edited_index(checkpoint: MergedCheckpoint | FoldedCheckpoint, path: Path, used: set[str]) -> dict[str, bytes]:
+def _edited_index(checkpoint: CheckpointView, path: Path, used: set[str]) -> dict[str, bytes]:
     """The source's index with the tensors that the merge adds, and without those that nobody uses and that a
     rewritten shard leaves out; nothing where it stays as it is."""
     index = read_json(path)
@@ -148,7 +146,7 @@ def _jobs(checkpoint: Checkpoint, tensors: Iterable[PlannedTensor]) -> Iterator[
 
 def _parts(checkpoint: Checkpoint, tensor: PlannedTensor, files: dict[Path, TensorFile]) -> Iterable[Part]:
     name, source = tensor.name, checkpoint
-    if isinstance(checkpoint, VIEWS):
+    if isinstance(checkpoint, CheckpointView):
         if name in checkpoint.touched:
             return checkpoint.parts(name)
         source = checkpoint.base

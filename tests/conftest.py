@@ -14,11 +14,16 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
+from hypothesis import settings
 from pico import write_pico
 
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.recipe import Provenance, Recipe
 from lrconvert.rope import Tier, longrope_attention_factor, yarn_factors
+
+# The same examples on every run and every machine: a failure is everybody's.
+settings.register_profile("deterministic", derandomize=True)
+settings.load_profile("deterministic")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

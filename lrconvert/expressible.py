@@ -25,6 +25,8 @@ class Capability:
     only the value of LongRoPE's formula from window / boundary. `row_tiers`: every row of a batch gets the
     tier of its own length. `switches`: decoding across a boundary is exact (cached keys are made again).
     `once`: the factor set is chosen before anything is read, and it is the last one, whatever the length.
+    `context_step`: it is chosen for a context when that is made, by its length, which is a multiple of this many
+    tokens; 0: not so.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Capability:
     row_tiers: bool
     switches: bool
     once: bool = False
+    context_step: int = 0
 
 
 CUSTOM_HF = Capability("the artifact's own modeling code", None, True, "per tier", True, True)
@@ -50,6 +53,9 @@ def native_hf(family: Family) -> Capability:
 # Both read the keys of native code, and serve the whole window (`engines` has the sources).
 MLX = Capability("mlx-lm", 2, False, "formula", True, True, once=True)
 VLLM = Capability("vLLM", 2, False, "formula", True, True, once=True)
+# llama.cpp over a GGUF file: with both sets (chosen once a context), or with one for ever (--static-long).
+LLAMA_CPP = Capability("llama.cpp", 2, False, "one", True, True, context_step=256)
+LLAMA_CPP_STATIC = Capability("llama.cpp with one static set", 2, False, "one", True, True, once=True)
 # What the engines agree on, once the attention factor is in the weights (`lrconvert hf --portable`).
 PORTABLE = Capability("a portable artifact", 2, False, "one", True, True)
 
@@ -86,6 +92,17 @@ def project(spec: RopeSpec, capability: Capability) -> tuple[RopeSpec, list[str]
             losses.append(f"{capability.name} {rule}: {wanted:.6g} is used instead of {listed}")
         tiers = tuple(replace(tier, attention_factor=wanted) for tier in tiers)
     return replace(spec, tiers=tiers), losses
+
+
+def by_context(spec: RopeSpec, capability: Capability) -> RopeSpec:
+    """The spec that code with a `context_step` computes: a tier serves the contexts of its length, and a sequence
+    needs a context that is as long as it or longer. So a boundary that is no multiple of the step falls to the
+    next lower one, and below the first step there is no short set at all."""
+    step = capability.context_step
+    if not step:
+        return spec
+    head = [replace(tier, max_length=tier.max_length // step * step) for tier in spec.tiers[:-1]]
+    return replace(spec, tiers=(*(tier for tier in head if tier.max_length), spec.tiers[-1]))
 
 
 def folded_attention(spec: RopeSpec, scale: float) -> RopeSpec:

@@ -18,6 +18,7 @@ import ctypes
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from lrconvert import __version__
 from lrconvert.errors import EnvironmentFailure, InputError, LrconvertError, UsageError
 
 MANIFEST = "lrconvert.json"
+_PART = re.compile(r"(?P<stem>.+)-\d{5}-of-\d{5}")
 MANIFEST_VERSION = 1
 EDITABLE = frozenset({"README.md"})  # the card is for people: they may go on writing it
 MAX_MANIFEST_BYTES = 64 * 2**20
@@ -71,10 +73,10 @@ class Manifest:
     @classmethod
     def read(cls, artifact: Path) -> Manifest:
         """The manifest of an artifact; `InputError` where there is none or it isn't one."""
-        path = artifact / MANIFEST
+        path = manifest_path(artifact)
         if not path.is_file():
             raise InputError(
-                f"{artifact}: no {MANIFEST}, so not an artifact of lrconvert",
+                f"{artifact}: no {path.name}, so not an artifact of lrconvert",
                 remedy="To check a folder that something else wrote, name model and recipe: --against MODEL --recipe R",
             )
         from pydantic import TypeAdapter, ValidationError
@@ -95,6 +97,15 @@ class Manifest:
         return found
 
 
+def manifest_path(artifact: Path) -> Path:
+    """Where the manifest of an artifact lies: in its folder, or beside its file (`m.gguf`, or any part of a split
+    one, `m-00001-of-00002.gguf`: `m.lrconvert.json`)."""
+    if artifact.suffix != ".gguf":
+        return artifact / MANIFEST
+    part = _PART.fullmatch(artifact.stem)
+    return artifact.with_name(f"{part['stem'] if part else artifact.stem}.{MANIFEST}")
+
+
 def replace_file(path: Path, text: str) -> None:
     """Write a small file beside `path` and put it in its place."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -104,7 +115,7 @@ def replace_file(path: Path, text: str) -> None:
 
 def check_output(output: Path, *, force: bool) -> None:
     """Refuse an output that exists, and with `force` one that lrconvert did not write (exit code 2)."""
-    with _disk_errors(output):
+    with disk_errors(output):
         _check_output(output, force=force)
 
 
@@ -145,8 +156,8 @@ class Staging(contextlib.AbstractContextManager["Staging"]):
         self.files: dict[str, FileRecord] = {}
 
     def __enter__(self) -> Staging:
-        check_output(self.output, force=self.force)
-        with _disk_errors(self.output):
+        self.check()
+        with disk_errors(self.output):
             self._new_parents = [parent for parent in self.output.parents if not parent.exists()]
             self.output.parent.mkdir(parents=True, exist_ok=True)
             while not self._acquire():
@@ -158,6 +169,10 @@ class Staging(contextlib.AbstractContextManager["Staging"]):
                 self._release()
                 raise
         return self
+
+    def check(self) -> None:
+        """Refuse an output that may not be replaced."""
+        check_output(self.output, force=self.force)
 
     def _acquire(self) -> bool:
         """Lock the output's name; False when the file was removed by its last owner while we took it."""
@@ -241,15 +256,18 @@ class Staging(contextlib.AbstractContextManager["Staging"]):
 
     def publish(self, manifest: Manifest) -> None:
         """Write the manifest and put the folder in the output's place, all at once."""
-        manifest.files = self.files
-        path = self._path(MANIFEST)
-        path.write_text(manifest.to_json(), encoding="utf-8")
-        for place in (path, self.folder):
-            _sync(place)
-        check_output(self.output, force=self.force)  # somebody may have come meanwhile
+        self._write_manifest(manifest, MANIFEST)
         if not self.output.exists() or not _exchange(self.folder, self.output):
             _replace_in_steps(self.folder, self.output)
-        _sync(self.output.parent)
+        sync(self.output.parent)
+
+    def _write_manifest(self, manifest: Manifest, name: str) -> None:
+        manifest.files = self.files
+        path = self._path(name)
+        path.write_text(manifest.to_json(), encoding="utf-8")
+        for place in (path, self.folder):
+            sync(place)
+        self.check()  # somebody may have come meanwhile
 
 
 class HashingFile:
@@ -273,7 +291,8 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """What is written at `path` is on the disk when this returns."""
     if sys.platform == "win32":
         return
     handle = os.open(path, os.O_RDONLY)
@@ -308,7 +327,8 @@ def _replace_in_steps(new: Path, old: Path) -> None:
 
 
 @contextlib.contextmanager
-def _disk_errors(output: Path) -> Iterator[None]:
+def disk_errors(output: Path) -> Iterator[None]:
+    """What the file system refuses inside becomes an `EnvironmentFailure` about `output`."""
     try:
         yield
     except OSError as error:

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lrconvert.checkpoint import read_json
+from lrconvert.checkpoint import Model, read_json
+from lrconvert.checkpoint.adapter import MergedCheckpoint, describe
 from lrconvert.output import Manifest
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -22,6 +23,15 @@ def hub_revision(reference: str, path: Path) -> str | None:
     """The commit of a Hub id that was downloaded to `path`; None where `reference` names something local."""
     cached = path.parent.name == "snapshots" and _COMMIT.fullmatch(path.name)
     return path.name if cached and path.parent.parent.name == f"models--{reference.replace('/', '--')}" else None
+
+
+def described(model: Model) -> dict[str, Any]:
+    """What a manifest says of the model and its adapter, with the commits of what came from the Hub."""
+    source, checkpoint = describe(model), model.checkpoint
+    commits = {"revision": hub_revision(model.reference, checkpoint.path)}
+    if isinstance(checkpoint, MergedCheckpoint):
+        commits["adapter_revision"] = hub_revision(checkpoint.adapter.reference, checkpoint.adapter.path)
+    return source | {key: commit for key, commit in commits.items() if commit}
 
 
 def local_name(reference: str) -> str:

@@ -19,6 +19,7 @@ LEVELS: tuple[set[str], ...] = (
     {"cli", "schema"},
     {"targets", "parity", "importing", "plotting", "evals", "hub"},
     {
+        "ahead",
         "card",
         "hub_access",
         "output",
@@ -30,6 +31,7 @@ LEVELS: tuple[set[str], ...] = (
         "reference",
         "checkpoint",
         "families",
+        "file_output",
     },
     {"recipe", "rope"},
     {"errors", "resources", "__init__"},

@@ -33,12 +33,13 @@ _NOT_DOWNLOADED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpa
                    "original/*", "consolidated*"]  # fmt: skip
 
 
-def open_model(reference: str | Path, *, revision: str | None = None) -> Model:
-    """Open and understand the model that `reference` names (`locate`)."""
-    return understand(str(reference), open_checkpoint(reference, revision=revision))
+def open_model(reference: str | Path, *, revision: str | None = None, tolerant: bool = False) -> Model:
+    """Open and understand the model that `reference` names (`locate`). `tolerant`: also a GGUF file whose rope
+    scaling is broken, as an unscaled model with `rope_problems`."""
+    return understand(str(reference), open_checkpoint(reference, revision=revision, tolerant=tolerant))
 
 
-def open_checkpoint(reference: str | Path, *, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(reference: str | Path, *, revision: str | None = None, tolerant: bool = False) -> Checkpoint:
     """Open the checkpoint that `reference` names, without a look at its tensors."""
     path = locate(reference, revision=revision)
     if path.is_dir():
@@ -47,7 +48,7 @@ def open_checkpoint(reference: str | Path, *, revision: str | None = None) -> Ch
     if magic == b"GGUF":
         from lrconvert.checkpoint.gguf import GgufCheckpoint
 
-        return GgufCheckpoint(path)
+        return GgufCheckpoint(path, tolerant=tolerant)
     raise InputError(
         f"{path}: neither a folder nor a GGUF file (it starts with {magic!r})",
         remedy="Give the model's folder, a .gguf file or a Hub id",

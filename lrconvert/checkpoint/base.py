@@ -52,6 +52,7 @@ class Checkpoint(ABC):
     tensors: Mapping[str, TensorInfo]
     format: str  # "safetensors" or "gguf"
     quantised_with: str | None = None  # the method of `quantization_config`: weights are opaque then
+    rope_problems: tuple[str, ...] = ()  # why the rope scaling of a file that was opened all the same means nothing
 
     @abstractmethod
     def read(self, name: str) -> np.ndarray[Any, Any]:

@@ -22,40 +22,70 @@ from lrconvert.checkpoint.gguf_header import GgufHeader, GgufTensor, read_header
 from lrconvert.checkpoint.gguf_tokenizer import side_files
 from lrconvert.errors import InputError, UnsupportedError
 from lrconvert.families import Family, TensorRow, family_names, get_family
+from lrconvert.families.base import GGUF_INTERLEAVED, LAYER
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _LAYER = re.compile(r"blk\.(0|[1-9]\d{0,4})\.")
-_PERMUTED = {"q": "heads", "q_bias": "heads", "k": "kv", "k_bias": "kv"}  # rows by role, where interleaved
+PERMUTED = {"q": "heads", "q_bias": "heads", "k": "kv", "k_bias": "kv"}  # rows by role, where interleaved
 _CHUNK_BYTES = 16 * 2**20  # of dequantised values, beside the tensor itself
 
 
 class GgufCheckpoint(Checkpoint):
-    """A GGUF checkpoint. Opening it reads headers and rope factors; a weight is read by `read`."""
+    """A GGUF checkpoint. Opening it reads headers and rope factors; a weight is read by `read`.
+
+    A file whose rope metadata are incomplete or contradictory is refused, since every runtime would compute
+    something else than its maker meant. `tolerant` opens it as an unscaled model and keeps the `rope_problems`,
+    for who explains or replaces them.
+    """
 
     format = "gguf"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, tolerant: bool = False) -> None:
         self.path = path
         self.headers = _read_parts(path)
         self.metadata = self.headers[0].metadata
-        stored = _all_tensors(path, self.headers)
-        self.family = _family(self.headers[0])
-        self.config: dict[str, Any] = build_config(self.headers[0], self.family, stored, _read_plain)
-        self._sources = dict(_translate(self.family, stored.values()))
+        self.stored = _all_tensors(path, self.headers)  # under the file's own names, rope factors too
+        self.architecture = _architecture(self.headers[0])
+        self.family = _family(path, self.architecture, self.stored)
+        self.interleaved = self.architecture in GGUF_INTERLEAVED
+        self.config, rope_problems = build_config(
+            self.headers[0], self.architecture, self.family, self.stored, _read_plain
+        )
+        if rope_problems and not tolerant:
+            raise InputError.collect(path, rope_problems)
+        self.rope_problems = tuple(rope_problems)
+        self._sources = dict(_translate(self.family, self.stored.values()))
         self.tensors = {
             name: TensorInfo(name, tensor.type.name, tensor.shape, tensor.file)
             for name, (tensor, _) in self._sources.items()
         }
-        _check_types(path, stored.values())
+        _check_types(path, self.stored.values())
 
     def read(self, name: str) -> np.ndarray[Any, Any]:
         """One tensor under its Hugging Face name: float32 where it was quantised, else as it is stored."""
-        tensor, row = self._sources[name]
-        values = _read_plain(tensor) if tensor.type.name in FLOAT_DTYPES else _dequantise(tensor)
-        if not self.family.gguf_interleaved or row is None or row.role not in _PERMUTED:
-            return values
-        heads = self.config["num_attention_heads" if _PERMUTED[row.role] == "heads" else "num_key_value_heads"]
-        return _unpermute(values, heads, tensor)
+        tensor = self.stored_as(name)
+        values = _read_plain(tensor) if tensor.type.name in FLOAT_DTYPES else _dequantise(tensor).reshape(tensor.shape)
+        heads = self.permuted_heads(name)
+        return values if heads is None else _unpermute(values, heads, tensor)
+
+    def rows(self, tensor: GgufTensor, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """Rows of a stored tensor in the file's own order: float32 where it was quantised, else as it is stored."""
+        if tensor.type.name in FLOAT_DTYPES:
+            width = tensor.nbytes // _rows_of(tensor)
+            dtype = numpy_dtype(tensor.type.name)
+            return _read_bytes(tensor, dtype, start * width, (stop - start) * width).reshape(stop - start, -1)
+        return _dequantise(tensor, start, stop)
+
+    def stored_as(self, name: str) -> GgufTensor:
+        """Where the tensor of this Hugging Face name lies, under its own name and type."""
+        return self._sources[name][0]
+
+    def permuted_heads(self, name: str) -> int | None:
+        """How many heads' rows are interleaved in the tensor of this name; None where none are."""
+        row = self._sources[name][1]
+        if not self.interleaved or row is None or row.role not in PERMUTED:
+            return None
+        return self.config["num_attention_heads" if PERMUTED[row.role] == "heads" else "num_key_value_heads"]
 
     def weight_files(self) -> list[Path]:
         return [header.path for header in self.headers]
@@ -117,27 +147,42 @@ def _all_tensors(path: Path, headers: list[GgufHeader]) -> dict[str, GgufTensor]
 # --- names -----------------------------------------------------------------------------------------------
 
 
-def _family(header: GgufHeader) -> Family:
-    """The family of the file's architecture.
-
-    Several families may share one: files of Mistral say `llama` too. They load as the family that is named
-    like the architecture, since llama.cpp computes the same for both (it drops Mistral's sliding window).
-    """
+def _architecture(header: GgufHeader) -> str:
     kind = header.metadata.get("general.type", "model")
     if kind != "model":
         raise InputError(f"{header.path}: general.type is {kind!r:.60}; a whole model is needed")
     architecture = header.metadata.get("general.architecture")
     if not isinstance(architecture, str):
         raise InputError(f"{header.path}: missing metadata: general.architecture")
+    return architecture
+
+
+def _family(path: Path, architecture: str, stored: dict[str, GgufTensor]) -> Family:
+    """The family of the file's architecture that has just these tensors.
+
+    Several families may share one: files of Mistral say `llama` too, and so do those of Qwen2 whose factors have
+    to be honoured. Where several fit, or none, it is the one that is named like the architecture: llama.cpp
+    computes the same for all of them (it drops Mistral's sliding window).
+    """
     families = [get_family(name) for name in family_names()]
-    candidates = [family for family in families if family.gguf_architecture == architecture]
+    candidates = [family for family in families if architecture in (family.gguf_architecture, family.gguf_longrope)]
     if not candidates:
         known = ", ".join(sorted({family.gguf_architecture for family in families}))
         raise UnsupportedError(
-            f"{header.path}: general.architecture is {architecture!r:.60}, which lrconvert doesn't read",
+            f"{path}: general.architecture is {architecture!r:.60}, which lrconvert doesn't read",
             remedy=f"Architectures: {known}",
         )
-    return next((family for family in candidates if family.name == architecture), candidates[0])
+    candidates.sort(key=lambda family: family.name != architecture)
+    return next((family for family in candidates if _fits(family, stored)), candidates[0])
+
+
+def _fits(family: Family, stored: dict[str, GgufTensor]) -> bool:
+    """Whether the first layer holds the family's tensors and no others; switches of the config (biases) are on
+    where any tensor of theirs is there."""
+    there = {name for name in stored if name.startswith("blk.0.")}
+    rows = [(row.gguf.replace(LAYER, "0"), row) for row in family.rows if LAYER in row.gguf]
+    switched = {row.when for name, row in rows if row.when and name in there}
+    return there == {name for name, row in rows if row.when is None or row.when in switched}
 
 
 def _translate(family: Family, stored: Any) -> Iterator[tuple[str, tuple[GgufTensor, TensorRow | None]]]:
@@ -193,17 +238,20 @@ def _dequantise_rows(rows: np.ndarray[Any, Any], kind: GGMLQuantizationType) -> 
         return dequantize(rows, kind)
 
 
-def _dequantise(tensor: GgufTensor) -> np.ndarray[Any, Any]:
-    """float32 values, a few rows at a time: gguf-py alone would hold the tensor twice."""
-    columns = tensor.shape[-1]
-    values = np.empty((int(np.prod(tensor.shape[:-1], dtype=np.int64)), columns), np.float32)
-    row_bytes = tensor.nbytes // len(values)
+def _rows_of(tensor: GgufTensor) -> int:
+    return int(np.prod(tensor.shape[:-1], dtype=np.int64))
+
+
+def _dequantise(tensor: GgufTensor, first: int = 0, last: int | None = None) -> np.ndarray[Any, Any]:
+    """float32 values of rows, shape [rows, columns], a few at a time: gguf-py alone would hold the tensor twice."""
+    columns, row_bytes = tensor.shape[-1], tensor.nbytes // _rows_of(tensor)
+    values = np.empty(((last or _rows_of(tensor)) - first, columns), np.float32)
     step = max(1, _CHUNK_BYTES // (4 * columns))
     for start in range(0, len(values), step):
         count = min(step, len(values) - start)
-        raw = _read_bytes(tensor, np.dtype(np.uint8), start * row_bytes, count * row_bytes)
+        raw = _read_bytes(tensor, np.dtype(np.uint8), (first + start) * row_bytes, count * row_bytes)
         values[start : start + count] = _dequantise_rows(raw.reshape(count, row_bytes), tensor.type)
-    return values.reshape(tensor.shape)
+    return values
 
 
 def _unpermute(values: np.ndarray[Any, Any], heads: int, tensor: GgufTensor) -> np.ndarray[Any, Any]:

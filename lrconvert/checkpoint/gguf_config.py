@@ -16,6 +16,7 @@ import numpy as np
 from lrconvert.checkpoint.gguf_header import GgufArray, GgufHeader, GgufTensor
 from lrconvert.errors import InputError, UnsupportedError
 from lrconvert.families import Family
+from lrconvert.families.base import GGUF_INTERLEAVED
 from lrconvert.rope import longrope_attention_factor
 
 SHORT, LONG, STATIC = "rope_factors_short.weight", "rope_factors_long.weight", "rope_freqs.weight"
@@ -75,10 +76,13 @@ class _Keys:
 
 
 def build_config(
-    header: GgufHeader, family: Family, tensors: Mapping[str, GgufTensor], read: ReadTensor
-) -> dict[str, Any]:
-    """The config. Raises `InputError` listing all that is missing, wrong or contradictory."""
-    keys = _Keys(header, family.gguf_architecture)
+    header: GgufHeader, architecture: str, family: Family, tensors: Mapping[str, GgufTensor], read: ReadTensor
+) -> tuple[dict[str, Any], list[str]]:
+    """The config, and what is wrong with the file's rope scaling (with any such problem, the config has none).
+
+    Raises `InputError` listing all else that is missing, wrong or contradictory.
+    """
+    keys = _Keys(header, architecture)
     if keys.get("expert_count", int, zero=True):
         raise UnsupportedError(f"{header.path}: a mixture of experts; lrconvert reads dense models")
     layers = keys.get("block_count", int, required=True)
@@ -97,7 +101,7 @@ def build_config(
     if value_dim and head_dim and value_dim != head_dim:
         keys.problems.append(f"attention.key_length is {head_dim}, value_length {value_dim}; they have to be the same")
     rotary_dim: Any = keys.get("rope.dimension_count", int) or head_dim
-    if family.gguf_interleaved and rotary_dim != head_dim:
+    if architecture in GGUF_INTERLEAVED and rotary_dim != head_dim:
         keys.problems.append(f"rope.dimension_count is {rotary_dim}; {family.name} rotates all {head_dim} channels")
     kv_heads = keys.get("attention.head_count_kv", int) or heads
     sliding_window = keys.get("attention.sliding_window", int, zero=True)
@@ -128,9 +132,10 @@ def build_config(
         if isinstance(token := header.metadata.get(key), int):
             config[f"{name}_token_id"] = token
     config |= _biases(family, tensors)
-    config |= _rope(keys, family, tensors, read, rotary_dim, window)
     keys.check()
-    return config
+    rope = _Keys(header, architecture)
+    scaling = _rope(rope, family, tensors, read, rotary_dim, window)
+    return (config if rope.problems else config | scaling), rope.problems
 
 
 def _short_decimal(value: float) -> float:

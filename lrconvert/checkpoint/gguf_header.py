@@ -62,6 +62,17 @@ class GgufHeader:
     path: Path
     metadata: dict[str, Any]  # scalars and strings as Python values, arrays as `GgufArray`
     tensors: dict[str, GgufTensor]
+    spans: dict[str, tuple[int, int]]  # first and last byte (exclusive) of every value, its type in front
+
+    def raw(self, key: str) -> bytes:
+        """A value with its type in front, as it stands in the file."""
+        start, stop = self.spans[key]
+        with self.path.open("rb") as file:
+            file.seek(start)
+            data = file.read(stop - start)
+        if len(data) != stop - start:
+            raise InputError(f"{self.path}: shrank while it was read ({key})")
+        return data
 
     def array(self, key: str) -> list[Any] | None:
         """The items of an array, None where the key is missing; `InputError` for another type."""
@@ -203,13 +214,16 @@ def _read(path: Path, file: BinaryIO) -> GgufHeader:
             f"can't hold them, or they are more than {MAX_TENSORS}"
         )
     metadata: dict[str, Any] = {}
+    spans: dict[str, tuple[int, int]] = {}
     for index in range(key_count):
         cursor.where = f"metadata key {index}"
         key = cursor.name()
         cursor.where = key
         if key in metadata:
             raise InputError(f"{path}: the metadata key {key} is there twice")
+        begin = cursor.position
         metadata[key] = cursor.value(cursor.take("<I")[0])
+        spans[key] = (begin, cursor.position)
     entries = []
     for index in range(tensor_count):
         cursor.where = f"tensor {index}"
@@ -224,7 +238,7 @@ def _read(path: Path, file: BinaryIO) -> GgufHeader:
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise InputError(f"{path}: general.alignment is {alignment!r:.60}; a power of two is needed")
     start = -(-cursor.position // alignment) * alignment
-    return GgufHeader(path, metadata, _place(path, cursor.size, start, alignment, entries))
+    return GgufHeader(path, metadata, _place(path, cursor.size, start, alignment, entries), spans)
 
 
 def _place(

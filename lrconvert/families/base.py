@@ -16,6 +16,8 @@ from typing import Any
 from lrconvert.errors import InputError, UnsupportedError
 
 LAYER = "{layer}"
+# Architectures of GGUF files whose q and k rows are permuted: llama.cpp rotates pairs (2i, 2i+1) there.
+GGUF_INTERLEAVED = frozenset({"llama"})
 # Counts beyond these are damage or malice, not a model; they also bound the time and memory of the checks.
 MAX_COUNT = {"num_hidden_layers": 4096, "default": 2**31 - 1}
 
@@ -42,11 +44,12 @@ class Family:
 
     name: str  # the model_type of Hugging Face configs
     hf_class: str  # the native class in transformers
-    gguf_architecture: str
+    gguf_architecture: str  # of the files that others write
     rows: tuple[TensorRow, ...]
     defaults: Mapping[str, Any] = field(default_factory=dict)  # what configs of this family may omit
     ignored: tuple[str, ...] = ()  # stored by some programs, never used
-    gguf_interleaved: bool = False  # q/k rows are permuted in GGUF (llama.cpp's `llama` rotation)
+    # The GGUF architecture whose C++ honours longrope factors for this family's weights; None: there is none.
+    gguf_longrope: str | None = None
     hf_three_key_scaling: bool = False  # transformers 4.57 takes only {type, short_factor, long_factor}
 
 

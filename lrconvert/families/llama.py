@@ -7,7 +7,7 @@ FAMILY = base.Family(
     name="llama",
     hf_class="LlamaForCausalLM",
     gguf_architecture="llama",
-    gguf_interleaved=True,
+    gguf_longrope="llama",
     rows=(
         base.EMBEDDING,
         *base.NORMS,

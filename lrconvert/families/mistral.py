@@ -7,7 +7,7 @@ FAMILY = base.Family(
     name="mistral",
     hf_class="MistralForCausalLM",
     gguf_architecture="llama",
-    gguf_interleaved=True,
+    gguf_longrope="llama",
     rows=(
         base.EMBEDDING,
         *base.NORMS,

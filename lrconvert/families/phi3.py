@@ -7,6 +7,7 @@ FAMILY = base.Family(
     name="phi3",
     hf_class="Phi3ForCausalLM",
     gguf_architecture="phi3",
+    gguf_longrope="phi3",
     rows=(
         base.EMBEDDING,
         *base.NORMS,

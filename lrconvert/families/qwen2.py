@@ -9,6 +9,7 @@ FAMILY = base.Family(
     name="qwen2",
     hf_class="Qwen2ForCausalLM",
     gguf_architecture="qwen2",
+    gguf_longrope="llama",  # the qwen2 architecture ignores factors; llama's takes biases on q, k and v
     rows=(
         base.EMBEDDING,
         *base.NORMS,

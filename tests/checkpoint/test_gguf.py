@@ -29,6 +29,7 @@ from lrconvert.checkpoint.gguf import GgufCheckpoint
 from lrconvert.checkpoint.gguf_tokenizer import PRE_TOKENIZERS
 from lrconvert.errors import InputError, LrconvertError, UnsupportedError
 from lrconvert.families import Family, expected_tensors, get_family, read_shape
+from lrconvert.families.base import GGUF_INTERLEAVED
 from lrconvert.rope import longrope_attention_factor
 
 SHORT, LONG, STATIC = "rope_factors_short.weight", "rope_factors_long.weight", "rope_freqs.weight"
@@ -123,7 +124,7 @@ def make_pico(
         weights[tensor.name] = values
         row = rows[tensor.role]
         stored = values
-        if family.gguf_interleaved and row.role in ("q", "q_bias", "k", "k_bias"):
+        if a in GGUF_INTERLEAVED and row.role in ("q", "q_bias", "k", "k_bias"):
             stored = interleaved(values, shape.heads if row.role.startswith("q") else shape.kv_heads)
         gguf_name = row.gguf.replace("{layer}", str(tensor.layer))
         if gguf_name in drop:

@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The artifact's weight files: which stay as they are, which are written anew, and how.
 
-Tensors are made in blocks by a few threads, a bounded number of bytes ahead of the one that writes and
-hashes them, in order.
+Tensors are made in blocks by a few threads, ahead of the one that writes and hashes them (`ahead`).
 """
 
 from __future__ import annotations
 
 import json
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lrconvert.ahead import Job, made_ahead
 from lrconvert.checkpoint import Checkpoint, Model, TensorInfo, read_json
 from lrconvert.checkpoint.adapter import Part, row_blocks
 from lrconvert.checkpoint.base import CheckpointView, numpy_dtype
@@ -25,13 +24,7 @@ from lrconvert.errors import InputError, UnsupportedError
 from lrconvert.output import Staging
 from lrconvert.shards import PlannedTensor, header_of
 
-if TYPE_CHECKING:
-    from concurrent.futures import Future, ThreadPoolExecutor
-
 Shard = tuple[str, list[PlannedTensor]]  # a file's name and its tensors, in order
-
-WORKERS = 2
-AHEAD_BYTES = 64 * 2**20  # of finished blocks that wait for the writer
 
 
 def lay_out(
@@ -101,41 +94,21 @@ def write_weights(staging: Staging, checkpoint: Checkpoint, shards: Sequence[Sha
     """Write every shard; yields each tensor once it is written."""
     if not shards:
         return
-    from concurrent.futures import ThreadPoolExecutor  # a hundredth of a second that most bakes can do without
-
-    with ThreadPoolExecutor(WORKERS) as pool:
-        blocks = _ahead(pool, _jobs(checkpoint, [tensor for _, tensors in shards for tensor in tensors]))
-        try:
-            for file_name, tensors in shards:
-                with staging.create(file_name) as file:
-                    file.write(header_of(tensors))
-                    for tensor in tensors:
-                        left = tensor.nbytes
-                        while left:
-                            block = next(blocks)
-                            file.write(block)
-                            left -= block.nbytes
-                        yield tensor
-        finally:
-            pool.shutdown(cancel_futures=True)
+    jobs = _jobs(checkpoint, [tensor for _, tensors in shards for tensor in tensors])
+    with closing(made_ahead(jobs)) as blocks:
+        for file_name, tensors in shards:
+            with staging.create(file_name) as file:
+                file.write(header_of(tensors))
+                for tensor in tensors:
+                    left = tensor.nbytes
+                    while left:
+                        block = next(blocks)
+                        file.write(block)
+                        left -= block.nbytes
+                    yield tensor
 
 
-def _ahead(pool: ThreadPoolExecutor, jobs: Iterable[tuple[Callable[[], memoryview], int]]) -> Iterator[memoryview]:
-    """Results of the jobs in order, computed ahead up to `AHEAD_BYTES`; each job comes with its size."""
-    waiting: deque[tuple[Future[memoryview], int]] = deque()
-    held = 0
-    for job, size in jobs:
-        while waiting and held + size > AHEAD_BYTES:
-            future, freed = waiting.popleft()
-            yield future.result()
-            held -= freed
-        waiting.append((pool.submit(job), size))
-        held += size
-    while waiting:
-        yield waiting.popleft()[0].result()
-
-
-def _jobs(checkpoint: Checkpoint, tensors: Iterable[PlannedTensor]) -> Iterator[tuple[Callable[[], memoryview], int]]:
+def _jobs(checkpoint: Checkpoint, tensors: Iterable[PlannedTensor]) -> Iterator[Job]:
     """Functions that make the tensors' bytes block by block, each with about how many bytes it makes."""
     files: dict[Path, TensorFile] = {}
     for tensor in tensors:

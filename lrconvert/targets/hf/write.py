@@ -12,14 +12,14 @@ from typing import Any
 
 from lrconvert.card import CARD, render, source_card
 from lrconvert.checkpoint import Checkpoint, Model, read_json
-from lrconvert.checkpoint.adapter import Adapter, MergedCheckpoint, describe, merged
+from lrconvert.checkpoint.adapter import Adapter, merged
 from lrconvert.checkpoint.base import FLOAT_DTYPES, refuse_quantised
 from lrconvert.checkpoint.fold import folded
 from lrconvert.checkpoint.source import check_unchanged, snapshot
 from lrconvert.errors import InputError
 from lrconvert.expressible import native_hf, project
 from lrconvert.output import Manifest, Staging
-from lrconvert.public import hub_revision
+from lrconvert.public import described
 from lrconvert.recipe import Recipe, resolve
 from lrconvert.rope import RopeSpec
 from lrconvert.shards import PlannedTensor, header_of, plan_shards
@@ -175,15 +175,6 @@ def modeling_code(hf_class: str) -> bytes:
     return text.encode()
 
 
-def _source(model: Model) -> dict[str, Any]:
-    """`describe`, with the commits of what came from the Hub."""
-    source, checkpoint = describe(model), model.checkpoint
-    commits = {"revision": hub_revision(model.reference, checkpoint.path)}
-    if isinstance(checkpoint, MergedCheckpoint):
-        commits["adapter_revision"] = hub_revision(checkpoint.adapter.reference, checkpoint.adapter.path)
-    return source | {key: commit for key, commit in commits.items() if commit}
-
-
 def write(plan: Plan, *, force: bool = False, link: bool | None = None, progress: Progress | None = None) -> Manifest:
     """Carry the plan out. `link`: True demands hard links, False copies, None links where that works."""
     report = progress or (lambda what, done, total: None)
@@ -205,7 +196,7 @@ def write(plan: Plan, *, force: bool = False, link: bool | None = None, progress
         check_unchanged(plan.stamps)
         manifest = Manifest(
             target="hf",
-            source=_source(plan.model),
+            source=described(plan.model),
             recipe=asdict(plan.recipe),
             options=plan.options,
             losses=[*plan.given_up, *plan.losses],

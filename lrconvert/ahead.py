@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks of a file made by a few threads, a bounded number of bytes ahead of the one that writes them, in order."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+WORKERS = 2
+AHEAD_BYTES = 64 * 2**20  # of finished blocks that wait for the writer
+
+Job = tuple[Callable[[], memoryview], int]  # makes a block; about how many bytes it has
+
+
+def made_ahead(
+    jobs: Iterable[Job], *, workers: int = WORKERS, limit: int = AHEAD_BYTES
+) -> Generator[memoryview, None, None]:
+    """Results of the jobs in order, at most `limit` bytes of them made ahead. Closing it drops what isn't made."""
+    from concurrent.futures import ThreadPoolExecutor  # a hundredth of a second that most bakes can do without
+
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            yield from _in_order(pool, jobs, limit)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _in_order(pool: ThreadPoolExecutor, jobs: Iterable[Job], limit: int) -> Iterator[memoryview]:
+    waiting: deque[tuple[Future[memoryview], int]] = deque()
+    held = 0
+    for job, size in jobs:
+        while waiting and held + size > limit:
+            future, freed = waiting.popleft()
+            yield future.result()
+            held -= freed
+        waiting.append((pool.submit(job), size))
+        held += size
+    while waiting:
+        yield waiting.popleft()[0].result()

@@ -46,7 +46,7 @@ def engine(runtime: str, worker: Path, *, shared: bool) -> Iterator[Options]:
         interpreter.close()
 
 
-def rows_of(report: Report, code: str, verdict: str | None = None) -> dict[str, Row]:
+def rows_of(report: Report, code: str | None, verdict: str | None = None) -> dict[str, Row]:
     return {row.case: row for row in report.rows if row.code == code and verdict in (None, row.verdict)}
 
 
@@ -102,9 +102,9 @@ def check_mutant(model: Model, output: Path, options: Options, mutant: str) -> N
 
 def check_questions_it_can_not_answer(model: Model, output: Path, options: Options) -> None:
     """Positions of one's own are refused, not ignored."""
-    from lrconvert.parity.verify import codes_of
+    from lrconvert.parity.codes import codes_of
 
     artifact = bake(model, recipe_for(model, even=True), output)
-    (code,) = codes_of(artifact, options.runtime)
+    (code,) = codes_of(artifact, options)
     with code.open(artifact, options) as session, pytest.raises(InputError, match="no positions but those of a whole"):
         session.logits([[1, 2, 3]], positions=[0, 1, 5], keep=[0])

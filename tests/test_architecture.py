@@ -52,6 +52,7 @@ FORBIDDEN: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("runtimes.transformers_worker", "", ()),
     ("runtimes.mlx_worker", "", ()),
     ("runtimes.vllm_worker", "", ()),
+    ("runtimes.llama_cpp_worker", "", ()),
     ("runtimes.worker_loop", "", ()),
     ("targets.hf.modeling_longrope", "", ()),
 )

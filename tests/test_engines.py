@@ -19,7 +19,7 @@ from lrconvert.checkpoint import Model
 from lrconvert.cli.verify import command
 from lrconvert.engines import ENGINES, Verdict, assess
 from lrconvert.families import get_family
-from lrconvert.parity.verify import RUNTIMES, _recorded
+from lrconvert.parity.codes import RUNTIMES, _recorded
 from lrconvert.recipe import resolve, write_recipe
 from lrconvert.rope import RopeSpec, Tier, longrope_attention_factor
 from lrconvert.targets.hf.config import edited_config

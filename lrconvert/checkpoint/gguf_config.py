@@ -193,6 +193,8 @@ def _rope(
         needed = {SHORT: SHORT in there, LONG: LONG in there}
         needed |= {keys.prefix + "rope.scaling.original_context_length": original}
         needed |= {keys.prefix + "rope.scaling.attn_factor": attention}
+        if keys.prefix == "llama.":  # phi3 looks for the two tensors whatever the type says
+            needed |= {"llama.rope.scaling.type": kind}
         if incomplete := [name for name, value in needed.items() if not value]:
             keys.problems.append(f"incomplete longrope: {', '.join(incomplete)} missing")
         if STATIC in there:

@@ -72,6 +72,7 @@ _DEFAULT = PreTokenizer(
     )
 )
 PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
+    "dbrx": PreTokenizer(_LLAMA3.splits),  # Phi-4
     "default": _DEFAULT,
     "deepseek-r1-qwen": _QWEN2,
     "falcon3": _LLAMA3,

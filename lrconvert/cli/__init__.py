@@ -20,6 +20,7 @@ COMMANDS = {
     "inspect": ("inspect", "What a model is, which RoPE it carries, what it can become."),
     "recipe": ("recipe", "Factor sets: list, show, check, derive, import, plot."),
     "hf": ("hf", "Bake a recipe into a Hugging Face folder."),
+    "gguf": ("gguf", "Bake a recipe into a GGUF for llama.cpp."),
     "verify": ("verify", "Compare an artifact with the reference implementation."),
     "push": ("push", "Publish an artifact on the Hugging Face Hub."),
     "demo": ("demo", "All of it, on the embedded model, in about a minute."),

@@ -11,7 +11,7 @@ from lrconvert.cli import _output as out
 from lrconvert.cli._common import model_argument, revision_option
 
 if TYPE_CHECKING:
-    from lrconvert.checkpoint import Model
+    from lrconvert.checkpoint import Checkpoint, Model
     from lrconvert.targets.hf.spelling import FoundRope
 
 LONGROPE_KINDS = ("longrope", "su", "lrconvert")  # their config is what an engine reads
@@ -40,6 +40,8 @@ def command(model: str, as_json: bool, revision: str | None) -> None:
         f"RoPE: {rope['kind']}, θ {shape['theta']:g}, {shape['rotary_dim']} of {shape['head_dim']} channels rotate, "
         f"original window {rope['original_window']}"
     )
+    for line in facts["rope"]["words"]:
+        out.say(f"  {line}")
     for line in facts["sparklines"]:
         out.say(f"  {line}")
     for note in facts["notes"]:
@@ -48,7 +50,8 @@ def command(model: str, as_json: bool, revision: str | None) -> None:
         out.say("engines:" if facts["rope"]["kind"] in LONGROPE_KINDS else "engines, once baked as longrope:")
     for engine in facts["engines"]:
         out.say(f"  {engine['text']}")
-    out.say(f"can become: {', '.join(facts['targets'])}")
+    for name, reason in facts["targets"].items():
+        out.say(f"can become {name}" if reason is None else f"can't become {name}: {reason}")
     if facts["manifest"]:
         made = facts["manifest"]
         out.say(f"made by lrconvert from {made['model']} with {made['recipe']}: {made['parity']}")
@@ -76,18 +79,41 @@ def assess_found(found: FoundRope, model: Model) -> list[dict[str, Any]]:
     return [{**verdict.to_json(), "text": str(verdict)} for verdict in assess(spec, model.family.name, config)]
 
 
+def targets_of(model: Model) -> dict[str, str | None]:
+    """Every target with the reason why it can't be written, None where it can."""
+    from lrconvert.errors import UnsupportedError
+    from lrconvert.families import longrope_architecture
+
+    try:
+        longrope_architecture(model.family)
+    except UnsupportedError as error:
+        return {"hf": None, "gguf": error.message}
+    return {"hf": None, "gguf": None}
+
+
+def _words(checkpoint: Checkpoint) -> list[str]:
+    """What a GGUF makes llama.cpp do; a config has its engines below."""
+    if checkpoint.format != "gguf":
+        return []
+    from lrconvert.checkpoint.gguf import GgufCheckpoint
+    from lrconvert.targets.gguf.explain import explain
+
+    assert isinstance(checkpoint, GgufCheckpoint)
+    return explain(checkpoint)
+
+
 def inspect(reference: str, revision: str | None = None) -> dict[str, Any]:
     """The facts as plain data."""
     import dataclasses
     import math
 
     from lrconvert.checkpoint import open_model
-    from lrconvert.output import MANIFEST, Manifest
+    from lrconvert.output import Manifest, manifest_path
     from lrconvert.plotting import sparklines
     from lrconvert.recipe import Provenance, Recipe
     from lrconvert.targets.hf.spelling import read_rope
 
-    model = open_model(reference, revision=revision)
+    model = open_model(reference, revision=revision, tolerant=True)
     checkpoint, shape = model.checkpoint, model.shape
     found = read_rope(checkpoint.config, shape)
     recipe = Recipe(
@@ -102,7 +128,7 @@ def inspect(reference: str, revision: str | None = None) -> dict[str, Any]:
     )
     files = checkpoint.weight_files()
     manifest = None
-    if checkpoint.path.is_dir() and (checkpoint.path / MANIFEST).is_file():
+    if manifest_path(checkpoint.path).is_file():
         read = Manifest.read(checkpoint.path)
         parity = read.parity["summary"] if read.parity else "not verified yet"
         manifest = {"model": read.source["model"], "recipe": read.recipe["name"], "parity": parity}
@@ -118,13 +144,15 @@ def inspect(reference: str, revision: str | None = None) -> dict[str, Any]:
         "dtype": model.dtype,
         "shape": dataclasses.asdict(shape),
         "rope": {
-            "kind": found.kind,
+            "kind": "broken" if checkpoint.rope_problems else found.kind,
             "original_window": found.original_window,
+            "words": _words(checkpoint),
+            "problems": list(checkpoint.rope_problems),
             "tiers": [dataclasses.asdict(tier) for tier in found.tiers],
         },
         "sparklines": sparklines(recipe) if found.scaled else [],
         "engines": assess_found(found, model),
         "notes": [*model.notes, *found.notes, *(recipe.warnings() if found.scaled else [])],
-        "targets": ["hf"],
+        "targets": targets_of(model),
         "manifest": manifest,
     }

@@ -27,13 +27,16 @@ from lrconvert.cli import _output as out
 )
 @click.option(
     "--runtime",
-    type=click.Choice(["transformers", "mlx", "vllm"]),
-    default="transformers",
-    show_default=True,
-    help="What runs the artifact; mlx-lm and vLLM live in environments of their own: name one with --python.",
+    type=click.Choice(["transformers", "mlx", "vllm", "llama.cpp"]),
+    help="What runs the artifact; default: transformers for a folder, llama.cpp for a GGUF. mlx-lm and vLLM live in "
+    "environments of their own: name one with --python.",
 )
 @click.option("--full", is_flag=True, help="Consecutive positions at every length and every decode, however long.")
 @click.option("--python", help="Interpreter for the runtime: another version of transformers, mlx-lm, vLLM.")
+@click.option("--llama-library", "library", metavar="PATH", help="libllama for a GGUF; default: an installed one.")
+@click.option(
+    "--kv", type=click.Choice(["f32", "f16"]), default="f32", show_default=True, help="llama.cpp's cache of keys."
+)
 @click.option("--threads", type=click.IntRange(1), help="Threads of the runtime.")
 @click.option("--junit", type=click.Path(path_type=Path), metavar="FILE", help="Also write JUnit XML.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
@@ -44,9 +47,11 @@ def command(
     device: str = "cpu",
     dtype: str = "float32",
     codes: tuple[str, ...] = (),
-    runtime: str = "transformers",
+    runtime: str | None = None,
     full: bool = False,
     python: str | None = None,
+    library: str | None = None,
+    kv: str = "f32",
     threads: int | None = None,
     junit: Path | None = None,
     as_json: bool = False,
@@ -60,13 +65,13 @@ def command(
     lrconvert verify my-model --runtime vllm --python vllm-env/bin/python
     """
     from lrconvert.errors import ParityError, UsageError, require
-    from lrconvert.parity import Options, verify
+    from lrconvert.parity import Options, kind_of, verify
 
-    if codes and runtime != "transformers":
+    if codes and runtime not in (None, "transformers"):
         raise UsageError(f"--code chooses among what transformers runs; --runtime {runtime} has one code")
-    for module in ("torch", "transformers"):
+    for module in ("torch",) if kind_of(artifact) == "gguf" else ("torch", "transformers"):
         require(module, "hf", "verify")
-    options = Options(device, dtype, codes or None, full, python, threads, runtime=runtime)
+    options = Options(device, dtype, codes or None, full, python, threads, runtime=runtime, library=library, kv=kv)
     with out.spinner(quiet=as_json) as progress:
         report = verify(artifact, against=against, recipe=recipe, options=options, progress=progress)
     if junit is not None:

@@ -25,6 +25,7 @@ __all__ = [
     "expected_tensors",
     "family_names",
     "get_family",
+    "longrope_architecture",
     "read_shape",
     "rope_section",
 ]
@@ -43,3 +44,15 @@ def get_family(model_type: object) -> Family:
             remedy=f"Families: {', '.join(family_names())}",
         )
     return import_module(f"{__name__}.{model_type}").FAMILY
+
+
+def longrope_architecture(family: Family) -> str:
+    """The GGUF architecture to write for a family. Raises `UnsupportedError` that lists the families for which
+    there is one."""
+    if family.gguf_longrope is not None:
+        return family.gguf_longrope
+    working = [name for name in family_names() if get_family(name).gguf_longrope]
+    raise UnsupportedError(
+        f"llama.cpp's C++ ignores rope factors for {family.name}: a GGUF of it would run unscaled",
+        remedy=f"GGUF is written for {', '.join(working)}; `lrconvert hf` serves {family.name}",
+    )

@@ -9,7 +9,7 @@ the cost of a short prompt.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -34,10 +34,11 @@ class Budget:
 
 @dataclass(frozen=True)
 class Asking:
-    """What a runtime can be asked. Without `positions` only whole prompts, one at a time: no tokens spread over
-    a length, no padded batch. `reserved`: tokens of the window that a prompt may not take."""
+    """What a runtime can be asked. Tokens at `any` positions, or only at a `run` of consecutive ones wherever it
+    starts, or only whole prompts (`none`), one at a time: no tokens spread over a length, no batch. `reserved`:
+    tokens of the window that a prompt may not take."""
 
-    positions: bool = True
+    positions: Literal["any", "run", "none"] = "any"
     reserved: int = 0
 
 
@@ -50,12 +51,16 @@ GPU_FLOAT32 = Budget(dense=33000, decode=33000)
 
 @dataclass(frozen=True)
 class Case:
-    """One question. `lengths`: tokens of each row, for `decode` the length of the prompt."""
+    """One question. `lengths`: tokens of each row, for `decode` the length of the prompt, for `shift` of what is
+    read before the oldest quarter is forgotten. `context`: tokens that a sequence has room for, in code that
+    chooses a tier by that."""
 
     name: str
-    kind: Literal["forward", "batch", "decode"]
+    kind: Literal["forward", "batch", "decode", "shift"]
     lengths: tuple[int, ...]
     spread: bool = False
+    run: bool = False  # spread, but as consecutive positions that end at the length
+    context: int | None = None
     # What the code is known to get wrong, whatever the recipe: measured and shown, not judged.
     known: str | None = None
     skipped: str | None = None
@@ -63,11 +68,18 @@ class Case:
     @property
     def length(self) -> int:
         """The longest sequence whose logits are judged."""
-        return self.lengths[0] + (DECODED - 1 if self.kind == "decode" else 0)
+        return self.lengths[0] + (DECODED - 1 if self.kind in ("decode", "shift") else 0)
+
+    @property
+    def dropped(self) -> int:
+        """Tokens that a `shift` forgets."""
+        return self.lengths[0] // 4
 
     def positions(self) -> np.ndarray:
         """Positions of a spread case: three eighths dense at each end, the rest evenly between."""
         length, edge = self.lengths[0], SPREAD_TOKENS * 3 // 8
+        if self.run:
+            return np.arange(length - SPREAD_TOKENS, length)
         middle = np.linspace(edge, length - edge - 1, SPREAD_TOKENS - 2 * edge + 2)[1:-1]
         return np.concatenate([
             np.arange(edge), middle.astype(np.int64), np.arange(length - edge, length)
@@ -98,13 +110,40 @@ def build_cases(
     """The cases for a recipe in one piece of code. `edges`: the boundaries to ask around, by default those of
     `spec`; code that chooses once has none of its own, and must not change anything at the recipe's."""
     edges = spec.boundaries if edges is None else edges
-    yield from _lengths(spec, budget, asking, edges)
-    if asking.positions:
-        yield from _batches(spec, capability)
-    for boundary in edges:
-        yield _decode(boundary, capability, budget)
+    cases = list(_lengths(spec, budget, asking, edges))
+    if asking.positions != "none":
+        cases += _batches(spec, capability)
+    cases += [_decode(boundary, capability, budget) for boundary in edges]
+    if capability.context_step:
+        yield from (replace(case, context=_room(case, spec)) for case in cases)
+        yield from _contexts(spec)
+        return
+    yield from cases
     if not edges and spec.window > 4 * DECODED:
         yield Case("decode", "decode", (min(spec.window // 2, 256),))
+
+
+def _room(case: Case, spec: RopeSpec) -> int:
+    """The room of a context that is as large as the case needs, or of one that gets the same tier and has room for
+    the tokens of a run."""
+    if case.run:
+        return min(case.length, (spec.boundaries[-1] if spec.boundaries else 0) + SPREAD_TOKENS)
+    return max(case.lengths) + (DECODED if case.kind == "decode" else 0)
+
+
+def _contexts(spec: RopeSpec) -> Iterator[Case]:
+    """What only code with contexts can be asked: it serves a short prompt with the set of its context, decodes in
+    each, and forgets the oldest tokens of a full one (exact while no attention factor is left to be applied
+    again, so only then)."""
+    short, far = spec.tiers[0].max_length, min(spec.window, spec.tiers[0].max_length + 256)
+    if spec.boundaries:
+        prompt = min(short // 2, 1024)
+        yield Case("short prompt, long context", "forward", (prompt,), context=far)
+        yield Case("decode, short context", "decode", (min(short, 512) - DECODED,), context=min(short, 512))
+    yield Case("decode, long context", "decode", (min(short, 512) - DECODED,), context=far)
+    if spec.tiers[-1].attention_factor == 1.0:
+        read = min(512, spec.window - DECODED)
+        yield Case("after a context shift", "shift", (read,), context=far)
 
 
 def _lengths(spec: RopeSpec, budget: Budget, asking: Asking, edges: Sequence[int]) -> Iterator[Case]:
@@ -124,21 +163,22 @@ def _lengths(spec: RopeSpec, budget: Budget, asking: Asking, edges: Sequence[int
         if count + 1 <= spec.window:
             asked.setdefault(count + 1, f"one past {count} start tokens")
     asked.setdefault(end, "far end")
-    if end > dense and not asking.positions:
+    if end > dense and asking.positions == "none":
         asked.setdefault(dense, f"at {dense}")
     for length, name in sorted(asked.items()):
         spread = length > dense
-        if spread and not asking.positions:
+        if spread and asking.positions == "none":
             skipped = f"{length} consecutive tokens are beyond this device's budget; use --full"
             yield Case(name, "forward", (length,), skipped=skipped)
         elif length <= end:
-            yield Case(name, "forward", (length,), spread=spread)
+            yield Case(name, "forward", (length,), spread=spread, run=spread and asking.positions == "run")
 
 
 def _batches(spec: RopeSpec, capability: Capability) -> Iterator[Case]:
     """Left padding within the first tier, and with rows on both sides of the first boundary."""
     within = min(spec.tiers[0].max_length, 256)
-    yield Case("batch, left-padded", "batch", (within, max(2, within // 2), max(1, within // 5)))
+    name = "several sequences" if capability.context_step else "batch, left-padded"
+    yield Case(name, "batch", (within, max(2, within // 2), max(1, within // 5)))
     short = spec.tiers[0].max_length
     if spec.boundaries and short < 2048:
         known = None if capability.row_tiers else "one tier for the whole batch: short rows get the long set"

@@ -10,7 +10,7 @@ import numpy as np
 from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.base import refuse_quantised
 from lrconvert.errors import require
-from lrconvert.parity.cases import Case, kept, stream
+from lrconvert.parity.cases import DECODED, Case, kept, stream
 from lrconvert.rope import RopeSpec, Tier
 
 
@@ -46,14 +46,15 @@ class Judge:
         wanted: dict[int, list[int]] = {}
         for case in cases:
             if case.kind == "forward" and not case.spread:
-                tier = spec.tiers.index(spec.tier_for(case.length))
+                tier = spec.tiers.index(spec.tier_for(case.context or case.length))
                 wanted.setdefault(tier, []).append(case.length)
         for tier, lengths in wanted.items():
             longest = max(lengths)
             indices = np.unique(np.concatenate([kept(length) for length in lengths]))
             if self._prepared(spec.tiers[tier], longest, indices) is not None:
                 continue
-            logits = self._ask(spec, stream(self.model.shape.vocab, longest), longest, indices)
+            reach = spec.tiers[tier].max_length
+            logits = self._ask(spec, stream(self.model.shape.vocab, longest), reach, indices)
             self._dense.append((spec.tiers[tier], longest, indices, logits))
 
     def _prepared(self, tier: Tier, length: int, wanted: np.ndarray | None = None) -> np.ndarray | None:
@@ -71,29 +72,42 @@ class Judge:
     def forward(self, spec: RopeSpec, case: Case, row: int = 0) -> np.ndarray:
         """Logits of a row of a forward or batch case at `kept` of its tokens."""
         length = case.lengths[row]
+        chooses = case.context or length  # the number that decides on the tier
         if case.spread:
             positions = case.positions()
             self._rotate_like(spec)
             tokens = stream(self.model.shape.vocab, len(positions))
-            return self._reference.logits(tokens, positions=positions, keep=kept(len(positions)))
+            return self._reference.logits(tokens, positions=positions, length=chooses, keep=kept(len(positions)))
         if row == 0 and case.kind == "forward":
-            ready = self._prepared(spec.tier_for(length), length)
+            ready = self._prepared(spec.tier_for(chooses), length)
             if ready is not None:
                 return ready
-        return self._ask(spec, stream(self.model.shape.vocab, length, row), length, kept_of_batch(case, row))
+        return self._ask(spec, stream(self.model.shape.vocab, length, row), chooses, kept_of_batch(case, row))
 
-    def decoded(self, spec: RopeSpec, prompt: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
-        """Logits that should have chosen each of `tokens` after `prompt`: at every length, a fresh forward
-        pass with the tier of that length (one pass a tier, since a prefix computes what it computes)."""
+    def shifted(self, spec: RopeSpec, case: Case) -> np.ndarray:
+        """Logits after each of the `DECODED` tokens that follow when the oldest are forgotten. Only distances
+        matter to a rotation, so nothing has to move: later tokens just don't see the forgotten ones."""
+        read = case.lengths[0]
+        self._rotate_like(spec)
+        tokens = stream(self.model.shape.vocab, read + DECODED)
+        keep = np.arange(read, read + DECODED)
+        return self._reference.logits(tokens, length=case.context or read, keep=keep, forgotten=(case.dropped, read))
+
+    def decoded(
+        self, spec: RopeSpec, prompt: np.ndarray, tokens: Sequence[int], *, context: int | None = None
+    ) -> np.ndarray:
+        """Logits that should have chosen each of `tokens` after `prompt`: at every length, a fresh forward pass
+        with the tier of that length, or of the `context` (one pass a tier, since a prefix computes what it
+        computes)."""
         sequence = np.concatenate([prompt, np.asarray(tokens[:-1], dtype=np.int64)])
         ends = np.arange(len(prompt), len(sequence) + 1)  # the lengths whose last logits count
         groups: dict[Tier, list[int]] = {}
         for end in ends.tolist():
-            groups.setdefault(spec.tier_for(end), []).append(end)
+            groups.setdefault(spec.tier_for(context or end), []).append(end)
         rows: dict[int, np.ndarray] = {}
         for lengths in groups.values():
             longest = max(lengths)
-            answer = self._ask(spec, sequence[:longest], longest, np.asarray(lengths) - 1)
+            answer = self._ask(spec, sequence[:longest], context or longest, np.asarray(lengths) - 1)
             rows |= dict(zip(lengths, answer, strict=True))
         return np.stack([rows[end] for end in ends.tolist()])
 

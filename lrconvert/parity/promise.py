@@ -8,7 +8,7 @@ against reference and without rounding; what rounding costs is measured beside i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.base import numpy_dtype
 from lrconvert.checkpoint.fold import folded
-from lrconvert.expressible import PORTABLE, folded_attention, project
+from lrconvert.expressible import LLAMA_CPP, LLAMA_CPP_STATIC, PORTABLE, folded_attention, project
 from lrconvert.parity.cases import Budget, Case
 from lrconvert.parity.judge import Judge
 from lrconvert.parity.measures import compare
@@ -42,8 +42,10 @@ class Promise:
     scale: float = 1.0
 
 
-def promise(model: Model, spec: RopeSpec, options: Mapping[str, Any], artifact: Path) -> Promise:
+def promise(model: Model, spec: RopeSpec, options: Mapping[str, Any], artifact: Path, *, gguf: bool = False) -> Promise:
     """From the options of the artifact's manifest; `model` may be the artifact itself, which is folded already."""
+    if gguf:
+        return _promise_of_gguf(model, spec, options, artifact)
     if not options.get("portable"):
         return Promise(spec, spec, [], spec, model, None)
     kept, given_up = project(spec, PORTABLE)
@@ -55,10 +57,23 @@ def promise(model: Model, spec: RopeSpec, options: Mapping[str, Any], artifact: 
     return Promise(spec, kept, given_up, promised, folded(model, scale, rounded=rounded), model, scale)
 
 
+def _promise_of_gguf(model: Model, spec: RopeSpec, options: Mapping[str, Any], artifact: Path) -> Promise:
+    """Two sets for llama.cpp to choose from, or one, with all of the attention factor in the weights or none."""
+    kept, given_up = project(spec, LLAMA_CPP)
+    if options.get("static_long"):
+        kept, more = project(kept, LLAMA_CPP_STATIC)
+        given_up += more
+    scale = float(options.get("folded_attention", 1.0))
+    promised = folded_attention(kept, scale)
+    if scale == 1.0 or model.checkpoint.path.resolve() == artifact.resolve():
+        return Promise(spec, kept, given_up, promised, model, None)
+    return Promise(spec, kept, given_up, promised, folded(model, scale, rounded=False), model, scale)
+
+
 def lost(name: str, exact: RopeSpec, projected: RopeSpec, judge: Judge, budget: Budget) -> list[Row]:
     """What a projection costs, by the reference alone, at the end of every tier that it changes."""
     changed = [tier.max_length for tier in exact.tiers if tier != projected.tier_for(tier.max_length)]
-    cases = [_end("lost", length, budget) for length in changed]
+    cases = [end_case("lost", length, budget) for length in changed]
     judge.prepare(exact, cases)
     judge.prepare(projected, cases)
     reason = "what the recipe asks and this code can't express"
@@ -74,38 +89,40 @@ def fold_rows(made: Promise, judge: Judge, *, stored_dtype: str | None, device: 
     them as they are stored."""
     if made.source is None:
         return lost(CODE, made.recipe, made.kept, judge, budget) if made.given_up else []
-    lengths = [tier.max_length for tier in made.kept.tiers]
+    plain = Judge(folded(made.source, 1.0, rounded=stored_dtype is None), device=device, stored_dtype=stored_dtype)
+    reason = f"scaled weights rounded to {numpy_dtype(stored_dtype or made.source.dtype).name}, against unscaled ones"
+    rows = exact_fold_rows(made, device=device, budget=budget)
+    for length, ours, theirs in _at_ends(made, plain, judge, budget):
+        measures = compare(ours, theirs)
+        case = f"rounding of the fold at {length}"
+        rows.append(Row(CODE, case, "known", length=length, reason=reason, **vars(measures)))
+    return rows + (lost(CODE, made.recipe, made.kept, plain, budget) if made.given_up else [])
 
-    def answers(by: Judge, spec: RopeSpec, what: str = "") -> list[Any]:
-        cases = [_end(what, length, budget) for length in lengths]
-        by.prepare(spec, cases)
-        return [by.forward(spec, case) for case in cases]
 
-    def judge_of(scale: float, stored: bool) -> Judge:
-        rounded = stored and stored_dtype is None
-        model = folded(made.source or made.model, scale, rounded=rounded)
-        return Judge(model, device=device, stored_dtype=stored_dtype if stored else None)
-
-    exact = zip(answers(judge_of(1.0, False), made.kept), answers(judge_of(made.scale, False), made.spec), strict=True)
-    rows = [
+def exact_fold_rows(made: Promise, *, device: str, budget: Budget) -> list[Row]:
+    """Reference against reference, without rounding: do the scaled weights undo what their code leaves out?"""
+    assert made.source is not None
+    unscaled, scaled = (Judge(folded(made.source, scale, rounded=False), device=device) for scale in (1.0, made.scale))
+    return [
         judged(
             CODE,
             f"folded attention factor at {length}",
             length,
-            compare(*pair),
-            tolerance_for(CODE, judge.dtype, length),
+            compare(ours, theirs),
+            tolerance_for(CODE, scaled.dtype, length),
         )
-        for length, pair in zip(lengths, exact, strict=True)
+        for length, ours, theirs in _at_ends(made, unscaled, scaled, budget)
     ]
-    plain = judge_of(1.0, True)
-    stored = zip(answers(plain, made.kept), answers(judge, made.spec), strict=True)
-    reason = f"scaled weights rounded to {numpy_dtype(stored_dtype or made.source.dtype).name}, against unscaled ones"
-    rows += [
-        Row(CODE, f"rounding of the fold at {length}", "known", length=length, reason=reason, **vars(compare(*pair)))
-        for length, pair in zip(lengths, stored, strict=True)
-    ]
-    return rows + (lost(CODE, made.recipe, made.kept, plain, budget) if made.given_up else [])
 
 
-def _end(what: str, length: int, budget: Budget) -> Case:
+def _at_ends(made: Promise, unscaled: Judge, scaled: Judge, budget: Budget) -> Iterator[tuple[int, Any, Any]]:
+    """At the end of every tier: its length, and what the unscaled and the scaled weights answer."""
+    cases = [end_case("", tier.max_length, budget) for tier in made.kept.tiers]
+    unscaled.prepare(made.kept, cases)
+    scaled.prepare(made.spec, cases)
+    for case in cases:
+        yield case.length, unscaled.forward(made.kept, case), scaled.forward(made.spec, case)
+
+
+def end_case(what: str, length: int, budget: Budget) -> Case:
     return Case(f"{what} at {length}", "forward", (length,), spread=length > budget.dense)

@@ -37,6 +37,7 @@ _BF16_ENGINE = (
     "bfloat16 arithmetic, in vLLM a bfloat16 table of cos and sin too: 2.5e-3 (largest 2.5e-2) on pico models, where "
     "the wrong set is 0.4"
 )
+_ROUNDED = "activations are {} in products with {} weights"
 _F16 = "float16 arithmetic, 11 bits of mantissa: about 1/64 of bfloat16's KL"
 
 
@@ -54,7 +55,21 @@ def _engine(code: str, measured: str) -> tuple[Tolerance, ...]:
     )
 
 
+def _llama_cpp() -> tuple[Tolerance, ...]:
+    """llama.cpp on the weights of the file, a float32 cache and no flash attention."""
+    measured = "float32 throughout, angles too (5.4e-8 below 4k, 1.0e-2 at 2M on pico models, CPU and GPU)"
+    rows = ((8192, 1e-6, 1e-4), (32768, 3e-5, 3e-3), (131072, 5e-4, 5e-2), (262144, 2e-3, 0.2), (524288, 7e-3, 0.5),
+            (1048576, 3e-2, 2.0), (ANY, 1e-1, 5.0))  # fmt: skip
+    return (
+        *(Tolerance("llama.cpp", "F32", up_to, mean, largest, measured) for up_to, mean, largest in rows),
+        Tolerance("llama.cpp", "F16", ANY, 5e-4, 5e-2, _ROUNDED.format("rounded to float16", "F16")),
+        Tolerance("llama.cpp", "BF16", ANY, 2e-2, 0.5, _ROUNDED.format("rounded to bfloat16", "BF16")),
+        Tolerance("llama.cpp", "quantised", ANY, 2e-2, 1.0, _ROUNDED.format("quantised to 8 bits", "quantised")),
+    )
+
+
 TOLERANCES = (
+    *_llama_cpp(),
     Tolerance("custom", "float32", ANY, 1e-8, 1e-6, _FP64_ANGLES),
     Tolerance("native", "float32", 1024, 1e-8, 1e-6, _FP32_ANGLES.format("still exact enough here")),
     Tolerance("native", "float32", 16384, 1e-6, 1e-4, _FP32_ANGLES.format("cos off by 5.8e-4 at 8k")),
@@ -73,6 +88,31 @@ TOLERANCES = (
     Tolerance("native", "float16", 131072, 1e-3, 5e-2, _F16 + "; float32 angles come on top"),
     Tolerance("native", "float16", ANY, 1e-1, 5.0, _F16 + "; float32 angles far out"),
 )
+
+
+# Error of a tensor by its type: norm of the difference over norm of the tensor. Measured on random and on trained
+# weights (tests/parity/test_gguf.py); rows in another order differ by 1.4.
+WEIGHT_ERRORS = {
+    "F32": 1e-7,
+    "BF16": 4e-3,
+    "F16": 5e-4,
+    "Q8_0": 2e-2,
+    "Q6_K": 5e-2,
+    "Q5_K": 1e-1,
+    "Q5_1": 1e-1,
+    "Q5_0": 1e-1,
+    "Q4_K": 2e-1,
+    "Q4_1": 2e-1,
+    "Q4_0": 2e-1,
+    "IQ4_NL": 2e-1,
+    "IQ4_XS": 2e-1,
+}
+_COARSE = 7e-1  # of three bits and fewer
+
+
+def weight_error(kind: str) -> float:
+    """How far a tensor stored as `kind` may be from the model's, as a part of its norm."""
+    return WEIGHT_ERRORS.get(kind, _COARSE)
 
 
 def tolerance_for(code: str, dtype: str, length: int) -> Tolerance:

@@ -5,118 +5,34 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lrconvert.checkpoint import Model, describe_source, open_model, read_json
 from lrconvert.checkpoint.adapter import merged, open_adapter
+from lrconvert.checkpoint.gguf import GgufCheckpoint
 from lrconvert.errors import InputError, LrconvertError, UsageError
-from lrconvert.expressible import CUSTOM_HF, MLX, VLLM, Capability, native_hf, project
-from lrconvert.families import Family
-from lrconvert.output import EDITABLE, MANIFEST, Manifest, replace_file, sha256_of
-from lrconvert.parity.cases import (
-    ANYTHING,
-    CPU,
-    DECODED,
-    GPU,
-    GPU_FLOAT32,
-    Asking,
-    Budget,
-    Case,
-    build_cases,
-    kept,
-    stream,
-)
+from lrconvert.expressible import LLAMA_CPP_STATIC, by_context, project
+from lrconvert.output import EDITABLE, Manifest, manifest_path, replace_file, sha256_of
+from lrconvert.parity import stored as gguf_rows
+from lrconvert.parity.cases import DECODED, Case, build_cases, kept, stream
+from lrconvert.parity.codes import Code, Options, codes_of, kind_of
 from lrconvert.parity.config_checks import check_config
 from lrconvert.parity.judge import Judge, kept_of_batch
 from lrconvert.parity.measures import Measures, compare, merge
-from lrconvert.parity.promise import fold_rows, lost, promise
+from lrconvert.parity.nearest import nearest
+from lrconvert.parity.promise import Promise, exact_fold_rows, fold_rows, lost, promise
 from lrconvert.parity.report import Report, Row, judged
 from lrconvert.parity.tolerances import tolerance_for
 from lrconvert.recipe import Recipe, load_recipe, parse_recipe, resolve
 from lrconvert.rope import RopeSpec
-from lrconvert.runtimes import mlx, transformers, vllm
-from lrconvert.runtimes.base import Interpreter, Session, WorkerSession
+from lrconvert.runtimes.base import Session
+from lrconvert.runtimes.llama_cpp import LlamaSession
 
 Progress = Callable[[str], None]
-UNLIMITED = Budget(dense=2**31, decode=2**31)
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to verify. `codes` of the artifact to ask (None: all); `full`: nothing is spread or skipped;
-    `python`: the runtime's interpreter; `interpreter`: one that runs already, shared by all codes; `runtime`: one
-    of `RUNTIMES`."""
-
-    device: str = "cpu"
-    dtype: str = "float32"
-    codes: tuple[str, ...] | None = None
-    full: bool = False
-    python: str | None = None
-    threads: int | None = None
-    interpreter: Interpreter | None = None
-    runtime: str = "transformers"
-
-    @property
-    def budget(self) -> Budget:
-        return (
-            UNLIMITED if self.full else CPU if self.device == "cpu" else GPU_FLOAT32 if self.dtype == "float32" else GPU
-        )
-
-
-@dataclass(frozen=True)
-class Code:
-    """A piece of code that can run an artifact: what it can express, by family, what it can be asked and how."""
-
-    name: str
-    runtime: str
-    capability: Callable[[Family], Capability]
-    open: Callable[[Path, Options], WorkerSession]
-    asking: Asking = ANYTHING
-    needs: str | None = None  # a key of config.json without which the artifact has no such code
-
-
-def _transformers(custom: bool) -> Callable[[Path, Options], WorkerSession]:
-    return lambda artifact, options: transformers.open_session(
-        artifact,
-        custom=custom,
-        device=options.device,
-        dtype=options.dtype,
-        threads=options.threads,
-        python=options.python,
-        interpreter=options.interpreter,
-    )
-
-
-def _mlx(artifact: Path, options: Options) -> WorkerSession:
-    return mlx.open_session(artifact, dtype=options.dtype, python=options.python, interpreter=options.interpreter)
-
-
-def _vllm(artifact: Path, options: Options) -> WorkerSession:
-    return vllm.open_session(
-        artifact,
-        dtype=options.dtype,
-        threads=options.threads,
-        python=options.python,
-        interpreter=options.interpreter,
-    )
-
-
-CODES = (
-    Code("native", "transformers", native_hf, _transformers(custom=False)),
-    Code("custom", "transformers", lambda family: CUSTOM_HF, _transformers(custom=True), needs="auto_map"),
-    Code("mlx", "mlx", lambda family: MLX, _mlx, Asking(positions=False)),
-    # vLLM serves no prompt that leaves no room for one more token.
-    Code("vllm", "vllm", lambda family: VLLM, _vllm, Asking(positions=False, reserved=1)),
-)
-RUNTIMES = tuple(dict.fromkeys(code.runtime for code in CODES))
-
-
-def codes_of(artifact: Path, runtime: str) -> list[Code]:
-    """The codes of a runtime that can run an artifact."""
-    config = read_json(artifact / "config.json")
-    return [code for code in CODES if code.runtime == runtime and (code.needs is None or code.needs in config)]
 
 
 def verify(
@@ -132,13 +48,15 @@ def verify(
     Returns the report, good or bad; raises only where nothing could be compared.
     """
     options, say = options or Options(), progress or (lambda what: None)
-    if not artifact.is_dir():
+    kind = kind_of(artifact)
+    if not (artifact.is_dir() if kind == "hf" else artifact.is_file()):
         raise InputError(f"{artifact}: no such artifact")
-    manifest = Manifest.read(artifact) if (artifact / MANIFEST).is_file() or against is None else None
+    codes = codes_of(artifact, options)
+    manifest = Manifest.read(artifact) if manifest_path(artifact).is_file() or against is None else None
     if manifest is None and recipe is None:
-        raise UsageError("--against needs --recipe where the folder has no manifest")
+        raise UsageError("--against needs --recipe where the artifact has no manifest")
     model, notes = _source(artifact, manifest, against)
-    chosen = _recipe(manifest, recipe)
+    chosen = _recipe(artifact, manifest, recipe)
     window = manifest.options.get("window") if manifest and recipe is None else None
     spec = resolve(
         chosen,
@@ -147,49 +65,104 @@ def verify(
         theta=model.shape.theta,
         window=window,
     )
-    stored = manifest.options.get("dtype") if manifest else None
-    made = promise(model, spec, manifest.options if manifest else {}, artifact)
-    judge = Judge(made.model, device=options.device, stored_dtype=stored)
+    made = promise(model, spec, manifest.options if manifest else {}, artifact, gguf=kind == "gguf")
     report = Report(
         artifact=artifact.name or str(artifact),
         against=f"{model.reference} + {chosen.name}",
-        reference=f"reference in {judge.dtype} on {options.device}",
+        reference="",
         notes=notes,
+        losses=list(made.given_up),
     )
     if manifest is not None:
         say("checksums")
-        report.rows += _integrity(artifact, manifest)
-    report.rows += check_config(read_json(artifact / "config.json"), artifact, model.family.hf_class)
-    report.losses += made.given_up
-    if made.spec != spec:
-        say("what the weights carry: reference")
-        report.rows += fold_rows(made, judge, stored_dtype=stored, device=options.device, budget=options.budget)
-    for code in codes_of(artifact, options.runtime):
-        if options.codes is None or code.name in options.codes:
-            _verify_code(artifact, code, made.spec, judge, options, report, say)
+        report.rows += _integrity(artifact if kind == "hf" else artifact.parent, manifest)
+    verify_kind = _verify_hf if kind == "hf" else _verify_gguf
+    verify_kind(artifact, manifest, made, codes, options, report, say)
     if manifest is not None and recipe is None:
-        manifest.parity = _recorded(manifest.parity, report.to_json(), options.runtime)
-        replace_file(artifact / MANIFEST, manifest.to_json())
+        own = options.runtime is None or options.runtime == "transformers"
+        manifest.parity = _recorded(manifest.parity, report.to_json(), None if own else options.runtime)
+        replace_file(manifest_path(artifact), manifest.to_json())
     return report
 
 
-def _recorded(earlier: dict[str, Any] | None, report: dict[str, Any], runtime: str) -> dict[str, Any]:
+def _verify_hf(
+    artifact: Path,
+    manifest: Manifest | None,
+    made: Promise,
+    codes: list[Code],
+    options: Options,
+    report: Report,
+    say: Progress,
+) -> None:
+    stored = manifest.options.get("dtype") if manifest else None
+    judge = Judge(made.model, device=options.device, stored_dtype=stored)
+    report.reference = f"reference in {judge.dtype} on {options.device}"
+    report.rows += check_config(read_json(artifact / "config.json"), artifact, made.model.family.hf_class)
+    if made.spec != made.recipe:
+        say("what the weights carry: reference")
+        report.rows += fold_rows(made, judge, stored_dtype=stored, device=options.device, budget=options.budget)
+    for code in codes:
+        _verify_code(artifact, code, made.spec, judge, options, report, say)
+
+
+def _verify_gguf(
+    artifact: Path,
+    manifest: Manifest | None,
+    made: Promise,
+    codes: list[Code],
+    options: Options,
+    report: Report,
+    say: Progress,
+) -> None:
+    """llama.cpp is judged on the weights in the file; that they are the model's is checked beside it."""
+    original = Judge(made.source or made.model, device=options.device)
+    report.reference = f"reference in {original.dtype} on {options.device}"
+    try:
+        stored = GgufCheckpoint(artifact, tolerant=True)
+        model = gguf_rows.on_stored_weights(made.model, stored)
+    except LrconvertError as error:
+        report.rows.append(Row("metadata", "a GGUF of the model", "fail", reason=error.message))
+        return
+    static = bool(manifest and manifest.options.get("static_long"))
+    report.rows += gguf_rows.check_metadata(stored, made.model, made.spec, static=static)
+    say("weights")
+    rows, exact = gguf_rows.check_weights(stored, made.model)
+    report.rows += rows
+    judge = original if exact and made.source is None else Judge(model, device=options.device)
+    if made.given_up:
+        say("what was given up: reference")
+        report.rows += lost("llama.cpp", made.recipe, made.kept, original, options.budget)
+    if made.source is not None:
+        say("the folded attention factor: reference")
+        report.rows += exact_fold_rows(made, device=options.device, budget=options.budget)
+    if not exact and gguf_rows.computing(stored) != "F32":
+        say("quantisation: reference")
+        report.rows += gguf_rows.quantisation("llama.cpp", original, made.kept, judge, made.spec, options.budget)
+    options = replace(options, dtype=gguf_rows.computing(stored))
+    for code in codes:
+        if static:
+            code = replace(code, capability=lambda family: LLAMA_CPP_STATIC)
+        _verify_code(artifact, code, made.spec, judge, options, report, say)
+
+
+def _recorded(earlier: dict[str, Any] | None, report: dict[str, Any], engine: str | None) -> dict[str, Any]:
     """What the manifest keeps: the report on the artifact's own codes, and the other engines' beside it."""
     engines = (earlier or {}).get("engines", {})
-    if runtime == CODES[0].runtime:
+    if engine is None:
         return {**report, "engines": engines} if engines else report
-    return {**(earlier or report), "engines": {**engines, runtime: report}}
+    return {**(earlier or report), "engines": {**engines, engine: report}}
 
 
 def _source(artifact: Path, manifest: Manifest | None, against: str | None) -> tuple[Model, list[str]]:
     """The model to judge by: the one given, the one the manifest names, else the artifact's own weights."""
     if against is not None:
         notes = ["the manifest's adapter is not merged into the model given: it is compared as it is"]
-        return open_model(against), notes if manifest and manifest.source.get("adapter") else []
+        return open_model(against, tolerant=True), notes if manifest and manifest.source.get("adapter") else []
     assert manifest is not None
     named = str(manifest.source["model"])
     try:
-        model = open_model(named, revision=manifest.source.get("revision"))
+        # A GGUF that was repaired is a model whose own rope scaling means nothing.
+        model = open_model(named, revision=manifest.source.get("revision"), tolerant=manifest.target == "gguf")
         recorded = manifest.source.get("adapter")
         adapter = (
             open_adapter(str(recorded["reference"]), manifest.source.get("adapter_revision")) if recorded else None
@@ -204,31 +177,32 @@ def _source(artifact: Path, manifest: Manifest | None, against: str | None) -> t
     if any(changed.values()):
         raise InputError(
             f"{', '.join(what for what, is_so in changed.items() if is_so)} that {artifact} was made from, as "
-            f"{MANIFEST} describes it",
+            f"{manifest_path(artifact).name} describes it",
             remedy="Name the right one with --against, or convert again",
         )
     if adapter is not None:
-        # A dtype of its own, and a fold, are rounded once and later.
-        once = manifest.options.get("dtype") is None and manifest.options.get("folded_attention", 1.0) == 1.0
-        model = merged(model, adapter, rounded=once)
+        # A dtype of its own, a fold and a GGUF's types are rounded once and later.
+        options = manifest.options
+        plain = options.get("dtype") is None and options.get("folded_attention", 1.0) == 1.0
+        model = merged(model, adapter, rounded=plain and manifest.target == "hf")
     return model, []
 
 
-def _recipe(manifest: Manifest | None, recipe: str | Path | Recipe | None) -> Recipe:
+def _recipe(artifact: Path, manifest: Manifest | None, recipe: str | Path | Recipe | None) -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe
     if recipe is not None:
         return load_recipe(recipe)
     assert manifest is not None
-    return parse_recipe(json.dumps(manifest.recipe), MANIFEST)
+    return parse_recipe(json.dumps(manifest.recipe), manifest_path(artifact).name)
 
 
-def _integrity(artifact: Path, manifest: Manifest) -> list[Row]:
+def _integrity(folder: Path, manifest: Manifest) -> list[Row]:
     """Every file of the manifest: there, as long as it was, the same bytes. Completes missing digests, and takes
     over those of files that people may edit."""
     rows = []
     for name, record in sorted(manifest.files.items()):
-        path = artifact / name
+        path = folder / name
         if not path.is_file():
             rows.append(Row("files", name, "fail", reason=f"{name} is missing"))
         elif name in EDITABLE:
@@ -250,6 +224,7 @@ def _verify_code(
 ) -> None:
     capability = code.capability(judge.model.family)
     projected, losses = project(spec, capability)
+    projected = by_context(projected, capability)
     edges = spec.boundaries[:1] if capability.once else None
     cases = list(build_cases(projected, capability, options.budget, asking=code.asking, edges=edges))
     say(f"{code.name} code: reference")
@@ -265,6 +240,9 @@ def _verify_code(
         for case in cases:
             say(f"{code.name} code: {case.name}")
             report.rows.append(_verify_case(code, case, projected, judge, session, options))
+        if code.coarse(options.dtype):
+            say(f"{code.name} code: is the recipe nearest?")
+            report.rows += nearest(code.name, projected, judge, lambda case: _logits(case, judge, session))
     for loss in losses:
         report.losses.append(loss)
     if losses:
@@ -285,21 +263,38 @@ def _verify_case(code: Code, case: Case, spec: RopeSpec, judge: Judge, session: 
 
 def _ask(case: Case, spec: RopeSpec, judge: Judge, session: Session) -> Measures:
     vocabulary = judge.model.shape.vocab
+    room = _room(case)
+    if case.kind == "shift":
+        assert isinstance(session, LlamaSession)
+        tokens = stream(vocabulary, case.lengths[0] + DECODED).tolist()
+        read, more = tokens[: case.lengths[0]], tokens[case.lengths[0] :]
+        return compare(judge.shifted(spec, case), session.shifted(read, case.dropped, more, **room))
     if case.kind == "decode":
         prompt = stream(vocabulary, case.lengths[0])
-        tokens, answers = session.generate(prompt.tolist(), DECODED)
-        return compare(judge.decoded(spec, prompt, tokens), answers)
+        tokens, answers = session.generate(prompt.tolist(), DECODED, **room)
+        return compare(judge.decoded(spec, prompt, tokens, context=case.context), answers)
     if case.kind == "batch":
         rows = [stream(vocabulary, length, row).tolist() for row, length in enumerate(case.lengths)]
         count = len(kept_of_batch(case, 0))
-        answered = session.logits(rows, keep=list(range(-count, 0)))
+        answered = session.logits(rows, keep=list(range(-count, 0)), **room)
         parts = [compare(judge.forward(spec, case, row), answer) for row, answer in enumerate(answered)]
         return merge(parts, [count] * len(parts))
+    return compare(judge.forward(spec, case), _logits(case, judge, session))
+
+
+def _logits(case: Case, judge: Judge, session: Session) -> np.ndarray:
+    """What the artifact answers to a forward case."""
     positions = case.positions() if case.spread else None
-    tokens = stream(vocabulary, case.length if positions is None else len(positions))
-    answer = session.logits(
+    tokens = stream(judge.model.shape.vocab, case.length if positions is None else len(positions))
+    (answer,) = session.logits(
         [tokens.tolist()],
         positions=None if positions is None else positions.tolist(),
         keep=kept(len(tokens)).tolist(),
+        **_room(case),
     )
-    return compare(judge.forward(spec, case), answer[0])
+    return answer
+
+
+def _room(case: Case) -> dict[str, Any]:
+    """What code with contexts is asked besides; others know none."""
+    return {} if case.context is None else {"context": case.context}

@@ -91,11 +91,13 @@ class Reference:
         positions: Sequence[int] | np.ndarray | None = None,
         length: int | None = None,
         keep: Sequence[int] | np.ndarray | None = None,
+        forgotten: tuple[int, int] | None = None,
     ) -> np.ndarray:
         """Logits of one sequence, float64, shape [len(keep), v].
 
         `positions` default to 0 … n−1; `length` is the sequence length that chooses the factor set, by
-        default the last position plus one; `keep` are the indices whose logits are wanted, by default all.
+        default the last position plus one; `keep` are the indices whose logits are wanted, by default all;
+        `forgotten` (count, since): tokens from index `since` on don't see the first `count` ones.
         """
         ids = torch.as_tensor(np.asarray(tokens, dtype=np.int64), device=self.device)
         where = np.arange(len(ids)) if positions is None else np.asarray(positions, dtype=np.int64)
@@ -103,7 +105,7 @@ class Reference:
         cos_sin = self.rotation.tables(torch.as_tensor(where, device=self.device), chosen, self.dtype)
         x = self._weight("embedding")[ids]
         for layer in range(self.shape.layers):
-            x = x + self._attention(self._norm(x, "attention_norm", layer), layer, cos_sin)
+            x = x + self._attention(self._norm(x, "attention_norm", layer), layer, cos_sin, forgotten)
             x = x + self._mlp(self._norm(x, "ffn_norm", layer), layer)
         if keep is not None:
             x = x[torch.as_tensor(np.asarray(keep, dtype=np.int64), device=self.device)]
@@ -126,7 +128,13 @@ class Reference:
             gate, up = self._linear(x, "gate", layer), self._linear(x, "up", layer)
         return self._linear(functional.silu(gate) * up, "down", layer)
 
-    def _attention(self, x: torch.Tensor, layer: int, cos_sin: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def _attention(
+        self,
+        x: torch.Tensor,
+        layer: int,
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        forgotten: tuple[int, int] | None,
+    ) -> torch.Tensor:
         shape, n = self.shape, len(x)
         q_width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         if ("qkv", layer) in self.model.roles:
@@ -139,10 +147,12 @@ class Reference:
         if ("q_norm", layer) in self.model.roles:
             q, k = self._norm(q, "q_norm", layer), self._norm(k, "k_norm", layer)
         q, k = self.rotation.rotate(q, *cos_sin), self.rotation.rotate(k, *cos_sin)
-        mixed = self._attend(q, k, v).transpose(0, 1).reshape(n, q_width)
+        mixed = self._attend(q, k, v, forgotten).transpose(0, 1).reshape(n, q_width)
         return self._linear(mixed, "o", layer)
 
-    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def _attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, forgotten: tuple[int, int] | None
+    ) -> torch.Tensor:
         """Causal softmax attention, a chunk of queries at a time; query head j reads key head j // (h/g)."""
         heads, n, width = q.shape
         groups = len(k)
@@ -155,6 +165,8 @@ class Reference:
             scores = (grouped @ k[:, :, :end]).reshape(heads, end - start, end)
             future = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).triu(1)
             scores[:, :, start:].masked_fill_(future, float("-inf"))
+            if forgotten is not None and end > forgotten[1]:
+                scores[:, max(forgotten[1] - start, 0) :, : forgotten[0]] = float("-inf")
             weights = torch.softmax(scores, dim=-1)
             mixed = weights.reshape(groups, -1, end) @ v[:, :end]
             out[:, start:end] = mixed.reshape(heads, end - start, width)

@@ -862,7 +862,7 @@ def test_templates_generation_config_and_licence(tmp_path: Path) -> None:
     ("edit", "error", "message"),
     [
         (bpe_vocabulary("viking"), UnsupportedError, "tokenizer.ggml.pre is 'viking'"),
-        (bpe_vocabulary("viking"), UnsupportedError, "Known: default, deepseek-r1-qwen, falcon3, gpt-2"),
+        (bpe_vocabulary("viking"), UnsupportedError, "Known: dbrx, default, deepseek-r1-qwen, falcon3, gpt-2"),
         (bpe_vocabulary(None), UnsupportedError, "tokenizer.ggml.pre is missing"),
         (lambda w: w.add_tokenizer_model("t5"), UnsupportedError, "tokenizer.ggml.model is 't5'"),
         (lambda w: w.add_tokenizer_model("gpt2"), InputError, "tokenizer.ggml.tokens is missing or empty"),

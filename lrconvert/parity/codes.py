@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The code that can run an artifact: one table of what each can express, what it can be asked, how it is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lrconvert.checkpoint import read_json
+from lrconvert.errors import UsageError
+from lrconvert.expressible import CUSTOM_HF, LLAMA_CPP, MLX, VLLM, Capability, native_hf
+from lrconvert.families import Family
+from lrconvert.parity.cases import ANYTHING, CPU, GPU, GPU_FLOAT32, Asking, Budget
+from lrconvert.runtimes import llama_cpp, mlx, transformers, vllm
+from lrconvert.runtimes.base import Interpreter, WorkerSession
+from lrconvert.runtimes.llama_library import find_library
+
+Kind = Literal["hf", "gguf"]  # of artifacts: a folder, a file
+
+ALL_LAYERS = 999
+UNLIMITED = Budget(dense=2**31, decode=2**31)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to verify. `codes` of the artifact to ask (None: all); `full`: nothing is spread or skipped;
+    `python`: the runtime's interpreter; `interpreter`: one that runs already, shared by all codes; `runtime`: one
+    of `RUNTIMES`, by default the first that runs such artifacts; `library`: where libllama lies; `kv`: the type of
+    llama.cpp's cache."""
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    codes: tuple[str, ...] | None = None
+    full: bool = False
+    python: str | None = None
+    threads: int | None = None
+    interpreter: Interpreter | None = None
+    runtime: str | None = None
+    library: str | None = None
+    kv: str = "f32"
+
+    @property
+    def budget(self) -> Budget:
+        return (
+            UNLIMITED if self.full else CPU if self.device == "cpu" else GPU_FLOAT32 if self.dtype == "float32" else GPU
+        )
+
+
+@dataclass(frozen=True)
+class Code:
+    """A piece of code that can run an artifact: what it can express, by family, what it can be asked and how."""
+
+    name: str
+    runtime: str
+    capability: Callable[[Family], Capability]
+    open: Callable[[Path, Options], WorkerSession]
+    asking: Asking = ANYTHING
+    runs: Kind = "hf"
+    needs: str | None = None  # a key of config.json without which the artifact has no such code
+
+    def coarse(self, dtype: str) -> bool:
+        """Whether the noise of its products may hide a small mistake from a bound."""
+        return self.runs == "gguf" and dtype != "F32"
+
+
+def _transformers(custom: bool) -> Callable[[Path, Options], WorkerSession]:
+    return lambda artifact, options: transformers.open_session(
+        artifact,
+        custom=custom,
+        device=options.device,
+        dtype=options.dtype,
+        threads=options.threads,
+        python=options.python,
+        interpreter=options.interpreter,
+    )
+
+
+def _mlx(artifact: Path, options: Options) -> WorkerSession:
+    return mlx.open_session(artifact, dtype=options.dtype, python=options.python, interpreter=options.interpreter)
+
+
+def _vllm(artifact: Path, options: Options) -> WorkerSession:
+    return vllm.open_session(
+        artifact,
+        dtype=options.dtype,
+        threads=options.threads,
+        python=options.python,
+        interpreter=options.interpreter,
+    )
+
+
+def _llama_cpp(artifact: Path, options: Options) -> WorkerSession:
+    return llama_cpp.open_session(
+        artifact,
+        library=find_library(options.library),
+        threads=options.threads,
+        gpu_layers=0 if options.device == "cpu" else ALL_LAYERS,
+        kv=options.kv,
+        # In one call: on a GPU a prompt in several is computed less exactly.
+        n_batch=None if options.device == "cpu" else options.budget.dense,
+        python=options.python,
+        interpreter=options.interpreter,
+    )
+
+
+CODES = (
+    Code("native", "transformers", native_hf, _transformers(custom=False)),
+    Code("custom", "transformers", lambda family: CUSTOM_HF, _transformers(custom=True), needs="auto_map"),
+    Code("mlx", "mlx", lambda family: MLX, _mlx, Asking("none")),
+    # vLLM serves no prompt that leaves no room for one more token.
+    Code("llama.cpp", "llama.cpp", lambda family: LLAMA_CPP, _llama_cpp, Asking("run"), runs="gguf"),
+    Code("vllm", "vllm", lambda family: VLLM, _vllm, Asking("none", reserved=1)),
+)
+RUNTIMES = tuple(dict.fromkeys(code.runtime for code in CODES))
+
+
+def kind_of(artifact: Path) -> Kind:
+    """By its name: a GGUF file, or a folder."""
+    return "gguf" if artifact.suffix == ".gguf" and not artifact.is_dir() else "hf"
+
+
+def codes_of(artifact: Path, options: Options) -> list[Code]:
+    """The codes that are to be asked. Raises `UsageError` for a runtime that does not run such artifacts."""
+    kind = kind_of(artifact)
+    able = [code for code in CODES if code.runs == kind]
+    runtime = options.runtime or able[0].runtime
+    if runtime not in {code.runtime for code in able}:
+        names = ", ".join(dict.fromkeys(code.runtime for code in able))
+        raise UsageError(f"{runtime} does not run {artifact}", remedy=f"What does: {names}")
+    config = read_json(artifact / "config.json") if kind == "hf" else {}
+    chosen = [code for code in able if code.runtime == runtime and (code.needs is None or code.needs in config)]
+    return [code for code in chosen if options.codes is None or code.name in options.codes]

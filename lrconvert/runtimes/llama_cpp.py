@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The llama.cpp runtime: a GGUF file in a compiled llama.cpp that is on the machine, on its CPU or a GPU.
+
+llama.cpp chooses the factor set once per context, by the tokens that a sequence has room for there (padded to
+256), not by the tokens that it holds: `context` asks for one side of the original window or the other.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lrconvert.errors import EnvironmentFailure
+from lrconvert.runtimes.base import Interpreter, WorkerSession
+from lrconvert.runtimes.llama_library import REMEDY, LlamaLibrary, find_library
+
+WORKER = Path(__file__).with_name("llama_cpp_worker.py")
+MOST_THREADS = 8
+
+
+class LlamaSession(WorkerSession):
+    """A GGUF file, loaded. `context` is the room of a sequence in tokens; by default what the request needs.
+
+    `n_ctx_seq` is the room that llama.cpp made of it in the last answer: the number that chose the factor set.
+    """
+
+    n_ctx_seq: int | None = None
+
+    def __init__(
+        self,
+        options: dict[str, Any],
+        *,
+        python: str | None = None,
+        interpreter: Interpreter | None = None,
+    ) -> None:
+        super().__init__(WORKER, options, python=python, interpreter=interpreter)
+        if reason := self.info.get("unusable"):
+            self.close()
+            raise EnvironmentFailure(reason, remedy=REMEDY)
+
+    def __enter__(self) -> LlamaSession:
+        return self
+
+    def logits(
+        self,
+        rows: Sequence[Sequence[int]],
+        *,
+        positions: Sequence[int] | None = None,
+        keep: Sequence[int],
+        context: int | None = None,
+    ) -> list[np.ndarray]:
+        """One forward pass, every row a sequence of its own. `positions` are consecutive and may start anywhere."""
+        request = {
+            "rows": [_integers(row) for row in rows],
+            "positions": None if positions is None else _integers(positions),
+            "keep": _integers(keep),
+        }
+        return list(self._array("logits", request, context)["logits"])
+
+    def generate(
+        self, prompt: Sequence[int], new_tokens: int, *, context: int | None = None
+    ) -> tuple[list[int], np.ndarray]:
+        answer = self._array("generate", {"prompt": _integers(prompt), "new_tokens": new_tokens}, context)
+        return answer["tokens"], answer["logits"]
+
+    def shifted(
+        self,
+        tokens: Sequence[int],
+        drop: int,
+        more: Sequence[int],
+        *,
+        context: int | None = None,
+        move: bool = True,
+    ) -> np.ndarray:
+        """Logits after each token of `more`, [len(more), vocabulary], once `tokens` were read, the first `drop` of
+        them forgotten and the others moved to the start, as a context shift does.
+
+        Without `move` they stay where they are. Distances are the same, so the logits are, unless moving is wrong.
+        """
+        request = {"tokens": _integers(tokens), "drop": drop, "more": _integers(more), "move": move}
+        return self._array("shifted", request, context)["logits"]
+
+    def tokenise(self, texts: Sequence[str], *, add_special: bool = False) -> list[list[int]]:
+        """What llama.cpp makes of texts with the file's own tokenizer; special tokens in them are read as such."""
+        request = {"do": "tokenise", "texts": list(texts), "add_special": add_special}
+        return self._interpreter.ask(request)["tokens"]
+
+    def _array(self, what: str, request: dict[str, Any], context: int | None) -> dict[str, Any]:
+        answer = self._interpreter.ask({"do": what, **request, "context": context})
+        self.n_ctx_seq = answer["n_ctx_seq"]
+        return answer | {"logits": self._interpreter.array(answer["logits"])}
+
+
+def open_session(
+    artifact: Path,
+    *,
+    library: LlamaLibrary | None = None,
+    threads: int | None = None,
+    gpu_layers: int = 0,
+    kv: str = "f32",
+    dtype: str = "float32",
+    n_batch: int | None = None,
+    python: str | None = None,
+    interpreter: Interpreter | None = None,
+) -> LlamaSession:
+    """Load a GGUF file (of a split one, the first part).
+
+    `gpu_layers`: 0 computes on the CPU whatever else there is, 999 has all on a GPU or is an error. `kv` is the
+    type of the cache, "f32" or "f16". `n_batch` tokens go in one call, by default 512; on a GPU a prompt in one
+    call is computed more exactly than one in several. `dtype` is what a report calls the weights.
+    """
+    library = library or find_library()
+    options = {
+        "artifact": str(artifact.resolve()),
+        "library": library.name,
+        "files": [str(file) for file in library.files],
+        "threads": usable_threads(threads),
+        "gpu_layers": gpu_layers,
+        "kv": kv,
+        "dtype": dtype,
+        "n_batch": n_batch,
+    }
+    return LlamaSession(options, python=python, interpreter=interpreter)
+
+
+def usable_threads(wanted: int | None = None) -> int:
+    """As many as were asked for, never more than this process has cores: ggml's threads wait for each other by
+    spinning, and eight on two cores are thousands of times slower than two."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(wanted or MOST_THREADS, cores))
+
+
+def _integers(values: Sequence[int]) -> list[int]:
+    return [int(value) for value in values]

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rope of a GGUF in words: what llama.cpp will do with it, and what is missing or contradictory."""
+
+from __future__ import annotations
+
+from lrconvert.checkpoint.gguf import GgufCheckpoint
+from lrconvert.checkpoint.gguf_config import LONG, SHORT, STATIC
+from lrconvert.expressible import LLAMA_CPP
+from lrconvert.families import family_names, get_family
+from lrconvert.targets.gguf.metadata import OURS
+
+
+def explain(checkpoint: GgufCheckpoint) -> list[str]:
+    """Lines for people. A file whose scaling means nothing to llama.cpp gets one that begins with `broken`."""
+    lines = []
+    if checkpoint.rope_problems:
+        lines += [f"broken: {problem}" for problem in checkpoint.rope_problems]
+        lines.append(
+            "llama.cpp would refuse it or compute something else without a word; "
+            "`lrconvert gguf FILE --recipe RECIPE` repairs it"
+        )
+    else:
+        lines.append(_scaling(checkpoint))
+    honoured = {family.gguf_longrope for family in map(get_family, family_names())}
+    if checkpoint.architecture not in honoured and {SHORT, LONG, STATIC} & checkpoint.stored.keys():
+        lines.append(f"broken: the {checkpoint.architecture} architecture of llama.cpp ignores rope factors")
+    lines += [f"given up: {loss}" for loss in _losses(checkpoint)]
+    return lines
+
+
+def _scaling(checkpoint: GgufCheckpoint) -> str:
+    config = checkpoint.config
+    window = config["max_position_embeddings"]
+    scaling = config.get("rope_scaling")
+    if STATIC in checkpoint.stored and scaling:
+        return f"one set of factors for every length up to {window}, baked in as {STATIC}"
+    if not scaling:
+        return f"plain RoPE up to {window} tokens, unscaled"
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind != "longrope":
+        return f"{kind} scaling by {scaling.get('factor', 1):g} up to {window} tokens"
+    original = config["original_max_position_embeddings"]
+    step = LLAMA_CPP.context_step
+    usable = original // step * step
+    short = f"contexts of up to {usable} tokens use the short factors, larger ones" if usable else "all contexts"
+    return (
+        f"longrope: {short} the long ones, up to {window}; llama.cpp chooses once, when a context is made, whatever "
+        f"the length of a prompt (contexts count in steps of {step})"
+    )
+
+
+def _losses(checkpoint: GgufCheckpoint) -> list[str]:
+    key = f"{OURS}losses"
+    return [str(loss) for loss in checkpoint.headers[0].array(key) or []] if key in checkpoint.metadata else []

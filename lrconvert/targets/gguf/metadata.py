@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The metadata of a GGUF: what a local runtime has to know besides the tensors.
+
+The rope keys are the ones that llama.cpp reads (formats measured with its C++; docs/llama-cpp.md):
+`rope.scaling.type` longrope, `original_context_length`, `attn_factor`, and the factors as two F32 tensors. Never
+`rope.scaling.factor`: it stacks on the factors.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from lrconvert import __version__
+from lrconvert.card import SourceCard
+from lrconvert.checkpoint import Model
+from lrconvert.checkpoint.gguf import GgufCheckpoint
+from lrconvert.checkpoint.gguf_config import LONG, SHORT, STATIC
+from lrconvert.families import ModelShape
+from lrconvert.public import local_name
+from lrconvert.recipe import Recipe
+from lrconvert.rope import RopeSpec
+from lrconvert.targets.gguf.layout import Raw, Value
+
+QUANTISATION_VERSION = 2  # of ggml's block formats (GGML_QNT_VERSION)
+OURS = "lrconvert."
+# Architectures that know one set for every length; others get two equal ones.
+STATIC_TENSOR = frozenset({"llama"})
+# llama.cpp strips space after the special tokens of a model of such a name, whatever its vocabulary.
+_PHI3_NAME = re.compile(r"phi-?3", re.IGNORECASE)
+
+
+def rope_keys(architecture: str, spec: RopeSpec, *, static: bool) -> dict[str, Value]:
+    """The keys of a spec that llama.cpp can express: two tiers at most, no start tokens, one attention factor."""
+    attention = spec.tiers[-1].attention_factor
+    keys: dict[str, Value] = {"context_length": spec.window}
+    if static and architecture in STATIC_TENSOR:
+        keys["rope.scaling.type"] = "none"
+    else:
+        keys["rope.scaling.type"] = "longrope"
+        keys["rope.scaling.original_context_length"] = spec.tiers[0].max_length if len(spec.tiers) > 1 else spec.window
+    if "rope.scaling.original_context_length" in keys or attention != 1.0:
+        keys["rope.scaling.attn_factor"] = float(attention)
+    return {f"{architecture}.{key}": value for key, value in keys.items()}
+
+
+def rope_tensors(architecture: str, spec: RopeSpec, *, static: bool) -> dict[str, np.ndarray]:
+    """The factors, float32, shape [rotary_dim / 2], verbatim: they divide the frequencies."""
+    tiers = {STATIC: spec.tiers[-1]} if static and architecture in STATIC_TENSOR else {LONG: spec.tiers[-1]}
+    if STATIC not in tiers:
+        tiers[SHORT] = spec.tiers[0]
+    return {name: np.asarray(tier.factors, np.float32) for name, tier in tiers.items()}
+
+
+def shape_keys(architecture: str, shape: ModelShape) -> dict[str, Value]:
+    """The numbers of the model."""
+    keys: dict[str, Value] = {
+        "block_count": shape.layers,
+        "embedding_length": shape.hidden,
+        "feed_forward_length": shape.ffn,
+        "attention.head_count": shape.heads,
+        "attention.head_count_kv": shape.kv_heads,
+        "attention.key_length": shape.head_dim,
+        "attention.value_length": shape.head_dim,
+        "attention.layer_norm_rms_epsilon": shape.norm_eps,
+        "rope.dimension_count": shape.rotary_dim,
+        "rope.freq_base": shape.theta,
+        "vocab_size": shape.vocab,
+    }
+    return {f"{architecture}.{key}": value for key, value in keys.items()}
+
+
+def general_keys(model: Model, card: SourceCard, *, strips: bool) -> dict[str, Value]:
+    """What people and model lists read. `strips`: special tokens of the vocabulary take in the space behind them,
+    which llama.cpp knows from the model's name alone, and which breaks other vocabularies."""
+    name = local_name(model.reference)
+    if strips and not _PHI3_NAME.search(name):
+        name += " (phi-3)"
+    elif not strips:
+        name = _PHI3_NAME.sub("phi_3", name)
+    keys: dict[str, Value] = {"general.type": "model", "general.name": name, "general.size_label": size_label(model)}
+    named = {"license": "license", "license_name": "license.name", "license_link": "license.link"}
+    keys |= {f"general.{ours}": card.metadata[theirs] for theirs, ours in named.items() if _text(card, theirs)}
+    languages = card.metadata.get("language")
+    if languages:
+        keys["general.languages"] = [languages] if isinstance(languages, str) else languages
+    bases = card.metadata.get("base_model")
+    bases = [bases] if isinstance(bases, str) else bases or []
+    if bases:
+        keys["general.base_model.count"] = len(bases)
+    for index, base in enumerate(bases):
+        keys[f"general.base_model.{index}.name"] = local_name(base)
+        keys[f"general.base_model.{index}.repo_url"] = f"https://huggingface.co/{base}"
+    return keys
+
+
+def _text(card: SourceCard, key: str) -> bool:
+    return isinstance(card.metadata.get(key), str)
+
+
+def size_label(model: Model) -> str:
+    """How many parameters, as model names say it: 135M, 7B."""
+    count = sum(int(np.prod(info.shape, dtype=np.int64)) for info in model.checkpoint.tensors.values())
+    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f}".removesuffix(".0") + unit if count < 10 * size else f"{count / size:.0f}{unit}"
+    return str(count)
+
+
+def provenance_keys(recipe: Recipe, family: str, losses: Sequence[str]) -> dict[str, Value]:
+    """Ours: which recipe this file computes and what of it was given up."""
+    text = json.dumps(asdict(recipe), ensure_ascii=False, allow_nan=False)
+    keys: dict[str, Value] = {"version": __version__, "family": family, "recipe": text}
+    if losses:
+        keys["losses"] = list(losses)
+    return {OURS + key: value for key, value in keys.items()}
+
+
+def carried_keys(source: GgufCheckpoint, architecture: str) -> dict[str, Value]:
+    """All metadata of another GGUF as they stand there, but for its rope scaling, its split and what we write anew;
+    where the architecture changes, under its name."""
+    old = source.architecture + "."
+    gone = tuple(f"{old}{key}" for key in ("rope.scaling.", "rope.scale_linear", "context_length"))
+    kept: dict[str, Value] = {}
+    for key in source.metadata:
+        if key.startswith((*gone, "split.", OURS)) or key in ("general.architecture", "general.alignment"):
+            continue
+        kept[f"{architecture}.{key.removeprefix(old)}" if key.startswith(old) else key] = Raw(
+            source.headers[0].raw(key)
+        )
+    return kept
+
+
+def arranged(keys: Mapping[str, Value]) -> dict[str, Value]:
+    """The order of the file: general first, then the model, the tokenizer, ours."""
+    rank = ("general.architecture", "general.", "tokenizer.", OURS)
+
+    def place(key: str) -> int:
+        return {0: 0, 1: 1, 2: 3, 3: 4}.get(next((i for i, p in enumerate(rank) if key.startswith(p)), -1), 2)
+
+    return {key: keys[key] for key in sorted(keys, key=place)}
+
+
+def json_value(value: Any) -> Any:
+    """A value for people: `--dry-run`."""
+    return "…" if isinstance(value, Raw) or (isinstance(value, list) and len(value) > 8) else value

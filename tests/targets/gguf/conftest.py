@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures that put a vocabulary into real llama.cpp."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+from vocabularies import write_gguf
+
+from lrconvert.errors import EnvironmentFailure
+from lrconvert.runtimes.llama_cpp import open_session
+from lrconvert.runtimes.llama_library import find_library
+from lrconvert.targets.gguf.vocabulary import Vocabulary
+
+
+@pytest.fixture(scope="session")
+def library() -> Any:
+    try:
+        return find_library()
+    except EnvironmentFailure as failure:
+        pytest.skip(str(failure))
+
+
+@pytest.fixture
+def differing(library: Any, tmp_path: Path) -> Callable[..., set[str]]:
+    """Names of the texts of which llama.cpp makes other tokens than `tokenizer` does."""
+
+    def compare(
+        tokenizer: Tokenizer,
+        written: Vocabulary,
+        texts: Mapping[str, str],
+        *,
+        add_special: bool = False,
+        name: str = "pico",
+    ) -> set[str]:
+        path = write_gguf(tmp_path / "vocabulary.gguf", written.metadata, name)
+        with open_session(path, library=library, threads=1) as session:
+            found = session.tokenise(list(texts.values()), add_special=add_special)
+        expected = [tokenizer.encode(text, add_special_tokens=add_special).ids for text in texts.values()]
+        return {name for name, theirs, ours in zip(texts, expected, found, strict=True) if theirs != ours}
+
+    return compare

@@ -27,7 +27,7 @@ from lrconvert.cli import _output as out
 )
 @click.option(
     "--runtime",
-    type=click.Choice(["transformers", "mlx", "vllm", "llama.cpp"]),
+    type=click.Choice(["transformers", "mlx", "llama.cpp", "vllm"]),
     help="What runs the artifact; default: transformers for a folder, llama.cpp for a GGUF. mlx-lm and vLLM live in "
     "environments of their own: name one with --python.",
 )

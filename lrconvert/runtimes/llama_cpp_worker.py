@@ -525,9 +525,7 @@ class Worker:
             return {"logits": self.save(answers), "n_ctx_seq": context.n_ctx_seq}
 
     def generate(self, request):
-        """Greedy, a token a call. (worker_loop sends here whatever it has no word for.)"""
-        if request["do"] != "generate":
-            return {"shifted": self.shifted, "tokenise": self.tokenise}[request["do"]](request)
+        """Greedy, a token a call."""
         prompt, count = request["prompt"], request["new_tokens"]
         with Context(self, request.get("context") or len(prompt) + count) as context:
             check_room(len(prompt) + count - 1, context)  # what is chosen last is not read

@@ -15,7 +15,7 @@ os.dup2(2, 1)
 
 
 def serve(open_worker, remedy):
-    """Answer `open`, `logits` and `generate`; `remedy` is what to install where a module is missing."""
+    """Answer `open`, and whatever else is a method of the worker (`logits`, `generate`); `remedy` is what to install where a module is missing."""
     worker: Any = None
     for line in sys.stdin:
         request = json.loads(line)
@@ -23,10 +23,8 @@ def serve(open_worker, remedy):
             if request["do"] == "open":
                 worker = open_worker(request)
                 answer = worker.info
-            elif request["do"] == "logits":
-                answer = worker.logits(request)
             else:
-                answer = worker.generate(request)
+                answer = getattr(worker, request["do"])(request)
         except ModuleNotFoundError as error:
             answer = {"missing": error.name or str(error), "remedy": remedy}
         except Exception as error:  # whatever it is, the parent says it and ends the session

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keeps what the GPU tests reported: one JSON with every case, one table to read.
 
-    LRCONVERT_GPU_REPORT=report.json python -m pytest -o addopts= -m gpu tests/gpu
+    LRCONVERT_GPU_REPORT=report.json python -m pytest -o addopts= -m gpu tests/gpu/test_parity.py
     python benchmarks/gpu_parity.py report.json [more.json …]
+
+and for GGUF files in llama.cpp (tests/gpu/test_llama_cpp.py) with `--gguf`.
 
 Reports of one set of runs are merged; where two hold the same name the later one counts.
 """
@@ -18,43 +20,47 @@ from typing import Any
 from _common import RESULTS
 
 KEPT = ("code", "case", "length", "verdict", "kl_mean", "kl_max", "top1", "bound", "reason")
-COMMAND = "LRCONVERT_GPU_REPORT=report.json python -m pytest -o addopts= -m gpu tests/gpu"
+COMMAND = "LRCONVERT_GPU_REPORT=report.json python -m pytest -o addopts= -m gpu tests/gpu/{}.py"
 
 
 def main() -> None:
     merged: dict[str, Any] = {}
-    for path in sys.argv[1:]:
+    paths = [argument for argument in sys.argv[1:] if argument != "--gguf"]
+    of_gguf = "--gguf" in sys.argv
+    name, test = ("gguf-gpu-parity", "test_llama_cpp") if of_gguf else ("gpu-parity", "test_parity")
+    command, about = COMMAND.format(test), ("llama.cpp",) if of_gguf else ("transformers", "torch")
+    for path in paths:
         merged |= json.loads(Path(path).read_text())
     runtime = next(info for report in merged.values() for info in report["runtimes"].values())
     result = {
         "date": date.today().isoformat(),
-        "command": COMMAND,
+        "command": command,
         "device": runtime["device"],
-        "versions": {name: runtime[name] for name in ("transformers", "torch")},
+        "versions": {key: runtime[key] for key in about},
         "reports": {
-            name: {
+            case: {
                 "passed": report["passed"],
                 "rows": [{key: row[key] for key in KEPT if key in row} for row in report["rows"] if "kl_mean" in row],
             }
-            for name, report in sorted(merged.items())
+            for case, report in sorted(merged.items())
         },
     }
-    (RESULTS / "gpu-parity.json").write_text(json.dumps(result, indent=1) + "\n")
-    versions = f"transformers {runtime['transformers']}, torch {runtime['torch']}"
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    versions = ", ".join(f"{key} {value}" for key, value in result["versions"].items())
     lines = [
         f"Parity on {result['device']}, {result['date']}, {versions}.",
-        f"Command: `{COMMAND}`. KL in nats against the reference in float32 with float64 angles.",
+        f"Command: `{command}`. KL in nats against the reference in float32 with float64 angles.",
         "",
         "| artifact | code | case | tokens | KL mean | KL max | bound | verdict |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, report in result["reports"].items():
-        if name.startswith("mutant"):
+    for case, report in result["reports"].items():
+        if case.startswith("mutant"):
             continue
         for row in report["rows"]:
             bound = f"{row['bound']:.0e}" if "bound" in row else ""
             cells = (row["code"], row["case"], row.get("length", ""), f"{row['kl_mean']:.1e}", f"{row['kl_max']:.1e}")
-            lines.append(f"| {name} | {' | '.join(map(str, cells))} | {bound} | {row['verdict']} |")
+            lines.append(f"| {case} | {' | '.join(map(str, cells))} | {bound} | {row['verdict']} |")
     lines += [
         "",
         "Mutants of the demo model, each caught:",
@@ -62,12 +68,12 @@ def main() -> None:
         "| mutant | failing cases | largest mean KL |",
         "|---|---|---|",
     ]
-    for name, report in result["reports"].items():
+    for case, report in result["reports"].items():
         failed = [row for row in report["rows"] if row["verdict"] == "fail"]
-        if name.startswith("mutant"):
+        if case.startswith("mutant"):
             worst = max((row["kl_mean"] for row in failed), default=0.0)
-            lines.append(f"| {name.removeprefix('mutant ')} | {len(failed)} | {worst:.1e} |")
-    (RESULTS / "gpu-parity.md").write_text("\n".join(lines) + "\n")
+            lines.append(f"| {case.removeprefix('mutant ')} | {len(failed)} | {worst:.1e} |")
+    (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

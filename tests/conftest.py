@@ -12,6 +12,8 @@ from typing import Any
 
 # Nothing here needs the network; a test that tried would hang on a machine without one.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# As many processes as cores run tests already: threads of theirs would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from hypothesis import settings

@@ -55,7 +55,7 @@ def pico_config(family: str, **changes: Any) -> dict[str, Any]:
     return {key: value for key, value in config.items() if value is not None}
 
 
-def pico_tensors(config: dict[str, Any], seed: int = 7) -> dict[str, np.ndarray]:
+def pico_tensors(config: dict[str, Any], seed: int = 7, widen: float = WIDEN) -> dict[str, np.ndarray]:
     """Random weights for a config, float32, q and k widened."""
     family = get_family(config["model_type"])
     rng = np.random.default_rng(seed)
@@ -63,7 +63,7 @@ def pico_tensors(config: dict[str, Any], seed: int = 7) -> dict[str, np.ndarray]
     for tensor in expected_tensors(family, read_shape(config, family)):
         if not tensor.required:
             continue
-        scale = WIDEN if tensor.role in ("q", "k", "qkv") else 1.0
+        scale = widen if tensor.role in ("q", "k", "qkv") else 1.0
         if tensor.role.endswith("norm"):
             values = 1 + 0.1 * rng.standard_normal(tensor.shape)
         else:
@@ -72,12 +72,14 @@ def pico_tensors(config: dict[str, Any], seed: int = 7) -> dict[str, np.ndarray]
     return tensors
 
 
-def write_pico(folder: Path, family: str = "llama", *, shards: int = 1, seed: int = 7, **changes: Any) -> Path:
+def write_pico(
+    folder: Path, family: str = "llama", *, shards: int = 1, seed: int = 7, widen: float = WIDEN, **changes: Any
+) -> Path:
     """A pico model as a Hugging Face folder."""
     from safetensors.numpy import save_file
 
     config = pico_config(family, **changes)
-    tensors = pico_tensors(config, seed)
+    tensors = pico_tensors(config, seed, widen)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2}))

@@ -52,6 +52,7 @@ class Checkpoint(ABC):
     tensors: Mapping[str, TensorInfo]
     format: str  # "safetensors" or "gguf"
     quantised_with: str | None = None  # the method of `quantization_config`: weights are opaque then
+    families: tuple[str, ...] = ()  # all whose weights these may be, where the file does not say
     rope_problems: tuple[str, ...] = ()  # why the rope scaling of a file that was opened all the same means nothing
 
     @abstractmethod
@@ -76,7 +77,7 @@ class CheckpointView(Checkpoint):
     def __init__(self, base: Checkpoint) -> None:
         self.base = base
         self.path, self.format, self.config, self.tensors = base.path, base.format, base.config, base.tensors
-        self.quantised_with = base.quantised_with
+        self.quantised_with, self.families = base.quantised_with, base.families
 
     @abstractmethod
     def parts(self, name: str) -> Iterator[Callable[[], np.ndarray[Any, Any]]]:
@@ -107,6 +108,10 @@ class Model:
         for info in self.checkpoint.tensors.values():
             counts[info.dtype] = counts.get(info.dtype, 0) + int(np.prod(info.shape, dtype=np.float64))
         return max(counts, key=lambda name: counts[name])
+
+    def called(self, name: str) -> str:
+        """The family's name; `name` where the weights may be of that family too (a GGUF of Mistral says llama)."""
+        return name if name in self.checkpoint.families else self.family.name
 
     def tensor(self, role: str, layer: int | None = None) -> np.ndarray[Any, Any] | None:
         """The tensor of a role, or None where this model has none."""

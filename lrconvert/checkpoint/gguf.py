@@ -46,7 +46,7 @@ class GgufCheckpoint(Checkpoint):
         self.metadata = self.headers[0].metadata
         self.stored = _all_tensors(path, self.headers)  # under the file's own names, rope factors too
         self.architecture = _architecture(self.headers[0])
-        self.family = _family(path, self.architecture, self.stored)
+        self.family, self.families = _families(path, self.architecture, self.stored)
         self.interleaved = self.architecture in GGUF_INTERLEAVED
         self.config, rope_problems = build_config(
             self.headers[0], self.architecture, self.family, self.stored, _read_plain
@@ -157,8 +157,8 @@ def _architecture(header: GgufHeader) -> str:
     return architecture
 
 
-def _family(path: Path, architecture: str, stored: dict[str, GgufTensor]) -> Family:
-    """The family of the file's architecture that has just these tensors.
+def _families(path: Path, architecture: str, stored: dict[str, GgufTensor]) -> tuple[Family, tuple[str, ...]]:
+    """The family of the file's architecture that has just these tensors, and the names of all that do.
 
     Several families may share one: files of Mistral say `llama` too, and so do those of Qwen2 whose factors have
     to be honoured. Where several fit, or none, it is the one that is named like the architecture: llama.cpp
@@ -173,7 +173,8 @@ def _family(path: Path, architecture: str, stored: dict[str, GgufTensor]) -> Fam
             remedy=f"Architectures: {known}",
         )
     candidates.sort(key=lambda family: family.name != architecture)
-    return next((family for family in candidates if _fits(family, stored)), candidates[0])
+    fitting = [family for family in candidates if _fits(family, stored)]
+    return (fitting or candidates)[0], tuple(family.name for family in fitting)
 
 
 def _fits(family: Family, stored: dict[str, GgufTensor]) -> bool:

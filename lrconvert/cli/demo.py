@@ -74,7 +74,7 @@ def command(ctx: click.Context, output: Path, force: bool) -> int:
     out.hint(
         f"{time.monotonic() - started:.0f} s. Next: your own model: lrconvert inspect MODEL; "
         "lrconvert recipe derive MODEL --method yarn --factor 8 -o my-recipe; "
-        "lrconvert hf MODEL --recipe my-recipe -o my-model"
+        "lrconvert hf MODEL --recipe my-recipe -o my-model (or lrconvert gguf … -o my-model.gguf)"
     )
     return 0 if report.passed else ParityError.exit_code
 

@@ -103,7 +103,8 @@ def check(recipe: str, model: str | None) -> None:
         from lrconvert.checkpoint import open_model
 
         opened = open_model(model)
-        resolve(loaded, family=opened.family.name, rotary_dim=opened.shape.rotary_dim, theta=opened.shape.theta)
+        called = opened.called(loaded.family)
+        resolve(loaded, family=called, rotary_dim=opened.shape.rotary_dim, theta=opened.shape.theta)
     out.say(f"{loaded.name}: good" + (f", fits {model}" if model else ""))
 
 

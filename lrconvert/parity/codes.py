@@ -121,11 +121,16 @@ def kind_of(artifact: Path) -> Kind:
     return "gguf" if artifact.suffix == ".gguf" and not artifact.is_dir() else "hf"
 
 
+def own_runtime(kind: Kind) -> str:
+    """The one whose report is the artifact's; those of others stand beside it."""
+    return next(code.runtime for code in CODES if code.runs == kind)
+
+
 def codes_of(artifact: Path, options: Options) -> list[Code]:
     """The codes that are to be asked. Raises `UsageError` for a runtime that does not run such artifacts."""
     kind = kind_of(artifact)
     able = [code for code in CODES if code.runs == kind]
-    runtime = options.runtime or able[0].runtime
+    runtime = options.runtime or own_runtime(kind)
     if runtime not in {code.runtime for code in able}:
         names = ", ".join(dict.fromkeys(code.runtime for code in able))
         raise UsageError(f"{runtime} does not run {artifact}", remedy=f"What does: {names}")

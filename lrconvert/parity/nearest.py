@@ -32,7 +32,9 @@ def nearest(name: str, spec: RopeSpec, judge: Judge, answer: Answer) -> list[Row
 
 
 def _row(name: str, spec: RopeSpec, tier: Tier, judge: Judge, answer: Answer) -> Row:
-    room = tier.max_length if tier is spec.tiers[0] else min(tier.max_length, spec.tiers[0].max_length + 1)
+    room = spec.tiers[0].max_length if tier is spec.tiers[0] else spec.tiers[0].max_length + 1
+    if len(spec.tiers) == 1:  # any context will do, and the longest may not fit
+        room = min(TOKENS, room)
     case = Case(f"nearest to the recipe, context of {room}", "forward", (min(TOKENS, room),), context=room)
     found, right = answer(case), judge.forward(spec, case)
     measures = compare(right, found)

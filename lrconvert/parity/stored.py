@@ -33,10 +33,10 @@ FLOAT32 = 1e-6  # metadata and factors are float32: one rounding
 
 
 class StoredWeights(Checkpoint):
-    """The weights of a file, for a model whose config is believed more than the file's."""
+    """The weights of a file, for a model whose config and tokenizer are believed more than the file's."""
 
     def __init__(self, model: Model, stored: GgufCheckpoint) -> None:
-        self._stored = stored
+        self._stored, self._source = stored, model.checkpoint
         self.path, self.format, self.config = stored.path, stored.format, model.checkpoint.config
         self.tensors = stored.tensors
 
@@ -47,7 +47,7 @@ class StoredWeights(Checkpoint):
         return self._stored.weight_files()
 
     def side_files(self) -> dict[str, Path | bytes]:
-        return self._stored.side_files()
+        return self._source.side_files()
 
 
 def on_stored_weights(model: Model, stored: GgufCheckpoint) -> Model:
@@ -67,8 +67,8 @@ def on_stored_weights(model: Model, stored: GgufCheckpoint) -> Model:
 def computing(stored: GgufCheckpoint) -> str:
     """What the products of such a file are computed in, as `tolerances` calls it: the coarsest type that counts."""
     kinds = {tensor.type.name for tensor in stored.stored.values()}
-    plain = [kind for kind in ("F32", "F16", "BF16") if kind in kinds]
-    return plain[-1] if len(plain) == len(kinds) else "quantised"
+    known = [kind for kind in ("F32", "F16", "BF16", "Q8_0") if kind in kinds]
+    return known[-1] if len(known) == len(kinds) else "quantised"
 
 
 # --- metadata --------------------------------------------------------------------------------------------

@@ -4,35 +4,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from lrconvert.checkpoint import Model, describe_source, open_model, read_json
 from lrconvert.checkpoint.adapter import merged, open_adapter
 from lrconvert.checkpoint.gguf import GgufCheckpoint
 from lrconvert.errors import InputError, LrconvertError, UsageError
-from lrconvert.expressible import LLAMA_CPP_STATIC, by_context, project
+from lrconvert.expressible import LLAMA_CPP_STATIC
 from lrconvert.output import EDITABLE, Manifest, manifest_path, replace_file, sha256_of
 from lrconvert.parity import stored as gguf_rows
-from lrconvert.parity.cases import DECODED, Case, build_cases, kept, stream
-from lrconvert.parity.codes import Code, Options, codes_of, kind_of
+from lrconvert.parity.asking import Progress, Run, ask_code
+from lrconvert.parity.codes import Code, Options, codes_of, kind_of, own_runtime
 from lrconvert.parity.config_checks import check_config
-from lrconvert.parity.judge import Judge, kept_of_batch
-from lrconvert.parity.measures import Measures, compare, merge
-from lrconvert.parity.nearest import nearest
+from lrconvert.parity.judge import Judge
 from lrconvert.parity.promise import Promise, exact_fold_rows, fold_rows, lost, promise
-from lrconvert.parity.report import Report, Row, judged
-from lrconvert.parity.tolerances import tolerance_for
+from lrconvert.parity.report import Report, Row
 from lrconvert.recipe import Recipe, load_recipe, parse_recipe, resolve
-from lrconvert.rope import RopeSpec
-from lrconvert.runtimes.base import Session
-from lrconvert.runtimes.llama_cpp import LlamaSession
-
-Progress = Callable[[str], None]
 
 
 def verify(
@@ -60,7 +49,7 @@ def verify(
     window = manifest.options.get("window") if manifest and recipe is None else None
     spec = resolve(
         chosen,
-        family=model.family.name,
+        family=model.called(chosen.family),
         rotary_dim=model.shape.rotary_dim,
         theta=model.shape.theta,
         window=window,
@@ -76,45 +65,31 @@ def verify(
     if manifest is not None:
         say("checksums")
         report.rows += _integrity(artifact if kind == "hf" else artifact.parent, manifest)
-    verify_kind = _verify_hf if kind == "hf" else _verify_gguf
-    verify_kind(artifact, manifest, made, codes, options, report, say)
+    run = Run(artifact, options, report, say)
+    (_verify_hf if kind == "hf" else _verify_gguf)(run, manifest, made, codes)
     if manifest is not None and recipe is None:
-        own = options.runtime is None or options.runtime == "transformers"
-        manifest.parity = _recorded(manifest.parity, report.to_json(), None if own else options.runtime)
+        engine = None if options.runtime in (None, own_runtime(kind)) else options.runtime
+        manifest.parity = _recorded(manifest.parity, report.to_json(), engine)
         replace_file(manifest_path(artifact), manifest.to_json())
     return report
 
 
-def _verify_hf(
-    artifact: Path,
-    manifest: Manifest | None,
-    made: Promise,
-    codes: list[Code],
-    options: Options,
-    report: Report,
-    say: Progress,
-) -> None:
+def _verify_hf(run: Run, manifest: Manifest | None, made: Promise, codes: list[Code]) -> None:
+    artifact, options, report = run.artifact, run.options, run.report
     stored = manifest.options.get("dtype") if manifest else None
     judge = Judge(made.model, device=options.device, stored_dtype=stored)
     report.reference = f"reference in {judge.dtype} on {options.device}"
     report.rows += check_config(read_json(artifact / "config.json"), artifact, made.model.family.hf_class)
     if made.spec != made.recipe:
-        say("what the weights carry: reference")
+        run.say("what the weights carry: reference")
         report.rows += fold_rows(made, judge, stored_dtype=stored, device=options.device, budget=options.budget)
     for code in codes:
-        _verify_code(artifact, code, made.spec, judge, options, report, say)
+        ask_code(run, code, made.spec, judge, options.dtype)
 
 
-def _verify_gguf(
-    artifact: Path,
-    manifest: Manifest | None,
-    made: Promise,
-    codes: list[Code],
-    options: Options,
-    report: Report,
-    say: Progress,
-) -> None:
+def _verify_gguf(run: Run, manifest: Manifest | None, made: Promise, codes: list[Code]) -> None:
     """llama.cpp is judged on the weights in the file; that they are the model's is checked beside it."""
+    artifact, options, report, say = run.artifact, run.options, run.report, run.say
     original = Judge(made.source or made.model, device=options.device)
     report.reference = f"reference in {original.dtype} on {options.device}"
     try:
@@ -138,11 +113,11 @@ def _verify_gguf(
     if not exact and gguf_rows.computing(stored) != "F32":
         say("quantisation: reference")
         report.rows += gguf_rows.quantisation("llama.cpp", original, made.kept, judge, made.spec, options.budget)
-    options = replace(options, dtype=gguf_rows.computing(stored))
+    dtype = gguf_rows.computing(stored)
     for code in codes:
         if static:
             code = replace(code, capability=lambda family: LLAMA_CPP_STATIC)
-        _verify_code(artifact, code, made.spec, judge, options, report, say)
+        ask_code(run, code, made.spec, judge, dtype)
 
 
 def _recorded(earlier: dict[str, Any] | None, report: dict[str, Any], engine: str | None) -> dict[str, Any]:
@@ -217,84 +192,3 @@ def _integrity(folder: Path, manifest: Manifest) -> list[Row]:
     if not rows:
         rows.append(Row("files", f"{len(manifest.files)} files, sha256", "pass"))
     return rows
-
-
-def _verify_code(
-    artifact: Path, code: Code, spec: RopeSpec, judge: Judge, options: Options, report: Report, say: Progress
-) -> None:
-    capability = code.capability(judge.model.family)
-    projected, losses = project(spec, capability)
-    projected = by_context(projected, capability)
-    edges = spec.boundaries[:1] if capability.once else None
-    cases = list(build_cases(projected, capability, options.budget, asking=code.asking, edges=edges))
-    say(f"{code.name} code: reference")
-    judge.prepare(projected, [case for case in cases if not case.skipped])
-    say(f"{code.name} code: loading")
-    try:
-        session = code.open(artifact, options)
-    except InputError as error:
-        report.rows.append(Row(code.name, "loads", "fail", reason=error.message))
-        return
-    with session:
-        report.runtimes[code.name] = session.info
-        for case in cases:
-            say(f"{code.name} code: {case.name}")
-            report.rows.append(_verify_case(code, case, projected, judge, session, options))
-        if code.coarse(options.dtype):
-            say(f"{code.name} code: is the recipe nearest?")
-            report.rows += nearest(code.name, projected, judge, lambda case: _logits(case, judge, session))
-    for loss in losses:
-        report.losses.append(loss)
-    if losses:
-        say(f"{code.name} code: what it can't express")
-        report.rows += lost(code.name, spec, projected, judge, options.budget)
-
-
-def _verify_case(code: Code, case: Case, spec: RopeSpec, judge: Judge, session: Session, options: Options) -> Row:
-    if case.skipped:
-        return Row(code.name, case.name, "skipped", length=case.length, reason=case.skipped)
-    try:
-        measures = _ask(case, spec, judge, session)
-    except InputError as error:
-        return Row(code.name, case.name, "fail", length=case.length, reason=error.message)
-    tolerance = tolerance_for(code.name, options.dtype, case.length)
-    return judged(code.name, case.name, case.length, measures, tolerance, known=case.known)
-
-
-def _ask(case: Case, spec: RopeSpec, judge: Judge, session: Session) -> Measures:
-    vocabulary = judge.model.shape.vocab
-    room = _room(case)
-    if case.kind == "shift":
-        assert isinstance(session, LlamaSession)
-        tokens = stream(vocabulary, case.lengths[0] + DECODED).tolist()
-        read, more = tokens[: case.lengths[0]], tokens[case.lengths[0] :]
-        return compare(judge.shifted(spec, case), session.shifted(read, case.dropped, more, **room))
-    if case.kind == "decode":
-        prompt = stream(vocabulary, case.lengths[0])
-        tokens, answers = session.generate(prompt.tolist(), DECODED, **room)
-        return compare(judge.decoded(spec, prompt, tokens, context=case.context), answers)
-    if case.kind == "batch":
-        rows = [stream(vocabulary, length, row).tolist() for row, length in enumerate(case.lengths)]
-        count = len(kept_of_batch(case, 0))
-        answered = session.logits(rows, keep=list(range(-count, 0)), **room)
-        parts = [compare(judge.forward(spec, case, row), answer) for row, answer in enumerate(answered)]
-        return merge(parts, [count] * len(parts))
-    return compare(judge.forward(spec, case), _logits(case, judge, session))
-
-
-def _logits(case: Case, judge: Judge, session: Session) -> np.ndarray:
-    """What the artifact answers to a forward case."""
-    positions = case.positions() if case.spread else None
-    tokens = stream(judge.model.shape.vocab, case.length if positions is None else len(positions))
-    (answer,) = session.logits(
-        [tokens.tolist()],
-        positions=None if positions is None else positions.tolist(),
-        keep=kept(len(tokens)).tolist(),
-        **_room(case),
-    )
-    return answer
-
-
-def _room(case: Case) -> dict[str, Any]:
-    """What code with contexts is asked besides; others know none."""
-    return {} if case.context is None else {"context": case.context}

@@ -15,7 +15,8 @@ os.dup2(2, 1)
 
 
 def serve(open_worker, remedy):
-    """Answer `open`, and whatever else is a method of the worker (`logits`, `generate`); `remedy` is what to install where a module is missing."""
+    """Answer `open`, and whatever else is a method of the worker (`logits`, `generate`); `remedy` is what to install
+    where a module is missing."""
     worker: Any = None
     for line in sys.stdin:
         request = json.loads(line)

@@ -72,7 +72,7 @@ def test_a_healthy_file_passes_with_room(pico: Pico, tmp_path: Path, family: str
 
 
 MUTANTS = [name for name in RECIPE_MUTANTS if name not in ("no start tokens", "boundary one late")]
-CHOSEN = [(family, mutant) for family in FAMILIES for mutant in MUTANTS]
+CHOSEN = [(family, mutant) for family in ("llama", "phi3") for mutant in MUTANTS]  # the two layouts
 
 
 @pytest.mark.parametrize(("family", "mutant"), CHOSEN, ids=[f"{f}-{m}" for f, m in CHOSEN])
@@ -101,7 +101,7 @@ def test_a_boundary_one_late_is_told_by_the_metadata(pico: Pico, tmp_path: Path,
     assert "original_context_length is 257; the recipe needs 256" in report.failed[0].reason
 
 
-@pytest.mark.parametrize("kind", ["f32", "q8_0", "q4_0"])
+@pytest.mark.parametrize("kind", ["f32", "q4_0"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_unpermuted_q_and_k_are_caught_in_every_type(
     pico: Pico, tmp_path: Path, family: str, kind: str, options: Options

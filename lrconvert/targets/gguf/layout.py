@@ -17,6 +17,8 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGUFValueType
 
+from lrconvert.errors import UnsupportedError
+
 VERSION = 3
 ALIGNMENT = GGUF_DEFAULT_ALIGNMENT
 
@@ -77,7 +79,7 @@ def padding(nbytes: int) -> int:
 def header_of(metadata: Mapping[str, Value], tensors: Sequence[Planned]) -> bytes:
     """Everything before the data of the first tensor; tensors follow in this order, each padded."""
     parts = [struct.pack("<4sIQQ", b"GGUF", VERSION, len(tensors), len(metadata))]
-    parts += [_text(key) + pack(value) for key, value in metadata.items()]
+    parts += [_text(key) + _packed(key, value) for key, value in metadata.items()]
     offset = 0
     for tensor in tensors:
         shape = tensor.shape[::-1]
@@ -85,6 +87,17 @@ def header_of(metadata: Mapping[str, Value], tensors: Sequence[Planned]) -> byte
         offset += tensor.nbytes + padding(tensor.nbytes)
     header = b"".join(parts)
     return header + bytes(padding(len(header)))
+
+
+def _packed(key: str, value: Value) -> bytes:
+    """`pack`, for numbers that the format can hold; float32 makes zero of very small ones."""
+    try:
+        data = pack(value)
+        if not isinstance(value, float) or not value or struct.unpack_from("<f", data, 4)[0]:
+            return data
+    except (struct.error, OverflowError):
+        pass
+    raise UnsupportedError(f"{key} is {value!r:.60}, which a GGUF can't hold (it has 32 bits for it)")
 
 
 def pack(value: Value) -> bytes:

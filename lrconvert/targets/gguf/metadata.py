@@ -20,7 +20,8 @@ from lrconvert import __version__
 from lrconvert.card import SourceCard
 from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.gguf import GgufCheckpoint
-from lrconvert.checkpoint.gguf_config import LONG, SHORT, STATIC
+from lrconvert.checkpoint.gguf_config import LONG, MAX_INTEGER, SHORT, STATIC
+from lrconvert.errors import UnsupportedError
 from lrconvert.families import ModelShape
 from lrconvert.public import local_name
 from lrconvert.recipe import Recipe
@@ -37,6 +38,8 @@ _PHI3_NAME = re.compile(r"phi-?3", re.IGNORECASE)
 
 def rope_keys(architecture: str, spec: RopeSpec, *, static: bool) -> dict[str, Value]:
     """The keys of a spec that llama.cpp can express: two tiers at most, no start tokens, one attention factor."""
+    if spec.window > MAX_INTEGER:
+        raise UnsupportedError(f"a window of {spec.window} tokens; llama.cpp counts to {MAX_INTEGER}")
     attention = spec.tiers[-1].attention_factor
     keys: dict[str, Value] = {"context_length": spec.window}
     if static and architecture in STATIC_TENSOR:
@@ -54,7 +57,17 @@ def rope_tensors(architecture: str, spec: RopeSpec, *, static: bool) -> dict[str
     tiers = {STATIC: spec.tiers[-1]} if static and architecture in STATIC_TENSOR else {LONG: spec.tiers[-1]}
     if STATIC not in tiers:
         tiers[SHORT] = spec.tiers[0]
-    return {name: np.asarray(tier.factors, np.float32) for name, tier in tiers.items()}
+    return {name: _float32(name, tier.factors) for name, tier in tiers.items()}
+
+
+def _float32(name: str, factors: Sequence[float]) -> np.ndarray:
+    with np.errstate(over="ignore", under="ignore"):
+        values = np.asarray(factors, np.float32)
+    if not (np.isfinite(values) & (values > 0)).all():
+        raise UnsupportedError(
+            f"{name}: the recipe has factors beyond the range of float32, which llama.cpp computes in"
+        )
+    return values
 
 
 def shape_keys(architecture: str, shape: ModelShape) -> dict[str, Value]:
@@ -124,15 +137,15 @@ def provenance_keys(recipe: Recipe, family: str, losses: Sequence[str]) -> dict[
 def carried_keys(source: GgufCheckpoint, architecture: str) -> dict[str, Value]:
     """All metadata of another GGUF as they stand there, but for its rope scaling, its split and what we write anew;
     where the architecture changes, under its name."""
-    old = source.architecture + "."
+    old, new = source.architecture + ".", architecture + "."
     gone = tuple(f"{old}{key}" for key in ("rope.scaling.", "rope.scale_linear", "context_length"))
     kept: dict[str, Value] = {}
     for key in source.metadata:
         if key.startswith((*gone, "split.", OURS)) or key in ("general.architecture", "general.alignment"):
             continue
-        kept[f"{architecture}.{key.removeprefix(old)}" if key.startswith(old) else key] = Raw(
-            source.headers[0].raw(key)
-        )
+        if key.startswith(new) and not key.startswith(old):
+            continue  # meant nothing there, and would here
+        kept[new + key.removeprefix(old) if key.startswith(old) else key] = Raw(source.headers[0].raw(key))
     return kept
 
 

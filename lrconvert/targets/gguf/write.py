@@ -28,8 +28,8 @@ from lrconvert.errors import UnsupportedError, UsageError
 from lrconvert.expressible import LLAMA_CPP, LLAMA_CPP_STATIC, folded_attention, project
 from lrconvert.families import longrope_architecture
 from lrconvert.families.base import GGUF_INTERLEAVED, LAYER
-from lrconvert.file_output import FileStaging
-from lrconvert.output import Manifest, manifest_path
+from lrconvert.file_output import FileStaging, replaced_files
+from lrconvert.output import MANIFEST, Manifest, manifest_path
 from lrconvert.public import described
 from lrconvert.recipe import Recipe, resolve
 from lrconvert.rope import RopeSpec
@@ -49,7 +49,7 @@ from lrconvert.targets.gguf.metadata import (
 )
 from lrconvert.targets.gguf.schemes import MixFacts, Scheme, get_scheme, tensor_type
 from lrconvert.targets.gguf.vocabulary import vocabulary
-from lrconvert.targets.gguf.weights import Source, jobs
+from lrconvert.targets.gguf.weights import Source, is_plain, jobs
 
 Progress = Callable[[str, int, int], None]  # what, bytes done, bytes in all
 SUFFIX = ".gguf"
@@ -132,20 +132,24 @@ def plan(
     Raises `UnsupportedError` for a family whose C++ ignores factors and for what the recipe asks beyond llama.cpp
     (unless `lossy`), and what `resolve`, `merged`, `get_scheme` and `vocabulary` raise.
     """
-    if output.suffix != SUFFIX:
-        raise UsageError(f"{output}: a GGUF needs a name that ends in {SUFFIX}", remedy=f"-o {output.name}{SUFFIX}")
+    _check_name(output)
     architecture = longrope_architecture(model.family)
     refuse_quantised(model, "GGUF")
     shape = model.shape
     _check_shape(model, architecture)
     spec = resolve(
-        recipe, family=model.family.name, rotary_dim=shape.rotary_dim, theta=shape.theta, window=options.window
+        recipe,
+        family=model.called(recipe.family),
+        rotary_dim=shape.rotary_dim,
+        theta=shape.theta,
+        window=options.window,
     )
     kept, given_up = _kept(spec, options)
     scale = kept.tiers[-1].attention_factor if options.fold else 1.0
     written = folded_attention(kept, scale)
     source = model.checkpoint if isinstance(model.checkpoint, GgufCheckpoint) else None
     scheme = _scheme(model, options, rewritten=adapter is not None or scale != 1.0)
+    _check_options(options, scheme, is_gguf=source is not None)
     if adapter is not None:
         model = merged(model, adapter, rounded=False)
     baked = model if scale == 1.0 else folded(model, scale, rounded=False)
@@ -176,10 +180,10 @@ def plan(
         card = source_card(model)
         notes += [*words.notes, *card.notes]
         keys |= general_keys(model, card, strips=words.strips) | shape_keys(architecture, shape) | words.metadata
-        keys["general.quantization_version"] = QUANTISATION_VERSION
     if scheme is not None:
+        keys["general.quantization_version"] = QUANTISATION_VERSION
         keys["general.file_type"] = int(scheme.file_type)
-    keys |= rope | provenance_keys(recipe, model.family.name, given_up)
+    keys |= rope | provenance_keys(recipe, spec.family, given_up)
     files = _files(output, arranged(keys), [*factors, *tensors], options.split)
     texts = {}
     if options.modelfile:
@@ -201,6 +205,34 @@ def plan(
         options=_recorded(options, spec, architecture, scheme, scale, imatrix),
         stamps=snapshot([*model.checkpoint.weight_files(), *used]),
     )
+
+
+def _check_name(output: Path) -> None:
+    if output.suffix != SUFFIX:
+        raise UsageError(f"{output}: a GGUF needs a name that ends in {SUFFIX}", remedy=f"-o {output.name}{SUFFIX}")
+    whole = manifest_path(output).name.removesuffix(f".{MANIFEST}")
+    if whole != output.stem:
+        raise UsageError(
+            f"{output}: this is what a part of {whole}{SUFFIX} is called",
+            remedy=f"-o {whole}{SUFFIX}; with --split-max-size its parts get such names",
+        )
+
+
+def _check_options(options: Options, scheme: Scheme | None, *, is_gguf: bool) -> None:
+    """What would be ignored is refused."""
+    if options.tokenizer_pre is not None and is_gguf:
+        raise UsageError("--tokenizer-pre: a GGUF is re-baked with the tokenizer that it has")
+    if options.imatrix is not None and (scheme is None or not scheme.quantised):
+        raise UsageError("--imatrix: nothing is quantised", remedy="Say which type to write with --type")
+
+
+def _check_apart(plan: Plan) -> None:
+    """An artifact can't take the place of what it is made from: nobody could verify it any more."""
+    gone = {path.resolve() for path in replaced_files(plan.output, plan.names)}
+    if sources := [path for path in plan.stamps if path.resolve() in gone]:
+        raise UsageError(
+            f"{plan.output} would replace {sources[0]}, which it is made from", remedy="Give it a name of its own"
+        )
 
 
 def _check_shape(model: Model, architecture: str) -> None:
@@ -262,12 +294,15 @@ def _tensors(model: Model, architecture: str, scheme: Scheme | None, imatrix: Im
         if role == "lm_head" and shape.tied:
             continue  # a copy of the embedding that some programs store
         name = rows[role].gguf.replace(LAYER, str(layer))
+        permuted = heads[PERMUTED[role]] if interleave and role in PERMUTED else None
         if scheme is None:
             assert isinstance(base, GgufCheckpoint)
             kind = base.stored_as(tensor.name).type
+            moves = permuted is not None and base.permuted_heads(tensor.name) is None
+            if moves and len(tensor.shape) == 1 and not is_plain(kind):
+                kind = GGMLQuantizationType.F32  # a bias whose blocks hold values that move apart
         else:
             kind = tensor_type(scheme, name, tensor.shape, facts)
-        permuted = heads[PERMUTED[role]] if interleave and role in PERMUTED else None
         found.append(Source(Planned(name, kind, tensor.shape), tensor.name, permuted))
     if isinstance(base, GgufCheckpoint):
         order = {name: place for place, name in enumerate(base.stored)}
@@ -330,6 +365,7 @@ def write(
     plan: Plan, *, library: LlamaLibrary | None = None, force: bool = False, progress: Progress | None = None
 ) -> Manifest:
     """Carry the plan out."""
+    _check_apart(plan)
     report = progress or (lambda what, done, total: None)
     done, total = 0, sum(plan.sizes.values())
     encoder = encode.Encoder(library, plan.imatrix)

@@ -79,7 +79,8 @@ def plan(
     `portable`: bake what other engines get right too; `lossy`: give up what they can't do.
     """
     shape, family = model.shape, model.family
-    spec = resolve(recipe, family=family.name, rotary_dim=shape.rotary_dim, theta=shape.theta, window=window)
+    called = model.called(recipe.family)
+    spec = resolve(recipe, family=called, rotary_dim=shape.rotary_dim, theta=shape.theta, window=window)
     scale, given_up = 1.0, []
     if portable:
         spec, scale, given_up = make_portable(spec, lossy=lossy)

@@ -1,18 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures that put a vocabulary into real llama.cpp."""
+"""Fixtures that put vocabularies and files into real llama.cpp, and a model for the command line."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import recipe_for
+from gguf_files import WINDOW
 from tokenizers import Tokenizer
 from vocabularies import write_gguf
 
+from lrconvert.checkpoint import open_model
 from lrconvert.errors import EnvironmentFailure
-from lrconvert.runtimes.llama_cpp import open_session
+from lrconvert.parity import Options
+from lrconvert.recipe import write_recipe
+from lrconvert.runtimes.base import Interpreter
+from lrconvert.runtimes.llama_cpp import WORKER, open_session
 from lrconvert.runtimes.llama_library import find_library
 from lrconvert.targets.gguf.vocabulary import Vocabulary
 
@@ -44,3 +50,18 @@ def differing(library: Any, tmp_path: Path) -> Callable[..., set[str]]:
         return {name for name, theirs, ours in zip(texts, expected, found, strict=True) if theirs != ours}
 
     return compare
+
+
+@pytest.fixture(scope="session")
+def options() -> Iterator[Options]:
+    """For `verify`: one interpreter for all files."""
+    interpreter = Interpreter(WORKER)
+    yield Options(threads=1, interpreter=interpreter)
+    interpreter.close()
+
+
+@pytest.fixture
+def plain(pico_folder: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
+    """A pico Llama and a recipe for it."""
+    folder = pico_folder("llama", max_position_embeddings=WINDOW)
+    return folder, write_recipe(recipe_for(open_model(folder), even=True), tmp_path / "recipe")

@@ -121,6 +121,7 @@ def test_bytes_without_a_library_are_those_of_llama_cpp() -> None:
 
 
 @only_x86
+@pytest.mark.slow
 @pytest.mark.skipif(LIVE not in os.environ, reason=f"{LIVE} names no folder with llama_model_quantize")
 def test_llama_model_quantize_agrees(library: LlamaLibrary, tmp_path: Path) -> None:
     """The library that the variable names, run now, in a process of its own: types and bytes of every file."""

@@ -38,6 +38,7 @@ _BF16_ENGINE = (
     "the wrong set is 0.4"
 )
 _ROUNDED = "activations are {} in products with {} weights: {}; float32 angles come on top"
+_OUTLIERS = "{} on SmolLM2-135M, whose activations have outliers, 2.2e-4 on the embedded model"
 _F16 = "float16 arithmetic, 11 bits of mantissa: about 1/64 of bfloat16's KL"
 
 
@@ -64,8 +65,14 @@ def _llama_cpp() -> tuple[Tolerance, ...]:
         ("F32", 0.0, 0.0, measured),
         ("F16", 5e-4, 5e-2, _ROUNDED.format("rounded to float16", "F16", "7.0e-5 on a pico model")),
         ("BF16", 1e-2, 0.5, _ROUNDED.format("rounded to bfloat16", "BF16", "5.3e-4 on a pico model")),
-        ("Q8_0", 2e-2, 1.0, _ROUNDED.format("quantised to 8 bits", "Q8_0", "1.1e-2 on a widened pico model")),
-        ("quantised", 5e-2, 2.0, _ROUNDED.format("quantised to 8 bits", "quantised", "3.1e-2 in Q4_K on an H100")),
+        # Whether a small mistake hides in such noise is `nearest`'s to say, by far; these bounds see gross ones.
+        ("Q8_0", 5e-2, 2.0, _ROUNDED.format("quantised to 8 bits", "Q8_0", _OUTLIERS.format("2.1e-2"))),
+        (
+            "quantised",
+            3e-1,
+            5.0,
+            _ROUNDED.format("quantised to 8 bits", "quantised", _OUTLIERS.format("1.4e-1 in Q4_1")),
+        ),
     )
     return tuple(
         Tolerance("llama.cpp", kind, up_to, base + mean, base_max + largest, reason)

@@ -116,7 +116,7 @@ def open_session(
     library = library or find_library()
     options = {
         "artifact": str(artifact.resolve()),
-        "library": library.name,
+        "library": Path(library.name).name,  # reports are published: no path of this machine
         "files": [str(file) for file in library.files],
         "threads": usable_threads(threads),
         "gpu_layers": gpu_layers,

@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from lrconvert.card import CARD, refreshed
-from lrconvert.errors import InputError, ParityError, UsageError
+from lrconvert.errors import InputError, ParityError, UnsupportedError, UsageError
 from lrconvert.hub_access import Account, client, hub_errors, sign_in
 from lrconvert.output import MANIFEST, FileRecord, Manifest
 from lrconvert.public import leaks, public_manifest, without_paths
@@ -111,6 +111,11 @@ def plan(
     last verification, and what `sign_in` raises.
     """
     say = progress or (lambda what: None)
+    if artifact.is_file():
+        raise UnsupportedError(
+            f"{artifact} is a file; push publishes folders with a card of their own",
+            remedy=f"`hf upload {name} {artifact}` puts it into a repository; say there which recipe it has",
+        )
     local = Manifest.read(artifact)
     if local.parity and not local.parity.get("passed") and not force:
         summary = without_paths(str(local.parity.get("summary")))

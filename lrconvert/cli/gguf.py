@@ -33,7 +33,7 @@ class Bytes(click.ParamType):
 @model_argument
 @click.option("--recipe", required=True, metavar="RECIPE", help="Recipe file, folder or shipped name.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE", help="The GGUF.")
-@click.option("--type", "kind", metavar="TYPE", help="f32, f16, bf16, q8_0, q4_k_m, … (`--type list` names all); "
+@click.option("--type", "kind", metavar="TYPE", help="f32, f16, bf16, q8_0, q4_k_m and all others of llama.cpp; "
               "default: as stored.")  # fmt: skip
 @click.option("--adapter", metavar="PATH|HUB_ID", help="Merge this LoRA adapter; default: the recipe's, if any.")
 @click.option("--window", type=TOKENS, help="Stop at this window instead of the recipe's last tier.")

@@ -67,9 +67,11 @@ def command(
     from lrconvert.errors import ParityError, UsageError, require
     from lrconvert.parity import Options, kind_of, verify
 
-    if codes and runtime not in (None, "transformers"):
-        raise UsageError(f"--code chooses among what transformers runs; --runtime {runtime} has one code")
-    for module in ("torch",) if kind_of(artifact) == "gguf" else ("torch", "transformers"):
+    gguf = kind_of(artifact) == "gguf"
+    if codes and (gguf or runtime not in (None, "transformers")):
+        asked = runtime or "llama.cpp"
+        raise UsageError(f"--code chooses among what transformers runs; --runtime {asked} has one code")
+    for module in ("torch",) if gguf else ("torch", "transformers"):
         require(module, "hf", "verify")
     options = Options(device, dtype, codes or None, full, python, threads, runtime=runtime, library=library, kv=kv)
     with out.spinner(quiet=as_json) as progress:

@@ -4,10 +4,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lrconvert.errors import require
 from lrconvert.recipe import Method, Recipe, factor_set
+
+if TYPE_CHECKING:
+    from lrconvert.evals.passkey import PasskeyRow
+    from lrconvert.evals.perplexity import PerplexityRow
 
 BARS = "▁▂▃▄▅▆▇█"
 # What every tier is shown beside, at the tier's own extension ratio.
@@ -30,6 +36,55 @@ def sparklines(recipe: Recipe) -> list[str]:
         f"{max(tier.factors):.4g}, n̂ {tier.start_tokens}, attention {tier.attention_factor:.4g}"
         for tier in recipe.tiers
     ]
+
+
+def plot_perplexity(rows: Sequence[PerplexityRow], path: Path) -> None:
+    """Perplexity against length, with its interval, as a PNG."""
+    figure, axis = _one_axis()
+    lengths, figures = [row.length for row in rows], [row.perplexity for row in rows]
+    values = [found.value for found in figures]
+    bars = [[f.value - f.low for f in figures], [f.high - f.value for f in figures]]
+    axis.errorbar(lengths, values, yerr=bars, marker="o", capsize=3, color="tab:blue")
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(lengths, [f"{length:,}" for length in lengths], fontsize=8)
+    axis.set_xlabel("tokens of context")
+    axis.set_ylabel("perplexity of the same tokens")
+    axis.grid(alpha=0.3)
+    _saved(figure, path)
+
+
+def plot_passkey(rows: Sequence[PasskeyRow], path: Path) -> None:
+    """Share of keys found, depth against length, as a PNG."""
+    figure, axis = _one_axis()
+    lengths, depths = sorted({row.length for row in rows}), sorted({row.depth for row in rows})
+    share = {(row.depth, row.length): row.hits / row.trials for row in rows}
+    grid = [[share[depth, length] for length in lengths] for depth in depths]
+    image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=8)
+    axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=8)
+    axis.set_xlabel("tokens of context")
+    axis.set_ylabel("depth of the key")
+    figure.colorbar(image, label="share of keys found")
+    _saved(figure, path)
+
+
+def _one_axis() -> tuple[Any, Any]:
+    require("matplotlib", "plot", "a plot")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
+
+
+def _saved(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
 
 
 def plot_recipe(recipe: Recipe, stem: Path) -> list[Path]:

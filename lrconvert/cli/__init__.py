@@ -22,6 +22,7 @@ COMMANDS = {
     "hf": ("hf", "Bake a recipe into a Hugging Face folder."),
     "gguf": ("gguf", "Bake a recipe into a GGUF for llama.cpp."),
     "verify": ("verify", "Compare an artifact with the reference implementation."),
+    "eval": ("eval", "Long-text perplexity and passkey retrieval."),
     "push": ("push", "Publish an artifact on the Hugging Face Hub."),
     "demo": ("demo", "All of it, on the embedded model, in about a minute."),
 }
@@ -70,6 +71,8 @@ def main(arguments: list[str] | None = None) -> None:
 def run(arguments: list[str]) -> int:
     """Run the command line; the exit code. Errors become one line on stderr."""
     debug = "--debug" in arguments
+    if odd := [argument for argument in arguments if not _is_utf8(argument)]:
+        return _fail(f"{odd[0]!a} is not UTF-8: no manifest can name it. Rename it", UsageError.exit_code, False)
     try:
         result: Any = cli.main(arguments, prog_name="lrconvert", standalone_mode=False)
         return result if isinstance(result, int) else 0
@@ -95,6 +98,14 @@ def run(arguments: list[str]) -> int:
     except Exception as error:  # whatever is not one of ours is a bug of ours
         line = f"a bug in lrconvert, {type(error).__name__}: {error}. Please report it with the output of --debug"
         return _fail(line, 1, debug)
+
+
+def _is_utf8(argument: str) -> bool:
+    try:
+        argument.encode()
+    except UnicodeEncodeError:  # bytes of a file name, as the system passes them on
+        return False
+    return True
 
 
 def _fail(message: str, code: int, debug: bool) -> int:

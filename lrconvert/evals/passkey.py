@@ -15,6 +15,10 @@ from lrconvert.errors import InputError
 from lrconvert.runtimes.base import Session
 
 Encode = Callable[[str], list[int]]
+PROTOCOL = (
+    "a key of digits between sentences of noise, at depths from the start of the document to its end, asked for behind "
+    "it; found when greedy decoding writes every digit"
+)
 
 
 @dataclass(frozen=True)
@@ -67,19 +71,57 @@ def build_document(
     return prompt + question, answer
 
 
+@dataclass(frozen=True)
+class PasskeyRow:
+    """One length and depth: keys found, of how many trials."""
+
+    length: int
+    depth: float
+    hits: int
+    trials: int
+
+
+def found_key(
+    session: Session, form: PasskeyFormat, encode: Encode, length: int, depth: float, rng: np.random.Generator
+) -> bool:
+    """Whether greedy decoding gets the key exactly right.
+
+    The key is fed behind the prompt and every token of it must be the preferred one at its place, which is when
+    greedy decoding without the key would write it: one forward pass instead of a decode.
+    """
+    prompt, answer = build_document(form, encode, length - form.digits, depth, rng)
+    keep = list(range(len(prompt) - 1, len(prompt) + len(answer) - 1))
+    (logits,) = session.logits([prompt + answer], keep=keep)
+    return logits.argmax(axis=-1).tolist() == answer
+
+
 def passkey_accuracy(
     session: Session, form: PasskeyFormat, encode: Encode, length: int, depths: Sequence[float], seed: int = 0
 ) -> float:
-    """Share of keys that greedy decoding gets exactly right, one trial per depth.
+    """Share of keys that are found (`found_key`), one trial per depth."""
+    rngs = [np.random.default_rng([seed, length, index]) for index in range(len(depths))]
+    trials = zip(depths, rngs, strict=True)
+    return sum(found_key(session, form, encode, length, depth, rng) for depth, rng in trials) / len(depths)
 
-    The key is fed behind the prompt and every digit must be the preferred token at its place, which is
-    when greedy decoding without the key would write it: one forward pass instead of a decode.
-    """
-    right = 0
-    for index, depth in enumerate(depths):
-        rng = np.random.default_rng([seed, length, index])
-        prompt, answer = build_document(form, encode, length - form.digits, depth, rng)
-        keep = list(range(len(prompt) - 1, len(prompt) + len(answer) - 1))
-        (logits,) = session.logits([prompt + answer], keep=keep)
-        right += logits.argmax(axis=-1).tolist() == answer
-    return right / len(depths)
+
+def measure_passkey(
+    session: Session,
+    form: PasskeyFormat,
+    encode: Encode,
+    lengths: Sequence[int],
+    *,
+    depths: int = 10,
+    trials: int = 1,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> list[PasskeyRow]:
+    """Keys found at every length and at `depths` depths from start to end, `trials` documents each."""
+    rows = []
+    for length in sorted(lengths):
+        for index, depth in enumerate(np.linspace(0.0, 1.0, depths).tolist()):
+            if progress is not None:
+                progress(f"{length} tokens, depth {depth:.0%}")
+            rngs = [np.random.default_rng([seed, length, index, trial]) for trial in range(trials)]
+            hits = sum(found_key(session, form, encode, length, depth, rng) for rng in rngs)
+            rows.append(PasskeyRow(length, depth, hits, trials))
+    return rows

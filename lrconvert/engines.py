@@ -14,7 +14,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from lrconvert.expressible import CUSTOM_HF, MLX, NATIVE_HF, NATIVE_HF_FORMULA, VLLM, Capability, project, switch_length
+from lrconvert.expressible import (
+    CUSTOM_HF,
+    LLAMA_CPP,
+    MLX,
+    NATIVE_HF,
+    NATIVE_HF_FORMULA,
+    VLLM,
+    Capability,
+    project,
+    switch_length,
+)
 from lrconvert.rope import RopeSpec
 
 Outcome = Literal["right", "differs", "refuses", "unknown"]
@@ -245,10 +255,10 @@ ENGINES: tuple[Engine, ...] = (
         _families("phi3"),
     ),
     Engine(
-        _config_reader(_BAKED_GGUF, "one"),
-        _GGML,
+        replace(LLAMA_CPP, name=_BAKED_GGUF),
+        "0.5.0 and 0.6.0-dev",
         "measured",
-        "llama.cpp PR 24875; Qwen2 written as the llama architecture",
+        "`lrconvert verify`; llama.cpp PR 24875; Qwen2 written as the llama architecture",
         ONCE_PADDED,
         _families("llama", "mistral", "qwen2", "phi3"),
     ),

@@ -17,14 +17,15 @@ Job = tuple[Callable[[], memoryview], int]  # makes a block; about how many byte
 
 
 def made_ahead(
-    jobs: Iterable[Job], *, workers: int = WORKERS, limit: int = AHEAD_BYTES
+    jobs: Iterable[Job], *, workers: int = WORKERS, limit: int | None = None
 ) -> Generator[memoryview, None, None]:
-    """Results of the jobs in order, at most `limit` bytes of them made ahead. Closing it drops what isn't made."""
+    """Results of the jobs in order, at most `limit` bytes (default: `AHEAD_BYTES`) of them made ahead. Closing it drops
+    what isn't made."""
     from concurrent.futures import ThreadPoolExecutor  # a hundredth of a second that most bakes can do without
 
     with ThreadPoolExecutor(workers) as pool:
         try:
-            yield from _in_order(pool, jobs, limit)
+            yield from _in_order(pool, jobs, AHEAD_BYTES if limit is None else limit)
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -20,7 +20,7 @@ from hypothesis import settings
 from pico import write_pico
 
 from lrconvert.checkpoint import Model, open_model
-from lrconvert.recipe import Provenance, Recipe
+from lrconvert.recipe import Provenance, Recipe, write_recipe
 from lrconvert.rope import Tier, longrope_attention_factor, yarn_factors
 
 # The same examples on every run and every machine: a failure is everybody's.
@@ -82,6 +82,13 @@ def pico_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 def pico(pico_folder: Callable[..., Path]) -> Callable[..., Model]:
     """A pico model, opened."""
     return lambda family="llama", **changes: open_model(pico_folder(family, **changes))
+
+
+@pytest.fixture
+def plain(pico_folder: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
+    """A pico Llama whose boundary every runtime can see, and a recipe for it: for the command line."""
+    folder = pico_folder("llama", max_position_embeddings=256)
+    return folder, write_recipe(recipe_for(open_model(folder), even=True), tmp_path / "recipe")
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,8 @@ def build_config(
     if vocab is None:
         keys.missing.append(keys.prefix + "vocab_size")
     head_dim: Any = keys.get("attention.key_length", int) or (hidden // heads if hidden and heads else None)
+    if head_dim == 0:
+        keys.problems.append(f"attention.head_count is {heads}; embedding_length {hidden} has no channel for each")
     value_dim = keys.get("attention.value_length", int)
     if value_dim and head_dim and value_dim != head_dim:
         keys.problems.append(f"attention.key_length is {head_dim}, value_length {value_dim}; they have to be the same")
@@ -139,7 +141,8 @@ def build_config(
 
 
 def _short_decimal(value: float) -> float:
-    return float(str(np.float32(value)))
+    with np.errstate(over="ignore", under="ignore"):  # a float64 in the file, beyond float32
+        return float(str(np.float32(value)))
 
 
 def _fraction(part: int, whole: int) -> float:
@@ -184,6 +187,12 @@ def _rope(
     attention = keys.get("rope.scaling.attn_factor", float)
     there = [name for name in ROPE_TENSORS if name in tensors]
     factors = {name: _factors(keys, tensors[name], read, rotary_dim) for name in there}
+    if kind != "none" and ratio * (original or window) > MAX_INTEGER:
+        keys.problems.append(f"rope.scaling.factor {ratio:g} reaches beyond {MAX_INTEGER} tokens")
+        return {}
+    if there and 1 in (window, original):
+        keys.problems.append("factors for a length of 1 token (context_length, rope.scaling.original_context_length)")
+        return {}
     if there and ratio != 1.0:
         keys.problems.append(f"rope.scaling.factor {ratio:g} would stack on the factors of {', '.join(there)}")
     if there and kind not in (None, "none", "linear" if there == [STATIC] else "longrope"):

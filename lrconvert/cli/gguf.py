@@ -125,7 +125,7 @@ def command(
     if verify_too:
         from lrconvert.cli.verify import command as verify_command
 
-        return ctx.invoke(verify_command, artifact=output.parent / planned.names[0])
+        return ctx.invoke(verify_command, artifact=output.parent / planned.names[0], library=library)
     out.hint(f"not verified yet: lrconvert verify {output.parent / planned.names[0]}")
     return None
 

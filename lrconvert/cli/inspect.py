@@ -131,7 +131,8 @@ def inspect(reference: str, revision: str | None = None) -> dict[str, Any]:
     if manifest_path(checkpoint.path).is_file():
         read = Manifest.read(checkpoint.path)
         parity = read.parity["summary"] if read.parity else "not verified yet"
-        manifest = {"model": read.source["model"], "recipe": read.recipe["name"], "parity": parity}
+        if checkpoint.path.is_dir() or checkpoint.path.name in read.files:  # else that of a file of a similar name
+            manifest = {"model": read.source["model"], "recipe": read.recipe["name"], "parity": parity}
     tensors = checkpoint.tensors
     return {
         "model": reference,

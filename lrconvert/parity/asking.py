@@ -19,7 +19,7 @@ from lrconvert.parity.measures import Measures, compare, merge
 from lrconvert.parity.nearest import nearest
 from lrconvert.parity.promise import lost
 from lrconvert.parity.report import Report, Row, judged
-from lrconvert.parity.tokens import tokenisation
+from lrconvert.parity.tokens import tokenisation_of
 from lrconvert.parity.tolerances import tolerance_for
 from lrconvert.rope import RopeSpec
 from lrconvert.runtimes.base import Session
@@ -61,7 +61,7 @@ def ask_code(run: Run, code: Code, spec: RopeSpec, judge: Judge, dtype: str) -> 
             report.rows.append(_row(code, case, projected, judge, session, dtype))
         if isinstance(session, LlamaSession):
             run.say(f"{code.name} code: tokenisation")
-            report.rows += tokenisation(judge.model.checkpoint.side_files(), session)
+            report.rows += tokenisation_of(judge.model.checkpoint, session)
         if code.coarse(dtype):
             run.say(f"{code.name} code: is the recipe nearest?")
             report.rows += nearest(code.name, projected, judge, lambda case: _logits(case, judge, session))

@@ -17,9 +17,9 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
-from lrconvert.checkpoint import read_json
+from lrconvert.checkpoint import Checkpoint, read_json
 from lrconvert.checkpoint.gguf_tokenizer import MAX_PIECE, PRE_TOKENIZERS, SPACE, PreTokenizer
-from lrconvert.errors import InputError
+from lrconvert.errors import InputError, LrconvertError
 from lrconvert.parity.report import Row
 from lrconvert.runtimes.llama_cpp import LlamaSession
 
@@ -78,6 +78,16 @@ OWN = 3  # of the model's added tokens, put into texts: the first, the last, one
 SHOWN = 60  # characters of a text in a message, and a tenth of that in tokens
 
 Json = dict[str, Any]
+
+
+def tokenisation_of(model: Checkpoint, session: LlamaSession) -> list[Row]:
+    """`tokenisation` with the tokenizer of a checkpoint, which may be one that can't be had: a GGUF's is rebuilt, and
+    names of pre-tokenizers that aren't known are refused."""
+    try:
+        side_files = model.side_files()
+    except LrconvertError as error:
+        return [Row(TOKENIZER, "strings", "skipped", reason=f"no tokenizer to compare with: {error.message}")]
+    return tokenisation(side_files, session)
 
 
 def tokenisation(side_files: Mapping[str, Path | bytes], session: LlamaSession) -> list[Row]:
@@ -356,4 +366,4 @@ LIMITS = (
 )
 
 
-__all__ = ["STRINGS", "tokenisation"]
+__all__ = ["STRINGS", "tokenisation", "tokenisation_of"]

@@ -531,7 +531,7 @@ def test_baking_holds_no_more_than_a_few_tensors(
     """Linked, copied or converted: the peak is a few tensors and the buffers, which are made small here."""
     buffer = 2**18
     monkeypatch.setattr("lrconvert.output.COPY_BYTES", buffer)
-    monkeypatch.setattr("lrconvert.targets.hf.weights.AHEAD_BYTES", buffer)
+    monkeypatch.setattr("lrconvert.ahead.AHEAD_BYTES", buffer)
     shape: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 20, "vocab_size": 500}
     folder = write_pico(tmp_path / "model", shards=3, **shape)
     total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -27,7 +27,7 @@ from vocabularies import (
 
 from lrconvert.checkpoint import open_model
 from lrconvert.parity.report import Row
-from lrconvert.parity.tokens import STRINGS, tokenisation
+from lrconvert.parity.tokens import STRINGS, tokenisation, tokenisation_of
 from lrconvert.recipe import load_recipe
 from lrconvert.runtimes.base import Interpreter
 from lrconvert.runtimes.llama_cpp import WORKER, LlamaSession, open_session
@@ -244,6 +244,14 @@ def test_a_damaged_tokenizer_json_is_skipped_with_the_reason(content: bytes, tmp
     for source in (content, path):
         (row,) = tokenisation({"tokenizer.json": source}, Unasked())
         assert row.verdict == "skipped" and "tokenizer.json can't be used: " in row.reason
+
+
+def test_a_source_whose_tokenizer_is_not_known_is_skipped(tmp_path: Path, interpreter: Interpreter) -> None:
+    """A GGUF that is re-baked may name a pre-tokenizer that nothing here knows; its rope is judged all the same."""
+    source = demo_file(tmp_path, pre="deepseek-llm")
+    with open_session(source, threads=1, interpreter=interpreter) as session:
+        (row,) = tokenisation_of(open_model(source).checkpoint, session)
+    assert row.verdict == "skipped" and "tokenizer.ggml.pre is 'deepseek-llm'" in row.reason
 
 
 def test_a_file_without_vocabulary_fails(tmp_path: Path, interpreter: Interpreter) -> None:

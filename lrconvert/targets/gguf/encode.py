@@ -147,9 +147,12 @@ def _as_float32(rows: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
 
 
 def _all_finite(values: np.ndarray[Any, Any]) -> bool:
-    if values.dtype.itemsize == 2 and values.dtype.kind != "f":  # BF16: faster by its bits than in ml_dtypes
-        return not ((values.view(np.uint16) & 0x7F80) == 0x7F80).any()
-    return bool(np.isfinite(values).all())
+    if values.dtype.itemsize > 2:
+        return bool(np.isfinite(values).all())
+    # By their bits, F16 and BF16 are looked at several times as fast as by NumPy and ml_dtypes.
+    bits, infinity = values.reshape(-1).view(np.uint16), 0x7C00 if values.dtype.kind == "f" else 0x7F80
+    pieces = (bits[start : start + _CACHED_VALUES] for start in range(0, bits.size, _CACHED_VALUES))
+    return all((piece & 0x7FFF).max() < infinity for piece in pieces)
 
 
 def _not_finite(name: str) -> InputError:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from lrconvert.checkpoint.gguf import GgufCheckpoint
 from lrconvert.checkpoint.gguf_config import LONG, SHORT, STATIC
+from lrconvert.checkpoint.gguf_header import GgufArray
+from lrconvert.errors import InputError
 from lrconvert.expressible import LLAMA_CPP
 from lrconvert.families import family_names, get_family
 from lrconvert.targets.gguf.metadata import OURS
@@ -51,4 +53,9 @@ def _scaling(checkpoint: GgufCheckpoint) -> str:
 
 def _losses(checkpoint: GgufCheckpoint) -> list[str]:
     key = f"{OURS}losses"
-    return [str(loss) for loss in checkpoint.headers[0].array(key) or []] if key in checkpoint.metadata else []
+    if not isinstance(checkpoint.metadata.get(key), GgufArray):
+        return []
+    try:
+        return [str(loss) for loss in checkpoint.headers[0].array(key) or []]
+    except InputError:
+        return [f"{key} is damaged"]

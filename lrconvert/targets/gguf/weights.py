@@ -27,8 +27,9 @@ from lrconvert.errors import InputError
 from lrconvert.targets.gguf.encode import Encoder
 from lrconvert.targets.gguf.layout import Planned
 
-BLOCK_BYTES = 4 * 2**20  # of a tensor as it is written, made at once
-# Values are float32 on their way into a quantised type: as many bytes then as a block of float32 has.
+# What is made at once of a tensor: bytes as they are written, small enough that they are still in the processor's
+# cache when they are looked at, written and hashed; values where the type is quantised, which costs far more.
+BLOCK_BYTES = 2 * 2**20
 BLOCK_VALUES = 2**20
 
 Array = np.ndarray[Any, Any]
@@ -126,11 +127,12 @@ def _gguf_rows(
 ) -> Array | bytes:
     if not same:
         values = base.rows(stored, start, stop)
-        return values if heads is None else interleaved(values, heads)
+        return values if heads is None else interleaved(values.reshape(stored.shape), heads)
     raw = read_rows(stored, start, stop)
-    return (
-        raw if heads is None else interleaved(np.frombuffer(raw, np.uint8).reshape(stop - start, -1), heads).tobytes()
-    )
+    if heads is None:
+        return raw
+    # Whole tensors only; a bias has one row, and its values move.
+    return interleaved(np.frombuffer(raw, np.uint8).reshape(stored.shape[0], -1), heads).tobytes()
 
 
 def read_rows(stored: GgufTensor, start: int, stop: int) -> bytes:

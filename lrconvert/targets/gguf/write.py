@@ -188,7 +188,7 @@ def plan(
     texts = {}
     if options.modelfile:
         texts[modelfile.name_of(output)] = modelfile.render([name for name, _, _ in files], written).encode()
-    used = [path for path in (options.imatrix,) if path is not None]
+    used = [path for path in (options.imatrix, adapter and adapter.file.path) if path is not None]
     return Plan(
         model=model,
         weights=baked.checkpoint,

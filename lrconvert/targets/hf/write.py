@@ -121,7 +121,8 @@ def plan(
     options = {"window": spec.window, "dtype": stored}
     if portable:
         options |= {"portable": True, "folded_attention": scale}
-    stamps = snapshot([*model.checkpoint.weight_files(), *kept.values()])
+    added = [] if adapter is None else [adapter.file.path]
+    stamps = snapshot([*model.checkpoint.weight_files(), *kept.values(), *added])
     return Plan(
         model=model,
         weights=baked.checkpoint,

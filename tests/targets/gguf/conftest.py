@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures that put vocabularies and files into real llama.cpp, and a model for the command line."""
+"""Fixtures that put vocabularies and files into real llama.cpp."""
 
 from __future__ import annotations
 
@@ -8,15 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import recipe_for
-from gguf_files import WINDOW
 from tokenizers import Tokenizer
 from vocabularies import write_gguf
 
-from lrconvert.checkpoint import open_model
 from lrconvert.errors import EnvironmentFailure
 from lrconvert.parity import Options
-from lrconvert.recipe import write_recipe
 from lrconvert.runtimes.base import Interpreter
 from lrconvert.runtimes.llama_cpp import WORKER, open_session
 from lrconvert.runtimes.llama_library import find_library
@@ -58,10 +54,3 @@ def options() -> Iterator[Options]:
     interpreter = Interpreter(WORKER)
     yield Options(threads=1, interpreter=interpreter)
     interpreter.close()
-
-
-@pytest.fixture
-def plain(pico_folder: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
-    """A pico Llama and a recipe for it."""
-    folder = pico_folder("llama", max_position_embeddings=WINDOW)
-    return folder, write_recipe(recipe_for(open_model(folder), even=True), tmp_path / "recipe")

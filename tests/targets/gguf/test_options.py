@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from lrconvert.output import Manifest, sha256_of
 from lrconvert.parity import Options, verify
 from lrconvert.recipe import Recipe, write_recipe
 from lrconvert.runtimes.llama_cpp import open_session
+from lrconvert.runtimes.llama_library import find_library
 from lrconvert.targets import gguf as target
 from lrconvert.targets.gguf import weights
 
@@ -232,6 +234,14 @@ def test_a_wrong_request_is_one_line_and_writes_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+def test_a_name_that_is_not_utf_8_is_a_usage_error(tmp_path: Path, cli: Cli, plain: tuple[Path, Path]) -> None:
+    """Neither metadata nor a manifest can hold it: said before anything is done, as source and as output."""
+    odd = os.fsdecode(os.fsencode(tmp_path / "m") + b"\xff.gguf")
+    for arguments in (command(*plain, Path(odd)), command(Path(odd), plain[1], tmp_path / "m.gguf")):
+        result = cli(*arguments)
+        assert result.code == 2 and "is not UTF-8" in result.err and len(result.err.splitlines()) == 1
+
+
 def test_a_pre_tokenizer_that_was_asked_for_is_written(tmp_path: Path, cli: Cli) -> None:
     """Found in the tokenizer's structure otherwise; a name that contradicts it is written with a warning."""
     folder = write_pico(tmp_path / "m", max_position_embeddings=WINDOW, vocab_size=1010)
@@ -242,6 +252,16 @@ def test_a_pre_tokenizer_that_was_asked_for_is_written(tmp_path: Path, cli: Cli)
         assert result.code == 0
         assert fields(tmp_path / f"{name}.gguf")["tokenizer.ggml.pre"] == ("STRING", name)
         assert ("tokenizer.json splits text as qwen2 does" in result.err) == bool(more)
+
+
+def test_a_file_is_verified_at_once(tmp_path: Path, cli: Cli, plain: tuple[Path, Path]) -> None:
+    """--verify, with the library that was named: its exit code, and the report in the manifest."""
+    library = find_library().files[0]
+    result = cli(*command(*plain, tmp_path / "m.gguf", "--llama-library", library, "--verify"))
+    assert result.code == 0, result.err
+    parity = Manifest.read(tmp_path / "m.gguf").parity
+    assert parity is not None and parity["passed"] is True
+    assert library.name in json.dumps(parity["runtimes"]), "an installed one was taken instead"
 
 
 # --- the same bytes, and what it takes -------------------------------------------------------------------

@@ -279,7 +279,6 @@ def test_a_linear_scaling_of_2023_is_replaced(pico: Pico, tmp_path: Path) -> Non
 # --- Qwen2 -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(reason="weights.py can't interleave the biases of a GGUF yet", raises=ValueError)
 @pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0", "Q4_0", "Q4_1"])
 def test_a_qwen2_file_becomes_a_llama_with_rows_permuted_inside_their_blocks(
     pico: Pico, tmp_path: Path, kind: str, options: Options, cli: Cli
@@ -419,6 +418,15 @@ def test_an_artifact_never_replaces_what_it_is_made_from(pico: Pico, tmp_path: P
         result = cli("gguf", source, "--recipe", path, "-o", output, "--force")
         assert result.code == 2 and "which it is made from" in result.err, result.err
     assert {file.name: file.read_bytes() for file in tmp_path.glob("*.*")} == before
+
+
+def test_the_parts_that_a_file_was_made_from_are_not_its_artifact(pico: Pico, tmp_path: Path, cli: Cli) -> None:
+    """`s-00001-of-00004.gguf` joined into `s.gguf` beside it: the manifest is the new file's alone."""
+    model = model_of(pico, "llama")
+    part = stock(tmp_path / "s.gguf", model, split_every=6)
+    path = bake(open_model(part), recipe_for(model, even=True), tmp_path / "s.gguf")
+    assert "made by lrconvert" in cli("inspect", path).out
+    assert "made by lrconvert" not in cli("inspect", part).out and part.exists()
 
 
 def test_a_tokenizer_name_is_not_changed_in_silence(pico: Pico, tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def inspect(reference: str, revision: str | None = None) -> dict[str, Any]:
     manifest = None
     if manifest_path(checkpoint.path).is_file():
         read = Manifest.read(checkpoint.path)
-        parity = read.parity["summary"] if read.parity else "not verified yet"
+        parity = (read.parity or {}).get("summary", "not verified yet")
         if checkpoint.path.is_dir() or checkpoint.path.name in read.files:  # else that of a file of a similar name
             manifest = {"model": read.source["model"], "recipe": read.recipe["name"], "parity": parity}
     tensors = checkpoint.tensors

@@ -4,17 +4,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
@@ -118,14 +118,18 @@ def lrconvert(*arguments: str | Path) -> list[str | Path]:
 
 def copy_with_fsync(source: Path, target: Path) -> float:
     """Seconds for a plain copy of a folder's files that ends when they are on the disk."""
-    started = time.perf_counter()
     target.mkdir(parents=True)
-    for path in sorted(source.iterdir()):
-        with path.open("rb") as reader, (target / path.name).open("wb") as writer:
-            while part := reader.read(CHUNK):
-                writer.write(part)
-            writer.flush()
-            os.fsync(writer.fileno())
+    return sum(copy_file_with_fsync(path, target / path.name) for path in sorted(source.iterdir()))
+
+
+def copy_file_with_fsync(source: Path, target: Path) -> float:
+    """Seconds for a plain copy of one file."""
+    started = time.perf_counter()
+    with source.open("rb") as reader, target.open("wb") as writer:
+        while part := reader.read(CHUNK):
+            writer.write(part)
+        writer.flush()
+        os.fsync(writer.fileno())
     return time.perf_counter() - started
 
 
@@ -135,12 +139,18 @@ def in_scratch(measure: Callable[[Path, int], None], *, rounds: int) -> None:
     parser.add_argument("--scratch", type=Path, help="where to work; default: a temporary folder")
     parser.add_argument("--rounds", type=int, default=rounds)
     arguments = parser.parse_args()
-    scratch = arguments.scratch or Path(tempfile.mkdtemp(prefix="lrconvert-bench-"))
-    try:
+    with scratch_folder(arguments.scratch) as scratch:
         measure(scratch, arguments.rounds)
-    finally:
-        if arguments.scratch is None:
-            shutil.rmtree(scratch)
+
+
+@contextlib.contextmanager
+def scratch_folder(chosen: Path | None) -> Iterator[Path]:
+    """The folder that was chosen, or a temporary one that vanishes."""
+    if chosen is not None:
+        yield chosen
+        return
+    with tempfile.TemporaryDirectory(prefix="lrconvert-bench-") as folder:
+        yield Path(folder)
 
 
 def median(values: Sequence[float]) -> float:
@@ -153,7 +163,7 @@ def repeat(times: int, measure: Callable[[], Any]) -> list[Any]:
 
 def save(name: str, numbers: dict[str, Any]) -> None:
     """Print and keep a result: date, command, versions, machine (cores and memory alone), numbers."""
-    options = [argument for argument in sys.argv[1:] if "/" not in argument]  # no paths of this machine
+    options = ["…" if "/" in argument else argument for argument in sys.argv[1:]]  # no paths of this machine
     pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     result = {
         "date": date.today().isoformat(),

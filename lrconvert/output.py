@@ -21,7 +21,6 @@ import os
 import re
 import shutil
 import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +36,6 @@ MANIFEST_VERSION = 1
 EDITABLE = frozenset({"README.md"})  # the card is for people: they may go on writing it
 MAX_MANIFEST_BYTES = 64 * 2**20
 COPY_BYTES = 8 * 2**20
-HASHED_MEANWHILE = 2**20  # bytes from which on a thread of its own is worth its start
 
 
 @dataclass
@@ -273,23 +271,14 @@ class Staging(contextlib.AbstractContextManager["Staging"]):
 
 
 class HashingFile:
-    """A writer that counts and hashes what goes through it; large blocks while they are written, since neither
-    hashlib nor the system call keeps another thread from running."""
+    """A writer that counts and hashes what goes through it."""
 
     def __init__(self, raw: IO[bytes]) -> None:
         self._raw, self.size, self.sha256 = raw, 0, hashlib.sha256()
 
     def write(self, data: bytes | memoryview) -> None:
-        if len(data) < HASHED_MEANWHILE:
-            self._raw.write(data)
-            self.sha256.update(data)
-        else:
-            hashing = threading.Thread(target=self.sha256.update, args=(data,))
-            hashing.start()
-            try:
-                self._raw.write(data)
-            finally:
-                hashing.join()
+        self._raw.write(data)
+        self.sha256.update(data)
         self.size += len(data)
 
 

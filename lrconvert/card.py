@@ -27,7 +27,8 @@ from lrconvert.recipe import Recipe
 from lrconvert.rope import RopeSpec, Tier
 
 CARD = "README.md"
-TAGS = ["longrope", "long-context", "custom_code"]
+TAGS = {"hf": ["longrope", "long-context", "custom_code"], "onnx": ["longrope", "long-context", "onnx"]}
+LIBRARIES = {"hf": "transformers", "onnx": "onnx"}
 MAX_CARD_BYTES = 2**20  # of a source's card: longer ones are not carried
 # What the licence file of a source says in its first lines: all of the words, the Hub's name of the licence.
 LICENCES = ((("apache license", "version 2.0"), "apache-2.0"), (("mit license",), "mit"))
@@ -113,9 +114,10 @@ def render(
     notes: Sequence[str] = (),
     adapter: Adapter | None = None,
     source: SourceCard,
+    target: str = "hf",
 ) -> str:
     """The card of an artifact that is being baked. `given_up`: what no code of it does of the recipe; `losses`:
-    what native code can't express beyond that; `notes`: what the manifest notes."""
+    what native code can't express beyond that; `notes`: what the manifest notes; `target`: what it is."""
     on_hub = hub_revision(model.reference, model.checkpoint.path)
     local = [] if on_hub else [model.reference]
     name = model.reference if on_hub else model.checkpoint.path.resolve().name
@@ -124,14 +126,14 @@ def render(
     relation = {"base_model": base, "base_model_relation": "merge" if adapter else "finetune"} if base else {}
     licence = source.metadata.get("license_name") or source.metadata.get("license")
     parts = [
-        _metadata({**source.metadata, **relation}),
+        _metadata({**source.metadata, **relation}, target),
         f"# {name}, extended to {spec.window} tokens",
         f"The weights of {name}{f' at commit `{on_hub}`' if on_hub else ''}{merged}, and the rotary factors of the "
         f"recipe `{_plain(recipe.name)}`: a window of {spec.original_window} tokens becomes one of {spec.window}. "
         f"Written by lrconvert {__version__}.",
         f"Licence, as the source states it: {_plain(str(licence))}." if licence else "The source states no licence.",
-        _section("run", _run(None)),
-        *_codes(given_up, losses, local),
+        _section("run", RUN[target](None)),
+        *(_codes(given_up, losses, local) if target == "hf" else [ONNX_ABOUT]),
         "## Tiers",
         "A sequence uses the factors λ of the first tier that is long enough for it. Every inverse frequency is "
         "divided by its λ, except at the first n̂ positions; cos and sin are multiplied by the attention factor.",
@@ -155,7 +157,7 @@ def _adapter_name(adapter: Adapter) -> str:
 def refreshed(text: str, manifest: Manifest, repo: str | None = None) -> str:
     """A card with its generated sections made from `manifest`; a section that its owner removed stays away."""
     made: dict[str, Callable[[], list[str]]] = {
-        "run": lambda: _run(repo),
+        "run": lambda: RUN.get(manifest.target, _run)(repo),
         "parity": lambda: _parity(manifest.parity),
         "files": lambda: _files(manifest),
     }
@@ -175,10 +177,11 @@ def _section(name: str, lines: Iterable[str]) -> str:
     return "\n".join([start, *lines, end])
 
 
-def _metadata(values: Mapping[str, Any]) -> str:
+def _metadata(values: Mapping[str, Any], target: str) -> str:
     """The card's front matter. JSON values are YAML too, and spare a bake the import of a YAML library; the tests
     read the result with huggingface_hub."""
-    data = {**values, "library_name": "transformers", "pipeline_tag": "text-generation", "tags": list(TAGS)}
+    facts = {"library_name": LIBRARIES[target], "pipeline_tag": "text-generation", "tags": list(TAGS[target])}
+    data = {**values, **facts}
     lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in data.items() if value is not None]
     return "\n".join(["---", *lines, "---"])
 
@@ -195,6 +198,38 @@ def _run(repo: str | None) -> list[str]:
         "tokenizer = AutoTokenizer.from_pretrained(name)",
         "```",
     ]
+
+
+def _run_onnx(repo: str | None) -> list[str]:
+    name = repo or "path/to/this/folder"
+    return [
+        "## How to run",
+        "",
+        "In Python, with `optimum` or `onnxruntime-genai`; in JavaScript with transformers.js:",
+        "",
+        "```python",
+        "from optimum.onnxruntime import ORTModelForCausalLM",
+        "from transformers import AutoTokenizer",
+        "",
+        f'name = "{name}"',
+        "model = ORTModelForCausalLM.from_pretrained(name)",
+        "tokenizer = AutoTokenizer.from_pretrained(name)",
+        "```",
+        "",
+        "```js",
+        'import { pipeline } from "@huggingface/transformers";',
+        "",
+        f'const generate = await pipeline("text-generation", "{name}");',
+        "```",
+    ]
+
+
+RUN: Mapping[str, Callable[[str | None], list[str]]] = {"hf": _run, "onnx": _run_onnx}
+ONNX_ABOUT = (
+    "The rotation is a function inside the graph, made of standard operators: every row of a batch gets the tier of its "
+    "last position. Programs that keep a cache go on with the keys that they cached before a boundary; what is exact is "
+    "to read the sequence anew there."
+)
 
 
 def _codes(given_up: Sequence[str], losses: Sequence[str], local: Sequence[str]) -> list[str]:

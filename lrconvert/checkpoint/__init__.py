@@ -43,6 +43,10 @@ def open_checkpoint(reference: str | Path, *, revision: str | None = None, toler
     """Open the checkpoint that `reference` names, without a look at its tensors."""
     path = locate(reference, revision=revision)
     if path.is_dir():
+        if (path / "onnx" / "model.onnx").is_file() and not any(path.glob("*.safetensors")):
+            from lrconvert.checkpoint.onnx_folder import OnnxCheckpoint
+
+            return OnnxCheckpoint(path)
         return FolderCheckpoint(path)
     magic = _magic(path)
     if magic == b"GGUF":

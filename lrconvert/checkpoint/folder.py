@@ -140,7 +140,12 @@ class FolderCheckpoint(Checkpoint):
         return [*index, *self.shards]
 
     def side_files(self) -> dict[str, Path | bytes]:
-        paths = [*self.path.iterdir(), *self.path.glob("additional_chat_templates/*")]
-        files = {path.relative_to(self.path).as_posix(): path for path in sorted(paths) if path.is_file()}
-        wanted = {name for pattern in SIDE_FILES for name in files if fnmatchcase(name.lower(), pattern)}
-        return {name: path for name, path in files.items() if name in wanted}
+        return side_files_of(self.path)
+
+
+def side_files_of(folder: Path) -> dict[str, Path | bytes]:
+    """What a folder holds of `SIDE_FILES`, by name."""
+    paths = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(paths) if path.is_file()}
+    wanted = {name for pattern in SIDE_FILES for name in files if fnmatchcase(name.lower(), pattern)}
+    return {name: path for name, path in files.items() if name in wanted}

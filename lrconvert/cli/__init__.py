@@ -21,6 +21,7 @@ COMMANDS = {
     "recipe": ("recipe", "Factor sets: list, show, check, derive, import, plot."),
     "hf": ("hf", "Bake a recipe into a Hugging Face folder."),
     "gguf": ("gguf", "Bake a recipe into a GGUF for llama.cpp."),
+    "onnx": ("onnx", "Bake a recipe into an ONNX folder."),
     "verify": ("verify", "Compare an artifact with the reference implementation."),
     "eval": ("eval", "Long-text perplexity and passkey retrieval."),
     "push": ("push", "Publish an artifact on the Hugging Face Hub."),

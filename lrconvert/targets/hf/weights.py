@@ -16,11 +16,11 @@ import numpy as np
 
 from lrconvert.ahead import Job, made_ahead
 from lrconvert.checkpoint import Checkpoint, Model, TensorInfo, read_json
-from lrconvert.checkpoint.adapter import Part, row_blocks
-from lrconvert.checkpoint.base import CheckpointView, numpy_dtype
+from lrconvert.checkpoint.adapter import Part
+from lrconvert.checkpoint.base import CheckpointView
+from lrconvert.checkpoint.blocks import BlockReader, cast_block
 from lrconvert.checkpoint.folder import INDEX, SINGLE
 from lrconvert.checkpoint.tensor_file import TensorFile
-from lrconvert.errors import InputError, UnsupportedError
 from lrconvert.output import Staging
 from lrconvert.shards import PlannedTensor, header_of
 
@@ -110,34 +110,13 @@ def write_weights(staging: Staging, checkpoint: Checkpoint, shards: Sequence[Sha
 
 def _jobs(checkpoint: Checkpoint, tensors: Iterable[PlannedTensor]) -> Iterator[Job]:
     """Functions that make the tensors' bytes block by block, each with about how many bytes it makes."""
-    files: dict[Path, TensorFile] = {}
+    reader = BlockReader(checkpoint)
     for tensor in tensors:
-        parts = list(_parts(checkpoint, tensor, files))
+        parts = reader.parts(tensor.name, tensor.shape)
         for part in parts:
             yield partial(_cast, checkpoint, tensor, part), tensor.nbytes // len(parts)
 
 
-def _parts(checkpoint: Checkpoint, tensor: PlannedTensor, files: dict[Path, TensorFile]) -> Iterable[Part]:
-    name, source = tensor.name, checkpoint
-    if isinstance(checkpoint, CheckpointView):
-        if name in checkpoint.touched:
-            return checkpoint.parts(name)
-        source = checkpoint.base
-    if source.format != "safetensors":
-        return [partial(source.read, name)]
-    path = source.tensors[name].file
-    if path not in files:
-        files[path] = TensorFile(path)
-    return [partial(files[path].rows, name, start, stop) for start, stop in row_blocks(tensor.shape)]
-
-
 def _cast(checkpoint: Checkpoint, planned: PlannedTensor, part: Part) -> memoryview:
-    """The bytes of a block in the planned dtype; a value that float16 can't hold is an error."""
-    array = part()
-    with np.errstate(over="ignore"):
-        cast = array.astype(numpy_dtype(planned.dtype), copy=False)
-    if planned.dtype == "F16" and array.dtype != cast.dtype and not np.isfinite(cast).all():
-        if not np.isfinite(array.astype(np.float32)).all():
-            raise InputError(f"{checkpoint.path}: {planned.name} holds values that are not finite")
-        raise UnsupportedError(f"{planned.name} holds values beyond float16's range", remedy="Use --dtype bf16")
-    return np.ascontiguousarray(cast).reshape(-1).view(np.uint8).data
+    """The bytes of a block in the planned dtype."""
+    return cast_block(part(), planned.dtype, planned.name, checkpoint.path).reshape(-1).view(np.uint8).data

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An ONNX folder that lrconvert wrote, read back: its weights, and what its graph says of the rotation.
+
+Initializers have Hugging Face names, so the folder is a checkpoint like any other; quantised ones are dequantised.
+(Graphs of other exporters are only looked at: `onnx_graph`.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lrconvert.checkpoint.base import Checkpoint, TensorInfo, numpy_dtype, read_json
+from lrconvert.checkpoint.folder import CONFIG, side_files_of
+from lrconvert.errors import InputError, require
+from lrconvert.rope import Tier
+
+GRAPH = "onnx/model.onnx"
+MICROSOFT = "com.microsoft"
+# The function that rotates, and what its call says of the tiers. Published names are permanent.
+DOMAIN = "lrconvert"
+COS_SIN = "LongRopeCosSin"
+TIER_ATTRIBUTES = ("tier_lengths", "start_tokens", "attention_factors", "inverse_frequencies",
+                   "scaled_inverse_frequencies")  # fmt: skip
+# A quantised tensor is two initializers.
+PACKED, SCALES = ".packed", ".scales"
+TIED_HEAD = "lm_head.weight"  # of a tied model that is quantised: another copy of the embedding
+MAX_GRAPH_BYTES = 2**31 - 1  # of a protobuf message
+
+
+@dataclass(frozen=True)
+class External:
+    """Where an initializer's bytes lie."""
+
+    file: Path
+    offset: int
+    nbytes: int
+    dtype: str  # a safetensors name, or "U8"
+    shape: tuple[int, ...]
+
+
+def load_graph(path: Path) -> Any:
+    """The graph without its external data; `InputError` for anything else."""
+    onnx = require("onnx", "onnx", "reading ONNX")
+    try:
+        size = path.stat().st_size
+        if size > MAX_GRAPH_BYTES:
+            raise InputError(f"{path}: {size} bytes; an ONNX graph can have {MAX_GRAPH_BYTES}")
+        return onnx.load(str(path), load_external_data=False)
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror or error})") from error
+    except Exception as error:  # protobuf's DecodeError, from whichever implementation is installed
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: not an ONNX graph ({' '.join(str(error).split())[:200]})") from error
+
+
+class OnnxCheckpoint(Checkpoint):
+    """The folder. Raises `InputError` where the graph is not one of ours or does not fit its data files."""
+
+    format = "onnx"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = read_json(path / CONFIG)
+        self.graph = load_graph(path / GRAPH)
+        if self.call is None:
+            raise InputError(
+                f"{path / GRAPH}: has no {DOMAIN}::{COS_SIN}, so it was not written by lrconvert",
+                remedy="Convert the checkpoint that it was made from",
+            )
+        self._external = dict(self._located())
+
+    # --- the rotation ------------------------------------------------------------------------------------
+
+    @cached_property
+    def call(self) -> Any:
+        """The node that calls the rotary function, or None."""
+        found = [node for node in self.graph.graph.node if (node.domain, node.op_type) == (DOMAIN, COS_SIN)]
+        return found[0] if found else None
+
+    @cached_property
+    def attention(self) -> str:
+        """ "gqa" or "standard"."""
+        return "gqa" if any(node.domain == MICROSOFT and node.op_type == "GroupQueryAttention"
+                            for node in self.graph.graph.node) else "standard"  # fmt: skip
+
+    @cached_property
+    def tiers(self) -> tuple[Tier, ...]:
+        """The tiers in the graph, which is what is computed whatever config.json says."""
+        from onnx import numpy_helper
+
+        try:
+            arrays: dict[str, np.ndarray[Any, Any]] = {
+                a.name: numpy_helper.to_array(a.t) for a in self.call.attribute if a.name in TIER_ATTRIBUTES
+            }
+            plain, scaled = arrays["inverse_frequencies"], arrays["scaled_inverse_frequencies"]
+            columns = (arrays["tier_lengths"], arrays["start_tokens"], arrays["attention_factors"])
+            return tuple(
+                Tier(int(length), tuple((plain / row).tolist()), int(start), float(factor))
+                for length, start, factor, row in zip(*columns, scaled, strict=True)
+            )
+        except (KeyError, ValueError, TypeError) as error:
+            raise InputError(f"{self.path / GRAPH}: {COS_SIN} has no readable tiers ({error})") from error
+
+    # --- weights -----------------------------------------------------------------------------------------
+
+    def _located(self) -> Iterator[tuple[str, External]]:
+        """Every initializer in a data file, checked against the file."""
+        kinds = {1: "F32", 10: "F16", 16: "BF16", 2: "U8"}
+        problems, sizes = [], {}
+        for tensor in self.graph.graph.initializer:
+            if tensor.data_location != 1:
+                continue
+            entries = {entry.key: entry.value for entry in tensor.external_data}
+            location = entries.get("location", "")
+            file = self.path / Path(GRAPH).parent / location
+            if not location or Path(location).name != location or "\\" in location:
+                problems.append(f"{tensor.name} lies in {location!r}, which is not the plain name of a file")
+                continue
+            if file not in sizes:
+                sizes[file] = file.stat().st_size if file.is_file() else -1
+            try:
+                offset, nbytes = int(entries.get("offset", 0)), int(entries["length"])
+                dtype, shape = kinds[tensor.data_type], tuple(tensor.dims)
+                needed = int(np.prod(shape, dtype=np.int64)) * (1 if dtype == "U8" else numpy_dtype(dtype).itemsize)
+            except (KeyError, ValueError):
+                problems.append(f"{tensor.name}: has no length, or a type that lrconvert does not write")
+                continue
+            if sizes[file] < 0:
+                problems.append(f"{tensor.name} lies in {location}, which is not there")
+            elif offset < 0 or nbytes != needed or offset + nbytes > sizes[file]:
+                problems.append(f"{tensor.name} does not fit into {location}")
+            else:
+                yield tensor.name, External(file, offset, nbytes, dtype, shape)
+        if problems:
+            raise InputError.collect(self.path / GRAPH, problems[:20])
+
+    @cached_property
+    def _blocks(self) -> dict[str, tuple[int, int, int]]:
+        """Of quantised tensors: bits, values a block, and values a row."""
+        found = {}
+        for node in self.graph.graph.node:
+            if node.op_type == "MatMulNBits" and len(node.input) > 2:
+                values = {a.name: a.i for a in node.attribute}
+                name = node.input[1].removesuffix(PACKED)
+                found[name] = (values.get("bits", 4), values.get("block_size", 32), values.get("K", 0))
+        return found
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:  # type: ignore[override]
+        found = {}
+        for name, place in self._external.items():
+            if name.endswith(SCALES):
+                continue
+            plain = name.removesuffix(PACKED)
+            if plain == name:
+                found[name] = TensorInfo(name, place.dtype, place.shape, place.file)
+            elif plain in self._blocks:
+                bits, _, columns = self._blocks[plain]
+                found[plain] = TensorInfo(plain, f"INT{bits}", (place.shape[0], columns), place.file)
+        return found
+
+    @cached_property
+    def kinds(self) -> frozenset[str]:
+        """The types of the weights in products."""
+        return frozenset(info.dtype for info in self.tensors.values() if len(info.shape) == 2)
+
+    def _raw(self, name: str) -> np.ndarray[Any, Any]:
+        place = self._external[name]
+        dtype = np.dtype(np.uint8) if place.dtype == "U8" else numpy_dtype(place.dtype)
+        values = np.fromfile(place.file, dtype, place.nbytes // dtype.itemsize, offset=place.offset)
+        if values.nbytes != place.nbytes:
+            raise InputError(f"{place.file}: shrank while {name} was read")
+        return values.reshape(place.shape)
+
+    def read(self, name: str) -> np.ndarray[Any, Any]:
+        if name in self._external:
+            return self._raw(name)
+        bits, block, columns = self._blocks[name]
+        packed, scales = self._raw(name + PACKED), self._raw(name + SCALES)
+        if bits == 4:  # two values a byte, the first one in the low half
+            packed = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:2], block)
+        values = (packed.astype(np.float32) - 2 ** (bits - 1)) * scales[..., None]
+        return values.reshape(len(values), -1)[:, :columns]
+
+    def weight_files(self) -> list[Path]:
+        return [self.path / GRAPH, *sorted({place.file for place in self._external.values()})]
+
+    def side_files(self) -> dict[str, Path | bytes]:
+        return side_files_of(self.path)

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ONNX Runtime runtime: an ONNX folder on a CPU or a GPU, and the driver that makes a cache exact.
+
+A graph chooses the factor set by the last position of a call, so keys that were cached before a boundary were rotated
+with another set than those after it. Only reading the sequence anew at the boundary is exact, since the cached values
+of all layers but the first depend on those keys too. `policy` says which of the two is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from lrconvert.runtimes.base import Interpreter, WorkerSession
+
+WORKER = Path(__file__).with_name("onnxruntime_worker.py")
+
+Policy = Literal["exact", "cached"]
+
+
+class OnnxSession(WorkerSession):
+    """A folder, loaded. `boundaries`: the lengths after which its tier changes."""
+
+    def __init__(
+        self,
+        options: dict[str, Any],
+        *,
+        boundaries: Sequence[int],
+        python: str | None = None,
+        interpreter: Interpreter | None = None,
+    ) -> None:
+        self.boundaries = tuple(boundaries)
+        super().__init__(WORKER, options, python=python, interpreter=interpreter)
+
+    def __enter__(self) -> OnnxSession:
+        return self
+
+    def generate(
+        self, prompt: Sequence[int], new_tokens: int, *, policy: Policy = "exact"
+    ) -> tuple[list[int], np.ndarray]:
+        """Greedy tokens and the logits that chose them, [new_tokens, vocabulary]. "exact": the sequence is read anew
+        where it grows past a boundary; "cached": its cache goes on, as in other programs."""
+        request = {"do": "generate", "prompt": [int(token) for token in prompt], "new_tokens": new_tokens}
+        request["boundaries"] = list(self.boundaries) if policy == "exact" else []
+        answer = self._interpreter.ask(request)
+        return answer["tokens"], self._interpreter.array(answer["logits"])
+
+    def cos_sin(self, positions: Sequence[int], *, evaluator: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """What the rotary function alone makes of positions [n]: [n, d/2] each; by ONNX Runtime, or by
+        onnx.reference's `evaluator`."""
+        request = {"do": "function", "positions": [int(position) for position in positions], "evaluator": evaluator}
+        answer = self._interpreter.ask(request)
+        return self._interpreter.array(answer["cos"]), self._interpreter.array(answer["sin"])
+
+    def evaluated(self, tokens: Sequence[int], keep: Sequence[int]) -> np.ndarray:
+        """Logits of the whole graph by onnx.reference's evaluator (standard operators only)."""
+        request = {"do": "evaluated", "rows": [[int(token) for token in tokens]], "keep": [int(i) for i in keep]}
+        return self._interpreter.array(self._interpreter.ask(request)["logits"])[0]
+
+    def on_cpu(self) -> list[str]:
+        """Operators on floats that ran on the CPU although a GPU was asked for; of all calls so far."""
+        return self._interpreter.ask({"do": "placements"})["operators"]
+
+
+def open_session(
+    artifact: Path,
+    *,
+    boundaries: Sequence[int],
+    heads: int,
+    fused: bool,
+    device: str = "cpu",
+    dtype: str = "float32",
+    threads: int | None = None,
+    python: str | None = None,
+    interpreter: Interpreter | None = None,
+) -> OnnxSession:
+    """Load a folder. `heads` and `fused` (attention that keeps no scores) decide which prompts fit one call; `dtype`
+    is what a report calls it."""
+    options = {
+        "artifact": str(artifact.resolve()),
+        "device": device,
+        "dtype": dtype,
+        "threads": threads,
+        "heads": heads,
+        "fused": fused,
+        "placements": device != "cpu",
+    }
+    return OnnxSession(options, boundaries=boundaries, python=python, interpreter=interpreter)

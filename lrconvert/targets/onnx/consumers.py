@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files that programs around ONNX Runtime read: one folder serves all of them.
+
+onnxruntime-genai reads genai_config.json, optimum and transformers.js config.json, where transformers.js has a section
+of its own. What each of them really reads was measured: docs/onnx.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lrconvert.checkpoint import Model
+from lrconvert.errors import UsageError
+from lrconvert.rope import RopeSpec
+from lrconvert.targets.onnx.graph import Choices
+
+ONNX_FOLDER = "onnx"
+MODEL_FILE = "onnx/model.onnx"
+GENAI = "genai_config.json"
+# onnxruntime-genai computes a sequence anew when it steps onto the token after this length, by the model's type; whatever
+# the model's own window is (src/generators.cpp, InitializePhi3RopeThreshold).
+GENAI_REWINDS = {4096: "phi3", 8192: "phi3small"}
+# A shared buffer holds the caches of max_length tokens from the start: beyond this they had better grow.
+MAX_SHARED_BYTES = 2 * 2**30
+_CACHE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+
+
+def config_of(config: dict[str, Any], choices: Choices, files: int) -> dict[str, Any]:
+    """config.json of an artifact, from that of a Hugging Face one: no code of its own, and what transformers.js needs."""
+    edited = {key: value for key, value in config.items() if key not in ("auto_map", "transformers.js_config")}
+    # "fp32" is its name for the file without a suffix; the cache's type is said apart.
+    own: dict[str, Any] = {"dtype": "fp32", "use_external_data_format": files}
+    if choices.computing == "F16":
+        own["kv_cache_dtype"] = "float16"
+    return {**edited, "transformers.js_config": own}
+
+
+def genai_config(
+    model: Model, spec: RopeSpec, choices: Choices, generation: dict[str, Any], *, rewind: bool
+) -> dict[str, Any]:
+    """genai_config.json. `generation`: the source's generation_config.json."""
+    shape, config = model.shape, model.checkpoint.config
+    tokens = {key: generation.get(key, config.get(key)) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ends = tokens["eos_token_id"] if isinstance(tokens["eos_token_id"], list) else [tokens["eos_token_id"]]
+    end = next((token for token in ends if isinstance(token, int)), 0)
+    cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * _CACHE_BYTES[choices.computing] * spec.window
+    return {
+        "model": {
+            "type": _type(spec) if rewind else "llama",
+            "vocab_size": shape.vocab,
+            "context_length": spec.window,
+            "bos_token_id": tokens["bos_token_id"] if isinstance(tokens["bos_token_id"], int) else end,
+            "eos_token_id": tokens["eos_token_id"] if tokens["eos_token_id"] is not None else end,
+            "pad_token_id": tokens["pad_token_id"] if isinstance(tokens["pad_token_id"], int) else end,
+            "decoder": {
+                "filename": MODEL_FILE,
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "head_size": shape.head_dim,
+                "hidden_size": shape.hidden,
+                "num_attention_heads": shape.heads,
+                "num_key_value_heads": shape.kv_heads,
+                "num_hidden_layers": shape.layers,
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "position_ids": "position_ids",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {
+            "max_length": spec.window,
+            "past_present_share_buffer": choices.attention == "gqa" and cache <= MAX_SHARED_BYTES,
+            "do_sample": False,
+            "num_beams": 1,
+        },
+    }
+
+
+def _type(spec: RopeSpec) -> str:
+    """The model type that makes onnxruntime-genai compute anew at this recipe's boundary."""
+    if len(spec.boundaries) != 1 or spec.boundaries[0] not in GENAI_REWINDS:
+        wanted, found = " or ".join(map(str, GENAI_REWINDS)), ", ".join(map(str, spec.boundaries)) or "none"
+        raise UsageError(
+            f"--genai-rewind: onnxruntime-genai computes anew after {wanted} tokens only; the recipe's boundaries: {found}",
+            remedy="Leave it out; generation that crosses the boundary then keeps its cached keys",
+        )
+    return GENAI_REWINDS[spec.boundaries[0]]

@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoder as an ONNX graph, straight from the family's table: no torch, no tracing.
+
+Weights are initializers that point into a file which is written later; they keep their Hugging Face names, and
+their [out, in] layout (`Gemm` with transB: as fast as `MatMul` over transposed weights in ONNX Runtime, and a tied
+lm_head shares the embedding's bytes). The residual stream is [B·S, hidden]; only attention sees [B, S, …].
+
+Inputs: input_ids [B, S], attention_mask [B, past + S], position_ids [B, S], past_key_values.N.key|value
+[B, kv_heads, past, head_dim]. Outputs: logits [B, S, vocab] in float32, present.N.key|value.
+
+Two constants are there to be made inputs by who wants them (a graph input of the same name; `runtimes` does that):
+`num_logits_to_keep` (0: all), for long prompts, and `sequence_length` (0: unknown, see `rotary`), for prompts in parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from lrconvert.checkpoint import Model
+from lrconvert.checkpoint.onnx_folder import DOMAIN, MICROSOFT, TIED_HEAD
+from lrconvert.rope import RopeSpec
+from lrconvert.targets.onnx import rotary
+from lrconvert.targets.onnx.tensors import ONNX_TYPES, Stored
+
+Attention = Literal["gqa", "standard"]
+ADJUSTABLE = ("num_logits_to_keep", "sequence_length")
+DEFAULT_OPSET = 23  # the first with RotaryEmbedding, RMSNormalization and Attention
+LEFT_PADDED = "left-padded batches need an export with --attention standard"
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the graph is to be made of. `computing`: the dtype of activations and caches, a safetensors name."""
+
+    computing: str = "F32"
+    attention: Attention = "gqa"
+    opset: int = DEFAULT_OPSET
+    double: bool = True
+
+
+def build(model: Model, spec: RopeSpec, stored: Sequence[Stored], choices: Choices, *, producer: str) -> ModelProto:
+    """The whole model; `stored` says which initializers there are and where their bytes lie."""
+    graph = _Decoder(model, spec, stored, choices)
+    graph.write()
+    opsets = [helper.make_opsetid("", choices.opset), helper.make_opsetid(DOMAIN, rotary.VERSION)]
+    if any(node.domain == MICROSOFT for node in graph.nodes):
+        opsets.append(helper.make_opsetid(MICROSOFT, 1))
+    made = helper.make_graph(
+        graph.nodes, "decoder", graph.inputs(), graph.outputs(), graph.initializers(), value_info=graph.between
+    )
+    return helper.make_model(
+        made,
+        functions=[rotary.function(choices.opset, double=choices.double)],
+        opset_imports=opsets,
+        ir_version=helper.find_min_ir_version_for(opsets[:1]),
+        producer_name="lrconvert",
+        producer_version=producer,
+    )
+
+
+class _Decoder:
+    """Nodes in order. Methods that add some return the name of their result."""
+
+    def __init__(self, model: Model, spec: RopeSpec, stored: Sequence[Stored], choices: Choices) -> None:
+        self.model, self.shape, self.spec, self.choices = model, model.shape, spec, choices
+        self.type = ONNX_TYPES[choices.computing]
+        self.stored = {tensor.name: tensor for tensor in stored}
+        self.nodes: list[NodeProto] = []
+        self.between: list[Any] = []
+        self._constants: dict[str, TensorProto] = {}
+        self._scope: list[str] = []
+
+    # --- pieces ------------------------------------------------------------------------------------------
+
+    def op(
+        self, kind: str, *inputs: str, name: str, outputs: Sequence[str] = (), domain: str = "", **attributes
+    ) -> str:
+        full = ".".join([*self._scope, name])
+        results = list(outputs) or [full]
+        self.nodes.append(helper.make_node(kind, list(inputs), results, name=full, domain=domain, **attributes))
+        return results[0]
+
+    def constant(self, values: Any, dtype: Any = np.int64) -> str:
+        array = np.array(values, dtype)
+        name = f"constant.{array.dtype.name}.{'_'.join(map(str, array.reshape(-1).tolist()))}{'' if array.ndim else '.scalar'}"
+        self._constants.setdefault(name, numpy_helper.from_array(array, name))
+        return name
+
+    def weight(self, role: str, layer: int | None = None) -> str:
+        return self.model.roles[role, layer].name
+
+    def has(self, role: str, layer: int | None) -> bool:
+        return (role, layer) in self.model.roles
+
+    def linear(self, x: str, role: str, layer: int | None) -> str:
+        """x [n, in] → [n, out]."""
+        bias = [self.weight(f"{role}_bias", layer)] if self.has(f"{role}_bias", layer) else []
+        return self.product(x, self.weight(role, layer), bias, role)
+
+    def product(self, x: str, name: str, bias: list[str], label: str) -> str:
+        tensor = self.stored[name]
+        if tensor.bits is None:
+            return self.op("Gemm", x, name, *bias, name=label, transB=1)
+        rows, columns = tensor.shape
+        out = self.op(
+            "MatMulNBits", x, tensor.packed, tensor.scales, name=label if not bias else f"{label}.product",
+            domain=MICROSOFT, K=columns, N=rows, bits=tensor.bits, block_size=tensor.block,
+        )  # fmt: skip
+        return self.op("Add", out, *bias, name=label) if bias else out
+
+    def norm(self, x: str, role: str, layer: int | None) -> str:
+        return self.op("RMSNormalization", x, self.weight(role, layer), name=role, axis=-1, epsilon=self.shape.norm_eps)
+
+    # --- the graph ---------------------------------------------------------------------------------------
+
+    def write(self) -> None:
+        shape = self.shape
+        places = self.op("Shape", "input_ids", name="batch_and_length")
+        self.to_queries = self.op(
+            "Concat", places, self.constant([shape.heads * shape.head_dim]), name="q_shape", axis=0
+        )
+        self.to_keys = self.op(
+            "Concat", places, self.constant([shape.kv_heads * shape.head_dim]), name="kv_shape", axis=0
+        )
+        x = self._embedded()
+        self.nodes.append(
+            rotary.call(self.spec, "position_ids", "sequence_length", self.type, double=self.choices.double)
+        )
+        self._prepare_attention()
+        for layer in range(shape.layers):
+            self._scope = [f"layers.{layer}"]
+            x = self.op("Add", x, self._attention(self.norm(x, "attention_norm", layer), layer), name="after_attention")
+            x = self.op("Add", x, self._mlp(self.norm(x, "ffn_norm", layer), layer), name="after_ffn")
+        self._scope = []
+        self._logits(x)
+
+    def _embedded(self) -> str:
+        """[B·S, hidden]; with GQA, divided by zero where a batch is padded on the left."""
+        table = self.stored[self.weight("embedding")]
+        x = self.op("Gather", table.name, "input_ids", name="embedded")
+        if table.dtype != self.choices.computing:
+            x = self.op("Cast", x, name="embedded.widened", to=self.type)
+        if self.choices.attention == "gqa":
+            x = self.op("Div", x, self._refusal(), name="embedded.allowed")
+        return self.op("Reshape", x, self.constant([-1, self.shape.hidden]), name="embedded.flat")
+
+    def _refusal(self) -> str:
+        """One, or zero where a row begins with padding, which GroupQueryAttention would read as tokens: on a CPU the
+        lookup fails and its name says why; elsewhere all logits become NaN."""
+        first = self.op(
+            "Slice", "attention_mask", self.constant([0]), self.constant([1]), self.constant([1]), name="first_mask"
+        )
+        real = self.op("ReduceMin", first, name="all_begin", keepdims=0)
+        padded = self.op("Sub", self.constant(1), real, name="any_padded")
+        one = self.op("Gather", self.constant([1.0], np.float32), padded, name=LEFT_PADDED)
+        allowed = self.op(
+            "Mul", one, self.op("Cast", real, name="all_begin.float", to=TensorProto.FLOAT), name="allowed"
+        )
+        return (
+            allowed if self.type == TensorProto.FLOAT else self.op("Cast", allowed, name="allowed.cast", to=self.type)
+        )
+
+    def _prepare_attention(self) -> None:
+        """What all layers share: lengths for GQA, a mask for the standard operator."""
+        total = self.op("Shape", "attention_mask", name="total", start=1, end=2)
+        if self.choices.attention == "gqa":
+            self.total = self.op(
+                "Cast",
+                self.op("Squeeze", total, self.constant([0]), name="total.scalar"),
+                name="total_length",
+                to=TensorProto.INT32,
+            )
+            seen = self.op("ReduceSum", "attention_mask", self.constant([1]), name="seen", keepdims=0)
+            last = self.op("Sub", seen, self.constant([1]), name="last_seen")
+            self.seqlens = self.op("Cast", last, name="seqlens", to=TensorProto.INT32)
+            return
+        # Token i of this call sits at past + i: it sees what the mask allows before it, and itself (padding must
+        # see something, or it becomes NaN that later layers multiply with 0).
+        total_scalar = self.op("Squeeze", total, self.constant([0]), name="total.scalar")
+        length = self.op(
+            "Squeeze",
+            self.op("Shape", "input_ids", name="length", start=1, end=2),
+            self.constant([0]),
+            name="length.scalar",
+        )
+        past = self.op("Sub", total_scalar, length, name="past")
+        keys = self.op("Range", self.constant(0), total_scalar, self.constant(1), name="key_places")
+        queries = self.op("Range", past, total_scalar, self.constant(1), name="query_places")
+        queries = self.op("Unsqueeze", queries, self.constant([1]), name="query_places.column")
+        real = self.op(
+            "Cast",
+            self.op("Unsqueeze", "attention_mask", self.constant([1, 2]), name="mask.wide"),
+            name="mask.real",
+            to=TensorProto.BOOL,
+        )
+        before = self.op("And", self.op("Less", keys, queries, name="mask.before"), real, name="mask.visible")
+        self.mask = self.op("Or", before, self.op("Equal", keys, queries, name="mask.itself"), name="mask")
+
+    def _attention(self, x: str, layer: int) -> str:
+        shape, widths = self.shape, (self.shape.heads * self.shape.head_dim, self.shape.kv_heads * self.shape.head_dim)
+        if self.has("qkv", layer):
+            q, k, v = (f"layers.{layer}.{part}" for part in "qkv")
+            joined = self.linear(x, "qkv", layer)
+            self.op(
+                "Split",
+                joined,
+                self.constant([widths[0], widths[1], widths[1]]),
+                name="qkv.split",
+                outputs=(q, k, v),
+                axis=1,
+            )
+        else:
+            q, k, v = (self.linear(x, role, layer) for role in "qkv")
+        q, k = (self._rotated(part, role, layer) for part, role in ((q, "q"), (k, "k")))
+        v = self.op("Reshape", v, self.to_keys, name="v.wide")
+        past = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
+        present = [f"present.{layer}.{part}" for part in ("key", "value")]
+        mixed = f"layers.{layer}.mixed"
+        if self.choices.attention == "gqa":
+            self.op(
+                "GroupQueryAttention", q, k, v, *past, self.seqlens, self.total, name="attention", domain=MICROSOFT,
+                outputs=[mixed, *present], num_heads=shape.heads, kv_num_heads=shape.kv_heads,
+            )  # fmt: skip
+            # Shape inference knows nothing of that operator.
+            self.between.append(helper.make_tensor_value_info(mixed, self.type, ["batch", "length", widths[0]]))
+        else:
+            self.op(
+                "Attention", q, k, v, self.mask, *past, name="attention", outputs=[mixed, *present],
+                q_num_heads=shape.heads, kv_num_heads=shape.kv_heads,
+            )  # fmt: skip
+        flat = self.op("Reshape", mixed, self.constant([-1, widths[0]]), name="mixed.flat")
+        return self.linear(flat, "o", layer)
+
+    def _rotated(self, x: str, role: str, layer: int) -> str:
+        """q or k, normalised where the family does that: [B·S, heads · head_dim] → [B, S, heads · head_dim]."""
+        shape = self.shape
+        wide, heads = (self.to_queries, shape.heads) if role == "q" else (self.to_keys, shape.kv_heads)
+        if self.has(f"{role}_norm", layer):
+            by_head = self.op("Reshape", x, self.constant([-1, shape.head_dim]), name=f"{role}.by_head")
+            x = self.norm(by_head, f"{role}_norm", layer)
+        x = self.op("Reshape", x, wide, name=f"{role}.wide")
+        partial = {} if shape.rotary_dim == shape.head_dim else {"rotary_embedding_dim": shape.rotary_dim}
+        return self.op("RotaryEmbedding", x, "cos", "sin", name=f"{role}.rotated", num_heads=heads, **partial)
+
+    def _mlp(self, x: str, layer: int) -> str:
+        if self.has("gate_up", layer):
+            gate, up = f"layers.{layer}.gate", f"layers.{layer}.up"
+            self.op(
+                "Split",
+                self.linear(x, "gate_up", layer),
+                name="gate_up.split",
+                outputs=(gate, up),
+                axis=1,
+                num_outputs=2,
+            )
+        else:
+            gate, up = self.linear(x, "gate", layer), self.linear(x, "up", layer)
+        silu = self.op("Mul", gate, self.op("Sigmoid", gate, name="gate.sigmoid"), name="gate.silu")
+        return self.linear(self.op("Mul", silu, up, name="gated"), "down", layer)
+
+    def _logits(self, x: str) -> None:
+        """Of the last `num_logits_to_keep` tokens; −0 is 0, so that 0 keeps all."""
+        shape = self.shape
+        whole = self.op("Shape", "input_ids", name="batch", start=0, end=1)
+        x = self.op(
+            "Reshape",
+            x,
+            self.op("Concat", whole, self.constant([-1, shape.hidden]), name="hidden_shape", axis=0),
+            name="hidden",
+        )
+        begin = self.op(
+            "Reshape", self.op("Neg", "num_logits_to_keep", name="kept.from_end"), self.constant([1]), name="kept.begin"
+        )
+        x = self.op("Slice", x, begin, self.constant([2**63 - 1]), self.constant([1]), name="hidden.kept")
+        x = self.norm(x, "final_norm", None)
+        x = self.op("Reshape", x, self.constant([-1, shape.hidden]), name="final.flat")
+        tied = TIED_HEAD if TIED_HEAD in self.stored else self.weight("embedding")
+        x = self.product(x, tied if shape.tied else self.weight("lm_head"), [], "lm_head")
+        to = self.op("Concat", whole, self.constant([-1, shape.vocab]), name="logits_shape", axis=0)
+        if self.type == TensorProto.FLOAT:
+            self.op("Reshape", x, to, name="logits")
+        else:
+            self.op("Cast", self.op("Reshape", x, to, name="logits.narrow"), name="logits", to=TensorProto.FLOAT)
+
+    # --- the outside -------------------------------------------------------------------------------------
+
+    def inputs(self) -> list[Any]:
+        ids = [
+            helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "length"]),
+            helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["batch", "total"]),
+            helper.make_tensor_value_info("position_ids", TensorProto.INT64, ["batch", "length"]),
+        ]
+        return [*ids, *self._caches("past_key_values", "past")]
+
+    def outputs(self) -> list[Any]:
+        logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "kept", self.shape.vocab])
+        return [logits, *self._caches("present", "total")]
+
+    def _caches(self, prefix: str, length: str) -> Iterable[Any]:
+        dims = ["batch", self.shape.kv_heads, length, self.shape.head_dim]
+        names = [f"{prefix}.{layer}.{part}" for layer in range(self.shape.layers) for part in ("key", "value")]
+        return [helper.make_tensor_value_info(name, self.type, dims) for name in names]
+
+    def initializers(self) -> list[TensorProto]:
+        defaults = [numpy_helper.from_array(np.array(0, np.int64), name) for name in ADJUSTABLE]
+        weights = [proto for tensor in self.stored.values() for proto in tensor.protos()]
+        return [*weights, *self._constants.values(), *defaults]

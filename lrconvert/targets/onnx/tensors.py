@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the weight files hold: which tensor in which type, where its bytes lie, and how they are made.
+
+A float tensor is one initializer with its Hugging Face name. A quantised one, [out, in], is two, in the layout of
+ONNX Runtime's MatMulNBits: NAME.packed [out, blocks, bytes of a block] and NAME.scales [out, blocks], symmetric
+blocks of 32 values along `in`, rounded by ONNX Runtime's own function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from onnx import TensorProto
+
+from lrconvert.ahead import Job
+from lrconvert.checkpoint import Checkpoint, Model
+from lrconvert.checkpoint.adapter import Part
+from lrconvert.checkpoint.base import numpy_dtype
+from lrconvert.checkpoint.blocks import BlockReader, cast_block
+from lrconvert.checkpoint.onnx_folder import PACKED, SCALES, TIED_HEAD
+from lrconvert.errors import require
+
+ONNX_TYPES = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "BF16": TensorProto.BFLOAT16}
+BLOCK = 32
+# A page: what the ONNX documentation recommends, so that a file can be mapped.
+ALIGNMENT = 4096
+# A browser holds a file in one buffer, which can't have more; transformers.js fetches model.onnx_data_1 and so on.
+MAX_FILE_BYTES = 2 * 10**9
+DATA_FILE = "model.onnx_data"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of the checkpoint as it is stored: plain in `dtype`, or quantised to `bits`. `file` and `offset`:
+    where its bytes begin; the scales follow the packed values."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    bits: int | None = None
+    block: int = BLOCK
+    file: str = ""
+    offset: int = 0
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.shape[-1] // self.block)
+
+    @property
+    def packed(self) -> str:
+        return self.name + PACKED
+
+    @property
+    def scales(self) -> str:
+        return self.name + SCALES
+
+    @property
+    def packed_shape(self) -> tuple[int, int, int]:
+        return self.shape[0], self.blocks, self.block * (self.bits or 0) // 8
+
+    @property
+    def parts(self) -> list[tuple[str, int, tuple[int, ...], int]]:
+        """Name, ONNX type, shape and bytes of each initializer, in the order of the file."""
+        if self.bits is None:
+            count = int(np.prod(self.shape, dtype=np.int64))
+            return [(self.name, ONNX_TYPES[self.dtype], self.shape, count * numpy_dtype(self.dtype).itemsize)]
+        scales = (self.shape[0], self.blocks)
+        return [
+            (self.packed, TensorProto.UINT8, self.packed_shape, int(np.prod(self.packed_shape, dtype=np.int64))),
+            (self.scales, TensorProto.FLOAT, scales, 4 * scales[0] * scales[1]),
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        """With the padding after every part."""
+        return sum(size + -size % ALIGNMENT for *_, size in self.parts)
+
+    def protos(self) -> Iterator[TensorProto]:
+        """The initializers, pointing into the file."""
+        offset = self.offset
+        for name, kind, shape, size in self.parts:
+            proto = TensorProto(name=name, data_type=kind, dims=shape, data_location=TensorProto.EXTERNAL)
+            for key, value in (("location", self.file), ("offset", offset), ("length", size)):
+                proto.external_data.add(key=key, value=str(value))
+            yield proto
+            offset += size + -size % ALIGNMENT
+
+
+def lay_out(model: Model, dtype: str, bits: int | None) -> list[Stored]:
+    """Every tensor that the graph reads, in file order, with its place. `dtype` is that of plain tensors; with `bits`
+    the linear layers are quantised, lm_head to 8 bits whatever the others have, and the embedding is float16."""
+    found = []
+    for (role, _), tensor in model.roles.items():
+        if role == "lm_head" and model.shape.tied:
+            continue
+        stored = Stored(tensor.name, tensor.shape, dtype)
+        if bits is not None and role == "embedding":
+            found.append(replace(stored, dtype="F16"))
+            if model.shape.tied:
+                found.append(replace(stored, name=TIED_HEAD, bits=8))
+            continue
+        if bits is not None and len(tensor.shape) == 2:
+            stored = replace(stored, bits=8 if role == "lm_head" else bits)
+        found.append(stored)
+    return list(_placed(found))
+
+
+def _placed(tensors: Sequence[Stored]) -> Iterator[Stored]:
+    number, offset = 0, 0
+    for tensor in tensors:
+        if offset and offset + tensor.nbytes > MAX_FILE_BYTES:
+            number, offset = number + 1, 0
+        yield replace(tensor, file=f"{DATA_FILE}_{number}" if number else DATA_FILE, offset=offset)
+        offset += tensor.nbytes
+
+
+def files_of(tensors: Sequence[Stored]) -> dict[str, list[Stored]]:
+    """File name to its tensors, in order."""
+    found: dict[str, list[Stored]] = {}
+    for tensor in tensors:
+        found.setdefault(tensor.file, []).append(tensor)
+    return found
+
+
+# --- bytes -----------------------------------------------------------------------------------------------
+
+
+def jobs(checkpoint: Checkpoint, tensors: Sequence[Stored], *, sources: dict[str, str]) -> Iterator[Job]:
+    """Functions that make the tensors' bytes block by block, padding included, each with about how many it makes.
+    `sources`: the checkpoint's name of a tensor, where it is another one."""
+    reader = BlockReader(checkpoint)
+    for tensor in tensors:
+        name = sources.get(tensor.name, tensor.name)
+        parts = reader.parts(name, tensor.shape)
+        if tensor.bits is not None:
+            yield partial(_quantised, tensor, parts), tensor.nbytes
+            continue
+        for index, part in enumerate(parts):
+            last = index == len(parts) - 1
+            yield partial(_plain, tensor, part, checkpoint.path, padded=last), tensor.nbytes // len(parts)
+
+
+def _plain(tensor: Stored, part: Part, source: Path, *, padded: bool) -> memoryview:
+    block = cast_block(part(), tensor.dtype, tensor.name, source).reshape(-1).view(np.uint8)
+    if padded:
+        ((*_, size),) = tensor.parts
+        block = np.concatenate([block, np.zeros(-size % ALIGNMENT, np.uint8)])
+    return block.data
+
+
+def _quantised(tensor: Stored, parts: Sequence[Part]) -> memoryview:
+    """The packed values and the scales of a whole tensor; float32 copies are no larger than a block of rows."""
+    packed = np.zeros(tensor.packed_shape, np.uint8)
+    scales = np.zeros(packed.shape[:2], np.float32)
+    row = 0
+    for part in parts:
+        for values in _row_blocks(part()):
+            end = row + len(values)
+            packed[row:end], scales[row:end] = quantise(values, tensor.bits or 0, tensor.block)
+            row = end
+    whole = []
+    for array in (packed.reshape(-1), scales.reshape(-1).view(np.uint8)):
+        whole += [array, np.zeros(-array.nbytes % ALIGNMENT, np.uint8)]
+    return np.concatenate(whole).data
+
+
+def _row_blocks(values: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
+    step = max(1, 2**22 // values.shape[1])
+    return (values[start : start + step] for start in range(0, len(values), step))
+
+
+def quantise(values: np.ndarray[Any, Any], bits: int, block: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Rows [n, in] to packed values [n, blocks, bytes] and scales [n, blocks], by ONNX Runtime's own function."""
+    native = require("onnxruntime.capi._pybind_state", "onnx", "quantisation")
+    rows, columns = values.shape
+    blocks = -(-columns // block)
+    packed = np.zeros((rows, blocks, block * bits // 8), np.uint8)
+    scales = np.zeros(rows * blocks, np.float32)
+    zero_points = np.zeros(rows * blocks, np.uint8)  # not written: the rounding is symmetric
+    transposed = np.ascontiguousarray(values.astype(np.float32).T)
+    function = {4: native.quantize_matmul_4bits, 8: native.quantize_matmul_8bits}[bits]
+    function(packed, transposed, scales, zero_points, block, rows, columns, True)
+    return packed, scales.reshape(rows, blocks)

@@ -171,6 +171,14 @@ class OnnxCheckpoint(Checkpoint):
         """The types of the weights in products."""
         return frozenset(info.dtype for info in self.tensors.values() if len(info.shape) == 2)
 
+    @property
+    def computing(self) -> str:
+        """What products are computed with, as `tolerances` calls it."""
+        quantised = sorted(kind for kind in self.kinds if kind.startswith("INT"))
+        if quantised:
+            return quantised[0]
+        return next((kind for kind in ("BF16", "F16") if kind in self.kinds), "F32")
+
     def _raw(self, name: str) -> np.ndarray[Any, Any]:
         place = self._external[name]
         dtype = np.dtype(np.uint8) if place.dtype == "U8" else numpy_dtype(place.dtype)

@@ -27,8 +27,8 @@ from lrconvert.cli import _output as out
 )
 @click.option(
     "--runtime",
-    type=click.Choice(["transformers", "mlx", "llama.cpp", "vllm"]),
-    help="What runs the artifact; default: transformers for a folder, llama.cpp for a GGUF. mlx-lm and vLLM live in "
+    type=click.Choice(["transformers", "mlx", "llama.cpp", "onnxruntime", "vllm"]),
+    help="What runs the artifact; default: transformers, llama.cpp for a GGUF, onnxruntime for an ONNX folder. mlx-lm and vLLM live in "
     "environments of their own: name one with --python.",
 )
 @click.option("--full", is_flag=True, help="Consecutive positions at every length and every decode, however long.")
@@ -65,13 +65,16 @@ def command(
     lrconvert verify my-model --runtime vllm --python vllm-env/bin/python
     """
     from lrconvert.errors import ParityError, UsageError, require
-    from lrconvert.parity import Options, kind_of, verify
+    from lrconvert.parity import Options, kind_of, own_runtime, verify
 
-    gguf = kind_of(artifact) == "gguf"
-    if codes and (gguf or runtime not in (None, "transformers")):
-        asked = runtime or "llama.cpp"
+    kind = kind_of(artifact)
+    if codes and (kind != "hf" or runtime not in (None, "transformers")):
+        asked = runtime or own_runtime(kind)
         raise UsageError(f"--code chooses among what transformers runs; --runtime {asked} has one code")
-    for module in ("torch",) if gguf else ("torch", "transformers"):
+    if kind == "onnx":
+        for module in ("onnx", "onnxruntime"):
+            require(module, "onnx", "verify")
+    for module in ("torch", "transformers") if kind == "hf" else ("torch",):
         require(module, "hf", "verify")
     options = Options(device, dtype, codes or None, full, python, threads, runtime=runtime, library=library, kv=kv)
     with out.spinner(quiet=as_json) as progress:

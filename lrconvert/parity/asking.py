@@ -14,16 +14,18 @@ from lrconvert.errors import InputError
 from lrconvert.expressible import by_context, project
 from lrconvert.parity.cases import DECODED, Case, build_cases, kept, stream
 from lrconvert.parity.codes import Code, Options
+from lrconvert.parity.graph import graph_rows
 from lrconvert.parity.judge import Judge, kept_of_batch
 from lrconvert.parity.measures import Measures, compare, merge
 from lrconvert.parity.nearest import nearest
 from lrconvert.parity.promise import lost
 from lrconvert.parity.report import Report, Row, judged
 from lrconvert.parity.tokens import tokenisation_of
-from lrconvert.parity.tolerances import tolerance_for
+from lrconvert.parity.tolerances import Tolerance, tolerance_for
 from lrconvert.rope import RopeSpec
 from lrconvert.runtimes.base import Session
 from lrconvert.runtimes.llama_cpp import LlamaSession
+from lrconvert.runtimes.onnxruntime import OnnxSession
 
 Progress = Callable[[str], None]
 
@@ -58,7 +60,10 @@ def ask_code(run: Run, code: Code, spec: RopeSpec, judge: Judge, dtype: str) -> 
         report.runtimes[code.name] = session.info
         for case in cases:
             run.say(f"{code.name} code: {case.name}")
-            report.rows.append(_row(code, case, projected, judge, session, dtype))
+            report.rows += _rows(code, case, projected, judge, session, dtype)
+        if isinstance(session, OnnxSession):
+            run.say(f"{code.name} code: the graph itself")
+            report.rows += graph_rows(artifact, session, projected, judge)
         if isinstance(session, LlamaSession):
             run.say(f"{code.name} code: tokenisation")
             report.rows += tokenisation_of(judge.model.checkpoint, session)
@@ -72,15 +77,32 @@ def ask_code(run: Run, code: Code, spec: RopeSpec, judge: Judge, dtype: str) -> 
         report.rows += lost(code.name, spec, projected, judge, options.budget)
 
 
-def _row(code: Code, case: Case, spec: RopeSpec, judge: Judge, session: Session, dtype: str) -> Row:
+def _rows(code: Code, case: Case, spec: RopeSpec, judge: Judge, session: Session, dtype: str) -> list[Row]:
     if case.skipped:
-        return Row(code.name, case.name, "skipped", length=case.length, reason=case.skipped)
+        return [Row(code.name, case.name, "skipped", length=case.length, reason=case.skipped)]
+    tolerance = tolerance_for(code.name, dtype, case.length)
     try:
+        if case.cached:
+            return _cached_rows(code, case, spec, judge, session, tolerance)
         measures = _ask(case, spec, judge, session)
     except InputError as error:
-        return Row(code.name, case.name, "fail", length=case.length, reason=error.message)
-    tolerance = tolerance_for(code.name, dtype, case.length)
-    return judged(code.name, case.name, case.length, measures, tolerance, known=case.known)
+        return [Row(code.name, case.name, "fail", length=case.length, reason=error.message)]
+    return [judged(code.name, case.name, case.length, measures, tolerance, known=case.known)]
+
+
+def _cached_rows(
+    code: Code, case: Case, spec: RopeSpec, judge: Judge, session: Session, tolerance: Tolerance
+) -> list[Row]:
+    """Decoding with keys from before a boundary: against the reference that keeps them too, and what that costs."""
+    assert isinstance(session, OnnxSession)
+    prompt = stream(judge.model.shape.vocab, case.lengths[0])
+    tokens, answers = session.generate(prompt.tolist(), DECODED, policy="cached")
+    same, exact = (compare(judge.decoded(spec, prompt, tokens, cached=kept), answers) for kept in (True, False))
+    cost = "what a cache costs that is kept across the boundary, against the exact answer"
+    return [
+        judged(code.name, case.name, case.length, same, tolerance),
+        Row(code.name, f"{case.name}, against exact", "known", length=case.length, reason=cost, **vars(exact)),
+    ]
 
 
 def _ask(case: Case, spec: RopeSpec, judge: Judge, session: Session) -> Measures:

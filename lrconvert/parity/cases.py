@@ -36,10 +36,13 @@ class Budget:
 class Asking:
     """What a runtime can be asked. Tokens at `any` positions, or only at a `run` of consecutive ones wherever it
     starts, or only whole prompts (`none`), one at a time: no tokens spread over a length, no batch. `reserved`:
-    tokens of the window that a prompt may not take."""
+    tokens of the window that a prompt may not take; `padded`: rows of a batch may differ in length; `caches`: asked
+    to, it goes on with keys that were cached for another tier."""
 
     positions: Literal["any", "run", "none"] = "any"
     reserved: int = 0
+    padded: bool = True
+    caches: bool = False
 
 
 ANYTHING = Asking()
@@ -61,6 +64,7 @@ class Case:
     spread: bool = False
     run: bool = False  # spread, but as consecutive positions that end at the length
     context: int | None = None
+    cached: bool = False  # keys from before a boundary are kept, as they were rotated then
     # What the code is known to get wrong, whatever the recipe: measured and shown, not judged.
     known: str | None = None
     skipped: str | None = None
@@ -112,8 +116,9 @@ def build_cases(
     edges = spec.boundaries if edges is None else edges
     cases = list(_lengths(spec, budget, asking, edges))
     if asking.positions != "none":
-        cases += _batches(spec, capability)
-    cases += [_decode(boundary, capability, budget) for boundary in edges]
+        cases += _batches(spec, capability, asking)
+    for boundary in edges:
+        cases += _decodes(boundary, capability, budget, asking)
     if capability.context_step:
         yield from (replace(case, context=_room(case, spec)) for case in cases)
         yield from _contexts(spec)
@@ -174,9 +179,12 @@ def _lengths(spec: RopeSpec, budget: Budget, asking: Asking, edges: Sequence[int
             yield Case(name, "forward", (length,), spread=spread, run=spread and asking.positions == "run")
 
 
-def _batches(spec: RopeSpec, capability: Capability) -> Iterator[Case]:
+def _batches(spec: RopeSpec, capability: Capability, asking: Asking) -> Iterator[Case]:
     """Left padding within the first tier, and with rows on both sides of the first boundary."""
     within = min(spec.tiers[0].max_length, 256)
+    if not asking.padded:
+        yield Case("batch", "batch", (within,) * 3)
+        return
     name = "several sequences" if capability.context_step else "batch, left-padded"
     yield Case(name, "batch", (within, max(2, within // 2), max(1, within // 5)))
     short = spec.tiers[0].max_length
@@ -185,9 +193,14 @@ def _batches(spec: RopeSpec, capability: Capability) -> Iterator[Case]:
         yield Case("batch across the boundary", "batch", (short + 3, short - 3), known=known)
 
 
-def _decode(boundary: int, capability: Capability, budget: Budget) -> Case:
+def _decodes(boundary: int, capability: Capability, budget: Budget, asking: Asking) -> Iterator[Case]:
     known = None if capability.switches else "keys cached before the boundary keep the short set"
     skipped = None
     if boundary > budget.decode:
         skipped = f"a prompt of {boundary} tokens is beyond this device's budget; use --device cuda or --full"
-    return Case(f"decode across {boundary}", "decode", (boundary - AROUND,), known=known, skipped=skipped)
+    prompt, name = (boundary - AROUND,), f"decode across {boundary}"
+    if not asking.caches:
+        yield Case(name, "decode", prompt, known=known, skipped=skipped)
+        return
+    yield Case(f"{name}, read anew", "decode", prompt, skipped=skipped)
+    yield Case(f"{name}, cached keys", "decode", prompt, cached=True, skipped=skipped)

@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Literal
 
 from lrconvert.checkpoint import read_json
+from lrconvert.checkpoint.onnx_folder import GRAPH, OnnxCheckpoint
 from lrconvert.errors import UsageError
-from lrconvert.expressible import CUSTOM_HF, LLAMA_CPP, MLX, VLLM, Capability, native_hf
+from lrconvert.expressible import CUSTOM_HF, LLAMA_CPP, MLX, ONNX, VLLM, Capability, native_hf
 from lrconvert.families import Family
 from lrconvert.parity.cases import ANYTHING, CPU, GPU, GPU_FLOAT32, Asking, Budget
-from lrconvert.runtimes import llama_cpp, mlx, transformers, vllm
+from lrconvert.runtimes import llama_cpp, mlx, onnxruntime, transformers, vllm
 from lrconvert.runtimes.base import Interpreter, WorkerSession
 from lrconvert.runtimes.llama_library import find_library
 
-Kind = Literal["hf", "gguf"]  # of artifacts: a folder, a file
+Kind = Literal["hf", "gguf", "onnx"]  # of artifacts: a folder, a file, a folder with a graph
 
+# Types whose products are so exact that a bound sees every mistake, where types vary within a kind of artifact.
+EXACT: dict[Kind, tuple[str, ...]] = {"gguf": ("F32",), "onnx": ("F32", "F16", "BF16")}
 ALL_LAYERS = 999
 UNLIMITED = Budget(dense=2**31, decode=2**31)
 
@@ -62,7 +65,7 @@ class Code:
 
     def coarse(self, dtype: str) -> bool:
         """Whether the noise of its products may hide a small mistake from a bound."""
-        return self.runs == "gguf" and dtype != "F32"
+        return dtype not in EXACT.get(self.runs, (dtype,))
 
 
 def _transformers(custom: bool) -> Callable[[Path, Options], WorkerSession]:
@@ -105,20 +108,38 @@ def _llama_cpp(artifact: Path, options: Options) -> WorkerSession:
     )
 
 
+def _onnxruntime(artifact: Path, options: Options) -> WorkerSession:
+    stored = OnnxCheckpoint(artifact)
+    return onnxruntime.open_session(
+        artifact,
+        boundaries=[tier.max_length for tier in stored.tiers[:-1]],
+        heads=int(stored.config["num_attention_heads"]),
+        fused=stored.attention == "gqa",
+        device=options.device,
+        dtype=", ".join(sorted(stored.kinds)),
+        threads=options.threads,
+        python=options.python,
+        interpreter=options.interpreter,
+    )
+
+
 CODES = (
     Code("native", "transformers", native_hf, _transformers(custom=False)),
     Code("custom", "transformers", lambda family: CUSTOM_HF, _transformers(custom=True), needs="auto_map"),
     Code("mlx", "mlx", lambda family: MLX, _mlx, Asking("none")),
     # vLLM serves no prompt that leaves no room for one more token.
     Code("llama.cpp", "llama.cpp", lambda family: LLAMA_CPP, _llama_cpp, Asking("run"), runs="gguf"),
+    Code("onnxruntime", "onnxruntime", lambda family: ONNX, _onnxruntime, Asking(caches=True), runs="onnx"),
     Code("vllm", "vllm", lambda family: VLLM, _vllm, Asking("none", reserved=1)),
 )
 RUNTIMES = tuple(dict.fromkeys(code.runtime for code in CODES))
 
 
 def kind_of(artifact: Path) -> Kind:
-    """By its name: a GGUF file, or a folder."""
-    return "gguf" if artifact.suffix == ".gguf" and not artifact.is_dir() else "hf"
+    """A GGUF file by its name, a folder by what lies in it."""
+    if artifact.suffix == ".gguf" and not artifact.is_dir():
+        return "gguf"
+    return "onnx" if (artifact / GRAPH).is_file() and not any(artifact.glob("*.safetensors")) else "hf"
 
 
 def own_runtime(kind: Kind) -> str:

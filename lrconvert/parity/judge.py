@@ -54,7 +54,7 @@ class Judge:
             if self._prepared(spec.tiers[tier], longest, indices) is not None:
                 continue
             reach = spec.tiers[tier].max_length
-            logits = self._ask(spec, stream(self.model.shape.vocab, longest), reach, indices)
+            logits = self.answer(spec, stream(self.model.shape.vocab, longest), reach, indices)
             self._dense.append((spec.tiers[tier], longest, indices, logits))
 
     def _prepared(self, tier: Tier, length: int, wanted: np.ndarray | None = None) -> np.ndarray | None:
@@ -65,9 +65,20 @@ class Judge:
                 return logits[np.searchsorted(indices, wanted)]
         return None
 
-    def _ask(self, spec: RopeSpec, tokens: Sequence[int] | np.ndarray, length: int, keep: np.ndarray) -> np.ndarray:
+    def answer(self, spec: RopeSpec, tokens: Sequence[int] | np.ndarray, length: int, keep: np.ndarray) -> np.ndarray:
+        """Logits of a sequence at `keep`, with the tier of a `length`."""
         self._rotate_like(spec)
         return self._reference.logits(tokens, length=length, keep=keep)
+
+    def cos_sin(self, spec: RopeSpec, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """cos and sin, [n, d/2] each, in float64; the largest position chooses the tier."""
+        import torch
+
+        self._rotate_like(spec)
+        rotation = self._reference.rotation
+        chosen = rotation.choose(int(positions.max()) + 1)
+        cos, sin = rotation.tables(torch.from_numpy(positions), chosen, torch.float64)
+        return cos.numpy(), sin.numpy()
 
     def forward(self, spec: RopeSpec, case: Case, row: int = 0) -> np.ndarray:
         """Logits of a row of a forward or batch case at `kept` of its tokens."""
@@ -82,7 +93,7 @@ class Judge:
             ready = self._prepared(spec.tier_for(chooses), length)
             if ready is not None:
                 return ready
-        return self._ask(spec, stream(self.model.shape.vocab, length, row), chooses, kept_of_batch(case, row))
+        return self.answer(spec, stream(self.model.shape.vocab, length, row), chooses, kept_of_batch(case, row))
 
     def shifted(self, spec: RopeSpec, case: Case) -> np.ndarray:
         """Logits after each of the `DECODED` tokens that follow when the oldest are forgotten. Only distances
@@ -94,20 +105,30 @@ class Judge:
         return self._reference.logits(tokens, length=case.context or read, keep=keep, forgotten=(case.dropped, read))
 
     def decoded(
-        self, spec: RopeSpec, prompt: np.ndarray, tokens: Sequence[int], *, context: int | None = None
+        self,
+        spec: RopeSpec,
+        prompt: np.ndarray,
+        tokens: Sequence[int],
+        *,
+        context: int | None = None,
+        cached: bool = False,
     ) -> np.ndarray:
         """Logits that should have chosen each of `tokens` after `prompt`: at every length, a fresh forward pass
         with the tier of that length, or of the `context` (one pass a tier, since a prefix computes what it
-        computes)."""
+        computes). `cached`: each token's key keeps the rotation of the length at which it was read."""
         sequence = np.concatenate([prompt, np.asarray(tokens[:-1], dtype=np.int64)])
         ends = np.arange(len(prompt), len(sequence) + 1)  # the lengths whose last logits count
+        if cached:
+            self._rotate_like(spec)
+            lengths = np.maximum(np.arange(len(sequence)) + 1, len(prompt))
+            return self._reference.logits(sequence, length=lengths, keep=ends - 1)
         groups: dict[Tier, list[int]] = {}
         for end in ends.tolist():
             groups.setdefault(spec.tier_for(context or end), []).append(end)
         rows: dict[int, np.ndarray] = {}
         for lengths in groups.values():
             longest = max(lengths)
-            answer = self._ask(spec, sequence[:longest], context or longest, np.asarray(lengths) - 1)
+            answer = self.answer(spec, sequence[:longest], context or longest, np.asarray(lengths) - 1)
             rows |= dict(zip(lengths, answer, strict=True))
         return np.stack([rows[end] for end in ends.tolist()])
 

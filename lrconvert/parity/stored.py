@@ -19,6 +19,7 @@ import numpy as np
 from lrconvert.checkpoint import Checkpoint, Model
 from lrconvert.checkpoint.gguf import GgufCheckpoint
 from lrconvert.checkpoint.gguf_config import LONG, SHORT, STATIC
+from lrconvert.checkpoint.onnx_folder import TIED_HEAD
 from lrconvert.errors import InputError
 from lrconvert.parity.cases import Budget
 from lrconvert.parity.judge import Judge
@@ -35,7 +36,7 @@ FLOAT32 = 1e-6  # metadata and factors are float32: one rounding
 class StoredWeights(Checkpoint):
     """The weights of a file, for a model whose config and tokenizer are believed more than the file's."""
 
-    def __init__(self, model: Model, stored: GgufCheckpoint) -> None:
+    def __init__(self, model: Model, stored: Checkpoint) -> None:
         self._stored, self._source = stored, model.checkpoint
         self.path, self.format, self.config = stored.path, stored.format, model.checkpoint.config
         self.tensors = stored.tensors
@@ -50,7 +51,7 @@ class StoredWeights(Checkpoint):
         return self._source.side_files()
 
 
-def on_stored_weights(model: Model, stored: GgufCheckpoint) -> Model:
+def on_stored_weights(model: Model, stored: Checkpoint) -> Model:
     """The model with the file's weights. `InputError` where one is missing or has another shape."""
     problems = []
     for tensor in model.roles.values():
@@ -61,7 +62,15 @@ def on_stored_weights(model: Model, stored: GgufCheckpoint) -> Model:
             problems.append(f"{tensor.name} has shape {list(found.shape)}; the model has {list(tensor.shape)}")
     if problems:
         raise InputError.collect(stored.path, problems)
-    return replace(model, checkpoint=StoredWeights(model, stored))
+    found = replace(model, checkpoint=StoredWeights(model, stored))
+    return _untied(found) if model.shape.tied and TIED_HEAD in stored.tensors else found
+
+
+def _untied(model: Model) -> Model:
+    """A tied model that was quantised: the product of its last layer has weights of its own."""
+    embedding = model.roles["embedding", None]
+    head = replace(embedding, role="lm_head", name=TIED_HEAD)
+    return replace(model, shape=replace(model.shape, tied=False), roles={**model.roles, ("lm_head", None): head})
 
 
 def computing(stored: GgufCheckpoint) -> str:
@@ -127,7 +136,7 @@ def _rope(stored: GgufCheckpoint, spec: RopeSpec, static: bool) -> Iterator[str]
 # --- weights ---------------------------------------------------------------------------------------------
 
 
-def check_weights(stored: GgufCheckpoint, model: Model) -> tuple[list[Row], bool]:
+def check_weights(stored: Checkpoint, model: Model) -> tuple[list[Row], bool]:
     """Whether the file's weights are the model's, as closely as their types can say; and whether they are equal.
 
     The error of a tensor is the norm of the difference over the norm of the tensor; rows that lie in another

@@ -81,8 +81,27 @@ def _llama_cpp() -> tuple[Tolerance, ...]:
     )
 
 
+def _onnxruntime() -> tuple[Tolerance, ...]:
+    """ONNX Runtime on the weights of the folder, angles in float64 or from tables: no row depends on the length."""
+    exact = "cos and sin are rounded once, to float32: 2e-12 on the embedded model, at any position"
+    half = "float16 products and caches, cos and sin rounded to float16 (2.4e-4): {}"
+    quantised = "activations are rounded to 8 bits {}: {} on the embedded model"
+    return (
+        Tolerance("onnxruntime", "F32", ANY, 1e-9, 1e-7, exact),
+        Tolerance("onnxruntime", "F16", ANY, 1e-4, 1e-2, half.format("…")),
+        Tolerance("onnxruntime", "BF16", ANY, 2e-2, 5e-1, "bfloat16 products: 2.1e-3 on a pico model (CUDA)"),
+        Tolerance("onnxruntime", "INT8", ANY, 5e-2, 2.0, quantised.format("in all products", "…")),
+        Tolerance("onnxruntime", "INT4", ANY, 5e-3, 0.5, quantised.format("in the last product alone", "…")),
+    )
+
+
+# Of the rotary function alone, the largest difference of cos or sin: float32 holds 6e-8 of an attention factor near 1.
+# Float32 angles are off by 2.5e-5 at 4k and by 2.5e-3 at 256k.
+COS_SIN_ERROR = 1e-6
+
 TOLERANCES = (
     *_llama_cpp(),
+    *_onnxruntime(),
     Tolerance("custom", "float32", ANY, 1e-8, 1e-6, _FP64_ANGLES),
     Tolerance("native", "float32", 1024, 1e-8, 1e-6, _FP32_ANGLES.format("still exact enough here")),
     Tolerance("native", "float32", 16384, 1e-6, 1e-4, _FP32_ANGLES.format("cos off by 5.8e-4 at 8k")),
@@ -110,6 +129,8 @@ WEIGHT_ERRORS = {
     "BF16": 4e-3,
     "F16": 5e-4,
     "Q8_0": 2e-2,
+    "INT8": 2e-2,
+    "INT4": 2e-1,
     "Q6_K": 5e-2,
     "Q5_K": 1e-1,
     "Q5_1": 1e-1,

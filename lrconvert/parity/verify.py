@@ -11,7 +11,8 @@ from typing import Any
 from lrconvert.checkpoint import Model, describe_source, open_model, read_json
 from lrconvert.checkpoint.adapter import merged, open_adapter
 from lrconvert.checkpoint.gguf import GgufCheckpoint
-from lrconvert.errors import InputError, LrconvertError, UsageError
+from lrconvert.checkpoint.onnx_folder import OnnxCheckpoint
+from lrconvert.errors import InputError, LrconvertError, UnsupportedError, UsageError
 from lrconvert.expressible import LLAMA_CPP_STATIC
 from lrconvert.output import EDITABLE, Manifest, manifest_path, replace_file, sha256_of
 from lrconvert.parity import stored as gguf_rows
@@ -38,7 +39,7 @@ def verify(
     """
     options, say = options or Options(), progress or (lambda what: None)
     kind = kind_of(artifact)
-    if not (artifact.is_dir() if kind == "hf" else artifact.is_file()):
+    if not (artifact.is_file() if kind == "gguf" else artifact.is_dir()):
         raise InputError(f"{artifact}: no such artifact")
     codes = codes_of(artifact, options)
     manifest = Manifest.read(artifact) if manifest_path(artifact).is_file() or against is None else None
@@ -64,9 +65,9 @@ def verify(
     )
     if manifest is not None:
         say("checksums")
-        report.rows += _integrity(artifact if kind == "hf" else artifact.parent, manifest)
+        report.rows += _integrity(artifact.parent if kind == "gguf" else artifact, manifest)
     run = Run(artifact, options, report, say)
-    (_verify_hf if kind == "hf" else _verify_gguf)(run, manifest, made, codes)
+    {"hf": _verify_hf, "gguf": _verify_gguf, "onnx": _verify_onnx}[kind](run, manifest, made, codes)
     if manifest is not None and recipe is None:
         engine = None if options.runtime in (None, own_runtime(kind)) else options.runtime
         manifest.parity = _recorded(manifest.parity, report.to_json(), engine)
@@ -118,6 +119,42 @@ def _verify_gguf(run: Run, manifest: Manifest | None, made: Promise, codes: list
         if static:
             code = replace(code, capability=lambda family: LLAMA_CPP_STATIC)
         ask_code(run, code, made.spec, judge, dtype)
+
+
+def _verify_onnx(run: Run, manifest: Manifest | None, made: Promise, codes: list[Code]) -> None:
+    """ONNX Runtime is judged on the weights in the folder, as llama.cpp on those of a file."""
+    artifact, options, report, say = run.artifact, run.options, run.report, run.say
+    stored = OnnxCheckpoint(artifact)
+    kind = stored.computing
+    refuse_device(kind, stored.attention, options.device)
+    original = Judge(made.model, device=options.device)
+    report.reference = f"reference in {original.dtype} on {options.device}"
+    try:
+        model = gguf_rows.on_stored_weights(made.model, stored)
+    except LrconvertError as error:
+        report.rows.append(Row("metadata", "a graph of the model", "fail", reason=error.message))
+        return
+    say("weights")
+    rows, exact = gguf_rows.check_weights(stored, made.model)
+    report.rows += rows
+    judge = original if exact else Judge(model, device=options.device)
+    if not exact:
+        say("rounding: reference")
+        report.rows += gguf_rows.quantisation("onnxruntime", original, made.kept, judge, made.spec, options.budget)
+    for code in codes:
+        asking = replace(code.asking, padded=stored.attention == "standard")
+        ask_code(run, replace(code, asking=asking), made.spec, judge, kind)
+
+
+def refuse_device(kind: str, attention: str, device: str) -> None:
+    """What a device has no kernels for. Raises `UnsupportedError`."""
+    if device == "cpu" and kind == "BF16":
+        raise UnsupportedError("ONNX Runtime has no bfloat16 products on a CPU", remedy="Verify it with --device cuda")
+    if device != "cpu" and attention == "gqa" and kind not in ("F16", "BF16"):
+        raise UnsupportedError(
+            "GroupQueryAttention has no float32 kernel on CUDA: it would run on the CPU",
+            remedy="Convert with --attention standard, or with --dtype f16",
+        )
 
 
 def _recorded(earlier: dict[str, Any] | None, report: dict[str, Any], engine: str | None) -> dict[str, Any]:

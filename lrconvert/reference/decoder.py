@@ -89,20 +89,21 @@ class Reference:
         tokens: Sequence[int] | np.ndarray,
         *,
         positions: Sequence[int] | np.ndarray | None = None,
-        length: int | None = None,
+        length: int | Sequence[int] | np.ndarray | None = None,
         keep: Sequence[int] | np.ndarray | None = None,
         forgotten: tuple[int, int] | None = None,
     ) -> np.ndarray:
         """Logits of one sequence, float64, shape [len(keep), v].
 
         `positions` default to 0 … n−1; `length` is the sequence length that chooses the factor set, by
-        default the last position plus one; `keep` are the indices whose logits are wanted, by default all;
+        default the last position plus one, or one length for every token (keys that were cached earlier, when the
+        sequence was shorter); `keep` are the indices whose logits are wanted, by default all;
         `forgotten` (count, since): tokens from index `since` on don't see the first `count` ones.
         """
         ids = torch.as_tensor(np.asarray(tokens, dtype=np.int64), device=self.device)
         where = np.arange(len(ids)) if positions is None else np.asarray(positions, dtype=np.int64)
-        chosen = self.rotation.choose(int(where.max()) + 1 if length is None else length)
-        cos_sin = self.rotation.tables(torch.as_tensor(where, device=self.device), chosen, self.dtype)
+        lengths = np.broadcast_to(int(where.max()) + 1 if length is None else np.asarray(length), where.shape)
+        cos_sin = self._tables(where, lengths)
         x = self._weight("embedding")[ids]
         for layer in range(self.shape.layers):
             x = x + self._attention(self._norm(x, "attention_norm", layer), layer, cos_sin, forgotten)
@@ -116,6 +117,17 @@ class Reference:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # the runtime under test shares the card with its judge
         return torch.cat(parts).numpy()
+
+    def _tables(self, where: np.ndarray, lengths: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of every token, of the set for its length."""
+        chosen = {length: self.rotation.choose(length) for length in np.unique(lengths).tolist()}
+        shape = (len(where), self.rotation.width // 2)
+        cos, sin = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+        for length, factor_set in chosen.items():
+            rows = torch.as_tensor(np.flatnonzero(lengths == length), device=self.device)
+            at = torch.as_tensor(where, device=self.device)[rows]
+            cos[rows], sin[rows] = self.rotation.tables(at, factor_set, self.dtype)
+        return cos, sin
 
     def _norm(self, x: torch.Tensor, role: str, layer: int | None) -> torch.Tensor:
         mean_square = x.square().mean(dim=-1, keepdim=True)

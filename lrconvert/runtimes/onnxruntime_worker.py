@@ -112,13 +112,12 @@ class Worker:
         logits = found.pop("logits").numpy()
         return logits, {name.replace("present.", "past_key_values."): value for name, value in found.items()}
 
-    def prompt(self, row, positions, keep, length=0):
-        """Logits of one sequence at the indices `keep`, and its caches. `length`: what chooses the tier, where that
-        is more than the last position says."""
+    def prompt(self, row, positions, keep):
+        """Logits of one sequence at the indices `keep`, and its caches."""
         count = len(row)
         positions = list(range(count)) if positions is None else positions
         needed = 4 * count * max(self.vocab, 0 if self.request["fused"] else self.request["heads"] * count)
-        if not length and needed <= MOST_BYTES:
+        if needed <= MOST_BYTES:
             logits, caches = self.call([row], [[1] * count], [positions], self.empty(1))
             return logits[0][keep], caches
         caches, found = self.empty(1), {}
@@ -128,7 +127,7 @@ class Worker:
             first = min(wanted, default=stop - 1)
             logits, caches = self.call(
                 [row[start:stop]], [[1] * stop], [positions[start:stop]], caches, self.adjustable(),
-                num_logits_to_keep=stop - first, sequence_length=max(length, max(positions) + 1),
+                num_logits_to_keep=stop - first, sequence_length=max(positions) + 1,
             )  # fmt: skip
             found.update({index: logits[0][index - first] for index in wanted})
         return np.stack([found[index] for index in keep]), caches
@@ -185,14 +184,15 @@ class Worker:
         return {"operators": sorted(found)}
 
     def function(self, request):
-        """cos and sin of the graph's rotary function for positions [n] of one sequence, of which the largest (or
-        `length`) chooses the tier; float32, [n, d/2] each, unless the graph computes in less."""
+        """cos and sin of the graph's rotary function for positions [n] of one sequence, of which the largest
+        chooses the tier; float32, [n, d/2] each."""
         import onnx
         from onnx import TensorProto, helper
 
         model = onnx.load(str(self.path), load_external_data=False)
         call = next(node for node in model.graph.node if node.domain == "lrconvert")
-        kind = next(attribute.i for attribute in call.attribute if attribute.name == "to")
+        kind = TensorProto.FLOAT  # whatever the graph rounds them to
+        next(attribute for attribute in call.attribute if attribute.name == "to").i = kind
         given = [helper.make_tensor_value_info(call.input[0], TensorProto.INT64, ["batch", "length"])]
         made = [helper.make_tensor_value_info(name, kind, ["batch", "length", None]) for name in call.output]
         zero = [each for each in model.graph.initializer if each.name == call.input[1]]

@@ -29,6 +29,9 @@ from lrconvert.targets.onnx.tensors import ONNX_TYPES, Stored
 
 Attention = Literal["gqa", "standard"]
 ADJUSTABLE = ("num_logits_to_keep", "sequence_length")
+# Of MatMulNBits: 8 bits are a hundred times slower unless activations are rounded to 8 bits as well (level 4); 4 bits
+# are fast with float32 activations (level 1).
+ACCURACY = {4: 1, 8: 4}
 DEFAULT_OPSET = 23  # the first with RotaryEmbedding, RMSNormalization and Attention
 LEFT_PADDED = "left-padded batches need an export with --attention standard"
 
@@ -110,6 +113,7 @@ class _Decoder:
         out = self.op(
             "MatMulNBits", x, tensor.packed, tensor.scales, name=label if not bias else f"{label}.product",
             domain=MICROSOFT, K=columns, N=rows, bits=tensor.bits, block_size=tensor.block,
+            accuracy_level=ACCURACY[tensor.bits],
         )  # fmt: skip
         return self.op("Add", out, *bias, name=label) if bias else out
 

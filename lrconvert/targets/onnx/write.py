@@ -18,7 +18,7 @@ from lrconvert.checkpoint.adapter import Adapter, merged
 from lrconvert.checkpoint.base import refuse_quantised
 from lrconvert.checkpoint.source import check_unchanged, snapshot
 from lrconvert.errors import UnsupportedError, UsageError, require
-from lrconvert.expressible import ONNX, native_hf, project
+from lrconvert.expressible import native_hf, project
 from lrconvert.output import Manifest, Staging
 from lrconvert.public import described
 from lrconvert.recipe import Recipe, resolve

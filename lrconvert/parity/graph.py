@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an ONNX graph is asked besides its logits: is it well formed, are its tiers the recipe's, is its rotary
+function exact at any position, and does a second implementation of the operators agree?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from lrconvert.checkpoint.onnx_folder import GRAPH, OnnxCheckpoint
+from lrconvert.errors import InputError, require
+from lrconvert.parity.cases import stream
+from lrconvert.parity.judge import Judge
+from lrconvert.parity.measures import compare
+from lrconvert.parity.report import Row, judged
+from lrconvert.parity.tolerances import COS_SIN_ERROR, tolerance_for
+from lrconvert.rope import RopeSpec
+from lrconvert.runtimes.onnxruntime import OnnxSession
+
+CODE = "graph"
+EVALUATOR = "onnx.reference"
+POSITIONS = (4096, 262144, 2097152)  # where float32 angles are off by 2.5e-5, 2.5e-3 and 7.7e-2
+DENSE = 64  # positions before each of them
+# onnx.reference computes with plain NumPy: seconds for a small model, minutes for a large one.
+MOST_PARAMETERS = 2 * 10**8
+EVALUATED = 48
+
+
+def graph_rows(artifact: Path, session: OnnxSession, spec: RopeSpec, judge: Judge) -> list[Row]:
+    """All of it, for an artifact that is loaded."""
+    stored = OnnxCheckpoint(artifact)
+    return [
+        *_well_formed(artifact),
+        *_tiers(stored, spec),
+        *_function(stored, session, spec, judge),
+        *_evaluated(stored, session, spec, judge),
+        *_padding(stored, session, judge),
+    ]
+
+
+def stored_problems(stored: OnnxCheckpoint, spec: RopeSpec) -> list[str]:
+    """Every tier of the graph that says something else than the recipe's."""
+    found, problems = stored.tiers, []
+    if len(found) != len(spec.tiers):
+        return [f"the graph has {len(found)} tiers; the recipe has {len(spec.tiers)}"]
+    for ours, theirs in zip(spec.tiers, found, strict=True):
+        where = f"tier up to {ours.max_length}"
+        if ours.max_length != theirs.max_length:
+            problems.append(f"{where}: the graph's ends at {theirs.max_length}")
+        if ours.start_tokens != theirs.start_tokens:
+            problems.append(f"{where}: {theirs.start_tokens} start tokens; the recipe has {ours.start_tokens}")
+        if not math.isclose(ours.attention_factor, theirs.attention_factor, rel_tol=1e-12):
+            problems.append(f"{where}: attention factor {theirs.attention_factor:.9g}, not {ours.attention_factor:.9g}")
+        if not np.allclose(ours.factors, theirs.factors, rtol=1e-12, atol=0):
+            problems.append(f"{where}: other factors than the recipe's")
+    return problems
+
+
+def _well_formed(artifact: Path) -> Iterator[Row]:
+    checker = require("onnx", "onnx", "checking a graph").checker
+    try:
+        checker.check_model(str(artifact / GRAPH), full_check=True)
+    except Exception as error:  # ValidationError, InferenceError: whatever onnx finds wrong
+        yield Row(CODE, "onnx.checker, full check", "fail", reason=" ".join(str(error).split())[:300])
+    else:
+        yield Row(CODE, "onnx.checker, full check", "pass")
+
+
+def _tiers(stored: OnnxCheckpoint, spec: RopeSpec) -> Iterator[Row]:
+    problems = stored_problems(stored, spec)
+    if not problems:
+        yield Row(CODE, "tiers are the recipe's", "pass")
+    for problem in problems:
+        yield Row(CODE, problem.partition(":")[0], "fail", reason=problem)
+
+
+def _function(stored: OnnxCheckpoint, session: OnnxSession, spec: RopeSpec, judge: Judge) -> Iterator[Row]:
+    """The function alone against the reference's float64, by ONNX Runtime and by onnx.reference."""
+    tabled = any(attribute.name == "coarse_cos" for attribute in stored.call.attribute)
+    starts = [t.start_tokens for t in spec.tiers]
+    for end in sorted({*(p for p in POSITIONS if p <= spec.window or not tabled), spec.window, *spec.boundaries}):
+        near = {0, 1, *(place for start in starts for place in (start - 1, start, start + 1))}
+        positions = sorted({*(p for p in near if 0 <= p < end), *range(max(0, end - DENSE), end)})
+        expected = judge.cos_sin(spec, np.array(positions))
+        for evaluator in (False, True):
+            name = f"cos and sin at {end}{f', by {EVALUATOR}' if evaluator else ''}"
+            try:
+                answered = session.cos_sin(positions, evaluator=evaluator)
+            except InputError as error:
+                yield Row(CODE, name, "fail", length=end, reason=error.message)
+                continue
+            error = max(float(np.abs(a - b).max()) for a, b in zip(expected, answered, strict=True))
+            good = error <= COS_SIN_ERROR  # NaN is not
+            reason = f"off by {error:.1e}" + ("" if good else f"; {COS_SIN_ERROR:.0e} allowed")
+            yield Row(CODE, name, "pass" if good else "fail", length=end, reason="" if good else reason)
+
+
+def _evaluated(stored: OnnxCheckpoint, session: OnnxSession, spec: RopeSpec, judge: Judge) -> Iterator[Row]:
+    """The whole graph in onnx.reference, where it consists of standard operators."""
+    count = sum(math.prod(info.shape) for info in stored.tensors.values())
+    if stored.attention != "standard" or not stored.kinds <= {"F32", "F16"} or count > MOST_PARAMETERS:
+        return
+    tokens = stream(judge.model.shape.vocab, min(EVALUATED, spec.tiers[0].max_length))
+    keep = np.arange(len(tokens))
+    answer = session.evaluated(tokens.tolist(), keep.tolist())
+    expected = judge.answer(spec, tokens, len(tokens), keep)
+    dtype = "F16" if "F16" in stored.kinds else "F32"
+    tolerance = tolerance_for("onnxruntime", dtype, len(tokens))
+    yield judged(CODE, f"the whole graph by {EVALUATOR}", len(tokens), compare(expected, answer), tolerance)
+
+
+def _padding(stored: OnnxCheckpoint, session: OnnxSession, judge: Judge) -> Iterator[Row]:
+    """A batch padded on the left: an error, or no number, where attention would take padding for tokens."""
+    if stored.attention == "standard":
+        return
+    rows = [stream(judge.model.shape.vocab, length).tolist() for length in (8, 5)]
+    name = "left-padded batch is refused"
+    try:
+        answers = session.logits(rows, keep=[-1])
+    except InputError:
+        yield Row(CODE, name, "pass")
+    else:
+        refused = not np.isfinite(answers[1]).any()
+        reason = "" if refused else "it answers, and GroupQueryAttention reads padding as tokens"
+        yield Row(CODE, name, "pass" if refused else "fail", reason=reason)

@@ -69,7 +69,10 @@ def ask_code(run: Run, code: Code, spec: RopeSpec, judge: Judge, dtype: str) -> 
             report.rows += tokenisation_of(judge.model.checkpoint, session)
         if code.coarse(dtype):
             run.say(f"{code.name} code: is the recipe nearest?")
-            report.rows += nearest(code.name, projected, judge, lambda case: _logits(case, judge, session))
+            contexts = isinstance(session, LlamaSession)
+            report.rows += nearest(
+                code.name, projected, judge, lambda case: _logits(case, judge, session), contexts=contexts
+            )
     for loss in losses:
         report.losses.append(loss)
     if losses:

@@ -26,16 +26,23 @@ TELLING = 0.3
 Answer = Callable[[Case], np.ndarray]
 
 
-def nearest(name: str, spec: RopeSpec, judge: Judge, answer: Answer) -> list[Row]:
-    """A row for a context of every tier. `answer` asks the artifact."""
-    return [_row(name, spec, tier, judge, answer) for tier in spec.tiers]
+def nearest(name: str, spec: RopeSpec, judge: Judge, answer: Answer, *, contexts: bool) -> list[Row]:
+    """A row for every tier. `answer` asks the artifact; `contexts`: the room that a sequence has chooses its tier, not
+    its length."""
+    return [_row(name, _case(spec, tier, contexts), spec, tier, judge, answer) for tier in spec.tiers]
 
 
-def _row(name: str, spec: RopeSpec, tier: Tier, judge: Judge, answer: Answer) -> Row:
+def _case(spec: RopeSpec, tier: Tier, contexts: bool) -> Case:
     room = spec.tiers[0].max_length if tier is spec.tiers[0] else spec.tiers[0].max_length + 1
     if len(spec.tiers) == 1:  # any context will do, and the longest may not fit
         room = min(TOKENS, room)
-    case = Case(f"nearest to the recipe, context of {room}", "forward", (min(TOKENS, room),), context=room)
+    if contexts:
+        return Case(f"nearest to the recipe, context of {room}", "forward", (min(TOKENS, room),), context=room)
+    length = min(TOKENS, room) if tier is spec.tiers[0] else room
+    return Case(f"nearest to the recipe at {length}", "forward", (length,), spread=length > TOKENS)
+
+
+def _row(name: str, case: Case, spec: RopeSpec, tier: Tier, judge: Judge, answer: Answer) -> Row:
     found, right = answer(case), judge.forward(spec, case)
     measures = compare(right, found)
     apart: dict[str, float] = {}

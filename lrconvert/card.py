@@ -226,9 +226,9 @@ def _run_onnx(repo: str | None) -> list[str]:
 
 RUN: Mapping[str, Callable[[str | None], list[str]]] = {"hf": _run, "onnx": _run_onnx}
 ONNX_ABOUT = (
-    "The rotation is a function inside the graph, made of standard operators: every row of a batch gets the tier of its "
-    "last position. Programs that keep a cache go on with the keys that they cached before a boundary; what is exact is "
-    "to read the sequence anew there."
+    "The rotation is a function inside the graph, made of standard operators: every row of a batch gets the tier of "
+    "its last position. Programs that keep a cache go on with the keys that they cached before a boundary; what is "
+    "exact is to read the sequence anew there."
 )
 
 

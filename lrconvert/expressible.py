@@ -56,7 +56,7 @@ VLLM = Capability("vLLM", 2, False, "formula", True, True, once=True)
 # llama.cpp over a GGUF file: with both sets (chosen once a context), or with one for ever (--static-long).
 LLAMA_CPP = Capability("llama.cpp", 2, False, "one", True, True, context_step=256)
 LLAMA_CPP_STATIC = Capability("llama.cpp with one static set", 2, False, "one", True, True, once=True)
-# An ONNX graph chooses by the positions of a call, row by row; a driver that reads a sequence anew at a boundary is exact.
+# An ONNX graph chooses by the positions of a call, row by row; a driver reads a sequence anew at a boundary.
 ONNX = Capability("the graph's rotary function", None, True, "per tier", True, True)
 # What the engines agree on, once the attention factor is in the weights (`lrconvert hf --portable`).
 PORTABLE = Capability("a portable artifact", 2, False, "one", True, True)

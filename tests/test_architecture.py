@@ -53,6 +53,7 @@ FORBIDDEN: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("runtimes.mlx_worker", "", ()),
     ("runtimes.vllm_worker", "", ()),
     ("runtimes.llama_cpp_worker", "", ()),
+    ("runtimes.onnxruntime_worker", "", ()),
     ("runtimes.worker_loop", "", ()),
     ("targets.hf.modeling_longrope", "", ()),
 )

@@ -16,7 +16,7 @@ from lrconvert.errors import InputError, UnsupportedError
 
 
 class BlockReader:
-    """Reads blocks of rows, from the file where that holds them as they are, else through the view that changes them."""
+    """Reads blocks of rows: from the file where it holds them as they are, else through the view that changes them."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint

@@ -60,6 +60,12 @@ def load_graph(path: Path) -> Any:
         raise InputError(f"{path}: not an ONNX graph ({' '.join(str(error).split())[:200]})") from error
 
 
+def is_own(folder: Path) -> bool:
+    """Whether a folder has a graph with our function."""
+    path = folder / GRAPH
+    return path.is_file() and any(function.domain == DOMAIN for function in load_graph(path).functions)
+
+
 class OnnxCheckpoint(Checkpoint):
     """The folder. Raises `InputError` where the graph is not one of ours or does not fit its data files."""
 
@@ -83,6 +89,11 @@ class OnnxCheckpoint(Checkpoint):
         """The node that calls the rotary function, or None."""
         found = [node for node in self.graph.graph.node if (node.domain, node.op_type) == (DOMAIN, COS_SIN)]
         return found[0] if found else None
+
+    @property
+    def double(self) -> bool:
+        """Whether angles are made in float64, not read from tables."""
+        return not any(attribute.name == "coarse_cos" for attribute in self.call.attribute)
 
     @cached_property
     def attention(self) -> str:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lrconvert.checkpoint import Checkpoint, Model
     from lrconvert.targets.hf.spelling import FoundRope
 
+FOREIGN = "foreign onnx"
 LONGROPE_KINDS = ("longrope", "su", "lrconvert")  # their config is what an engine reads
 
 
@@ -23,9 +24,12 @@ LONGROPE_KINDS = ("longrope", "su", "lrconvert")  # their config is what an engi
 @revision_option
 def command(model: str, as_json: bool, revision: str | None) -> None:
     """What MODEL is, which RoPE it carries, what it can become."""
-    facts = inspect(model, revision)
+    facts = inspect_graph(model, revision) or inspect(model, revision)
     if as_json:
         out.data(facts)
+        return
+    if facts["format"] == FOREIGN:
+        _show_graph(facts)
         return
     shape, rope = facts["shape"], facts["rope"]
     size = out.size(facts["bytes"])
@@ -56,7 +60,55 @@ def command(model: str, as_json: bool, revision: str | None) -> None:
         made = facts["manifest"]
         out.say(f"made by lrconvert from {made['model']} with {made['recipe']}: {made['parity']}")
         return
+    if not facts["targets"]:
+        return
     out.hint(f"next: lrconvert recipe derive {model} --method yarn --factor 8 -o my-recipe")
+
+
+def _show_graph(facts: dict[str, Any]) -> None:
+    out.say(
+        f"{facts['model']}: {facts['family'] or 'an unknown family'}, a graph of another exporter, {facts['graph']}"
+    )
+    for line in facts["rope"]["words"]:
+        out.say(f"  {line}")
+    out.hint("convert the checkpoint that it was made from: lrconvert onnx MODEL --recipe RECIPE -o DIR")
+
+
+def inspect_graph(reference: str, revision: str | None = None) -> dict[str, Any] | None:
+    """The facts about an ONNX folder that lrconvert did not write; None for anything else."""
+    from lrconvert.checkpoint import locate, read_json
+
+    folder = locate(reference, revision=revision)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return None
+    if not any([*folder.glob("*.onnx"), *folder.glob("onnx/*.onnx")]):
+        return None
+    from lrconvert.checkpoint.onnx_folder import is_own
+    from lrconvert.errors import require
+    from lrconvert.families import get_family, read_shape
+    from lrconvert.targets.hf.spelling import read_rope
+
+    require("onnx", "onnx", "a look into an ONNX graph")
+    if is_own(folder):
+        return None
+    from lrconvert.targets.onnx.explain import find_rotations, graph_in, verdict
+
+    path = graph_in(folder)
+    facts: dict[str, Any] = {"model": reference, "format": FOREIGN, "family": None, "rope": {"words": []}}
+    words = facts["rope"]["words"]
+    facts["graph"] = None if path is None else path.relative_to(folder).as_posix()
+    if path is None:
+        words.append("several graphs, and none with a name that exporters give to a decoder")
+    elif not (folder / "config.json").is_file():
+        words.append("no config.json beside it, so what it should compute isn't known")
+    else:
+        config = read_json(folder / "config.json")
+        family = get_family(config.get("model_type"))
+        shape = read_shape(config, family)
+        found = read_rope(config, shape)
+        facts["family"] = family.name
+        words += verdict(find_rotations(path, shape.theta, found.tiers), found.tiers, scaled=found.scaled)
+    return facts
 
 
 def assess_found(found: FoundRope, model: Model) -> list[dict[str, Any]]:
@@ -64,7 +116,7 @@ def assess_found(found: FoundRope, model: Model) -> list[dict[str, Any]]:
     from lrconvert.engines import assess
     from lrconvert.rope import RopeSpec
 
-    if not found.scaled:
+    if not found.scaled or model.checkpoint.format == "onnx":
         return []
     shape = model.shape
     spec = RopeSpec(
@@ -81,18 +133,26 @@ def assess_found(found: FoundRope, model: Model) -> list[dict[str, Any]]:
 
 def targets_of(model: Model) -> dict[str, str | None]:
     """Every target with the reason why it can't be written, None where it can."""
+    if model.checkpoint.format == "onnx":
+        return {}
     from lrconvert.errors import UnsupportedError
     from lrconvert.families import longrope_architecture
 
+    gguf = None
     try:
         longrope_architecture(model.family)
     except UnsupportedError as error:
-        return {"hf": None, "gguf": error.message}
-    return {"hf": None, "gguf": None}
+        gguf = error.message
+    return {"hf": None, "gguf": gguf, "onnx": None}
 
 
 def _words(checkpoint: Checkpoint) -> list[str]:
-    """What a GGUF makes llama.cpp do; a config has its engines below."""
+    """What an ONNX graph does, and a GGUF makes llama.cpp do; a config has its engines below."""
+    from lrconvert.checkpoint.onnx_folder import OnnxCheckpoint
+
+    if isinstance(checkpoint, OnnxCheckpoint):
+        angles = "float64" if checkpoint.double else "float32 tables"
+        return [f"a function in the graph, angles in {angles}, {checkpoint.attention} attention"]
     if checkpoint.format != "gguf":
         return []
     from lrconvert.checkpoint.gguf import GgufCheckpoint
@@ -108,14 +168,17 @@ def inspect(reference: str, revision: str | None = None) -> dict[str, Any]:
     import math
 
     from lrconvert.checkpoint import open_model
+    from lrconvert.checkpoint.onnx_folder import OnnxCheckpoint
     from lrconvert.output import Manifest, manifest_path
     from lrconvert.plotting import sparklines
     from lrconvert.recipe import Provenance, Recipe
-    from lrconvert.targets.hf.spelling import read_rope
+    from lrconvert.targets.hf.spelling import FoundRope, read_rope
 
     model = open_model(reference, revision=revision, tolerant=True)
     checkpoint, shape = model.checkpoint, model.shape
     found = read_rope(checkpoint.config, shape)
+    if isinstance(checkpoint, OnnxCheckpoint):  # the graph is what computes, whatever config.json says
+        found = FoundRope("lrconvert", checkpoint.tiers[0].max_length, checkpoint.tiers)
     recipe = Recipe(
         schema_version=1,
         name="found",

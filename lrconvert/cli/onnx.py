@@ -102,8 +102,8 @@ def _describe(planned, *, detailed: bool) -> None:
     spec, options = planned.spec, planned.options
     tiers = ", ".join(str(tier.max_length) for tier in spec.tiers)
     out.say(
-        f"{planned.model.reference} ({spec.family}): {spec.original_window} → {spec.window} tokens, tiers up to {tiers}; "
-        f"{options['dtype']}, {options['attention']} attention"
+        f"{planned.model.reference} ({spec.family}): {spec.original_window} → {spec.window} tokens, tiers up to "
+        f"{tiers}; {options['dtype']}, {options['attention']} attention"
     )
     if detailed:
         for edit in planned.edits:

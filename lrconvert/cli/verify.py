@@ -28,7 +28,8 @@ from lrconvert.cli import _output as out
 @click.option(
     "--runtime",
     type=click.Choice(["transformers", "mlx", "llama.cpp", "onnxruntime", "vllm"]),
-    help="What runs the artifact; default: transformers, llama.cpp for a GGUF, onnxruntime for an ONNX folder. mlx-lm and vLLM live in "
+    help="What runs the artifact; default: transformers, llama.cpp for a GGUF, onnxruntime for "
+    "an ONNX folder. mlx-lm and vLLM live in "
     "environments of their own: name one with --python.",
 )
 @click.option("--full", is_flag=True, help="Consecutive positions at every length and every decode, however long.")

@@ -79,9 +79,8 @@ def _tiers(stored: OnnxCheckpoint, spec: RopeSpec) -> Iterator[Row]:
 
 def _function(stored: OnnxCheckpoint, session: OnnxSession, spec: RopeSpec, judge: Judge) -> Iterator[Row]:
     """The function alone against the reference's float64, by ONNX Runtime and by onnx.reference."""
-    tabled = any(attribute.name == "coarse_cos" for attribute in stored.call.attribute)
     starts = [t.start_tokens for t in spec.tiers]
-    for end in sorted({*(p for p in POSITIONS if p <= spec.window or not tabled), spec.window, *spec.boundaries}):
+    for end in sorted({*(p for p in POSITIONS if p <= spec.window or stored.double), spec.window, *spec.boundaries}):
         near = {0, 1, *(place for start in starts for place in (start - 1, start, start + 1))}
         positions = sorted({*(p for p in near if 0 <= p < end), *range(max(0, end - DENSE), end)})
         expected = judge.cos_sin(spec, np.array(positions))

@@ -17,8 +17,8 @@ from lrconvert.targets.onnx.graph import Choices
 ONNX_FOLDER = "onnx"
 MODEL_FILE = "onnx/model.onnx"
 GENAI = "genai_config.json"
-# onnxruntime-genai computes a sequence anew when it steps onto the token after this length, by the model's type; whatever
-# the model's own window is (src/generators.cpp, InitializePhi3RopeThreshold).
+# onnxruntime-genai computes a sequence anew when it steps onto the token after this length, by the model's type and
+# whatever the model's own window is (src/generators.cpp, InitializePhi3RopeThreshold).
 GENAI_REWINDS = {4096: "phi3", 8192: "phi3small"}
 # A shared buffer holds the caches of max_length tokens from the start: beyond this they had better grow.
 MAX_SHARED_BYTES = 2 * 2**30
@@ -26,7 +26,7 @@ _CACHE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
 def config_of(config: dict[str, Any], choices: Choices, files: int) -> dict[str, Any]:
-    """config.json of an artifact, from that of a Hugging Face one: no code of its own, and what transformers.js needs."""
+    """config.json of an artifact, from that of a Hugging Face one: no code, and what transformers.js needs."""
     edited = {key: value for key, value in config.items() if key not in ("auto_map", "transformers.js_config")}
     # "fp32" is its name for the file without a suffix; the cache's type is said apart.
     own: dict[str, Any] = {"dtype": "fp32", "use_external_data_format": files}
@@ -88,7 +88,8 @@ def _type(spec: RopeSpec) -> str:
     if len(spec.boundaries) != 1 or spec.boundaries[0] not in GENAI_REWINDS:
         wanted, found = " or ".join(map(str, GENAI_REWINDS)), ", ".join(map(str, spec.boundaries)) or "none"
         raise UsageError(
-            f"--genai-rewind: onnxruntime-genai computes anew after {wanted} tokens only; the recipe's boundaries: {found}",
+            f"--genai-rewind: onnxruntime-genai computes anew after {wanted} tokens only; the recipe's boundaries: "
+            f"{found}",
             remedy="Leave it out; generation that crosses the boundary then keeps its cached keys",
         )
     return GENAI_REWINDS[spec.boundaries[0]]

@@ -81,7 +81,7 @@ class _Decoder:
     # --- pieces ------------------------------------------------------------------------------------------
 
     def op(
-        self, kind: str, *inputs: str, name: str, outputs: Sequence[str] = (), domain: str = "", **attributes
+        self, kind: str, *inputs: str, name: str, outputs: Sequence[str] = (), domain: str = "", **attributes: Any
     ) -> str:
         full = ".".join([*self._scope, name])
         results = list(outputs) or [full]
@@ -90,7 +90,8 @@ class _Decoder:
 
     def constant(self, values: Any, dtype: Any = np.int64) -> str:
         array = np.array(values, dtype)
-        name = f"constant.{array.dtype.name}.{'_'.join(map(str, array.reshape(-1).tolist()))}{'' if array.ndim else '.scalar'}"
+        kind = array.dtype.name + ("" if array.ndim else ".scalar")
+        name = f"constant.{kind}.{'_'.join(map(str, array.reshape(-1).tolist()))}"
         self._constants.setdefault(name, numpy_helper.from_array(array, name))
         return name
 
@@ -248,7 +249,9 @@ class _Decoder:
             by_head = self.op("Reshape", x, self.constant([-1, shape.head_dim]), name=f"{role}.by_head")
             x = self.norm(by_head, f"{role}_norm", layer)
         x = self.op("Reshape", x, wide, name=f"{role}.wide")
-        partial = {} if shape.rotary_dim == shape.head_dim else {"rotary_embedding_dim": shape.rotary_dim}
+        partial: dict[str, Any] = (
+            {} if shape.rotary_dim == shape.head_dim else {"rotary_embedding_dim": shape.rotary_dim}
+        )
         return self.op("RotaryEmbedding", x, "cos", "sin", name=f"{role}.rotated", num_heads=heads, **partial)
 
     def _mlp(self, x: str, layer: int) -> str:

@@ -85,8 +85,8 @@ def _tables(spec: RopeSpec) -> dict[str, np.ndarray[Any, Any]]:
     plain = inverse_frequencies(spec.rotary_dim, spec.base)
     scaled = [(plain / np.asarray(tier.factors), tier.attention_factor) for tier in spec.tiers]
     start_block, unscaled = [], []
-    for tier in spec.tiers:
-        start_block.append(len(scaled) + len(unscaled) if tier.start_tokens > 1 else 0)
+    for index, tier in enumerate(spec.tiers):
+        start_block.append(len(scaled) + len(unscaled) if tier.start_tokens > 1 else index)
         unscaled += [(plain, tier.attention_factor)] if tier.start_tokens > 1 else []
     coarse = [(np.arange(rows)[:, None] * stride * f, m) for f, m in (*scaled, *unscaled)]
     fine = [np.arange(stride)[:, None] * f for f, _ in (*scaled, *unscaled)]
@@ -123,7 +123,7 @@ def _two_levels(body: _Body, tier: str, starts: str) -> None:
     stride = body.attribute("stride")
     high, low = body.op("Div", "position_ids", stride), body.op("Mod", "position_ids", stride)
     block = body.op("Where", starts, body.gathered("start_block", tier), body.gathered("scaled_block", tier))
-    # A position beyond the window must not read the next block's first rows: it gets the last one, which is not a number.
+    # A position beyond the window must not read the next block's first rows: it gets the last row, which is NaN.
     rows = body.attribute("rows")
     inside = body.op("Less", high, rows)
     coarse = body.op("Where", inside, body.op("Add", body.op("Mul", block, rows), high), body.constant(-1))

@@ -63,7 +63,7 @@ def ask_code(run: Run, code: Code, spec: RopeSpec, judge: Judge, dtype: str) -> 
             report.rows += _rows(code, case, projected, judge, session, dtype)
         if isinstance(session, OnnxSession):
             run.say(f"{code.name} code: the graph itself")
-            report.rows += graph_rows(artifact, session, projected, judge)
+            report.rows += graph_rows(artifact, session, projected, judge, device=options.device)
         if isinstance(session, LlamaSession):
             run.say(f"{code.name} code: tokenisation")
             report.rows += tokenisation_of(judge.model.checkpoint, session)

@@ -29,8 +29,8 @@ MOST_PARAMETERS = 2 * 10**8
 EVALUATED = 48
 
 
-def graph_rows(artifact: Path, session: OnnxSession, spec: RopeSpec, judge: Judge) -> list[Row]:
-    """All of it, for an artifact that is loaded."""
+def graph_rows(artifact: Path, session: OnnxSession, spec: RopeSpec, judge: Judge, *, device: str) -> list[Row]:
+    """All of it, for an artifact that is loaded and has answered its cases."""
     stored = OnnxCheckpoint(artifact)
     return [
         *_well_formed(artifact),
@@ -38,6 +38,7 @@ def graph_rows(artifact: Path, session: OnnxSession, spec: RopeSpec, judge: Judg
         *_function(stored, session, spec, judge),
         *_evaluated(stored, session, spec, judge),
         *_padding(stored, session, judge),
+        *(_placements(session) if device != "cpu" else ()),
     ]
 
 
@@ -125,3 +126,10 @@ def _padding(stored: OnnxCheckpoint, session: OnnxSession, judge: Judge) -> Iter
         refused = not np.isfinite(answers[1]).any()
         reason = "" if refused else "it answers, and GroupQueryAttention reads padding as tokens"
         yield Row(CODE, name, "pass" if refused else "fail", reason=reason)
+
+
+def _placements(session: OnnxSession) -> Iterator[Row]:
+    """A node that falls back to the CPU is right and slow, and says nothing of the GPU."""
+    found, name = session.on_cpu(), "all products on the GPU"
+    reason = f"on the CPU: {', '.join(found[:5])}" if found else ""
+    yield Row(CODE, name, "fail" if found else "pass", reason=reason)

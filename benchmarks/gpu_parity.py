@@ -4,7 +4,8 @@
     LRCONVERT_GPU_REPORT=report.json python -m pytest -o addopts= -m gpu tests/gpu/test_parity.py
     python benchmarks/gpu_parity.py report.json [more.json …]
 
-and for GGUF files in llama.cpp (tests/gpu/test_llama_cpp.py) with `--gguf`.
+and for GGUF files in llama.cpp (tests/gpu/test_llama_cpp.py) with `--gguf`, for ONNX folders (tests/gpu/test_onnx.py)
+with `--onnx`.
 
 Reports of one set of runs are merged; where two hold the same name the later one counts.
 """
@@ -20,15 +21,20 @@ from typing import Any
 from _common import RESULTS
 
 KEPT = ("code", "case", "length", "verdict", "kl_mean", "kl_max", "top1", "bound", "reason")
+# By option: the result's name, the test, and what of a runtime's facts is a version.
+KINDS = {
+    "": ("gpu-parity", "test_parity", ("transformers", "torch")),
+    "--gguf": ("gguf-gpu-parity", "test_llama_cpp", ("llama.cpp",)),
+    "--onnx": ("onnx-gpu-parity", "test_onnx", ("onnxruntime",)),
+}
 COMMAND = "LRCONVERT_GPU_REPORT=report.json python -m pytest -o addopts= -m gpu tests/gpu/{}.py"
 
 
 def main() -> None:
     merged: dict[str, Any] = {}
-    paths = [argument for argument in sys.argv[1:] if argument != "--gguf"]
-    of_gguf = "--gguf" in sys.argv
-    name, test = ("gguf-gpu-parity", "test_llama_cpp") if of_gguf else ("gpu-parity", "test_parity")
-    command, about = COMMAND.format(test), ("llama.cpp",) if of_gguf else ("transformers", "torch")
+    paths = [argument for argument in sys.argv[1:] if argument not in KINDS]
+    name, test, about = KINDS[next((argument for argument in sys.argv if argument in KINDS), "")]
+    command = COMMAND.format(test)
     for path in paths:
         merged |= json.loads(Path(path).read_text())
     runtime = next(info for report in merged.values() for info in report["runtimes"].values())
@@ -63,7 +69,7 @@ def main() -> None:
             lines.append(f"| {case} | {' | '.join(map(str, cells))} | {bound} | {row['verdict']} |")
     lines += [
         "",
-        "Mutants of the demo model, each caught:",
+        "Mutants, each caught:",
         "",
         "| mutant | failing cases | largest mean KL |",
         "|---|---|---|",

@@ -39,9 +39,18 @@ class Worker:
         self.info = {
             "onnxruntime": onnxruntime.__version__,
             "class": "InferenceSession",
-            "device": request["device"],
+            "device": self.card() if self.cuda else "cpu",
             "dtype": request["dtype"],
         }
+
+    def card(self):
+        """The name of the GPU, as far as something on this machine knows it."""
+        try:
+            import torch
+
+            return torch.cuda.get_device_name()
+        except (ImportError, RuntimeError, AssertionError):
+            return self.request["device"]
 
     def session(self, model, folder=None):
         ort = self.ort

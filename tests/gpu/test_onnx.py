@@ -110,7 +110,9 @@ def test_families(options: Options, record: Record, tmp_path: Path, family: str,
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 @pytest.mark.parametrize(("dtype", "attention"), (("f32", "standard"), ("f16", "gqa")))
-def test_mutants_fail(options: Options, tmp_path: Path, dtype: str, attention: str, mutant: str) -> None:
+def test_mutants_fail(
+    options: Options, record: Record, tmp_path: Path, dtype: str, attention: str, mutant: str
+) -> None:
     """Every mistake is caught with these bounds, on this hardware."""
     model = open_model(write_pico(tmp_path / "pico", "llama"))
     right = yarn(model, 8)
@@ -119,6 +121,7 @@ def test_mutants_fail(options: Options, tmp_path: Path, dtype: str, attention: s
         pytest.skip("this recipe can't have that mistake")
     report = verify(bake(model, wrong, tmp_path / "m", dtype, attention), against=str(tmp_path / "pico"),
                     recipe=right, options=options)  # fmt: skip
+    record(f"mutant {mutant} {dtype} {attention}", report)
     answered = [row for row in report.rows if row.code == "onnxruntime" and row.verdict == "fail"]
     assert answered, "only the graph's own tiers gave it away"
 

@@ -44,7 +44,7 @@ def graph_in(folder: Path) -> Path | None:
 
 
 def find_rotations(path: Path, theta: float, tiers: tuple[Tier, ...]) -> FoundRotations:
-    """Which of plain RoPE and the tiers a graph has the frequencies of. Tiers whose factors are all 1 are plain RoPE."""
+    """Which of plain RoPE and the tiers a graph has the frequencies of. A tier of ones is plain RoPE."""
     plain = inverse_frequencies(2 * len(tiers[0].factors), theta)
     wanted = {PLAIN: plain, **{f"the set up to {t.max_length}": plain / np.asarray(t.factors) for t in tiers}}
     names: list[str] = []

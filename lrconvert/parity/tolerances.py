@@ -85,13 +85,20 @@ def _onnxruntime() -> tuple[Tolerance, ...]:
     """ONNX Runtime on the weights of the folder, angles in float64 or from tables: no row depends on the length."""
     exact = "cos and sin are rounded once, to float32: 2e-12 on the embedded model, at any position"
     half = "float16 products and caches, cos and sin rounded to float16 (2.4e-4): {}"
+    far = (
+        "6.9e-4 on SmolLM2-135M after 65,536 tokens, where rounding the weights to float16 is 5.8e-4 by itself (without "
+        "factors), and 3.1e-5 on a pico model at 2M; a forgotten attention factor is 4.7e-2"
+    )
     quantised = "activations are rounded to 8 bits {}: {} on the embedded model"
     return (
         Tolerance("onnxruntime", "F32", ANY, 1e-9, 1e-7, exact),
-        Tolerance("onnxruntime", "F16", ANY, 1e-4, 1e-2, half.format("…")),
+        Tolerance(
+            "onnxruntime", "F16", 16384, 1e-4, 1e-2, half.format("2.4e-6 on the embedded model, 7.6e-5 on SmolLM2")
+        ),
+        Tolerance("onnxruntime", "F16", ANY, 2e-3, 1e-1, half.format(far)),
         Tolerance("onnxruntime", "BF16", ANY, 2e-2, 5e-1, "bfloat16 products: 2.1e-3 on a pico model (CUDA)"),
-        Tolerance("onnxruntime", "INT8", ANY, 5e-2, 2.0, quantised.format("in all products", "…")),
-        Tolerance("onnxruntime", "INT4", ANY, 5e-3, 0.5, quantised.format("in the last product alone", "…")),
+        Tolerance("onnxruntime", "INT8", ANY, 5e-2, 2.0, quantised.format("in all products", "2.5e-4")),
+        Tolerance("onnxruntime", "INT4", ANY, 5e-3, 0.5, quantised.format("in the last product alone", "6.3e-5")),
     )
 
 

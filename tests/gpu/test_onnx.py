@@ -88,7 +88,7 @@ def test_positions_up_to_two_million(
     options: Options, record: Record, tmp_path: Path, dtype: str, attention: str, double: bool
 ) -> None:
     """Three tiers with start tokens and a factor each, 512 times the original window: as exact at 2M as at 4k."""
-    model = open_model(write_pico(tmp_path / "pico", "llama", max_position_embeddings=4096))
+    model = open_model(write_pico(tmp_path / "pico", "llama", max_position_embeddings=4096, widen=2.0))
     recipe = yarn(model, 512)
     first, last = recipe.tiers
     middle = Tier(262144, tuple((value + 1) / 2 for value in last.factors), 16, 1.1)

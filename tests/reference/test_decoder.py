@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import own_name, recipe_for
 from pico import FAMILIES
 from transformers import AutoModelForCausalLM
 
 from lrconvert.checkpoint import open_model
 from lrconvert.reference import FactorSet, Reference, Rotation
 from lrconvert.reference import decoder as decoder_module
+from lrconvert.targets import hf
 
 TOKENS = np.random.default_rng(3).integers(0, 101, size=40)
 # What float32 inverse frequencies in native code leave of float64 agreement at 40 positions.
@@ -103,3 +105,95 @@ def test_stored_dtype_rounds_the_weights(pico_folder: Callable[..., Path]) -> No
     exact = Reference(model, plain(model)).logits(TOKENS)
     rounded = Reference(model, plain(model), stored_dtype="BF16").logits(TOKENS)
     assert 1e-3 < np.abs(exact - rounded).max() < 2.0
+
+
+# --- keys that were cached for a shorter sequence --------------------------------------------------------
+
+
+def token_by_token(model: Any, sets: list[FactorSet], tokens: np.ndarray, prompt: int) -> np.ndarray:
+    """Logits after every token of a Llama that reads one at a time, in NumPy, with a real cache of rotated keys: those
+    of the prompt were made when the sequence had `prompt` tokens, each later one when it had come to it."""
+    shape = model.shape
+    weights = {key: model.tensor(*key).astype(np.float64) for key in model.roles}
+    plain = shape.theta ** (-np.arange(0, shape.rotary_dim, 2) / shape.rotary_dim)
+
+    def norm(x: np.ndarray, role: str, layer: int | None) -> np.ndarray:
+        return x / np.sqrt((x**2).mean() + shape.norm_eps) * weights[role, layer]
+
+    def turned(x: np.ndarray, place: int, chosen: FactorSet) -> np.ndarray:
+        angle = place * (plain if place < chosen.unscaled_positions else plain / np.array(chosen.divisors))
+        spun = (x[:, : len(plain)] + 1j * x[:, len(plain) :]) * np.exp(1j * angle) * chosen.magnitude
+        return np.concatenate([spun.real, spun.imag], axis=1)
+
+    keys: list[list[np.ndarray]] = [[] for _ in range(shape.layers)]
+    values: list[list[np.ndarray]] = [[] for _ in range(shape.layers)]
+    answers = []
+    for place, token in enumerate(tokens.tolist()):
+        chosen = next(each for each in sets if each.reach >= max(place + 1, prompt))
+        x = weights["embedding", None][token]
+        for layer in range(shape.layers):
+            normed = norm(x, "attention_norm", layer)
+            q, k, v = (weights[role, layer] @ normed for role in "qkv")
+            keys[layer].append(turned(k.reshape(shape.kv_heads, -1), place, chosen))
+            values[layer].append(v.reshape(shape.kv_heads, -1))
+            query = turned(q.reshape(shape.heads, -1), place, chosen)
+            mixed = []
+            for head in range(shape.heads):
+                group = head // (shape.heads // shape.kv_heads)
+                scores = np.array([key[group] @ query[head] for key in keys[layer]]) / np.sqrt(shape.head_dim)
+                share = np.exp(scores - scores.max())
+                mixed.append(share / share.sum() @ np.array([value[group] for value in values[layer]]))
+            x = x + weights["o", layer] @ np.concatenate(mixed)
+            normed = norm(x, "ffn_norm", layer)
+            gate, up = weights["gate", layer] @ normed, weights["up", layer] @ normed
+            x = x + weights["down", layer] @ (gate / (1 + np.exp(-gate)) * up)
+        answers.append(weights["lm_head", None] @ norm(x, "final_norm", None))
+    return np.stack(answers)
+
+
+@pytest.mark.parametrize("prompt", [1, 7, 20, 21, 40])
+def test_a_length_for_every_token_is_a_cache_that_is_kept(pico_folder: Callable[..., Path], prompt: int) -> None:
+    """Three sets with start tokens, switched while decoding, at the end of the prompt and not at all: the same logits
+    as real cached keys give, in float64. Reading all anew gives others."""
+    model = open_model(pico_folder("llama"))
+    width = model.shape.rotary_dim // 2
+    sets = [
+        FactorSet(8, [1.0] * width, 0, 1.0),
+        FactorSet(20, np.linspace(1.5, 3, width).tolist(), 3, 1.1),
+        FactorSet(64, np.linspace(1, 8, width).tolist(), 5, 1.3),
+    ]
+    reference = Reference(model, Rotation(model.shape.theta, 2 * width, sets))
+    lengths = np.maximum(np.arange(len(TOKENS)) + 1, prompt)
+    ours = reference.logits(TOKENS, length=lengths)
+    np.testing.assert_allclose(ours, token_by_token(model, sets, TOKENS, prompt), atol=1e-11)
+    anew = reference.logits(TOKENS, keep=[39])
+    differs = np.abs(ours[39] - anew[0]).max()
+    assert differs > 0.1 if prompt <= 20 else differs < 1e-11
+    np.testing.assert_array_equal(reference.logits(TOKENS, length=[40] * 40), reference.logits(TOKENS))
+    picked = reference.logits(TOKENS, length=lengths, keep=[39, 2])
+    np.testing.assert_allclose(picked, ours[[39, 2]], atol=1e-12)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_keys_are_those_of_transformers(pico: Callable[..., Any], tmp_path: Path, family: str) -> None:
+    """Native longrope with its own cache, decoded across the boundary: the reference with a length for every token is
+    as near as without a switch; the reference that reads anew is far off."""
+    model = pico(family)
+    recipe = recipe_for(model, even=True)
+    artifact = own_name(tmp_path / "a")
+    hf.write(hf.plan(model, recipe, artifact))
+    native = AutoModelForCausalLM.from_pretrained(artifact, dtype=torch.float64, attn_implementation="eager").eval()
+    tokens = np.random.default_rng(3).integers(0, 101, size=70)
+    cache, theirs = None, []
+    with torch.no_grad():
+        for start, stop in ((0, 60), *((n, n + 1) for n in range(60, 70))):
+            answer = native(torch.as_tensor(tokens[start:stop])[None], past_key_values=cache, use_cache=True)
+            cache = answer.past_key_values
+            theirs.append(answer.logits[0, -1].numpy())
+    sets = [FactorSet(t.max_length, t.factors, t.start_tokens, t.attention_factor) for t in recipe.tiers]
+    reference = Reference(model, Rotation(model.shape.theta, model.shape.rotary_dim, sets))
+    keep = np.arange(59, 70)
+    ours = reference.logits(tokens, length=np.maximum(np.arange(70) + 1, 60), keep=keep)
+    assert np.abs(ours - np.stack(theirs)).max() < ROUNDING
+    anew = reference.logits(tokens, keep=[69])
+    assert np.abs(anew[0] - theirs[-1]).max() > 100 * ROUNDING

@@ -86,8 +86,8 @@ def _onnxruntime() -> tuple[Tolerance, ...]:
     exact = "cos and sin are rounded once, to float32: 2e-12 on the embedded model, at any position"
     half = "float16 products and caches, cos and sin rounded to float16 (2.4e-4): {}"
     far = (
-        "6.9e-4 on SmolLM2-135M after 65,536 tokens, where rounding the weights to float16 is 5.8e-4 by itself (without "
-        "factors), and 3.1e-5 on a pico model at 2M; a forgotten attention factor is 4.7e-2"
+        "6.9e-4 on SmolLM2-135M after 65,536 tokens, where rounding the weights to float16 is 5.8e-4 by itself "
+        "(without factors), and 3.1e-5 on a pico model at 2M; a forgotten attention factor is 4.7e-2"
     )
     quantised = "activations are rounded to 8 bits {}: {} on the embedded model"
     return (

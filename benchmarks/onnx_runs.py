@@ -9,7 +9,7 @@ transformers runs with the folder's own code. Measured in both, on the same docu
 
 1. passkeys: `trials` documents of every length, the key at as many depths;
 2. perplexity of the same last 512 tokens of a text, with more and more text before them;
-3. greedy tokens across the original window: ONNX Runtime reading the sequence anew there, and going on with its cache.
+3. greedy tokens across the original window, the sequence read anew there and with its cache.
 
 On a GPU transformers computes in bfloat16 or, beside f32, in float32. `results/onnx-runs.md` has the rows of all models.
 """
@@ -114,8 +114,8 @@ def table(known: dict[str, Any]) -> str:
     lines = [
         "# ONNX folders beyond the original window",
         "",
-        "Command: `python benchmarks/onnx_runs.py MODEL …`. Keys found, of the same documents; perplexity of the same last "
-        f"{JUDGED} tokens; whether {NEW} greedy tokens across the original window are transformers' own.",
+        "Command: `python benchmarks/onnx_runs.py MODEL …`. Keys found, of the same documents; perplexity of the same "
+        f"last {JUDGED} tokens; whether {NEW} greedy tokens across the original window are transformers' own.",
         "",
         "| model | tokens | passkeys, ORT | transformers | of | perplexity, ORT | transformers |",
         "|" + " --- |" * 7,
@@ -132,8 +132,10 @@ def table(known: dict[str, Any]) -> str:
         alike = {what: int(np.sum(np.array(tokens) == np.array(right))) for what, tokens in
                  (("read anew", own), ("cached keys", cached))}  # fmt: skip
         versions = ", ".join(f"{key} {value}" for key, value in found["versions"].items())
-        after.append(f"- {name} ({found['date']}, {versions}): {alike['read anew']} of {NEW} tokens as transformers' when the "
-                     f"sequence is read anew, {alike['cached keys']} with cached keys.")  # fmt: skip
+        after.append(
+            f"- {name} ({found['date']}, {versions}): {alike['read anew']} of {NEW} tokens as transformers' when the "
+            f"sequence is read anew, {alike['cached keys']} with cached keys."
+        )
     return "\n".join([*lines, "", *after]) + "\n"
 
 

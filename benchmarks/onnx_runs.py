@@ -11,7 +11,7 @@ transformers runs with the folder's own code. Measured in both, on the same docu
 2. perplexity of the same last 512 tokens of a text, with more and more text before them;
 3. greedy tokens across the original window, the sequence read anew there and with its cache.
 
-On a GPU transformers computes in bfloat16 or, beside f32, in float32. `results/onnx-runs.md` has the rows of all models.
+On a GPU transformers computes in bfloat16, or float32 beside f32. `results/onnx-runs.md` has the rows of all models.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from lrconvert.search.protocol import Algorithm, Answer, Question, Round
 from lrconvert.search.space import GRID, PAPER_SEEDS, Candidate, Space
 
 LONG_WINDOW = 256 * 1024  # beyond it the paper halves the counts
-TRIES = 200  # drawings of an offspring that nobody has seen, before the space counts as exhausted
+TRIES = 100  # drawings of an offspring that nobody has seen, before the space counts as exhausted
 
 Scored = tuple[float, int, Candidate]  # loss, order of evaluation (which breaks ties), candidate
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ Known = list[tuple[Candidate, float]]  # what was evaluated, with its loss
 class Screening:
     """The numbers of the search; those measured in docs/search.md."""
 
-    ramps: int = 8
+    ramps: int = 16
     elite: int = 16  # the best, whose offspring are looked at
     generations: int = 4  # bred on predictions between two rounds of evaluations
     offspring: int = 200  # of each such generation
@@ -42,12 +42,11 @@ class Screening:
     caution: tuple[float, ...] = (0.0, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0)
     apart: float = 0.03  # candidates of a round differ by so much in ln λ somewhere
     noise: float = 0.12  # standard deviation of a local change in ln λ
-    stale: float = 0.002  # nats that `stale_rounds` rounds have to bring, or else the gradient is tried
-    stale_rounds: int = 2
+    stale: float = 0.004  # nats that a round has to bring, or else the gradient is tried
     steps: int = 12  # of the gradient, at most
     step: float = 0.03  # in ln λ, at first
     least_gain: float = 3e-4  # nats that two steps have to bring
-    slow: float = 12.0  # turns within the original window up to which the gradient is used
+    slow: float = 12.5  # turns within the original window up to which the gradient is used
 
 
 def guided(space: Space, seed: int, *, start: Sequence[Candidate] = (), numbers: Screening | None = None) -> Algorithm:
@@ -59,16 +58,16 @@ def guided(space: Space, seed: int, *, start: Sequence[Candidate] = (), numbers:
     designs = (candidate for candidate in ramps(space, numbers.ramps, rng) if not fresh.knows(candidate))
     questions += [Question(fresh.take(candidate), "ramp") for candidate in designs]
     known = learnt([], questions, (yield questions))
-    bests, polished = [best_of(known)], None
+    before, polished = best_of(known), None
     while questions := screened(space, known, rng, fresh, numbers):
         known = learnt(known, questions, (yield questions))
-        bests.append(best_of(known))
-        before = bests[max(0, len(bests) - 1 - numbers.stale_rounds)]
-        if len(bests) <= numbers.stale_rounds or before[1] - bests[-1][1] >= numbers.stale or bests[-1] == polished:
-            continue
-        known = yield from polish(space, known, fresh, numbers)
-        polished = best_of(known)
-        bests = [polished]
+        now = best_of(known)
+        if before[1] - now[1] < numbers.stale and now != polished:
+            known = yield from polish(space, known, fresh, numbers)
+            if now[1] - best_of(known)[1] < numbers.stale:
+                known = yield from try_start_tokens(space, known, fresh)
+            now = polished = best_of(known)
+        before = now
 
 
 def learnt(known: Known, questions: Round, answers: Sequence[Answer]) -> Known:
@@ -148,8 +147,19 @@ def breed(space: Space, pool: Sequence[Candidate], rng: np.random.Generator, noi
         change = np.interp(np.arange(space.size), knots, rng.normal(0.0, noise, len(knots)))
     attention = parent.attention_factor * math.exp(rng.normal(0.0, noise / 10))
     critical = None if parent.critical is None else parent.critical + int(rng.integers(-1, 2))
+    start = parent.start_tokens
+    if rng.random() < 0.1:
+        choices = next_start_tokens(space, start)
+        start = choices[int(rng.integers(len(choices)))] if choices else start
     factors = np.asarray(parent.steps) / GRID * np.exp(change)
-    return space.make(factors, parent.start_tokens, attention, critical)
+    return space.make(factors, start, attention, critical)
+
+
+def next_start_tokens(space: Space, start_tokens: int) -> tuple[int, ...]:
+    """The numbers of start tokens beside one."""
+    every = space.usable_start_tokens
+    at = every.index(start_tokens)
+    return every[max(at - 1, 0) : at] + every[at + 1 : at + 2]
 
 
 class Predictor:
@@ -186,7 +196,7 @@ class Predictor:
         scale = math.log(1.25 * 8) / math.log(space.bounds[1] / GRID) * math.sqrt(32 / space.size)
         factors = np.log(np.array([candidate.steps for candidate in candidates]) / GRID) * scale
         others = [
-            (math.log2(1 + c.start_tokens) / 8, 5 * c.attention_factor, (c.critical or 0) / 8) for c in candidates
+            (math.log2(1 + c.start_tokens) / 4, 5 * c.attention_factor, (c.critical or 0) / 8) for c in candidates
         ]
         return np.hstack([factors, np.array(others)])
 
@@ -231,6 +241,18 @@ def polish(space: Space, known: Known, fresh: Unseen, numbers: Screening) -> Gen
             break
         current = moved
     return known
+
+
+def try_start_tokens(space: Space, known: Known, fresh: Unseen) -> Generator[Round, Sequence[Answer], Known]:
+    """The best set with fewer and with more start tokens: losses differ little by them, and predictions less."""
+    best, _ = best_of(known)
+    if best is None:
+        return known
+    beside = [replace(best, start_tokens=count) for count in next_start_tokens(space, best.start_tokens)]
+    questions = [Question(fresh.take(one), "start tokens") for one in beside if not fresh.knows(one)]
+    if not questions:
+        return known
+    return learnt(known, questions, (yield questions))
 
 
 def slow_indices(space: Space, origin: Candidate, turns: float) -> np.ndarray[Any, Any]:

@@ -138,7 +138,8 @@ class Search:
         algorithm = start_algorithm(self.plan.algorithm, tier, self.plan.seed)
         spent = 0.0
         questions = next(algorithm, None)
-        while questions:
+        # The leading process's questions count: machines may differ in the last digit of a prediction.
+        while questions := self.evaluator.agree(questions):
             affordable = []
             for question in questions:
                 if spent + question.cost > tier.budget:
@@ -151,7 +152,7 @@ class Search:
             try:
                 questions = algorithm.send(answers)
             except StopIteration:
-                break
+                questions = None
         algorithm.close()
         found = [record for record in self.records if record.tier == tier.length]
         best = min(found, key=lambda record: record.answer.loss, default=None)

@@ -133,7 +133,8 @@ class RealJournal:
         floor = self.losses.min() - 0.03
         values = np.log(self.losses - floor)
         mean, spread = values.mean(), values.std()
-        process = GaussianProcessRegressor(RBF(1.0) + WhiteKernel(0.01), optimizer=None)
+        regressor: Any = GaussianProcessRegressor
+        process = regressor(RBF(1.0) + WhiteKernel(0.01), optimizer=None)
         process.fit(np.log(self.factors), (values - mean) / spread)
         known: dict[tuple[int, ...], float] = {}
 

@@ -182,8 +182,9 @@ class Predictor:
         outputs = np.log(losses[near] - losses.min() + self.OFFSET)
         outputs = (outputs - outputs.mean()) / (outputs.std() + 1e-12)
         # A grid instead of an optimiser: as good with so few points, and the same on every machine.
+        process: Any = GaussianProcessRegressor  # its annotations don't know that the optimiser may be None
         fits = [
-            GaussianProcessRegressor(RBF(length) + WhiteKernel(noise), optimizer=None).fit(inputs, outputs)
+            process(RBF(length) + WhiteKernel(noise), optimizer=None).fit(inputs, outputs)
             for length in self.LENGTHS
             for noise in self.NOISES
         ]

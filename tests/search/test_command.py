@@ -21,7 +21,7 @@ from lrconvert.search.journal import read_journal
 
 Run = Callable[..., Result]
 START = [sys.executable, "-c", "from lrconvert.cli import main; main()"]
-OPTIONS = ["--original-window", "64", "--target", "256", "--device", "cpu", "--budget", "44"]
+OPTIONS = ["--original-window", "32", "--target", "128", "--device", "cpu", "--budget", "40"]
 
 
 @pytest.fixture(scope="module")
@@ -91,20 +91,35 @@ def test_two_processes_keep_the_same_journal(text: Path, whole: Path, tmp_path: 
 
 def test_the_recipe_tells_its_story(whole: Path, cli: Run) -> None:
     recipe = json.loads((whole / "recipe.json").read_text())
-    assert [tier["max_length"] for tier in recipe["tiers"]] == [64, 256]
+    assert [tier["max_length"] for tier in recipe["tiers"]] == [32, 128]
     assert recipe["provenance"]["kind"] == "searched" and recipe["base_model"] == "demo"
     losses = recipe["evaluation"]["tiers"][1]
-    assert set(losses["losses"]) == {"text@64", "text@128", "text@256"}
-    assert losses["loss"] <= min(start["text@256"] for start in losses["starts"].values())
+    assert set(losses["losses"]) == {"text@32", "text@64", "text@128"}
+    assert losses["loss"] <= min(start["text@128"] for start in losses["starts"].values())
     shown = cli("recipe", "show", whole)
     assert shown.code == 0 and "searched: guided" in shown.out
 
 
+def test_its_journal_is_drawn(whole: Path, cli: Run, tmp_path: Path) -> None:
+    """In words, and as pictures of loss and factors."""
+    journal = whole.with_name("found.journal.jsonl")
+    found = cli("recipe", "plot", whole, "--journal", journal, "-o", tmp_path / "p")
+    assert found.code == 0
+    assert "set for 128 tokens: " in found.out and " forward equivalents" in found.out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p-search.png", "p-search.svg", "p.png", "p.svg"]
+    best = json.loads((whole / "recipe.json").read_text())["evaluation"]["tiers"][1]["loss"]
+    assert f" {best:.4f} " in found.out
+    assert cli("recipe", "plot", whole, "--journal", whole / "recipe.json").code == 3
+
+
 def test_evaluating_on_the_search_s_text_warns(text: Path, whole: Path, cli: Run, tmp_path: Path) -> None:
-    """The text is known again by its digest."""
+    """The text is known again by its digest, from the artifact's manifest."""
+    from lrconvert.cli.eval import _seen_before
+
     assert cli("hf", "demo", "--recipe", whole, "-o", tmp_path / "baked").code == 0
-    found = cli("eval", "perplexity", tmp_path / "baked", "--text", text, "--lengths", "128", "--judged", "64")
-    assert found.code == 0 and "the recipe was searched on this text" in found.err
+    content = text.read_text(encoding="utf-8")
+    assert ["the recipe was searched on this text" in said for said in _seen_before(tmp_path / "baked", [content])]
+    assert _seen_before(tmp_path / "baked", [content + "!"]) == []
 
 
 def test_a_journal_of_another_search_is_refused(text: Path, whole: Path, cli: Run, tmp_path: Path) -> None:
@@ -151,34 +166,34 @@ def test_a_document_that_does_not_fit(text: Path, cli: Run, tmp_path: Path, monk
     real = TransformersEvaluator._losses
 
     def small(self: Any, documents: Any) -> Any:
-        if len(documents[0].tokens) > 130:
+        if len(documents[0].tokens) > 66:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(self, documents)
 
     monkeypatch.setattr(TransformersEvaluator, "_losses", small)
     found = cli(*arguments(text, tmp_path / "found"))
     assert found.code == 6
-    assert "the largest that fits has about 128" in found.err
+    assert "the largest that fits has about 64" in found.err
 
 
 def test_dry_run_says_what_it_costs(text: Path, cli: Run, tmp_path: Path) -> None:
     found = cli(*arguments(text, tmp_path / "r", "--dry-run"))
     assert found.code == 0
-    assert "set for 256 tokens: 44 evaluations of 1 documents, 256 tokens" in found.out
-    assert "set for 64 tokens: 11 evaluations of 4 documents" in found.out
+    assert "set for 128 tokens: 40 evaluations of 1 documents, 128 tokens" in found.out
+    assert "set for 32 tokens: 10 evaluations of 4 documents" in found.out
     assert "PFLOP" in found.out
     assert list(tmp_path.iterdir()) == []
 
 
-NEEDLE = ["--objective", "mixed", "--lengths", "128:1,256:3", "--tier", "long", "--budget", "4"]
+NEEDLE = ["--objective", "mixed", "--lengths", "64:1,128:3", "--tier", "long", "--budget", "4"]
 
 
 def test_needles_and_several_lengths(text: Path, cli: Run, tmp_path: Path) -> None:
     assert cli(*arguments(text, tmp_path / "r", *NEEDLE)).code == 0
     recipe = json.loads((tmp_path / "r" / "recipe.json").read_text())
     (tier,) = recipe["evaluation"]["tiers"]
-    parts = {name: tier["losses"][name] for name in ("text@128", "text@256", "needle@128", "needle@256")}
-    expected = 0.125 * (parts["text@128"] + parts["needle@128"]) + 0.375 * (parts["text@256"] + parts["needle@256"])
+    parts = {name: tier["losses"][name] for name in ("text@64", "text@128", "needle@64", "needle@128")}
+    expected = 0.125 * (parts["text@64"] + parts["needle@64"]) + 0.375 * (parts["text@128"] + parts["needle@128"])
     assert tier["loss"] == pytest.approx(expected)
     assert recipe["tiers"][0]["factors"] == [1.0] * 32  # not searched: the unmodified model
 
@@ -194,7 +209,7 @@ def test_a_search_starts_from_a_recipe(text: Path, whole: Path, cli: Run, tmp_pa
 @pytest.mark.parametrize(
     ("changes", "code", "expected"),
     [
-        (["--target", "64"], 2, "--target 64 is within the original window, 64"),
+        (["--target", "32"], 2, "--target 32 is within the original window, 32"),
         (["--target", "64k"], 3, "fewer than the 65536 of the target"),
         (["--tier", "2k"], 2, "--tier 2048 is not between"),
         (["--lengths", "8k:x"], 2, "'8k:x' is not a length with a weight"),

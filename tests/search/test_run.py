@@ -6,6 +6,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +21,7 @@ from searching import NOTHING, Landscape, planted
 from lrconvert.checkpoint import Model
 from lrconvert.errors import EnvironmentFailure, InputError
 from lrconvert.recipe import Recipe, parse_recipe
+from lrconvert.resources import DATA
 from lrconvert.rope import Tier
 from lrconvert.search.journal import Journal, read_journal
 from lrconvert.search.objective import Text
@@ -33,7 +37,7 @@ def plan(pico: Callable[..., Model]) -> SearchPlan:
     """A pico Llama, 64 to 512: both sets."""
     model = pico("llama")
     spaces = [space_for(16, 10000.0, 64, length) for length in (64, 512)]
-    budgets = (30, 90)
+    budgets = (24, 60)
     return SearchPlan(
         model=model,
         original_window=64,
@@ -107,7 +111,7 @@ def test_killed_anywhere_it_ends_in_the_same_recipe(algorithm: Any, plan: Search
     plan = replace(plan, algorithm=algorithm)
     whole = run(plan, landscape(plan), tmp_path / "whole.jsonl")
     path, asked, ended = tmp_path / "killed.jsonl", [], None
-    for life in (0, 1, 7, 30, 30, 1000):
+    for life in (0, 1, 7, 20, 20, 1000):
         evaluator = Dying(landscape(plan).loss, left=life)
         with contextlib.suppress(Kill):
             ended = run(plan, evaluator, path)
@@ -132,12 +136,12 @@ def test_the_journal_does_not_depend_on_the_number_of_processes(
 def test_a_larger_budget_goes_on(plan: SearchPlan, tmp_path: Path) -> None:
     """With one tier, the journal of a smaller search is the beginning of a larger one's."""
     plan = replace(plan, tiers=plan.tiers[1:])
-    larger = replace(plan, tiers=(replace(plan.tiers[0], budget=120),))
+    larger = replace(plan, tiers=(replace(plan.tiers[0], budget=90),))
     run(plan, landscape(plan) if len(plan.tiers) == 2 else Landscape(planted(plan.tiers[0].space)[1]), tmp_path / "j")
     evaluator = Landscape(planted(plan.tiers[0].space)[1])
     recipe = run(larger, evaluator, tmp_path / "j")
     assert recipe == run(larger, Landscape(planted(plan.tiers[0].space)[1]), tmp_path / "other")
-    assert 20 < len(evaluator.asked) < 40
+    assert 20 <= len(evaluator.asked) < 40
     # A set that was not searched is the unmodified model's.
     assert recipe.tiers[0] == Tier(64, (1.0,) * 8)
 
@@ -209,3 +213,13 @@ def test_budgets_and_names(tmp_path: Path) -> None:
     assert default_budget("guided", 8192, 8192) == default_budget("guided", 65536, 8192) // 4
     assert journal_path(tmp_path / "r") == tmp_path / "r.journal.jsonl"
     assert journal_path(tmp_path / "r.json") == tmp_path / "r.journal.jsonl"
+
+
+def test_importing_the_search_is_light() -> None:
+    """Neither torch nor scikit-learn: only an evaluator and a running guided search need them."""
+    modules = "evolution, guided, journal, objective, protocol, run, space, texts"
+    code = f"from lrconvert.search import {modules}; import sys; print([m for m in HEAVY if m in sys.modules])"
+    heavy = "HEAVY = ('torch', 'transformers', 'sklearn', 'scipy', 'pandas', 'matplotlib'); "
+    environment = {**os.environ, "PYTHONPATH": str(DATA.parents[1])}
+    done = subprocess.run([sys.executable, "-c", heavy + code], env=environment, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr

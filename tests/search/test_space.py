@@ -16,7 +16,7 @@ from lrconvert.errors import UsageError
 from lrconvert.rope import Tier, longrope_attention_factor
 from lrconvert.search.evolution import cross, mutate
 from lrconvert.search.guided import breed, ramps
-from lrconvert.search.space import Candidate, Space, space_for
+from lrconvert.search.space import Candidate, Kind, Space, space_for
 
 
 @st.composite
@@ -25,7 +25,7 @@ def spaces(draw: st.DrawFn) -> Space:
     dim = 2 * draw(st.sampled_from([2, 3, 8, 32, 64]))
     window = draw(st.sampled_from([64, 100, 4096]))
     ratio = draw(st.sampled_from([1.0, 1.01, 1.5, 2.0, 8.0, 512.0]))
-    kind = draw(st.sampled_from(["longrope", "longrope2"]))
+    kind: Kind = draw(st.sampled_from(["longrope", "longrope2"]))
     return space_for(dim, draw(st.sampled_from([100.0, 10000.0, 5e6])), window, int(window * ratio), kind=kind)
 
 

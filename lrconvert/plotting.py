@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrconvert.errors import require
+from lrconvert.errors import InputError, require
 from lrconvert.recipe import Method, Recipe, factor_set
 
 if TYPE_CHECKING:
     from lrconvert.evals.passkey import PasskeyRow
     from lrconvert.evals.perplexity import PerplexityRow
+    from lrconvert.search.journal import Record
 
 BARS = "▁▂▃▄▅▆▇█"
 # What every tier is shown beside, at the tier's own extension ratio.
@@ -69,14 +70,82 @@ def plot_passkey(rows: Sequence[PasskeyRow], path: Path) -> None:
     _saved(figure, path)
 
 
-def _one_axis() -> tuple[Any, Any]:
+def journal_lines(records: Sequence[Record]) -> list[str]:
+    """A search in words: of every tier the best loss whenever it fell, thinned out, with the factors then."""
+    lines = []
+    for length in sorted({record.tier for record in records}):
+        costs, _, bests = _curve(records, length)
+        highest = max(max(best.question.candidate.factors) for best in bests)
+        fell = [at for at in range(len(bests)) if at == 0 or bests[at] is not bests[at - 1]]
+        lines.append(f"set for {length} tokens: {len(bests)} evaluations, {costs[-1]:.0f} forward equivalents")
+        for at in fell[:: max(1, len(fell) // 8)] + fell[-1:]:
+            candidate = bests[at].question.candidate
+            lines.append(f"{costs[at]:>8.0f} {bests[at].answer.loss:.4f} {sparkline(candidate.factors, highest)}")
+    return list(dict.fromkeys(lines))
+
+
+def plot_journal(records: Sequence[Record], stem: Path) -> list[Path]:
+    """Loss against evaluations, and how the best factors moved (early ones pale), as `stem`.png and `stem`.svg."""
+    lengths = sorted({record.tier for record in records})
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(
+        len(lengths), 2, figsize=(9.6, 3.4 * len(lengths)), squeeze=False, layout="constrained"
+    )
+    for (left, right), length in zip(axes, lengths, strict=True):
+        costs, losses, bests = _curve(records, length)
+        left.plot(costs, losses, ".", color="0.7", markersize=3, label="evaluated")
+        left.step(costs, [best.answer.loss for best in bests], where="post", color="tab:blue", label="best so far")
+        finite = sorted(loss for loss in losses if math.isfinite(loss))
+        lowest, usual = finite[0], finite[len(finite) * 9 // 10]  # the first sets may be worse by nats
+        left.set_ylim(lowest - 0.05 * (usual - lowest) - 1e-6, usual + 0.05 * (usual - lowest) + 1e-6)
+        left.set_xlabel("forward equivalents", fontsize=8)
+        left.set_ylabel(f"loss at {length:,} tokens (nats)", fontsize=8)
+        left.legend(fontsize=8, frameon=False)
+        moved = [at for at in range(len(bests)) if at == 0 or bests[at] is not bests[at - 1]]
+        for order, at in enumerate(moved, 1):
+            factors = bests[at].question.candidate.factors
+            right.plot(factors, color=pyplot.cm.Blues(0.15 + 0.85 * order / len(moved)), linewidth=1.2)
+        right.set_yscale("log")
+        right.set_xlabel("frequency index (fast to slow)", fontsize=8)
+        right.set_ylabel("best factors λ, early to late", fontsize=8)
+        for axis in (left, right):
+            axis.grid(alpha=0.3)
+    return _saved_twice(figure, stem)
+
+
+def _curve(records: Sequence[Record], length: int) -> tuple[list[float], list[float], list[Record]]:
+    """Of one tier's evaluations: cost so far, loss, and the best one so far, from the first with a loss on."""
+    costs: list[float] = []
+    losses: list[float] = []
+    bests: list[Record] = []
+    spent = 0.0
+    for record in records:
+        if record.tier != length:
+            continue
+        spent += record.question.cost
+        if bests or math.isfinite(record.answer.loss):
+            best = bests[-1] if bests and bests[-1].answer.loss <= record.answer.loss else record
+            costs.append(spent)
+            losses.append(record.answer.loss)
+            bests.append(best)
+    if not bests:
+        raise InputError(f"no evaluation of a set for {length} tokens has a loss")
+    return costs, losses, bests
+
+
+def _pyplot() -> Any:
     require("matplotlib", "plot", "a plot")
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "lrconvert"  # the same recipe, the same bytes
     from matplotlib import pyplot
 
-    return pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
+    return pyplot
+
+
+def _one_axis() -> tuple[Any, Any]:
+    return _pyplot().subplots(figsize=(6.4, 4.2), layout="constrained")
 
 
 def _saved(figure: Any, path: Path) -> None:
@@ -89,14 +158,7 @@ def _saved(figure: Any, path: Path) -> None:
 
 def plot_recipe(recipe: Recipe, stem: Path) -> list[Path]:
     """Factors of every tier beside PI, NTK-aware and YaRN, as `stem`.png and `stem`.svg."""
-    require("matplotlib", "plot", "a plot")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "lrconvert"  # the same recipe, the same bytes
-    from matplotlib import pyplot
-
-    tiers = recipe.tiers
+    pyplot, tiers = _pyplot(), recipe.tiers
     columns = min(len(tiers), 4)
     rows = -(-len(tiers) // columns)
     figure, axes = pyplot.subplots(
@@ -123,6 +185,13 @@ def plot_recipe(recipe: Recipe, stem: Path) -> list[Path]:
         axis.set_visible(False)
     figure.supylabel("factor λ (divides the frequency)", fontsize=9)
     figure.suptitle(recipe.name, fontsize=11)
+    return _saved_twice(figure, stem)
+
+
+def _saved_twice(figure: Any, stem: Path) -> list[Path]:
+    """As a PNG and as an SVG without a date in it."""
+    from matplotlib import pyplot
+
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
     stem.parent.mkdir(parents=True, exist_ok=True)
     for path in paths:

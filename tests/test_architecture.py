@@ -17,7 +17,7 @@ PACKAGE = Path(lrconvert.__file__).parent
 # From the top down: a module may import its own level and those below. Every module has a place here.
 LEVELS: tuple[set[str], ...] = (
     {"cli", "schema"},
-    {"targets", "parity", "importing", "plotting", "evals", "hub"},
+    {"targets", "parity", "importing", "plotting", "evals", "hub", "search"},
     {
         "ahead",
         "card",
@@ -48,6 +48,8 @@ FORBIDDEN: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("reference", "expressible", ()),
     ("families", "rope", ()),
     ("families", "checkpoint", ()),
+    ("search", "parity", ()),
+    ("search", "importing", ()),
     # These run where lrconvert is not installed.
     ("runtimes.transformers_worker", "", ()),
     ("runtimes.mlx_worker", "", ()),

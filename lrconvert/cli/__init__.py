@@ -18,6 +18,7 @@ from lrconvert.errors import EnvironmentFailure, LrconvertError, UsageError
 # Name: (module under lrconvert.cli, one line of help). A command's module is imported only when it is used.
 COMMANDS = {
     "inspect": ("inspect", "What a model is, which RoPE it carries, what it can become."),
+    "search": ("search", "Find a recipe's factor sets on your own text."),
     "recipe": ("recipe", "Factor sets: list, show, check, derive, import, plot."),
     "hf": ("hf", "Bake a recipe into a Hugging Face folder."),
     "gguf": ("gguf", "Bake a recipe into a GGUF for llama.cpp."),

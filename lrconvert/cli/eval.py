@@ -172,6 +172,7 @@ def _seen_before(artifact: Path, texts: list[str]) -> list[str]:
         return []
     search = (Manifest.read(artifact).recipe.get("provenance") or {}).get("search") or {}
     known = {str(value) for key, value in search.items() if "sha256" in key}
+    known |= {text["sha256"] for text in search.get("texts", ()) if isinstance(text, dict) and "sha256" in text}
     return ["the recipe was searched on this text: the figure flatters it" for text in texts if _digest(text) in known]
 
 

@@ -215,24 +215,32 @@ def import_(
     metavar="STEM",
     help="Write STEM.png and STEM.svg; needs matplotlib.",
 )
-def plot(recipe: str, output: Path | None) -> None:
+@click.option("--journal", type=click.Path(path_type=Path), metavar="FILE",
+              help="Also draw the search that found it: STEM-search.png and STEM-search.svg.")  # fmt: skip
+def plot(recipe: str, output: Path | None, journal: Path | None) -> None:
     """Factors by frequency index, every tier beside PI, NTK-aware and YaRN.
 
-    Without -o, or without matplotlib, the factors are drawn as lines of text.
+    With the journal of a search: its loss against evaluations, and how the factors moved. Without -o, or without
+    matplotlib, lines of text.
     """
     from lrconvert.errors import EnvironmentFailure
-    from lrconvert.plotting import plot_recipe, sparklines
+    from lrconvert.plotting import journal_lines, plot_journal, plot_recipe, sparklines
     from lrconvert.recipe import load_recipe
+    from lrconvert.search.journal import read_journal
 
     loaded = load_recipe(recipe)
-    for line in sparklines(loaded):
+    records = read_journal(journal).records if journal is not None else []
+    for line in [*sparklines(loaded), *journal_lines(records)]:
         out.say(line)
     if output is None:
-        out.hint(f"as a picture: lrconvert recipe plot {recipe} -o {loaded.name}")
+        more = f" --journal {journal}" if journal is not None else ""
+        out.hint(f"as a picture: lrconvert recipe plot {recipe}{more} -o {loaded.name}")
         return
     stem = output.with_suffix("") if output.suffix in (".png", ".svg") else output
     try:
         paths = plot_recipe(loaded, stem)
+        if records:
+            paths += plot_journal(records, stem.with_name(f"{stem.name}-search"))
     except EnvironmentFailure as error:
         raise EnvironmentFailure(f"no picture: {error.message}", remedy=error.remedy) from error
     out.say(" ".join(str(path) for path in paths))

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The journal of a search: JSON lines, on the disk before the next evaluation begins.
+
+The first line says which search it is; every other line is one evaluation, or the machine on which a run of the search
+began (`run`). A search that finds its journal asks the
+same questions again and takes the answers from it, so it goes on where it was killed. A last line that was torn by the
+kill is dropped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from io import FileIO
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from lrconvert.errors import EnvironmentFailure, InputError, UsageError
+from lrconvert.search.protocol import Answer, Question
+from lrconvert.search.space import Candidate
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """One evaluation: of which tier, what was asked and answered."""
+
+    tier: int  # the length that the set is searched for
+    question: Question
+    answer: Answer
+
+    def to_json(self) -> dict[str, Any]:
+        """Infinite losses are null: JSON knows no infinity."""
+        question, answer = self.question, self.answer
+        values: dict[str, Any] = {
+            "tier": self.tier,
+            "made": question.made,
+            "loss": answer.loss if math.isfinite(answer.loss) else None,
+            "losses": answer.losses,
+            "candidate": question.candidate.to_json(),
+            "cost": question.cost,
+        }
+        if question.gradient:
+            values["gradient"] = answer.gradient
+        if answer.error is not None:
+            values["error"] = answer.error
+        return {**values, "seconds": round(answer.seconds, 3)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Record:
+        gradient = values.get("gradient")
+        answer = Answer(
+            math.inf if values["loss"] is None else float(values["loss"]),
+            values["losses"],
+            None if gradient is None else tuple(gradient),
+            values.get("error"),
+            values["seconds"],
+        )
+        question = Question(Candidate.from_json(values["candidate"]), values["made"], "gradient" in values)
+        return cls(values["tier"], question, answer)
+
+
+@dataclass
+class Contents:
+    """What a journal's file holds: `good` bytes of whole lines; `torn` says what was wrong with the last one."""
+
+    head: dict[str, Any] = field(default_factory=dict)
+    records: list[Record] = field(default_factory=list)
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    good: int = 0
+    torn: str | None = None
+
+
+def read_journal(path: Path) -> Contents:
+    """Everything up to the last whole line.
+
+    Raises `InputError` for a file that isn't a journal and for damage before the last line.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror or error})") from error
+    found = Contents()
+    lines = data.splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        try:
+            if not line.endswith(b"\n"):
+                raise ValueError("no end of line")
+            values = json.loads(line)
+            if number == 1:
+                _check_head(path, values)
+                found.head = values
+            elif "run" in values:
+                found.runs.append(values["run"])
+            else:
+                found.records.append(Record.from_json(values))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if number == 1 and (line.endswith(b"\n") or len(lines) > 1 or not _head_start(line)):
+                raise InputError(f"{path}: not the journal of a search") from error
+            if number < len(lines):
+                raise InputError(f"{path}: line {number} is damaged ({error})") from error
+            found.torn = f"{path}: the last line ({len(line)} bytes) was not written to its end and is dropped"
+            break
+        found.good += len(line)
+    return found
+
+
+def _check_head(path: Path, values: Any) -> None:
+    if values["journal"] != "lrconvert search":
+        raise ValueError
+    if values["version"] != VERSION:
+        raise InputError(f"{path}: a journal of version {values['version']}; this lrconvert reads version {VERSION}")
+
+
+def _head_start(line: bytes) -> bool:
+    """Whether a single torn line can be the beginning of a head."""
+    start = b'{"journal": "lrconvert search"'
+    return line.startswith(start) or start.startswith(line)
+
+
+def differences(before: Any, now: Any, key: str = "") -> list[str]:
+    """Where two identities differ, in words."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        inner = [differences(before.get(k), now.get(k), f"{key}.{k}" if key else k) for k in {**before, **now}]
+        return [line for lines in inner for line in lines]
+    return [] if before == now else [f"{key} was {_short(before)}, is {_short(now)}"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+class Journal:
+    """An open journal: what it holds already (`found`), and `append`. One process writes it at a time."""
+
+    def __init__(self, path: Path, found: Contents, file: FileIO) -> None:
+        self.path, self.found = path, found
+        self._file = file
+
+    @classmethod
+    def open(cls, path: Path, identity: dict[str, Any]) -> Journal:
+        """Open or begin the journal of a search; `identity` is what makes two searches the same.
+
+        Raises `InputError` (exit code 3) when the file is the journal of another search, with all that differs, and
+        `UsageError` when another process writes it.
+        """
+        identity = json.loads(json.dumps(identity))  # as it comes back from a file
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("r+b" if path.exists() else "x+b", buffering=0)
+        except OSError as error:
+            raise EnvironmentFailure(f"{path}: can't be written ({error.strerror or error})") from error
+        try:
+            _lock(file, path)
+            found = read_journal(path)
+            if found.head and (differ := differences(found.head["identity"], identity)):
+                raise InputError(
+                    f"{path} is the journal of another search: {'; '.join(differ)}",
+                    remedy="Name another --journal, or remove this one to begin anew",
+                )
+            file.truncate(found.good)
+            file.seek(found.good)
+            journal = cls(path, found, file)
+            if not found.head:
+                journal._write({"journal": "lrconvert search", "version": VERSION, "identity": identity})
+        except BaseException:
+            file.close()
+            raise
+        return journal
+
+    def append(self, record: Record) -> None:
+        """Write an evaluation; it is on the disk when this returns."""
+        self._write(record.to_json())
+
+    def begin(self, environment: dict[str, Any]) -> None:
+        """Write down where the evaluations that follow are made."""
+        self._write({"run": environment})
+
+    def _write(self, values: dict[str, Any]) -> None:
+        try:
+            self._file.write(json.dumps(values, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise EnvironmentFailure(f"{self.path}: can't be written ({error.strerror or error})") from error
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def digest(identity: dict[str, Any], records: list[Record]) -> str:
+    """sha256 of what a journal says, without how long anything took: the same for a resumed search."""
+    found = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
+    for record in records:
+        values = record.to_json()
+        del values["seconds"]
+        found.update(json.dumps(values, sort_keys=True).encode())
+    return found.hexdigest()
+
+
+def _lock(file: FileIO, path: Path) -> None:
+    with contextlib.suppress(ImportError):  # not on Windows
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UsageError(f"{path}: another process writes this journal", remedy="Wait for it to end") from error

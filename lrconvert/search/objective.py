@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a search minimises: losses of tokens of long documents, at one length or at several with weights.
+
+- `perplexity`: the mean loss of all tokens of a text. A document's first n tokens are a document of n tokens under the
+  same set, so shorter lengths cost nothing beside the longest.
+- `needle`: only the answer's tokens of documents that hide a key and ask for it at the end (after LongRoPE2, arXiv
+  2502.20082, section 3.2, whose documents are other ones). Every weighted length has documents of its own.
+- `mixed`: the mean of both.
+
+Losses come as one array a document: entry t is the loss of token t + 1, in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lrconvert.errors import InputError
+from lrconvert.evals.passkey import PasskeyFormat, build_document
+
+Kind = Literal["perplexity", "needle", "mixed"]
+PARTS: dict[Kind, dict[str, float]] = {
+    "perplexity": {"text": 1.0},
+    "needle": {"needle": 1.0},
+    "mixed": {"text": 0.5, "needle": 0.5},
+}
+NEEDLES = 4  # documents with a key at each weighted length: at 1/8, 3/8, 5/8, 7/8 of it
+Encode = Callable[[str], list[int]]
+Losses = NDArray[np.floating]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text as it was given: name and digest are recorded, tokens are what documents are cut from."""
+
+    name: str
+    sha256: str
+    tokens: NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Document:
+    """Tokens, and which losses count at which lengths: `spans` are (length, first, end), indices of losses."""
+
+    part: str  # "text" or "needle"
+    tokens: NDArray[np.int64]
+    spans: tuple[tuple[int, int, int], ...]
+
+    @property
+    def judged(self) -> tuple[int, int]:
+        """The range of losses that anything asks for."""
+        return min(first for _, first, _ in self.spans), max(end for _, _, end in self.spans)
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """Documents and weights: loss = Σ over parts and lengths of their weights times the mean over documents."""
+
+    kind: Kind
+    documents: tuple[Document, ...]
+    weights: dict[int, float]  # by length, summing to 1
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest document."""
+        return max(len(document.tokens) for document in self.documents)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one evaluation."""
+        return sum(len(document.tokens) for document in self.documents)
+
+    def _counts(self) -> dict[tuple[str, int], int]:
+        """In how many documents a part is judged at a length."""
+        counts: dict[tuple[str, int], int] = {}
+        for document in self.documents:
+            for length, _, _ in document.spans:
+                counts[document.part, length] = counts.get((document.part, length), 0) + 1
+        return counts
+
+    def score(self, found: Sequence[Losses]) -> tuple[float, dict[str, float]]:
+        """The objective, and the mean loss of each part at each length (`text@8192`), from the losses of every
+        document; an entry that nothing asks for may be anything."""
+        counts = self._counts()
+        means = dict.fromkeys(counts, 0.0)
+        for document, values in zip(self.documents, found, strict=True):
+            for length, first, end in document.spans:
+                means[document.part, length] += (
+                    float(np.mean(values[first:end], dtype=np.float64)) / counts[document.part, length]
+                )
+        loss = sum(
+            weight * share * means[part, length]
+            for length, weight in self.weights.items()
+            for part, share in PARTS[self.kind].items()
+        )
+        return loss, {f"{part}@{length}": value for (part, length), value in sorted(means.items())}
+
+    def token_weights(self, index: int) -> NDArray[np.float64]:
+        """d objective / d loss of every token of a document, shape [n − 1]."""
+        document, counts = self.documents[index], self._counts()
+        weights = np.zeros(len(document.tokens) - 1)
+        for length, first, end in document.spans:
+            share = self.weights.get(length, 0.0) * PARTS[self.kind][document.part]
+            weights[first:end] += share / counts[document.part, length] / (end - first)
+        return weights
+
+
+def reported_lengths(original_window: int, length: int, weighted: Sequence[int]) -> list[int]:
+    """Where losses are recorded: the original window, its doublings, the document's own length, the weighted ones."""
+    doublings = [original_window << power for power in range(40) if original_window << power < length]
+    return sorted({*doublings, *weighted, length})
+
+
+def text_documents(
+    texts: Sequence[Text], length: int, count: int, lengths: Sequence[int], join: bool
+) -> list[Document]:
+    """`count` documents of `length` tokens, spread over the texts and within them without overlap; fewer where there
+    is less text.
+
+    Raises `InputError` when no text is long enough, unless `join` may make one of all.
+    """
+    sources = [text.tokens for text in texts if len(text.tokens) >= length]
+    if not sources:
+        longest, together = max((len(text.tokens) for text in texts), default=0), sum(len(t.tokens) for t in texts)
+        if not join or together < length:
+            raise InputError(
+                f"the longest text has {longest} tokens, {length - longest} fewer than the {length} of the target"
+                + (f", and all together have {together}" if len(texts) > 1 else ""),
+                remedy=_way_out(join, together, length, longest),
+            )
+        sources = [np.concatenate([text.tokens for text in texts])]
+    spans = tuple((reported, 0, reported - 1) for reported in lengths if reported <= length)
+    shares = [count // len(sources) + (place < count % len(sources)) for place in range(len(sources))]
+    made = []
+    for tokens, share in zip(sources, shares, strict=True):
+        share = min(share, len(tokens) // length)
+        starts = np.linspace(0, len(tokens) - length, share).astype(int) if share > 1 else [0] * share
+        made += [Document("text", tokens[start : start + length], spans) for start in starts]
+    return made
+
+
+def _way_out(join: bool, together: int, length: int, longest: int) -> str:
+    if not join and together >= length and together > longest:
+        return "Join the texts with --allow-concatenate, or give a longer one"
+    return f"Give more text, or search for a --target of at most {max(longest, together)}"
+
+
+def needle_documents(form: PasskeyFormat, encode: Encode, lengths: Sequence[int], seed: int) -> list[Document]:
+    """`NEEDLES` documents with a key at every length; the same seed makes the same ones."""
+    made = []
+    for length in lengths:
+        for index in range(NEEDLES):
+            rng = np.random.default_rng([seed, length, index])
+            depth = (2 * index + 1) / (2 * NEEDLES)
+            prompt, answer = build_document(form, encode, length - form.digits, depth, rng)
+            tokens = np.asarray(prompt + answer, dtype=np.int64)
+            span = (length, len(prompt) - 1, len(tokens) - 1)
+            made.append(Document("needle", tokens, (span,)))
+    return made
+
+
+def build_objective(
+    kind: Kind,
+    weights: dict[int, float],
+    *,
+    original_window: int,
+    texts: Sequence[Text],
+    documents: int,
+    join: bool = False,
+    needles: Callable[[Sequence[int]], list[Document]],
+) -> Objective:
+    """The objective at the lengths of `weights` (any positive numbers); `needles` makes the retrieval documents.
+
+    Raises `InputError` for texts that are too short.
+    """
+    total = sum(weights.values())
+    scaled = {length: weight / total for length, weight in sorted(weights.items())}
+    made: list[Document] = []
+    if "text" in PARTS[kind]:
+        longest = max(scaled)
+        lengths = reported_lengths(original_window, longest, list(scaled))
+        made += text_documents(texts, longest, documents, lengths, join)
+    if "needle" in PARTS[kind]:
+        made += needles(list(scaled))
+    return Objective(kind, tuple(made), scaled)

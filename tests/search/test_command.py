@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`lrconvert search` on the embedded model at small lengths: real processes, real kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Result
+
+from lrconvert.resources import DATA
+from lrconvert.search.journal import read_journal
+
+Run = Callable[..., Result]
+START = [sys.executable, "-c", "from lrconvert.cli import main; main()"]
+OPTIONS = ["--original-window", "32", "--target", "128", "--device", "cpu", "--budget", "40"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short held-out text of the embedded model's kind."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text((DATA / "demo" / "heldout.txt").read_text(encoding="utf-8")[:6000], encoding="utf-8")
+    return path
+
+
+def arguments(text: Path, output: Path, *more: str) -> list[str]:
+    return ["search", "demo", "--text", str(text), "-o", str(output), *OPTIONS, *more]
+
+
+def environment() -> dict[str, str]:
+    root = str(DATA.parents[1])
+    return {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+
+
+def evaluations(path: Path) -> list[Any]:
+    """What a journal says but for the time it took."""
+    values = [record.to_json() for record in read_journal(path).records]
+    return [{key: value for key, value in entry.items() if key != "seconds"} for entry in values]
+
+
+@pytest.fixture(scope="module")
+def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted search: its recipe's folder, named as all others' are."""
+    from lrconvert.cli import run
+
+    output = tmp_path_factory.mktemp("whole") / "found"
+    assert run(arguments(text, output)) == 0
+    return output
+
+
+def test_killed_and_started_again_it_ends_in_the_same_recipe(text: Path, whole: Path, tmp_path: Path) -> None:
+    """kill -9 in the middle of the long set; the second run says that it goes on."""
+    output = tmp_path / "found"
+    journal = tmp_path / "found.journal.jsonl"
+    process = subprocess.Popen([*START, *arguments(text, output)], env=environment(), stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and (not journal.exists() or journal.read_bytes().count(b"\n") < 9):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = len(read_journal(journal).records)
+    assert 7 <= before < len(evaluations(whole.with_name("found.journal.jsonl"))) and not output.exists()
+    done = subprocess.run([*START, *arguments(text, output)], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"going on after {before} evaluations" in done.stderr
+    assert (output / "recipe.json").read_bytes() == (whole / "recipe.json").read_bytes()
+    assert evaluations(journal) == evaluations(whole.with_name("found.journal.jsonl"))
+
+
+def test_two_processes_keep_the_same_journal(text: Path, whole: Path, tmp_path: Path) -> None:
+    """torchrun on CPUs: every process answers its share, all see all answers, one writes."""
+    output = tmp_path / "found"
+    script = tmp_path / "start.py"  # what the installed command does
+    script.write_text("from lrconvert.cli import main\nmain()\n")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run([*launch, *arguments(text, output)], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (output / "recipe.json").read_bytes() == (whole / "recipe.json").read_bytes()
+    assert evaluations(tmp_path / "found.journal.jsonl") == evaluations(whole.with_name("found.journal.jsonl"))
+    assert done.stdout.count("2 tiers") == 1
+
+
+def test_the_recipe_tells_its_story(whole: Path, cli: Run) -> None:
+    recipe = json.loads((whole / "recipe.json").read_text())
+    assert [tier["max_length"] for tier in recipe["tiers"]] == [32, 128]
+    assert recipe["provenance"]["kind"] == "searched" and recipe["base_model"] == "demo"
+    losses = recipe["evaluation"]["tiers"][1]
+    assert set(losses["losses"]) == {"text@32", "text@64", "text@128"}
+    assert losses["loss"] <= min(start["text@128"] for start in losses["starts"].values())
+    shown = cli("recipe", "show", whole)
+    assert shown.code == 0 and "searched: guided" in shown.out
+
+
+def test_its_journal_is_drawn(whole: Path, cli: Run, tmp_path: Path) -> None:
+    """In words, and as pictures of loss and factors."""
+    journal = whole.with_name("found.journal.jsonl")
+    found = cli("recipe", "plot", whole, "--journal", journal, "-o", tmp_path / "p")
+    assert found.code == 0
+    assert "set for 128 tokens: " in found.out and " forward equivalents" in found.out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p-search.png", "p-search.svg", "p.png", "p.svg"]
+    best = json.loads((whole / "recipe.json").read_text())["evaluation"]["tiers"][1]["loss"]
+    assert f" {best:.4f} " in found.out
+    assert cli("recipe", "plot", whole, "--journal", whole / "recipe.json").code == 3
+
+
+def test_evaluating_on_the_search_s_text_warns(text: Path, whole: Path, cli: Run, tmp_path: Path) -> None:
+    """The text is known again by its digest, from the artifact's manifest."""
+    from lrconvert.cli.eval import _seen_before
+
+    assert cli("hf", "demo", "--recipe", whole, "-o", tmp_path / "baked").code == 0
+    content = text.read_text(encoding="utf-8")
+    assert ["the recipe was searched on this text" in said for said in _seen_before(tmp_path / "baked", [content])]
+    assert _seen_before(tmp_path / "baked", [content + "!"]) == []
+
+
+def test_a_journal_of_another_search_is_refused(text: Path, whole: Path, cli: Run, tmp_path: Path) -> None:
+    journal = whole.with_name("found.journal.jsonl")
+    found = cli(*arguments(text, tmp_path / "r", "--journal", str(journal), "--seed", "7"))
+    assert found.code == 3
+    assert "is the journal of another search: seed was 0, is 7" in found.err
+
+
+def test_a_torn_line_is_said_and_made_again(text: Path, whole: Path, cli: Run, tmp_path: Path) -> None:
+    journal = tmp_path / "found.journal.jsonl"
+    journal.write_bytes(whole.with_name("found.journal.jsonl").read_bytes()[:-30])
+    found = cli(*arguments(text, tmp_path / "found"))
+    assert found.code == 0 and "was not written to its end and is dropped" in found.err
+    assert (tmp_path / "found" / "recipe.json").read_bytes() == (whole / "recipe.json").read_bytes()
+
+
+def test_an_interruption_says_how_to_go_on(
+    text: Path, cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lrconvert.search.evaluator import TransformersEvaluator
+
+    real, calls = TransformersEvaluator.answer, []
+
+    def interrupted(self: Any, *given: Any) -> Any:
+        calls.append(given)
+        if len(calls) > 3:
+            raise KeyboardInterrupt
+        return real(self, *given)
+
+    monkeypatch.setattr(TransformersEvaluator, "answer", interrupted)
+    found = cli(*arguments(text, tmp_path / "found"))
+    assert found.code == 130
+    assert "every evaluation so far is in" in found.err and "the same command goes on from there" in found.err
+    assert len(read_journal(tmp_path / "found.journal.jsonl").records) == 3
+
+
+def test_a_document_that_does_not_fit(text: Path, cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 6 and the largest length that does."""
+    import torch
+
+    from lrconvert.search.evaluator import TransformersEvaluator
+
+    real = TransformersEvaluator._losses
+
+    def small(self: Any, documents: Any) -> Any:
+        if len(documents[0].tokens) > 66:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, documents)
+
+    monkeypatch.setattr(TransformersEvaluator, "_losses", small)
+    found = cli(*arguments(text, tmp_path / "found"))
+    assert found.code == 6
+    assert "the largest that fits has about 64" in found.err
+
+
+def test_dry_run_says_what_it_costs(text: Path, cli: Run, tmp_path: Path) -> None:
+    found = cli(*arguments(text, tmp_path / "r", "--dry-run"))
+    assert found.code == 0
+    assert "set for 128 tokens: 40 evaluations of 1 documents, 128 tokens" in found.out
+    assert "set for 32 tokens: 10 evaluations of 4 documents" in found.out
+    assert "PFLOP" in found.out
+    assert list(tmp_path.iterdir()) == []
+
+
+NEEDLE = ["--objective", "mixed", "--lengths", "64:1,128:3", "--tier", "long", "--budget", "4"]
+
+
+def test_needles_and_several_lengths(text: Path, cli: Run, tmp_path: Path) -> None:
+    assert cli(*arguments(text, tmp_path / "r", *NEEDLE)).code == 0
+    recipe = json.loads((tmp_path / "r" / "recipe.json").read_text())
+    (tier,) = recipe["evaluation"]["tiers"]
+    parts = {name: tier["losses"][name] for name in ("text@64", "text@128", "needle@64", "needle@128")}
+    expected = 0.125 * (parts["text@64"] + parts["needle@64"]) + 0.375 * (parts["text@128"] + parts["needle@128"])
+    assert tier["loss"] == pytest.approx(expected)
+    assert recipe["tiers"][0]["factors"] == [1.0] * 32  # not searched: the unmodified model
+
+
+def test_a_search_starts_from_a_recipe(text: Path, whole: Path, cli: Run, tmp_path: Path) -> None:
+    """Its set is the first candidate, and the result can't be worse."""
+    more = ["--start-from", str(whole), "--tier", "long", "--budget", "1"]
+    assert cli(*arguments(text, tmp_path / "r", *more)).code == 0
+    old, new = (json.loads((folder / "recipe.json").read_text()) for folder in (whole, tmp_path / "r"))
+    assert new["tiers"] == old["tiers"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "expected"),
+    [
+        (["--target", "32"], 2, "--target 32 is within the original window, 32"),
+        (["--target", "64k"], 3, "fewer than the 65536 of the target"),
+        (["--tier", "2k"], 2, "--tier 2048 is not between"),
+        (["--lengths", "8k:x"], 2, "'8k:x' is not a length with a weight"),
+        (["--lengths", "64:0"], 2, "is not a length with a weight"),
+        (["--text", "/nowhere.txt"], 3, "can't be read as text"),
+        (["--start-from", "/nowhere"], 3, "no such recipe"),
+        (["--device", "meta"], 2, "a search runs on cpu or cuda"),
+        (["--space", "longrope3"], 2, "longrope3"),
+    ],
+)
+def test_bad_input_is_said(changes: list[str], code: int, expected: str, text: Path, cli: Run, tmp_path: Path) -> None:
+    found = cli(*arguments(text, tmp_path / "r", *changes))
+    assert (found.code, expected in found.err) == (code, True), found.err
+    assert not (tmp_path / "r").exists()
+
+
+def test_no_text_and_an_output_that_exists(text: Path, whole: Path, cli: Run, tmp_path: Path) -> None:
+    found = cli("search", "demo", "--target", "256", "-o", tmp_path / "r")
+    assert found.code == 3 and "no text to search on" in found.err
+    found = cli(*arguments(text, whole))
+    assert found.code == 2 and "exists" in found.err

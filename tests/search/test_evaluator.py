@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses of the evaluator are those of transformers and of the reference, for every family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf_files import stock
+from pico import FAMILIES
+
+from lrconvert.checkpoint import Model, open_model
+from lrconvert.errors import UsageError
+from lrconvert.evals.perplexity import losses as losses_of
+from lrconvert.reference import FactorSet, Reference, Rotation
+from lrconvert.search.evaluator import TransformersEvaluator, batches
+from lrconvert.search.objective import Document, Objective, Text, build_objective
+from lrconvert.search.protocol import Answer, Question
+from lrconvert.search.space import Candidate, space_for
+
+WINDOW, TARGET = 64, 192
+
+
+def objective_for(model: Model, documents: int = 1) -> Objective:
+    rng = np.random.default_rng(1)
+    text = Text("random", "0" * 64, rng.integers(0, model.shape.vocab, 700))
+    return build_objective(
+        "perplexity",
+        {WINDOW: 0.25, TARGET: 0.75},
+        original_window=WINDOW,
+        texts=[text],
+        documents=documents,
+        needles=lambda lengths: [],
+    )
+
+
+def candidate_for(model: Model, start_tokens: int = 8) -> Candidate:
+    space = space_for(model.shape.rotary_dim, model.shape.theta, WINDOW, TARGET)
+    return space.make(np.linspace(1.0, 3.5, space.size), start_tokens)
+
+
+def loss_of(evaluator: TransformersEvaluator, objective: Objective, candidate: Candidate, **options: Any) -> Answer:
+    (answer,) = evaluator.answer(objective, [Question(candidate, **options)])
+    return answer
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_are_the_reference_s(family: str, pico: Callable[..., Model]) -> None:
+    """Start tokens, attention factor, tied and grouped heads, sliding windows, partial rotation; float32 against
+    float64."""
+    model = pico(family)
+    objective, candidate = objective_for(model), candidate_for(model)
+    answer = loss_of(TransformersEvaluator(model, device="cpu"), objective, candidate)
+    factors = FactorSet(TARGET, candidate.factors, candidate.start_tokens, candidate.attention_factor)
+    reference = Reference(model, Rotation(model.shape.theta, model.shape.rotary_dim, [factors]))
+    tokens = objective.documents[0].tokens
+    wanted = losses_of(reference.logits(tokens)[:-1], tokens[1:])
+    assert answer.losses[f"text@{TARGET}"] == pytest.approx(wanted.mean(), abs=2e-6)
+    assert answer.losses[f"text@{WINDOW}"] == pytest.approx(wanted[: WINDOW - 1].mean(), abs=2e-6)
+    # The check can fail: a fiftieth more on one factor is seen.
+    moved = replace(candidate, steps=_moved(candidate, 1, 2))
+    changed = loss_of(TransformersEvaluator(model, device="cpu"), objective, moved)
+    assert abs(changed.losses[f"text@{TARGET}"] - wanted.mean()) > 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_differences(family: str, pico: Callable[..., Model]) -> None:
+    """d loss / d ln λ against central differences in float64, with and without recomputing activations."""
+    model = pico(family)
+    evaluator = TransformersEvaluator(model, device="cpu", dtype="float64")
+    objective, candidate = objective_for(model, documents=2), candidate_for(model)
+    plain = loss_of(evaluator, objective, candidate)
+    with_gradient = loss_of(evaluator, objective, candidate, gradient=True)
+    assert with_gradient.gradient is not None
+    assert with_gradient.loss == pytest.approx(plain.loss, abs=1e-6)  # tables are float32 beside a gradient
+    evaluator._recompute = True
+    again = loss_of(evaluator, objective, candidate, gradient=True)
+    assert again.gradient == pytest.approx(with_gradient.gradient, abs=1e-7)
+    last = len(candidate.steps) - 1
+    for index in (last - 1, last):  # losses are smooth in slow frequencies alone
+        ends = [replace(candidate, steps=_moved(candidate, index, by)) for by in (2, -2)]
+        losses = [loss_of(evaluator, objective, end).loss for end in ends]
+        apart = np.log(ends[0].steps[index] / ends[1].steps[index])
+        assert with_gradient.gradient[index] == pytest.approx((losses[0] - losses[1]) / apart, rel=0.05, abs=2e-5)
+
+
+def _moved(candidate: Candidate, index: int, by: int) -> tuple[int, ...]:
+    return (*candidate.steps[:index], candidate.steps[index] + by, *candidate.steps[index + 1 :])
+
+
+def test_losses_are_those_of_transformers_with_the_same_tables(pico_folder: Callable[..., Path]) -> None:
+    """The plain model, its whole logits at once, its rotary module patched by hand."""
+    from transformers import AutoModelForCausalLM
+
+    folder = pico_folder("llama")
+    model = open_model(folder)
+    objective, candidate = objective_for(model), candidate_for(model)
+    answer = loss_of(TransformersEvaluator(model, device="cpu"), objective, candidate)
+    network = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.from_numpy(objective.documents[0].tokens)[None]
+    cos, sin = candidate.tier(TARGET).cos_sin(np.arange(TARGET), model.shape.theta)
+    tables = [torch.from_numpy(np.concatenate([table, table], -1)).float()[None] for table in (cos, sin)]
+    network.model.rotary_emb.forward = lambda x, position_ids: tuple(tables)
+    with torch.no_grad():
+        loss = network(input_ids=ids, labels=ids).loss
+    assert answer.losses[f"text@{TARGET}"] == pytest.approx(float(loss), abs=1e-6)
+
+
+def test_logits_are_made_in_chunks(pico: Callable[..., Model], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk has the words of as many tokens as its limit says; the loss does not depend on it."""
+    model = pico("llama")
+    evaluator, objective, candidate = (
+        TransformersEvaluator(model, device="cpu"),
+        objective_for(model),
+        candidate_for(model),
+    )
+    whole = loss_of(evaluator, objective, candidate, gradient=True)
+    seen: list[int] = []
+    real = evaluator._cross_entropy
+
+    def watched(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        seen.append(hidden.shape[1])
+        return real(hidden, targets)
+
+    monkeypatch.setattr(evaluator, "_cross_entropy", watched)
+    monkeypatch.setattr("lrconvert.search.evaluator.MAX_LOGITS", {"cpu": 50 * model.shape.vocab})
+    chunked = loss_of(evaluator, objective, candidate, gradient=True)
+    assert max(seen) == 50 and sum(seen) == TARGET - 1
+    assert chunked.loss == pytest.approx(whole.loss, abs=1e-6)
+    assert chunked.gradient == pytest.approx(whole.gradient, abs=1e-5)
+
+
+def test_only_judged_tokens_get_logits(pico: Callable[..., Model], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A needle's document asks for its answer alone."""
+    model = pico("llama")
+    evaluator = TransformersEvaluator(model, device="cpu")
+    tokens = np.arange(TARGET) % model.shape.vocab
+    objective = Objective("needle", (Document("needle", tokens, ((TARGET, 150, 155),)),), {TARGET: 1.0})
+    seen: list[int] = []
+    real = evaluator._cross_entropy
+    monkeypatch.setattr(evaluator, "_cross_entropy", lambda h, t: (seen.append(h.shape[1]), real(h, t))[1])
+    assert np.isfinite(loss_of(evaluator, objective, candidate_for(model)).loss)
+    assert seen == [5]
+
+
+def test_documents_share_a_pass_and_keep_their_losses(pico: Callable[..., Model]) -> None:
+    """Three documents at once have the mean of each alone."""
+    model = pico("qwen3")
+    evaluator, together = TransformersEvaluator(model, device="cpu"), objective_for(model, documents=3)
+    assert batches(together.documents, 4096) == [[0, 1, 2]]
+    assert batches(together.documents, 2 * TARGET) == [[0, 1], [2]]
+    candidate = candidate_for(model)
+    alone = [
+        loss_of(evaluator, Objective("perplexity", (document,), together.weights), candidate).loss
+        for document in together.documents
+    ]
+    assert loss_of(evaluator, together, candidate).loss == pytest.approx(np.mean(alone), abs=1e-6)
+
+
+def test_a_gguf_file_is_searched_as_its_folder(pico_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """Its tensors come from our own reader."""
+    model = open_model(pico_folder("llama"))
+    candidate, objective = candidate_for(model), objective_for(model)
+    losses = [
+        loss_of(TransformersEvaluator(each, device="cpu"), objective, candidate).loss
+        for each in (model, open_model(stock(tmp_path / "model.gguf", model)))
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_nan_and_memory_cost_only_their_candidate(pico: Callable[..., Model], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pico("llama")
+    evaluator, objective, candidate = (
+        TransformersEvaluator(model, device="cpu"),
+        objective_for(model),
+        candidate_for(model),
+    )
+    real = evaluator._losses
+    monkeypatch.setattr(evaluator, "_losses", lambda documents: real(documents) * np.nan)
+    answer = loss_of(evaluator, objective, candidate)
+    assert np.isinf(answer.loss) and answer.error == "the loss is not a number"
+
+    def full(documents: list[Document]) -> np.ndarray[Any, Any]:
+        if len(documents[0].tokens) > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(documents)
+
+    monkeypatch.setattr(evaluator, "_losses", full)
+    answer = loss_of(evaluator, objective, candidate)
+    assert np.isinf(answer.loss) and answer.error is not None and answer.error.startswith("out of memory")
+    assert evaluator.largest_fitting(TARGET) == 96  # in steps of 12
+    monkeypatch.setattr(evaluator, "_losses", real)
+    assert np.isfinite(loss_of(evaluator, objective, candidate).loss)
+
+
+def test_a_gradient_that_does_not_fit_is_recomputed(
+    pico: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Activations are given up once, not the candidate."""
+    model = pico("llama")
+    evaluator, objective, candidate = (
+        TransformersEvaluator(model, device="cpu"),
+        objective_for(model),
+        candidate_for(model),
+    )
+    real = evaluator._with_gradient
+
+    def tight(*given: Any) -> Any:
+        if not evaluator._recompute:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*given)
+
+    monkeypatch.setattr(evaluator, "_with_gradient", tight)
+    assert loss_of(evaluator, objective, candidate, gradient=True).gradient is not None
+
+
+def test_other_errors_are_not_swallowed(pico: Callable[..., Model], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pico("llama")
+    evaluator = TransformersEvaluator(model, device="cpu")
+
+    def broken(documents: list[Document]) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(evaluator, "_losses", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        loss_of(evaluator, objective_for(model), candidate_for(model))
+
+
+def test_unknown_devices_and_kernels_are_usage_errors(pico: Callable[..., Model]) -> None:
+    with pytest.raises(UsageError, match="a search runs on cpu or cuda"):
+        TransformersEvaluator(pico("llama"), device="meta")
+    with pytest.raises(UsageError, match="--device nonsense"):
+        TransformersEvaluator(pico("llama"), device="nonsense")
+    with pytest.raises(UsageError, match="no attention kernel"):
+        TransformersEvaluator(pico("llama"), device="cpu", attention="nonsense")

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The journal keeps every evaluation through kills, and knows its own search."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from searching import small_space
+
+from lrconvert.errors import InputError, UsageError
+from lrconvert.search.journal import Journal, Record, digest, read_journal
+from lrconvert.search.protocol import Answer, Question
+
+IDENTITY = {"seed": 0, "texts": [{"name": "a.txt", "sha256": "00"}], "weights": {"512": 1.0}}
+
+
+def records() -> list[Record]:
+    """A plain one, one with a gradient, one that failed."""
+    (_, one), (_, other), (_, third), *_ = small_space().seeds()
+    return [
+        Record(512, Question(one, "pi"), Answer(3.25, {"text@512": 3.25}, seconds=1.5)),
+        Record(512, Question(other, "gradient", True), Answer(3.1, {}, tuple([0.1] * 8), seconds=2.0)),
+        Record(512, Question(third, "yarn"), Answer.failed("the loss is not a number")),
+    ]
+
+
+def write(path: Path, entries: list[Record]) -> Path:
+    with Journal.open(path, IDENTITY) as journal:
+        journal.begin({"device": "cpu"})
+        for entry in entries:
+            journal.append(entry)
+    return path
+
+
+def test_what_was_written_is_read_again(tmp_path: Path) -> None:
+    """Losses and gradients to the last bit; no loss is null in the file and infinite in memory."""
+    path = write(tmp_path / "folder" / "j.jsonl", records())
+    found = read_journal(path)
+    assert found.records == records()
+    assert found.runs == [{"device": "cpu"}]
+    assert '"loss": null' in path.read_text()
+    assert math.isinf(found.records[2].answer.loss)
+
+
+def test_it_goes_on_where_it_ended(tmp_path: Path) -> None:
+    path = write(tmp_path / "j.jsonl", records()[:1])
+    with Journal.open(path, IDENTITY) as journal:
+        assert journal.found.records == records()[:1]
+        journal.append(records()[1])
+    assert read_journal(path).records == records()[:2]
+
+
+@pytest.mark.parametrize("cut", [1, 40, 200])
+def test_a_torn_last_line_is_dropped_and_said(cut: int, tmp_path: Path) -> None:
+    path = write(tmp_path / "j.jsonl", records())
+    path.write_bytes(path.read_bytes()[:-cut])
+    with Journal.open(path, IDENTITY) as journal:
+        assert journal.found.records == records()[:2]
+        assert journal.found.torn is not None and "was not written to its end and is dropped" in journal.found.torn
+        journal.append(records()[2])
+    assert read_journal(path).records == records()
+
+
+def test_a_torn_head_is_begun_again(tmp_path: Path) -> None:
+    """A kill may come before the first line is whole; an empty file is one that was only created."""
+    for start in ("", '{"jour', '{"journal": "lrconvert search", "version": 1, "iden'):
+        path = tmp_path / "j.jsonl"
+        path.write_text(start)
+        with Journal.open(path, IDENTITY):
+            pass
+        assert read_journal(path).head["identity"] == IDENTITY
+
+
+def test_another_search_s_journal_is_refused_with_all_that_differs(tmp_path: Path) -> None:
+    path = write(tmp_path / "j.jsonl", records())
+    before = path.read_bytes()
+    other = {"seed": 1, "texts": [{"name": "b.txt", "sha256": "11"}], "weights": {"512": 1.0}}
+    with pytest.raises(InputError) as error, Journal.open(path, other):
+        pass
+    assert "seed was 0, is 1" in str(error.value)
+    assert 'texts was [{"name": "a.txt"' in str(error.value)
+    assert "weights" not in str(error.value)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("a text that somebody wrote\n", "not the journal of a search"),
+        ("a text without an end", "not the journal of a search"),
+        ('{"journal": "another program"}\n', "not the journal of a search"),
+        ('{"journal": "lrconvert search", "version": 9, "identity": {}}\n', "a journal of version 9"),
+    ],
+)
+def test_other_files_are_refused_and_left_alone(content: str, expected: str, tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    path.write_text(content)
+    with pytest.raises(InputError, match=expected), Journal.open(path, IDENTITY):
+        pass
+    assert path.read_text() == content
+
+
+def test_damage_in_the_middle_is_no_torn_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "j.jsonl", records())
+    lines = path.read_text().splitlines()
+    lines[3] = lines[3][:50]
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(InputError, match="line 4 is damaged"):
+        read_journal(path)
+
+
+def test_one_process_writes_at_a_time(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    refused = pytest.raises(UsageError, match="another process writes this journal")
+    with Journal.open(tmp_path / "j.jsonl", IDENTITY), refused:
+        Journal.open(tmp_path / "j.jsonl", IDENTITY)
+
+
+def test_the_digest_does_not_depend_on_time(tmp_path: Path) -> None:
+    """But on every loss."""
+    slow = [
+        Record(entry.tier, entry.question, Answer(**{**vars(entry.answer), "seconds": 99.0})) for entry in records()
+    ]
+    assert digest(IDENTITY, slow) == digest(IDENTITY, records())
+    other = [Record(512, records()[0].question, Answer(3.2500001, {"text@512": 3.25})), *records()[1:]]
+    assert digest(IDENTITY, other) != digest(IDENTITY, records())
+
+
+def test_lines_are_plain_json(tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in write(tmp_path / "j.jsonl", records()).read_text().splitlines()]
+    assert lines[2]["candidate"]["factors"] == [8.0] * 8
+    assert lines[3]["gradient"] == [0.1] * 8 and lines[3]["cost"] == 3.4
+    assert lines[4]["error"] == "the loss is not a number"

@@ -176,9 +176,10 @@ def inspect(reference: str, revision: str | None = None) -> dict[str, Any]:
 
     model = open_model(reference, revision=revision, tolerant=True)
     checkpoint, shape = model.checkpoint, model.shape
-    found = read_rope(checkpoint.config, shape)
     if isinstance(checkpoint, OnnxCheckpoint):  # the graph is what computes, whatever config.json says
         found = FoundRope("lrconvert", checkpoint.tiers[0].max_length, checkpoint.tiers)
+    else:
+        found = read_rope(checkpoint.config, shape)
     recipe = Recipe(
         schema_version=1,
         name="found",

@@ -17,7 +17,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
-from importlib.metadata import version
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -161,8 +162,16 @@ def repeat(times: int, measure: Callable[[], Any]) -> list[Any]:
     return [measure() for _ in range(times)]
 
 
-def save(name: str, numbers: dict[str, Any]) -> None:
-    """Print and keep a result: date, command, versions, machine (cores and memory alone), numbers."""
+def _version(package: str) -> str:
+    """Its version; where lrconvert runs from a checkout, its own word."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return str(import_module(package).__version__)
+
+
+def save(name: str, numbers: dict[str, Any]) -> Path:
+    """Print and keep a result: date, command, versions, machine (cores and memory alone), numbers. Its file."""
     options = ["…" if "/" in argument else argument for argument in sys.argv[1:]]  # no paths of this machine
     pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     result = {
@@ -170,12 +179,14 @@ def save(name: str, numbers: dict[str, Any]) -> None:
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *options]),
         "versions": {
             "python": platform.python_version(),
-            **{package: version(package) for package in ("lrconvert", "numpy", "safetensors")},
+            **{package: _version(package) for package in ("lrconvert", "numpy", "safetensors")},
         },
         "machine": {"cores": os.cpu_count(), "memory_gib": round(pages * page / 2**30)},
         **numbers,
     }
     RESULTS.mkdir(exist_ok=True)
     text = json.dumps(result, indent=2)
-    (RESULTS / f"{name}.json").write_text(text + "\n")
+    path = RESULTS / f"{name}.json"
+    path.write_text(text + "\n")
     print(text)
+    return path

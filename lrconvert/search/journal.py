@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import time
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -180,8 +181,8 @@ class Journal:
         self._write(record.to_json())
 
     def begin(self, environment: dict[str, Any]) -> None:
-        """Write down where the evaluations that follow are made."""
-        self._write({"run": environment})
+        """Write down where the evaluations that follow are made, and since when (seconds since 1970)."""
+        self._write({"run": {**environment, "began": round(time.time(), 2)}})
 
     def _write(self, values: dict[str, Any]) -> None:
         try:

@@ -2,10 +2,10 @@
 """A search that needs fewer evaluations: a Gaussian process decides which offspring are worth one.
 
 1. The analytic sets and a few smooth ramps are evaluated.
-2. A Gaussian process over ln λ learns the losses. Offspring of the best are bred for a few generations on its
-   predictions alone, which cost nothing, and a handful of them, from cautious to daring, is evaluated. Again and again.
-3. When that brings little, the best set follows its gradient in the slow frequencies for some steps. Fast ones are left
-   out: they turn so often in a document that their gradient is noise.
+2. A Gaussian process over ln λ learns the losses. Of some hundred offspring of the best sets it picks a handful to be
+   evaluated, and learns from them; again and again.
+3. When a round brings little, the best set follows its gradient in the slow frequencies for some steps. Fast ones are
+   left out: they turn so often in a document that their gradient is noise.
 
 What else was tried, and how all of it was measured, is in docs/search.md.
 """
@@ -35,11 +35,9 @@ class Screening:
 
     ramps: int = 16
     elite: int = 16  # the best, whose offspring are looked at
-    generations: int = 4  # bred on predictions between two rounds of evaluations
-    offspring: int = 200  # of each such generation
-    # One evaluation of a round for each: how many standard deviations below its mean a prediction is taken. 0 trusts
-    # the process, 3 tries what it knows nothing of.
-    caution: tuple[float, ...] = (0.0, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0)
+    offspring: int = 400  # bred and predicted for every round
+    round: int = 8  # of them evaluated
+    caution: float = 1.0  # standard deviations below its mean at which a prediction is taken
     apart: float = 0.03  # candidates of a round differ by so much in ln λ somewhere
     noise: float = 0.12  # standard deviation of a local change in ln λ
     stale: float = 0.004  # nats that a round has to bring, or else the gradient is tried
@@ -101,27 +99,22 @@ def ramp(space: Space, rise: float, bend: float, end: float, share: float) -> Ca
 
 
 def screened(space: Space, known: Known, rng: np.random.Generator, fresh: Unseen, numbers: Screening) -> Round:
-    """A round: the most promising of what was bred on the predictions, one for each degree of caution."""
+    """A round: the most promising offspring of the best sets, no two of them alike."""
     if len(known) < 2:
         return []
-    model = Predictor(space, known)
     elite = [candidate for candidate, _ in sorted(known, key=lambda entry: entry[1])[: numbers.elite]]
-    pool = list(dict.fromkeys(elite))
-    bred: list[Candidate] = []
-    mean = spread = np.zeros(0)
-    for _ in range(numbers.generations):
-        children = [breed(space, pool, rng, numbers.noise) for _ in range(numbers.offspring)]
-        bred = list(dict.fromkeys([*pool, *children]))
-        mean, spread = model.predict(bred)
-        order = np.argsort(mean - 0.7 * spread, kind="stable")
-        pool = [bred[index] for index in order[: 2 * numbers.elite]]
+    pool = list(dict.fromkeys(elite))  # in order, as a set is not from one process to the next
+    children = dict.fromkeys(breed(space, pool, rng, numbers.noise) for _ in range(numbers.offspring))
+    bred = [child for child in children if not fresh.knows(child)]
+    if not bred:
+        return []
+    mean, spread = Predictor(space, known).predict(bred)
     chosen: Round = []
-    for caution in numbers.caution:
-        for index in np.argsort(mean - caution * spread, kind="stable"):
-            candidate = bred[index]
-            if not fresh.knows(candidate) and all(differ(candidate, q.candidate, numbers.apart) for q in chosen):
-                chosen.append(Question(fresh.take(candidate), "screened"))
-                break
+    for index in np.argsort(mean - numbers.caution * spread, kind="stable"):
+        if all(differ(bred[index], question.candidate, numbers.apart) for question in chosen):
+            chosen.append(Question(fresh.take(bred[index]), "screened"))
+        if len(chosen) == numbers.round:
+            break
     return chosen
 
 

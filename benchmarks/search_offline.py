@@ -143,7 +143,7 @@ def gradient_alone(space: Space, seed: int) -> Algorithm:
     questions = [Question(candidate, name) for name, candidate in space.seeds()]
     answers = yield questions
     known = [(question.candidate, answer.loss) for question, answer in zip(questions, answers, strict=True)]
-    yield from polish(space, known, Unseen(), replace(Screening(), steps=36, least_gain=-1.0))
+    yield from polish(space, known, Unseen(), replace(Screening(), steps=36, least_gain=-99.0), 1.0)
 
 
 def changed(**changes: Any) -> Callable[[Space, int], Algorithm]:
@@ -153,7 +153,7 @@ def changed(**changes: Any) -> Callable[[Space, int], Algorithm]:
 SEARCHES: dict[str, Callable[[Space, int], Algorithm]] = {
     "evolution": lambda space, seed: evolution(space, seed, schedule=schedule_for(space.target)),
     "guided": guided,
-    "guided, no gradient": changed(stale=-1.0),
+    "guided, no gradient": changed(stale=-99.0),
     "guided, no ramps": changed(ramps=0),
     "guided, rounds of 4": changed(round=4),
     "guided, caution 0": changed(caution=0.0),

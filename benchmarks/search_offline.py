@@ -4,9 +4,10 @@
     python benchmarks/search_offline.py [--journal ../shared/search/evolution-journal-smollm2-64k.json] [--seeds 8]
 
 The journal has 707 factor sets of SmolLM2-135M (8k to 64k) with their losses, as the paper's evolution evaluated them.
-Three Gaussian processes learn them all, and searches then run on what those predict: `rbf` (length 1), `matern` (fitted),
-and `rough`, which is the second with waves of 0.004 nats added, as real losses are rougher than any process. Where a
-search proposes sets unlike all recorded ones, the predictions are worth little: what wins here has to win on a model too.
+Three Gaussian processes learn them all, and searches then run on what those predict: `rbf` (length 1), `matern`
+(fitted), and `rough`, which is the second with waves of 0.004 nats added, as real losses are rougher than any process.
+Where a search proposes sets unlike all recorded ones, the predictions are worth little: what wins here has to win on a
+model too.
 
 Besides what is kept, what was tried and dropped is measured: CMA-ES over knots of ln λ and over a ramp of three numbers
 (needs the package `cmaes`), and the gradient alone from NTK(2s). Gradients are differences of the predictions, true in
@@ -142,7 +143,7 @@ def gradient_alone(space: Space, seed: int) -> Algorithm:
     questions = [Question(candidate, name) for name, candidate in space.seeds()]
     answers = yield questions
     known = [(question.candidate, answer.loss) for question, answer in zip(questions, answers, strict=True)]
-    yield from polish(space, known, Unseen(), replace(Screening(), steps=36, least_gain=-1.0))
+    yield from polish(space, known, Unseen(), replace(Screening(), steps=36, least_gain=-99.0), 1.0)
 
 
 def changed(**changes: Any) -> Callable[[Space, int], Algorithm]:
@@ -152,10 +153,11 @@ def changed(**changes: Any) -> Callable[[Space, int], Algorithm]:
 SEARCHES: dict[str, Callable[[Space, int], Algorithm]] = {
     "evolution": lambda space, seed: evolution(space, seed, schedule=schedule_for(space.target)),
     "guided": guided,
-    "guided, no gradient": changed(stale=-1.0),
+    "guided, no gradient": changed(stale=-99.0),
     "guided, no ramps": changed(ramps=0),
-    "guided, no breeding (1 generation)": changed(generations=1),
-    "guided, one degree of caution": changed(caution=(0.7,) * 8),
+    "guided, rounds of 4": changed(round=4),
+    "guided, caution 0": changed(caution=0.0),
+    "guided, caution 2": changed(caution=2.0),
     "CMA-ES, 7 knots": cma_knots,
     "CMA-ES, ramp of 3": cma_ramp,
     "gradient from NTK(2s)": gradient_alone,

@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -175,7 +175,7 @@ def _plan(reference: str, output: Path, options: dict[str, Any]) -> SearchPlan:
     refuse_quantised(model, "a search")
     window = options["original_window"] or _original_window(reference, model)
     start = load_recipe(options["start_from"]) if options["start_from"] else None
-    lengths = _tier_lengths(options["tiers"], window, options["target"])
+    lengths = _tier_lengths(options["tiers"], options["lengths"] or (), window, options["target"])
     encode = None if paths and all(path.suffix == ".npy" for path in paths) else tokenizer_of(model.checkpoint.path)
     texts = read_texts(paths, encode or _no_tokenizer, model.shape.vocab) if paths else []
     tiers = tuple(_tier(model, window, length, texts, start, options) for length in lengths)
@@ -222,7 +222,7 @@ def _original_window(reference: str, model: Model) -> int:
     return found.original_window
 
 
-def _tier_lengths(tiers: tuple[str | int, ...], window: int, target: int) -> list[int]:
+def _tier_lengths(tiers: tuple[str | int, ...], weighted: Iterable[int], window: int, target: int) -> list[int]:
     """The lengths to search sets for, each once."""
     from lrconvert.errors import UsageError
 
@@ -231,6 +231,8 @@ def _tier_lengths(tiers: tuple[str | int, ...], window: int, target: int) -> lis
             f"--target {target} is within the original window, {window}",
             remedy="Name a longer one; --tier short searches the original window's own set",
         )
+    if beyond := [length for length in weighted if length > target]:
+        raise UsageError(f"--lengths {beyond[0]} is beyond the target, {target}")
     named = {"short": window, "long": target}
     lengths = {named[tier] if isinstance(tier, str) else tier for tier in tiers or ("short", "long")}
     if off := [length for length in lengths if not window <= length <= target]:

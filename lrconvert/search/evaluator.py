@@ -419,6 +419,3 @@ def _out_of_memory(error: BaseException) -> bool:
     """PyTorch says it by a class on a GPU and in words on a CPU."""
     words = ("out of memory", "not enough memory", "can't allocate memory")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error).lower() for word in words)
-
-
-__all__ = ["KERNELS", "TransformersEvaluator", "TrialRope", "batches", "load_network", "replace_rotation"]

@@ -2,10 +2,10 @@
 """A search that needs fewer evaluations: a Gaussian process decides which offspring are worth one.
 
 1. The analytic sets and a few smooth ramps are evaluated.
-2. A Gaussian process over ln λ learns the losses. Offspring of the best are bred for a few generations on its
-   predictions alone, which cost nothing, and a handful of them, from cautious to daring, is evaluated. Again and again.
-3. When that brings little, the best set follows its gradient in the slow frequencies for some steps. Fast ones are left
-   out: they turn so often in a document that their gradient is noise.
+2. A Gaussian process over ln λ learns the losses. Of some hundred offspring of the best sets it picks a handful to be
+   evaluated, and learns from them; again and again.
+3. When a round brings little, the best set follows its gradient in the slow frequencies for some steps. Fast ones are
+   left out: they turn so often in a document that their gradient is noise.
 
 What else was tried, and how all of it was measured, is in docs/search.md.
 """
@@ -35,17 +35,18 @@ class Screening:
 
     ramps: int = 16
     elite: int = 16  # the best, whose offspring are looked at
-    generations: int = 4  # bred on predictions between two rounds of evaluations
-    offspring: int = 200  # of each such generation
-    # One evaluation of a round for each: how many standard deviations below its mean a prediction is taken. 0 trusts
-    # the process, 3 tries what it knows nothing of.
-    caution: tuple[float, ...] = (0.0, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0)
+    offspring: int = 400  # bred and predicted for every round
+    round: int = 8  # of them evaluated
+    caution: float = 1.0  # standard deviations below its mean at which a prediction is taken
     apart: float = 0.03  # candidates of a round differ by so much in ln λ somewhere
     noise: float = 0.12  # standard deviation of a local change in ln λ
-    stale: float = 0.004  # nats that a round has to bring, or else the gradient is tried
+    # Shares of the first round's scale, its median loss less its best: some models lose nats, others hundredths.
+    stale: float = 0.03  # what a round has to bring, or else the gradient is tried
+    least_gain: float = 0.002  # what two steps of the gradient have to bring
+    offset: float = 0.3  # losses are learnt as ln(loss − best + offset)
+    reach: float = 6.0  # above the best, within which losses are learnt
     steps: int = 12  # of the gradient, at most
     step: float = 0.03  # in ln λ, at first
-    least_gain: float = 3e-4  # nats that two steps have to bring
     slow: float = 12.5  # turns within the original window up to which the gradient is used
 
 
@@ -58,13 +59,14 @@ def guided(space: Space, seed: int, *, start: Sequence[Candidate] = (), numbers:
     designs = (candidate for candidate in ramps(space, numbers.ramps, rng) if not fresh.knows(candidate))
     questions += [Question(fresh.take(candidate), "ramp") for candidate in designs]
     known = learnt([], questions, (yield questions))
+    scale = scale_of(known)
     before, polished = best_of(known), None
-    while questions := screened(space, known, rng, fresh, numbers):
+    while questions := screened(space, known, rng, fresh, numbers, scale):
         known = learnt(known, questions, (yield questions))
         now = best_of(known)
-        if before[1] - now[1] < numbers.stale and now != polished:
-            known = yield from polish(space, known, fresh, numbers)
-            if now[1] - best_of(known)[1] < numbers.stale:
+        if before[1] - now[1] < numbers.stale * scale and now != polished:
+            known = yield from polish(space, known, fresh, numbers, scale)
+            if now[1] - best_of(known)[1] < numbers.stale * scale:
                 known = yield from try_start_tokens(space, known, fresh)
             now = polished = best_of(known)
         before = now
@@ -78,6 +80,12 @@ def learnt(known: Known, questions: Round, answers: Sequence[Answer]) -> Known:
 
 def best_of(known: Known) -> tuple[Candidate | None, float]:
     return min(known, key=lambda entry: entry[1], default=(None, math.inf))
+
+
+def scale_of(known: Known) -> float:
+    """How far apart losses are, in nats: the median less the best."""
+    losses = [loss for _, loss in known]
+    return max(float(np.median(losses)) - min(losses), 1e-6) if losses else 1.0
 
 
 def ramps(space: Space, count: int, rng: np.random.Generator) -> list[Candidate]:
@@ -100,28 +108,25 @@ def ramp(space: Space, rise: float, bend: float, end: float, share: float) -> Ca
 # --- screening -------------------------------------------------------------------------------------------
 
 
-def screened(space: Space, known: Known, rng: np.random.Generator, fresh: Unseen, numbers: Screening) -> Round:
-    """A round: the most promising of what was bred on the predictions, one for each degree of caution."""
+def screened(
+    space: Space, known: Known, rng: np.random.Generator, fresh: Unseen, numbers: Screening, scale: float
+) -> Round:
+    """A round: the most promising offspring of the best sets, no two of them alike."""
     if len(known) < 2:
         return []
-    model = Predictor(space, known)
     elite = [candidate for candidate, _ in sorted(known, key=lambda entry: entry[1])[: numbers.elite]]
-    pool = list(dict.fromkeys(elite))
-    bred: list[Candidate] = []
-    mean = spread = np.zeros(0)
-    for _ in range(numbers.generations):
-        children = [breed(space, pool, rng, numbers.noise) for _ in range(numbers.offspring)]
-        bred = list(dict.fromkeys([*pool, *children]))
-        mean, spread = model.predict(bred)
-        order = np.argsort(mean - 0.7 * spread, kind="stable")
-        pool = [bred[index] for index in order[: 2 * numbers.elite]]
+    pool = list(dict.fromkeys(elite))  # in order, as a set is not from one process to the next
+    children = dict.fromkeys(breed(space, pool, rng, numbers.noise) for _ in range(numbers.offspring))
+    bred = [child for child in children if not fresh.knows(child)]
+    if not bred:
+        return []
+    mean, spread = Predictor(space, known, numbers.offset * scale, numbers.reach * scale).predict(bred)
     chosen: Round = []
-    for caution in numbers.caution:
-        for index in np.argsort(mean - caution * spread, kind="stable"):
-            candidate = bred[index]
-            if not fresh.knows(candidate) and all(differ(candidate, q.candidate, numbers.apart) for q in chosen):
-                chosen.append(Question(fresh.take(candidate), "screened"))
-                break
+    for index in np.argsort(mean - numbers.caution * spread, kind="stable"):
+        if all(differ(bred[index], question.candidate, numbers.apart) for question in chosen):
+            chosen.append(Question(fresh.take(bred[index]), "screened"))
+        if len(chosen) == numbers.round:
+            break
     return chosen
 
 
@@ -167,19 +172,17 @@ class Predictor:
 
     LENGTHS = (0.5, 0.7, 1.0, 1.4, 2.0)  # of the kernel
     NOISES = (0.01, 0.05)
-    OFFSET = 0.03  # nats: differences much smaller than this are told apart least
-    REACH = 1.0  # nats above the best within which losses are worth learning
 
-    def __init__(self, space: Space, known: Known) -> None:
+    def __init__(self, space: Space, known: Known, offset: float, reach: float) -> None:
         from sklearn.gaussian_process import GaussianProcessRegressor
         from sklearn.gaussian_process.kernels import RBF, WhiteKernel
 
         self._space = space
         losses = np.array([loss for _, loss in known])
         enough = np.sort(losses)[min(len(losses), 16) - 1]
-        near = losses <= max(losses.min() + self.REACH, enough)
+        near = losses <= max(losses.min() + reach, enough)
         inputs = self._features([candidate for (candidate, _), kept in zip(known, near, strict=True) if kept])
-        outputs = np.log(losses[near] - losses.min() + self.OFFSET)
+        outputs = np.log(losses[near] - losses.min() + offset)
         outputs = (outputs - outputs.mean()) / (outputs.std() + 1e-12)
         # A grid instead of an optimiser: as good with so few points, and the same on every machine.
         process: Any = GaussianProcessRegressor  # its annotations don't know that the optimiser may be None
@@ -209,7 +212,9 @@ class Predictor:
 # --- the gradient ----------------------------------------------------------------------------------------
 
 
-def polish(space: Space, known: Known, fresh: Unseen, numbers: Screening) -> Generator[Round, Sequence[Answer], Known]:
+def polish(
+    space: Space, known: Known, fresh: Unseen, numbers: Screening, scale: float
+) -> Generator[Round, Sequence[Answer], Known]:
     """Steps of Adam in ln λ of the slow frequencies from the best set on; what is known afterwards.
 
     Ends early when two steps brought next to nothing, or where the evaluator gives no gradient.
@@ -228,7 +233,7 @@ def polish(space: Space, known: Known, fresh: Unseen, numbers: Screening) -> Gen
         answers = yield questions
         known = learnt(known, questions, answers)
         losses.append(answers[0].loss)
-        stuck = len(losses) > 2 and min(losses[-2:]) > min(losses[:-2]) - numbers.least_gain
+        stuck = len(losses) > 2 and min(losses[-2:]) > min(losses[:-2]) - numbers.least_gain * scale
         if answers[0].gradient is None or stuck:
             break
         slope = np.where(free, answers[0].gradient, 0.0)

@@ -12,6 +12,7 @@ Losses come as one array a document: entry t is the loss of token t + 1, in nats
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -73,6 +74,14 @@ class Objective:
     def tokens(self) -> int:
         """Tokens of one evaluation."""
         return sum(len(document.tokens) for document in self.documents)
+
+    @property
+    def sha256(self) -> str:
+        """Of all tokens: texts, tokenizer, seed and passkey sentences are all in them."""
+        found = hashlib.sha256()
+        for document in self.documents:
+            found.update(np.ascontiguousarray(document.tokens, dtype="<i8").tobytes())
+        return found.hexdigest()
 
     def _counts(self) -> dict[tuple[str, int], int]:
         """In how many documents a part is judged at a length."""

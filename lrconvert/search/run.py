@@ -70,6 +70,7 @@ class SearchPlan:
                     "objective": tier.objective.kind,
                     "lengths": {str(length): weight for length, weight in tier.objective.weights.items()},
                     "documents": [[doc.part, len(doc.tokens)] for doc in tier.objective.documents],
+                    "documents_sha256": tier.objective.sha256,
                     "start": [candidate.to_json() for candidate in tier.start],
                 }
                 for tier in self.tiers
@@ -117,7 +118,9 @@ class Search:
     def __init__(self, plan: SearchPlan, evaluator: Evaluator, journal: Journal | None, watch: Watch) -> None:
         self.plan, self.evaluator, self.watch = plan, evaluator, watch
         self._journal = journal
-        self._old: list[Record] = evaluator.agree(list(journal.found.records) if journal else [])
+        found: list[Record] = evaluator.agree(list(journal.found.records) if journal else [])
+        # By tier, each in order: a larger budget may ask more of one before the next begins.
+        self._old = {tier.length: [record for record in found if record.tier == tier.length] for tier in plan.tiers}
         self.records: list[Record] = []  # answered in this run: from the journal first, then anew
 
     def run(self) -> Recipe:
@@ -154,7 +157,7 @@ class Search:
             except StopIteration:
                 questions = None
         algorithm.close()
-        found = [record for record in self.records if record.tier == tier.length]
+        found = self._of(tier)
         best = min(found, key=lambda record: record.answer.loss, default=None)
         if best is None or not math.isfinite(best.answer.loss):
             errors = {record.answer.error for record in found if record.answer.error}
@@ -169,9 +172,10 @@ class Search:
         answers: list[Answer] = []
         while len(answers) < len(questions):
             rest = questions[len(answers) :]
-            if len(self.records) < len(self._old):
-                record = self._old[len(self.records)]
-                self._check_replay(record, tier.length, rest[0])
+            old, done = self._old[tier.length], len(self._of(tier))
+            if done < len(old):
+                record = old[done]
+                self._check_replay(record, done + 1, rest[0])
                 self.records.append(record)
                 answers.append(record.answer)
             else:
@@ -189,18 +193,21 @@ class Search:
         if self._journal is not None:
             self._journal.append(record)
 
-    def _check_replay(self, record: Record, length: int, question: Question) -> None:
+    def _of(self, tier: TierPlan) -> list[Record]:
+        return [record for record in self.records if record.tier == tier.length]
+
+    def _check_replay(self, record: Record, number: int, question: Question) -> None:
         """The same search asks the same; another version of the code may not."""
-        same = (record.tier, record.question.candidate, record.question.gradient)
-        if same != (length, question.candidate, question.gradient):
+        asked = (question.candidate, question.gradient)
+        if (record.question.candidate, record.question.gradient) != asked:
             raise InputError(
-                f"evaluation {len(self.records) + 1} of the journal is not what lrconvert {__version__} asks for",
+                f"evaluation {number} for {record.tier} tokens in the journal is not what lrconvert {__version__} asks",
                 remedy="Go on with the version that began it, or name another --journal",
             )
 
     def _check_memory(self, tier: TierPlan, answers: Sequence[Answer]) -> None:
         """Documents that don't fit fail for every candidate: then the search ends before anything is recorded."""
-        before = any(math.isfinite(record.answer.loss) for record in self.records if record.tier == tier.length)
+        before = any(math.isfinite(record.answer.loss) for record in self._of(tier))
         if before or not all((answer.error or "").startswith("out of memory") for answer in answers):
             return
         length = tier.objective.length
@@ -212,8 +219,8 @@ class Search:
         )
 
     def _report(self, tier: TierPlan) -> None:
-        records = [record for record in self.records if record.tier == tier.length]
-        new = [record for record in self.records[len(self._old) :] if record.tier == tier.length]
+        records = self._of(tier)
+        new = records[len(self._old[tier.length]) :]
         paid = sum(record.question.cost for record in new)
         seconds = sum(record.answer.seconds for record in new) / paid / self.evaluator.width if paid else None
         self.watch(
@@ -262,7 +269,7 @@ class Search:
         }
 
     def _tier_provenance(self, tier: TierPlan, best: Record) -> dict[str, Any]:
-        records = [record for record in self.records if record.tier == tier.length]
+        records = self._of(tier)
         return {
             "max_length": tier.length,
             "space": tier.space.kind,

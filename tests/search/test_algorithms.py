@@ -84,6 +84,18 @@ def test_the_same_seed_asks_the_same(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_size_of_losses_does_not_matter(name: str) -> None:
+    """A model that loses hundredths is searched as one that loses nats: the same candidates, in the same order."""
+    space = small_space()
+    _, loss = planted(space)
+    runs = [
+        drive(ALGORITHMS[name](space, 0), Landscape(lambda one, unit=unit: 5 + unit * (loss(one) - 2)), 120)
+        for unit in (1.0, 1 / 64)
+    ]
+    assert [candidate for _, _, candidate in runs[0]] == [candidate for _, _, candidate in runs[1]]
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
 def test_candidates_without_a_loss_are_passed_over(name: str) -> None:
     """Every third evaluation fails; the rest is searched, and no failure is ever a parent."""
     space = small_space()

@@ -213,6 +213,7 @@ def test_a_search_starts_from_a_recipe(text: Path, whole: Path, cli: Run, tmp_pa
         (["--target", "64k"], 3, "fewer than the 65536 of the target"),
         (["--tier", "2k"], 2, "--tier 2048 is not between"),
         (["--lengths", "8k:x"], 2, "'8k:x' is not a length with a weight"),
+        (["--lengths", "64k"], 2, "--lengths 65536 is beyond the target, 128"),
         (["--lengths", "64:0"], 2, "is not a length with a weight"),
         (["--text", "/nowhere.txt"], 3, "can't be read as text"),
         (["--start-from", "/nowhere"], 3, "no such recipe"),

@@ -114,8 +114,8 @@ def table(known: dict[str, Any]) -> str:
     lines = [
         "# ONNX folders beyond the original window",
         "",
-        "Command: `python benchmarks/onnx_runs.py MODEL …`, for SmolLM2 with the recipe `search/smollm2-64k` beside this "
-        "file and Moby Dick as its text. Keys found, of the same documents; perplexity of the same "
+        "Command: `python benchmarks/onnx_runs.py MODEL …`, for SmolLM2 with the recipe `search/smollm2-64k` beside "
+        "this file and Moby Dick as its text. Keys found, of the same documents; perplexity of the same "
         f"last {JUDGED} tokens; whether {NEW} greedy tokens across the original window are transformers' own.",
         "",
         "| model | tokens | passkeys, ORT | transformers | of | perplexity, ORT | transformers |",

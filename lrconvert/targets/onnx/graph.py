@@ -29,9 +29,9 @@ from lrconvert.targets.onnx.tensors import ONNX_TYPES, Stored
 
 Attention = Literal["gqa", "standard"]
 ADJUSTABLE = ("num_logits_to_keep", "sequence_length")
-# Of MatMulNBits: 8 bits are a hundred times slower unless activations are rounded to 8 bits as well (level 4); 4 bits
-# are fast with float32 activations (level 1).
-ACCURACY = {4: 1, 8: 4}
+# Of MatMulNBits, activations rounded to 8 bits as well. Without that, 8 bits are a hundred times slower on a CPU and 4
+# bits half as fast; it moves the logits by a fiftieth of what the weights' own rounding to 4 bits does.
+ACCURACY = 4
 DEFAULT_OPSET = 23  # the first with RotaryEmbedding, RMSNormalization and Attention
 LEFT_PADDED = "left-padded batches need an export with --attention standard"
 
@@ -114,7 +114,7 @@ class _Decoder:
         out = self.op(
             "MatMulNBits", x, tensor.packed, tensor.scales, name=label if not bias else f"{label}.product",
             domain=MICROSOFT, K=columns, N=rows, bits=tensor.bits, block_size=tensor.block,
-            accuracy_level=ACCURACY[tensor.bits],
+            accuracy_level=ACCURACY,
         )  # fmt: skip
         return self.op("Add", out, *bias, name=label) if bias else out
 
@@ -232,7 +232,7 @@ class _Decoder:
                 outputs=[mixed, *present], num_heads=shape.heads, kv_num_heads=shape.kv_heads,
             )  # fmt: skip
             # Shape inference knows nothing of that operator.
-            self.between.append(helper.make_tensor_value_info(mixed, self.type, ["batch", "length", widths[0]]))
+            self.between.append(helper.make_tensor_value_info(mixed, self.type, ["batch_size", "length", widths[0]]))
         else:
             self.op(
                 "Attention", q, k, v, self.mask, *past, name="attention", outputs=[mixed, *present],
@@ -297,19 +297,20 @@ class _Decoder:
     # --- the outside -------------------------------------------------------------------------------------
 
     def inputs(self) -> list[Any]:
+        # transformers.js makes empty caches of the right size only where the first dimension has this name.
         ids = [
-            helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "length"]),
-            helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["batch", "total"]),
-            helper.make_tensor_value_info("position_ids", TensorProto.INT64, ["batch", "length"]),
+            helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch_size", "length"]),
+            helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["batch_size", "total"]),
+            helper.make_tensor_value_info("position_ids", TensorProto.INT64, ["batch_size", "length"]),
         ]
         return [*ids, *self._caches("past_key_values", "past")]
 
     def outputs(self) -> list[Any]:
-        logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "kept", self.shape.vocab])
+        logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch_size", "kept", self.shape.vocab])
         return [logits, *self._caches("present", "total")]
 
     def _caches(self, prefix: str, length: str) -> Iterable[Any]:
-        dims = ["batch", self.shape.kv_heads, length, self.shape.head_dim]
+        dims = ["batch_size", self.shape.kv_heads, length, self.shape.head_dim]
         names = [f"{prefix}.{layer}.{part}" for layer in range(self.shape.layers) for part in ("key", "value")]
         return [helper.make_tensor_value_info(name, self.type, dims) for name in names]
 

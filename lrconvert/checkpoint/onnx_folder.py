@@ -49,9 +49,14 @@ def load_graph(path: Path) -> Any:
     onnx = require("onnx", "onnx", "reading ONNX")
     try:
         size = path.stat().st_size
+        if not path.is_file():  # a pipe has no end
+            raise InputError(f"{path}: not a file")
         if size > MAX_GRAPH_BYTES:
             raise InputError(f"{path}: {size} bytes; an ONNX graph can have {MAX_GRAPH_BYTES}")
-        return onnx.load(str(path), load_external_data=False)
+        model = onnx.load(str(path), load_external_data=False)
+        if odd := next((text for text in _texts(model) if not isinstance(text, str)), None):
+            raise InputError(f"{path}: not an ONNX graph (a name is {odd[:40]!a}, which is not UTF-8)")
+        return model
     except OSError as error:
         raise InputError(f"{path}: can't be read ({error.strerror or error})") from error
     except Exception as error:  # protobuf's DecodeError, from whichever implementation is installed
@@ -60,10 +65,41 @@ def load_graph(path: Path) -> Any:
         raise InputError(f"{path}: not an ONNX graph ({' '.join(str(error).split())[:200]})") from error
 
 
+def _texts(message: Any) -> Iterator[Any]:
+    """Every string of a message; protobuf hands out as bytes what is not UTF-8."""
+    for field, value in message.ListFields():
+        values = [value] if isinstance(value, str | bytes) or hasattr(value, "ListFields") else value
+        if field.message_type is not None:
+            for inner in values:
+                yield from _texts(inner)
+        elif field.type == field.TYPE_STRING:
+            yield from values
+
+
 def is_own(folder: Path) -> bool:
     """Whether a folder has a graph with our function."""
     path = folder / GRAPH
     return path.is_file() and any(function.domain == DOMAIN for function in load_graph(path).functions)
+
+
+def _numbers(tensor: Any) -> np.ndarray[Any, Any]:
+    """An attribute of the call; `ValueError` for what is no array of finite numbers."""
+    from onnx import numpy_helper
+
+    if tensor.data_location == 1:
+        raise ValueError(f"{tensor.name} lies in a file")
+    array = numpy_helper.to_array(tensor)
+    if array.dtype.kind not in "iuf" or not np.isfinite(array).all():
+        raise ValueError(f"{tensor.name} holds something else than numbers")
+    return array
+
+
+def _size(file: Path) -> int:
+    """Of a data file; −1 where there is none, whatever its name is."""
+    try:
+        return file.stat().st_size if file.is_file() else -1
+    except OSError:  # a name that no file can have
+        return -1
 
 
 class OnnxCheckpoint(Checkpoint):
@@ -81,6 +117,8 @@ class OnnxCheckpoint(Checkpoint):
                 remedy="Convert the checkpoint that it was made from",
             )
         self._external = dict(self._located())
+        if problems := list(self._quantised_problems()):
+            raise InputError.collect(path / GRAPH, problems[:20])
 
     # --- the rotation ------------------------------------------------------------------------------------
 
@@ -101,17 +139,22 @@ class OnnxCheckpoint(Checkpoint):
         return "gqa" if any(node.domain == MICROSOFT and node.op_type == "GroupQueryAttention"
                             for node in self.graph.graph.node) else "standard"  # fmt: skip
 
+    @property
+    def heads(self) -> int:
+        """Query heads of a layer, as the graph has them."""
+        attributes = [a for node in self.graph.graph.node for a in node.attribute
+                      if node.op_type in ("GroupQueryAttention", "Attention")]  # fmt: skip
+        return max((a.i for a in attributes if a.name in ("num_heads", "q_num_heads")), default=1)
+
     @cached_property
     def tiers(self) -> tuple[Tier, ...]:
         """The tiers in the graph, which is what is computed whatever config.json says."""
-        from onnx import numpy_helper
-
         try:
-            arrays: dict[str, np.ndarray[Any, Any]] = {
-                a.name: numpy_helper.to_array(a.t) for a in self.call.attribute if a.name in TIER_ATTRIBUTES
-            }
+            arrays = {a.name: _numbers(a.t) for a in self.call.attribute if a.name in TIER_ATTRIBUTES}
             plain, scaled = arrays["inverse_frequencies"], arrays["scaled_inverse_frequencies"]
             columns = (arrays["tier_lengths"], arrays["start_tokens"], arrays["attention_factors"])
+            if not len(columns[0]) or not plain.size or not all((array > 0).all() for array in (plain, scaled)):
+                raise ValueError("no tiers, or frequencies that are not positive")
             return tuple(
                 Tier(int(length), tuple((plain / row).tolist()), int(start), float(factor))
                 for length, start, factor, row in zip(*columns, scaled, strict=True)
@@ -135,7 +178,7 @@ class OnnxCheckpoint(Checkpoint):
                 problems.append(f"{tensor.name} lies in {location!r}, which is not the plain name of a file")
                 continue
             if file not in sizes:
-                sizes[file] = file.stat().st_size if file.is_file() else -1
+                sizes[file] = _size(file)
             try:
                 offset, nbytes = int(entries.get("offset", 0)), int(entries["length"])
                 dtype, shape = kinds[tensor.data_type], tuple(tensor.dims)
@@ -151,6 +194,22 @@ class OnnxCheckpoint(Checkpoint):
                 yield tensor.name, External(file, offset, nbytes, dtype, shape)
         if problems:
             raise InputError.collect(self.path / GRAPH, problems[:20])
+
+    def _quantised_problems(self) -> Iterator[str]:
+        """Of tensors whose bytes are there: what can't be read as the graph reads it."""
+        for name, place in self._external.items():
+            if place.dtype == "U8" and name.removesuffix(PACKED) not in self._blocks:
+                yield f"{name}: bytes that no MatMulNBits reads"
+        for name, (bits, block, columns) in self._blocks.items():
+            packed, scales = self._external.get(name + PACKED), self._external.get(name + SCALES)
+            if packed is None or scales is None:
+                yield f"{name}: has no packed values or no scales in a data file"
+            elif bits not in (4, 8) or block < 1 or columns < 1:
+                yield f"{name}: {bits} bits in blocks of {block} for rows of {columns}"
+            elif (packed.dtype, packed.shape[1:]) != ("U8", (-(-columns // block), block * bits // 8)):
+                yield f"{name}: packed values of shape {list(packed.shape)}"
+            elif (scales.dtype, scales.shape) != ("F32", packed.shape[:2]):
+                yield f"{name}: scales of shape {list(scales.shape)}"
 
     @cached_property
     def _blocks(self) -> dict[str, tuple[int, int, int]]:

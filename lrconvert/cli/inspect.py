@@ -81,7 +81,7 @@ def inspect_graph(reference: str, revision: str | None = None) -> dict[str, Any]
     folder = locate(reference, revision=revision)
     if not folder.is_dir() or any(folder.glob("*.safetensors")):
         return None
-    if not any([*folder.glob("*.onnx"), *folder.glob("onnx/*.onnx")]):
+    if not any(path.is_file() for path in [*folder.glob("*.onnx"), *folder.glob("onnx/*.onnx")]):
         return None
     from lrconvert.checkpoint.onnx_folder import is_own
     from lrconvert.errors import require

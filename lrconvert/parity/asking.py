@@ -70,9 +70,12 @@ def ask_code(run: Run, code: Code, spec: RopeSpec, judge: Judge, dtype: str) -> 
         if code.coarse(dtype):
             run.say(f"{code.name} code: is the recipe nearest?")
             contexts = isinstance(session, LlamaSession)
-            report.rows += nearest(
-                code.name, projected, judge, lambda case: _logits(case, judge, session), contexts=contexts
-            )
+            try:
+                report.rows += nearest(
+                    code.name, projected, judge, lambda case: _logits(case, judge, session), contexts=contexts
+                )
+            except InputError as error:
+                report.rows.append(Row(code.name, "nearest to the recipe", "fail", reason=error.message))
     for loss in losses:
         report.losses.append(loss)
     if losses:

@@ -113,7 +113,7 @@ def _onnxruntime(artifact: Path, options: Options) -> WorkerSession:
     return onnxruntime.open_session(
         artifact,
         boundaries=[tier.max_length for tier in stored.tiers[:-1]],
-        heads=int(stored.config["num_attention_heads"]),
+        heads=stored.heads,
         fused=stored.attention == "gqa",
         device=options.device,
         dtype=", ".join(sorted(stored.kinds)),

@@ -55,7 +55,9 @@ def stored_problems(stored: OnnxCheckpoint, spec: RopeSpec) -> list[str]:
             problems.append(f"{where}: {theirs.start_tokens} start tokens; the recipe has {ours.start_tokens}")
         if not math.isclose(ours.attention_factor, theirs.attention_factor, rel_tol=1e-12):
             problems.append(f"{where}: attention factor {theirs.attention_factor:.9g}, not {ours.attention_factor:.9g}")
-        if not np.allclose(ours.factors, theirs.factors, rtol=1e-12, atol=0):
+        if len(ours.factors) != len(theirs.factors) or not np.allclose(
+            ours.factors, theirs.factors, rtol=1e-12, atol=0
+        ):
             problems.append(f"{where}: other factors than the recipe's")
     return problems
 
@@ -92,6 +94,9 @@ def _function(stored: OnnxCheckpoint, session: OnnxSession, spec: RopeSpec, judg
             except InputError as error:
                 yield Row(CODE, name, "fail", length=end, reason=error.message)
                 continue
+            if any(a.shape != b.shape for a, b in zip(expected, answered, strict=True)):
+                yield Row(CODE, name, "fail", length=end, reason=f"{answered[0].shape[-1]} pairs of channels rotate")
+                continue
             error = max(float(np.abs(a - b).max()) for a, b in zip(expected, answered, strict=True))
             good = error <= COS_SIN_ERROR  # NaN is not
             reason = f"off by {error:.1e}" + ("" if good else f"; {COS_SIN_ERROR:.0e} allowed")
@@ -105,11 +110,16 @@ def _evaluated(stored: OnnxCheckpoint, session: OnnxSession, spec: RopeSpec, jud
         return
     tokens = stream(judge.model.shape.vocab, min(EVALUATED, spec.tiers[0].max_length))
     keep = np.arange(len(tokens))
-    answer = session.evaluated(tokens.tolist(), keep.tolist())
+    name = f"the whole graph by {EVALUATOR}"
+    try:
+        answer = session.evaluated(tokens.tolist(), keep.tolist())
+    except InputError as error:
+        yield Row(CODE, name, "fail", length=len(tokens), reason=error.message)
+        return
     expected = judge.answer(spec, tokens, len(tokens), keep)
     dtype = "F16" if "F16" in stored.kinds else "F32"
     tolerance = tolerance_for("onnxruntime", dtype, len(tokens))
-    yield judged(CODE, f"the whole graph by {EVALUATOR}", len(tokens), compare(expected, answer), tolerance)
+    yield judged(CODE, name, len(tokens), compare(expected, answer), tolerance)
 
 
 def _padding(stored: OnnxCheckpoint, session: OnnxSession, judge: Judge) -> Iterator[Row]:

@@ -60,6 +60,9 @@ def on_stored_weights(model: Model, stored: Checkpoint) -> Model:
             problems.append(f"{tensor.name} is missing")
         elif found is not None and found.shape != tensor.shape:
             problems.append(f"{tensor.name} has shape {list(found.shape)}; the model has {list(tensor.shape)}")
+    head = stored.tensors.get(TIED_HEAD)
+    if model.shape.tied and head is not None and head.shape != model.roles["embedding", None].shape:
+        problems.append(f"{TIED_HEAD} has shape {list(head.shape)}; the embedding has another")
     if problems:
         raise InputError.collect(stored.path, problems)
     found = replace(model, checkpoint=StoredWeights(model, stored))
@@ -144,18 +147,24 @@ def check_weights(stored: Checkpoint, model: Model) -> tuple[list[Row], bool]:
     """
     rows, exact = [], True
     worst: dict[str, tuple[float, str]] = {}
-    for tensor in model.roles.values():
-        if tensor.name not in stored.tensors:
+    names = {tensor.name: tensor.name for tensor in model.roles.values()}
+    if model.shape.tied:  # a head that was quantised is a copy of its own
+        names[TIED_HEAD] = model.roles["embedding", None].name
+    for own, name in names.items():
+        if own not in stored.tensors:
             continue
-        kind = stored.tensors[tensor.name].dtype
-        ours, theirs = stored.read(tensor.name), model.checkpoint.read(tensor.name)
+        kind = stored.tensors[own].dtype
+        ours, theirs = stored.read(own), model.checkpoint.read(name)
         if ours.dtype == theirs.dtype and np.array_equal(ours, theirs):
             error = 0.0
         else:
             wide = theirs.astype(np.float64)
-            error = float(np.linalg.norm(ours.astype(np.float64) - wide) / max(float(np.linalg.norm(wide)), 1e-300))
+            with np.errstate(invalid="ignore"):
+                off = ours.astype(np.float64) - wide
+            error = float(np.linalg.norm(off) / max(float(np.linalg.norm(wide)), 1e-300))
+            error = error if math.isfinite(error) else math.inf  # NaN would be less than nothing
         exact = exact and error == 0.0
-        worst[kind] = max(worst.get(kind, (-1.0, "")), (error, tensor.name))
+        worst[kind] = max(worst.get(kind, (-1.0, "")), (error, own))
     for kind, (error, name) in sorted(worst.items()):
         bound = weight_error(kind)
         case = f"{kind}, error up to {error:.1e}"

@@ -39,7 +39,7 @@ def graph_in(folder: Path) -> Path | None:
     known = [folder / place for place in PLACES if (folder / place).is_file()]
     if known:
         return known[0]
-    found = sorted([*folder.glob("*.onnx"), *folder.glob("onnx/*.onnx")])
+    found = sorted(path for path in [*folder.glob("*.onnx"), *folder.glob("onnx/*.onnx")] if path.is_file())
     return found[0] if len(found) == 1 else None
 
 
@@ -142,9 +142,11 @@ def _read(tensor: Any, folder: Path, count: int) -> np.ndarray | None:
             return None
     place: Mapping[str, str] = {entry.key: entry.value for entry in tensor.external_data}
     file = folder / place.get("location", "")
-    if Path(place.get("location", "")).name != place.get("location") or not file.is_file():
+    if Path(place.get("location", "")).name != place.get("location"):
         return None
     try:
+        if not file.is_file():
+            return None
         values = np.fromfile(file, dtype, count, offset=int(place.get("offset", 0)))
     except (OSError, ValueError):
         return None

@@ -23,7 +23,7 @@ from lrconvert.checkpoint.adapter import Part
 from lrconvert.checkpoint.base import numpy_dtype
 from lrconvert.checkpoint.blocks import BlockReader, cast_block
 from lrconvert.checkpoint.onnx_folder import PACKED, SCALES, TIED_HEAD
-from lrconvert.errors import require
+from lrconvert.errors import InputError, require
 
 ONNX_TYPES = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "BF16": TensorProto.BFLOAT16}
 BLOCK = 32
@@ -138,7 +138,7 @@ def jobs(checkpoint: Checkpoint, tensors: Sequence[Stored], *, sources: dict[str
         name = sources.get(tensor.name, tensor.name)
         parts = reader.parts(name, tensor.shape)
         if tensor.bits is not None:
-            yield partial(_quantised, tensor, parts), tensor.nbytes
+            yield partial(_quantised, tensor, parts, checkpoint.path), tensor.nbytes
             continue
         for index, part in enumerate(parts):
             last = index == len(parts) - 1
@@ -153,13 +153,15 @@ def _plain(tensor: Stored, part: Part, source: Path, *, padded: bool) -> memoryv
     return block.data
 
 
-def _quantised(tensor: Stored, parts: Sequence[Part]) -> memoryview:
+def _quantised(tensor: Stored, parts: Sequence[Part], source: Path) -> memoryview:
     """The packed values and the scales of a whole tensor; float32 copies are no larger than a block of rows."""
     packed = np.zeros(tensor.packed_shape, np.uint8)
     scales = np.zeros(packed.shape[:2], np.float32)
     row = 0
     for part in parts:
         for values in _row_blocks(part()):
+            if not np.isfinite(values).all():
+                raise InputError(f"{source}: {tensor.name} holds values that are not finite")
             end = row + len(values)
             packed[row:end], scales[row:end] = quantise(values, tensor.bits or 0, tensor.block)
             row = end

@@ -96,6 +96,11 @@ def plan(model: Model, recipe: Recipe, output: Path, options: Options, *, adapte
     if options.opset not in OPSETS:
         raise UsageError(f"--opset {options.opset}: {OPSETS[0]} to {OPSETS[-1]} are known")
     shape = model.shape
+    if options.attention == "gqa" and shape.head_dim % 8:
+        raise UnsupportedError(
+            f"{model.reference} has heads of {shape.head_dim} channels; GroupQueryAttention takes multiples of 8",
+            remedy="Convert with --attention standard",
+        )
     spec = resolve(
         recipe,
         family=model.called(recipe.family),

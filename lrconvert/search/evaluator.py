@@ -109,7 +109,7 @@ class TransformersEvaluator:
         self._recompute = False  # activations again in the backward pass: once they didn't fit
         if attention is not None and attention not in KERNELS:
             raise UsageError(f"no attention kernel {attention!r}; there are {', '.join(KERNELS)}")
-        self.attention = attention
+        self.attention: str | None = None
         if self.device.type == "cuda":  # every process has the same, or a loss depended on who computes it
             self.attention = self.agree((attention or self._fastest_kernel()) if self.leading else None)
 

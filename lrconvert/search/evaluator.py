@@ -109,7 +109,7 @@ class TransformersEvaluator:
         self._recompute = False  # activations again in the backward pass: once they didn't fit
         if attention is not None and attention not in KERNELS:
             raise UsageError(f"no attention kernel {attention!r}; there are {', '.join(KERNELS)}")
-        self.attention = attention
+        self.attention: str | None = None
         if self.device.type == "cuda":  # every process has the same, or a loss depended on who computes it
             self.attention = self.agree((attention or self._fastest_kernel()) if self.leading else None)
 
@@ -174,7 +174,7 @@ class TransformersEvaluator:
         """Losses of the tokens that are judged; float32, shape [b, n − 1], zero elsewhere."""
         ids = self._ids(documents)
         with self._kernel():
-            hidden = self._decoder(input_ids=ids, use_cache=False).last_hidden_state
+            hidden = self._hidden(ids)
         losses = torch.zeros(ids.shape[0], ids.shape[1] - 1, device=self.device)
         for rows in self._chunks(documents):
             losses[:, rows] = self._cross_entropy(hidden[:, rows], ids[:, rows.start + 1 : rows.stop + 1])
@@ -192,7 +192,7 @@ class TransformersEvaluator:
         self.rope.log_factors = log_factors.requires_grad_()
         try:
             with self._kernel(), self._recomputing():
-                hidden = self._decoder(input_ids=ids, use_cache=False).last_hidden_state
+                hidden = self._hidden(ids)
                 losses = torch.zeros(ids.shape[0], count - 1, device=self.device)
                 upstream = torch.zeros_like(hidden)
                 for rows in self._chunks(documents):
@@ -204,6 +204,15 @@ class TransformersEvaluator:
         finally:
             self.rope.log_factors = None
         return losses.cpu().numpy(), (gradient / count).cpu().numpy()
+
+    def _hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        """The decoder's last hidden states, [b, n, c].
+
+        A mask of ones lets transformers leave causality to the attention kernel. Without any it looks for packed
+        documents, and transformers 4.57 then makes a mask of n × n.
+        """
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        return self._decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
 
     def _cross_entropy(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         # Widened inside the kernel: a float32 copy of the logits would be half of its memory traffic.

@@ -111,6 +111,22 @@ def test_losses_are_those_of_transformers_with_the_same_tables(pico_folder: Call
     assert answer.losses[f"text@{TARGET}"] == pytest.approx(float(loss), abs=1e-6)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_mask_is_made(family: str, pico: Callable[..., Model]) -> None:
+    """One of 2M by 2M would not fit any machine; and only without one do the fast kernels run."""
+    model = pico(family)
+    evaluator = TransformersEvaluator(model, device="cpu")
+    masks: list[object] = []
+
+    def look(module: object, given: object, named: dict[str, object]) -> None:
+        masks.append(named.get("attention_mask"))
+
+    evaluator._decoder.layers[0].register_forward_pre_hook(look, with_kwargs=True)
+    for gradient in (False, True):
+        loss_of(evaluator, objective_for(model, documents=2), candidate_for(model), gradient=gradient)
+    assert masks == [None, None]
+
+
 def test_logits_are_made_in_chunks(pico: Callable[..., Model], monkeypatch: pytest.MonkeyPatch) -> None:
     """A chunk has the words of as many tokens as its limit says; the loss does not depend on it."""
     model = pico("llama")

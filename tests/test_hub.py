@@ -147,6 +147,21 @@ def test_what_is_pushed_comes_back(hub: Hub, user: User, artifact: Path, tmp_pat
     assert published(hub) == {name: data for name, data in files_of(folder).items() if name != ".gitattributes"}
 
 
+def test_an_onnx_folder_is_published_whole(hub: Hub, user: User, source: tuple[Path, Path], tmp_path: Path) -> None:
+    """The graph, its data and the configs of the programs around it, byte for byte; the card says how to run it."""
+    pytest.importorskip("onnx")
+    folder, recipe = source
+    artifact = tmp_path / "onnx-artifact"
+    ok(user("onnx", folder, "--recipe", recipe, "-o", artifact))
+    ok(user("push", artifact, ID))
+    local, remote = files_of(artifact), published(hub)
+    assert set(remote) == set(local) >= {"onnx/model.onnx", "onnx/model.onnx_data", "genai_config.json"}
+    assert {name for name in local if remote[name] != local[name]} == MADE_ANEW
+    card = remote[CARD].decode()
+    assert f'ORTModelForCausalLM\nfrom transformers import AutoTokenizer\n\nname = "{ID}"' in card
+    assert 'library_name: "onnx"' in card and "trust_remote_code" not in card
+
+
 def test_the_published_manifest_is_consistent(hub: Hub, user: User, artifact: Path, tmp_path: Path) -> None:
     """Every digest is there and right, the card's too; nothing is a hard link any more."""
     set_parity(artifact, True)

@@ -73,16 +73,16 @@ def test_names_and_shapes_are_those_that_programs_look_for(
     }
     shape = model.shape
     caches = {
-        f"{prefix}.{layer}.{part}": ["batch", shape.kv_heads, length, shape.head_dim]
+        f"{prefix}.{layer}.{part}": ["batch_size", shape.kv_heads, length, shape.head_dim]
         for prefix, length in (("past_key_values", "past"), ("present", "total"))
         for layer in range(shape.layers)
         for part in ("key", "value")
     }
     assert found == {
-        "input_ids": ["batch", "length"],
-        "attention_mask": ["batch", "total"],
-        "position_ids": ["batch", "length"],
-        "logits": ["batch", "kept", shape.vocab],
+        "input_ids": ["batch_size", "length"],
+        "attention_mask": ["batch_size", "total"],
+        "position_ids": ["batch_size", "length"],
+        "logits": ["batch_size", "kept", shape.vocab],
         **caches,
     }
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}

@@ -34,7 +34,6 @@ class Worker:
         self.whole = self.session(str(self.path))
         inputs = {each.name: each for each in self.whole.get_inputs()}
         self.caches = {name: each for name, each in inputs.items() if name.startswith("past_key_values.")}
-        self.half = next(iter(self.caches.values())).type if self.caches else "tensor(float)"
         self.vocab = self.whole.get_outputs()[0].shape[-1]
         self.info = {
             "onnxruntime": onnxruntime.__version__,
@@ -181,8 +180,9 @@ class Worker:
 
     def placements(self, request):
         """Operators that ran on the CPU and made floats, though another device was asked for, of the calls so far."""
-        name = self.whole.end_profiling()
-        events = json.loads(Path(name).read_text(encoding="utf-8"))
+        sessions = [session for session in (self.whole, self.parts) if session is not None]
+        profiles = [Path(session.end_profiling()).read_text(encoding="utf-8") for session in sessions]
+        events = [event for profile in profiles for event in json.loads(profile)]
         found = set()
         for event in events:
             about = event.get("args", {})

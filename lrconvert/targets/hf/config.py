@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from lrconvert.checkpoint import Model
+from lrconvert.checkpoint import Model, read_json
+from lrconvert.errors import InputError
 from lrconvert.rope import RopeSpec
 from lrconvert.targets.hf.spelling import AUTO_MAP, LONGROPE_KEY, native_keys, own_key
 
@@ -55,6 +58,37 @@ def edited_config(
         config.update(dict.fromkeys(spelled, TORCH_NAMES[dtype]))
     config[LONGROPE_KEY] = own_key(spec)
     return config, _edits("config.json", source, config)
+
+
+def json_bytes(value: dict[str, Any], name: str) -> bytes:
+    """A JSON file of the artifact. `InputError` for what came out of the source and JSON can't express."""
+    try:
+        return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    except ValueError as error:  # NaN, infinity, half a surrogate pair: Python reads them, JSON has no such thing
+        raise InputError(f"{name}: holds what JSON can't express ({error})") from error
+
+
+def side_files(model: Model, spec: RopeSpec) -> tuple[dict[str, bytes], dict[str, Path], list[Edit]]:
+    """The source's other files: those that are made here, those that come along as they are, and what is edited."""
+    texts: dict[str, bytes] = {}
+    kept: dict[str, Path] = {}
+    for name, content in model.checkpoint.side_files().items():
+        if isinstance(content, bytes):
+            texts[name] = content
+        else:
+            kept[name] = content
+    name = "tokenizer_config.json"
+    if name not in texts and name not in kept:
+        return texts, kept, []
+    edited, edits = edited_tokenizer_config(json_in(texts, kept, name), spec)
+    kept.pop(name, None)
+    texts[name] = json_bytes(edited, name)
+    return texts, kept, edits
+
+
+def json_in(texts: dict[str, bytes], kept: dict[str, Path], name: str) -> dict[str, Any]:
+    """A JSON file among them; empty where there is none."""
+    return json.loads(texts[name]) if name in texts else read_json(kept[name]) if name in kept else {}
 
 
 def edited_tokenizer_config(source: dict[str, Any], spec: RopeSpec) -> tuple[dict[str, Any], list[Edit]]:

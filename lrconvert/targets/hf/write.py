@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -11,19 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from lrconvert.card import CARD, render, source_card
-from lrconvert.checkpoint import Checkpoint, Model, read_json
+from lrconvert.checkpoint import Checkpoint, Model
 from lrconvert.checkpoint.adapter import Adapter, merged
 from lrconvert.checkpoint.base import FLOAT_DTYPES, refuse_quantised
 from lrconvert.checkpoint.fold import folded
 from lrconvert.checkpoint.source import check_unchanged, snapshot
-from lrconvert.errors import InputError
 from lrconvert.expressible import native_hf, project
 from lrconvert.output import Manifest, Staging
 from lrconvert.public import described
 from lrconvert.recipe import Recipe, resolve
 from lrconvert.rope import RopeSpec
 from lrconvert.shards import PlannedTensor, header_of, plan_shards
-from lrconvert.targets.hf.config import Edit, edited_config, edited_tokenizer_config
+from lrconvert.targets.hf.config import Edit, edited_config, json_bytes, json_in, side_files
 from lrconvert.targets.hf.portable import make_portable
 from lrconvert.targets.hf.spelling import MODELING_FILE
 from lrconvert.targets.hf.weights import lay_out, write_weights
@@ -96,19 +94,9 @@ def plan(
             f"formula's {spec.tiers[-1].attention_factor:.9g} does what the recipe asks"
         )
     config, edits = edited_config(model, spec, native, DTYPES[dtype] if dtype else stored)
-    texts = {"config.json": _json(config, "config.json"), MODELING_FILE: modeling_code(family.hf_class)}
-    kept: dict[str, Path] = {}
-    for name, content in model.checkpoint.side_files().items():
-        if isinstance(content, bytes):
-            texts[name] = content
-        else:
-            kept[name] = content
-    if "tokenizer_config.json" in kept or "tokenizer_config.json" in texts:
-        path = kept.pop("tokenizer_config.json", None)
-        source = json.loads(texts["tokenizer_config.json"]) if path is None else read_json(path)
-        edited, more = edited_tokenizer_config(source, spec)
-        texts["tokenizer_config.json"] = _json(edited, "tokenizer_config.json")
-        edits = [*edits, *more]
+    texts, kept, more = side_files(model, spec)
+    edits = [*edits, *more]
+    texts |= {"config.json": json_bytes(config, "config.json"), MODELING_FILE: modeling_code(family.hf_class)}
     weights, shards, index = lay_out(baked, stored, plan_shards)
     kept |= weights
     texts |= index
@@ -155,17 +143,8 @@ def _stored_dtype(model: Model, dtype: str | None) -> str | None:
 
 
 def _generation_limit(texts: dict[str, bytes], kept: dict[str, Path]) -> int | None:
-    name = "generation_config.json"
-    source = json.loads(texts[name]) if name in texts else read_json(kept[name]) if name in kept else {}
-    limit = source.get("max_length")
+    limit = json_in(texts, kept, "generation_config.json").get("max_length")
     return limit if isinstance(limit, int) else None
-
-
-def _json(value: dict[str, Any], name: str) -> bytes:
-    try:
-        return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
-    except ValueError as error:  # NaN, infinity, half a surrogate pair: Python reads them, JSON has no such thing
-        raise InputError(f"{name}: holds what JSON can't express ({error})") from error
 
 
 def modeling_code(hf_class: str) -> bytes:

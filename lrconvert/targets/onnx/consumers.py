@@ -7,12 +7,14 @@ of its own. What each of them really reads was measured: docs/onnx.md.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lrconvert.checkpoint import Model
 from lrconvert.errors import UsageError
 from lrconvert.rope import RopeSpec
-from lrconvert.targets.onnx.graph import Choices
+
+if TYPE_CHECKING:  # it imports onnx, which `plan` asks for by name
+    from lrconvert.targets.onnx.graph import Choices
 
 ONNX_FOLDER = "onnx"
 MODEL_FILE = "onnx/model.onnx"

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -13,7 +12,7 @@ from typing import Any
 from lrconvert import __version__
 from lrconvert.ahead import made_ahead
 from lrconvert.card import CARD, render, source_card
-from lrconvert.checkpoint import Checkpoint, Model, read_json
+from lrconvert.checkpoint import Checkpoint, Model
 from lrconvert.checkpoint.adapter import Adapter, merged
 from lrconvert.checkpoint.base import refuse_quantised
 from lrconvert.checkpoint.source import check_unchanged, snapshot
@@ -23,7 +22,7 @@ from lrconvert.output import Manifest, Staging
 from lrconvert.public import described
 from lrconvert.recipe import Recipe, resolve
 from lrconvert.rope import RopeSpec
-from lrconvert.targets.hf.config import Edit, edited_config, edited_tokenizer_config
+from lrconvert.targets.hf.config import Edit, edited_config, json_bytes, json_in, side_files
 from lrconvert.targets.onnx.consumers import GENAI, MODEL_FILE, ONNX_FOLDER, config_of, genai_config
 
 Progress = Callable[[str, int, int], None]  # what, bytes done, bytes in all
@@ -118,16 +117,15 @@ def plan(model: Model, recipe: Recipe, output: Path, options: Options, *, adapte
     data = {f"{ONNX_FOLDER}/{name}": group for name, group in files_of(tensors).items()}
     native, _ = project(spec, native_hf(model.family))
     config, edits = edited_config(model, spec, native, computing)
-    texts: dict[str, bytes] = {MODEL_FILE: graph, "config.json": _json(config_of(config, choices, len(data)))}
-    kept: dict[str, Path] = {}
-    for name, content in model.checkpoint.side_files().items():
-        if isinstance(content, bytes):
-            texts[name] = content
-        else:
-            kept[name] = content
-    edits = [edit for edit in edits if edit.key != "auto_map"] + _tokenizer_config(texts, kept, spec)
-    generation = _existing(texts, kept, "generation_config.json")
-    texts[GENAI] = _json(genai_config(model, spec, choices, generation, rewind=options.genai_rewind))
+    texts, kept, more = side_files(model, spec)
+    edits = [*(edit for edit in edits if edit.key != "auto_map"), *more]
+    generation = json_in(texts, kept, "generation_config.json")
+    genai = genai_config(model, spec, choices, generation, rewind=options.genai_rewind)
+    texts |= {
+        MODEL_FILE: graph,
+        "config.json": json_bytes(config_of(config, choices, len(data)), "config.json"),
+        GENAI: json_bytes(genai, GENAI),
+    }
     notes = [*model.notes, *recipe.warnings(), *_notes(options, spec)]
     found = source_card(model)
     notes += found.notes
@@ -174,25 +172,6 @@ def _notes(options: Options, spec: RopeSpec) -> list[str]:
                      f"anew when a generated token is the {spec.boundaries[0] + 1}th: a pause as long as a prompt of "
                      "that length; not when a prompt that is appended jumps over it")  # fmt: skip
     return notes
-
-
-def _existing(texts: dict[str, bytes], kept: dict[str, Path], name: str) -> dict[str, Any]:
-    return json.loads(texts[name]) if name in texts else read_json(kept[name]) if name in kept else {}
-
-
-def _tokenizer_config(texts: dict[str, bytes], kept: dict[str, Path], spec: RopeSpec) -> list[Edit]:
-    name = "tokenizer_config.json"
-    source = _existing(texts, kept, name)
-    if not source:
-        return []
-    kept.pop(name, None)
-    edited, edits = edited_tokenizer_config(source, spec)
-    texts[name] = _json(edited)
-    return edits
-
-
-def _json(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def write(plan: Plan, *, force: bool = False, progress: Progress | None = None) -> Manifest:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -424,6 +425,26 @@ def test_a_missing_extra_is_the_environment(
         assert result.code == 6, (attempt, result)
         assert module in result.err and EXTRA in result.err and len(result.err.splitlines()) == 1
     assert not (tmp_path / "o").exists()
+
+
+def test_a_missing_extra_in_a_fresh_process(tmp_path: Path, pico_folder: Callable[..., Path]) -> None:
+    """Where nothing of onnx was imported before, as for a user, it is the environment all the same."""
+    folder = pico_folder("llama")
+    recipe = write_recipe(recipe_for(open_model(folder)), tmp_path / "r")
+    asked = command(folder, recipe, tmp_path / "o")
+    assert light(["onnx"], asked)[0] == [6]
+    assert light(["onnxruntime", "onnxruntime.capi"], (*asked, "--dtype", "int8"))[0] == [6]
+
+
+def test_a_config_that_json_can_not_express(tmp_path: Path, pico_folder: Callable[..., Path], cli: Cli) -> None:
+    """NaN in the source's config.json, which Python reads: bad input, named, as for a Hugging Face artifact."""
+    folder = tmp_path / "source"
+    shutil.copytree(pico_folder("llama"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "odd": float("nan")}))
+    recipe = write_recipe(recipe_for(open_model(folder)), tmp_path / "r")
+    result = cli(*command(folder, recipe, tmp_path / "o"))
+    assert result.code == 3 and "config.json: holds what JSON can't express" in result.err
 
 
 LIGHT = """

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from lrconvert.families import expected_tensors, get_family, read_shape
 from lrconvert.shards import PlannedTensor, header_of
@@ -80,6 +81,26 @@ def write_checkpoint(folder: Path, shape: str, *, shards: int = 7, sparse: bool 
     (folder / "model.safetensors.index.json").write_text(index_text)
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def write_random(folder: Path, config: dict[str, Any], *, widen: float) -> None:
+    """A small float32 checkpoint of any family: random weights, q and k `widen` times as large, so that a wrong
+    rotation shows."""
+    family = get_family(config["model_type"])
+    rng = np.random.default_rng(7)
+    tensors = {}
+    for tensor in expected_tensors(family, read_shape(config, family)):
+        if not tensor.required:
+            continue
+        if tensor.role.endswith("norm"):
+            values = 1 + 0.1 * rng.standard_normal(tensor.shape)
+        else:
+            scale = widen if tensor.role in ("q", "k", "qkv") else 1.0
+            values = scale * rng.standard_normal(tensor.shape) / np.sqrt(tensor.shape[-1])
+        tensors[tensor.name] = values.astype(np.float32)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
 @dataclass(frozen=True)

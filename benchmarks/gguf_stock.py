@@ -22,12 +22,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from _common import RESULTS, lrconvert, run, save, scratch_folder
+from _common import RESULTS, lrconvert, run, save, scratch_folder, write_random
 from _stock import stock, stock_versions, write_tokenizer
-from safetensors.numpy import save_file
 
 from lrconvert.checkpoint import Model, open_model
-from lrconvert.families import expected_tensors, get_family, read_shape
+from lrconvert.families import get_family
 from lrconvert.importing import Base, import_recipe
 from lrconvert.parity import Options, verify
 from lrconvert.parity.cases import Case, kept, stream
@@ -112,20 +111,7 @@ def write_model(folder: Path, published: Published, recipe: Recipe) -> Path:
         "original_max_position_embeddings": recipe.original_window,
         "rope_scaling": scaling,
     }
-    rng = np.random.default_rng(7)
-    tensors = {}
-    for tensor in expected_tensors(family, read_shape(config, family)):
-        if not tensor.required:
-            continue
-        if tensor.role.endswith("norm"):
-            values = 1 + 0.1 * rng.standard_normal(tensor.shape)
-        else:
-            scale = WIDEN if tensor.role in ("q", "k", "qkv") else 1.0
-            values = scale * rng.standard_normal(tensor.shape) / np.sqrt(tensor.shape[-1])
-        tensors[tensor.name] = values.astype(np.float32)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    write_random(folder, config, widen=WIDEN)
     write_tokenizer(folder, VOCABULARY)
     return folder
 

@@ -35,11 +35,20 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from _common import RESULTS, SHAPES, copy_with_fsync, lrconvert, median, save, scratch_folder, write_checkpoint
-from safetensors.numpy import save_file
+from _common import (
+    RESULTS,
+    SHAPES,
+    copy_with_fsync,
+    lrconvert,
+    median,
+    save,
+    scratch_folder,
+    write_checkpoint,
+    write_random,
+)
 
 from lrconvert.checkpoint import Model, locate, open_model
-from lrconvert.families import expected_tensors, get_family, read_shape
+from lrconvert.families import get_family
 from lrconvert.parity.cases import stream
 from lrconvert.parity.measures import compare
 from lrconvert.recipe import Provenance, Recipe, write_recipe
@@ -146,20 +155,7 @@ def write_small(folder: Path, case: Case, recipe: Recipe) -> Path:
         "original_max_position_embeddings": case.original,
         "rope_scaling": scaling,
     }
-    rng = np.random.default_rng(7)
-    tensors = {}
-    for tensor in expected_tensors(family, read_shape(config, family)):
-        if not tensor.required:
-            continue
-        if tensor.role.endswith("norm"):
-            values = 1 + 0.1 * rng.standard_normal(tensor.shape)
-        else:
-            scale = WIDEN if tensor.role in ("q", "k", "qkv") else 1.0
-            values = scale * rng.standard_normal(tensor.shape) / np.sqrt(tensor.shape[-1])
-        tensors[tensor.name] = values.astype(np.float32)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    write_random(folder, config, widen=WIDEN)
     copy_tokenizer(folder)
     return folder
 

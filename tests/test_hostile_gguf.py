@@ -8,12 +8,10 @@ leaves what was there. Never a bug, a second line, or memory that the file does 
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import struct
 import tempfile
 import tracemalloc
-import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -23,11 +21,11 @@ import pydantic
 import pytest
 from gguf_damage import Base, Damage, changed, changes, damaged, damages, make_base
 from gguf_files import command
+from hostile import answer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lrconvert.checkpoint import open_model
-from lrconvert.cli import run
 
 QUICK = 5400
 MANY = int(os.environ.get("LRCONVERT_MUTATIONS", "100000"))
@@ -46,19 +44,6 @@ def bases() -> Iterator[Callable[[str], Base]]:
 
 
 # --- what has to hold ------------------------------------------------------------------------------------
-
-
-def answer(*arguments: object) -> tuple[int, str]:
-    """Exit code and errors of a command; a warning of a library would be a second line for its user."""
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("error")
-        code = run([str(argument) for argument in arguments])
-    lines = said.getvalue().splitlines()
-    if code:
-        assert code in (3, 4), lines
-        assert lines[-1].startswith("lrconvert: ") and all(line.startswith("warning: ") for line in lines[:-1]), lines
-    return code, said.getvalue()
 
 
 def check(base: Base) -> tuple[int, int]:

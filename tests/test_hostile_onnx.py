@@ -8,7 +8,6 @@ that fails, or what it gave before. Never a bug, a second line, a hang, or memor
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import shutil
@@ -25,6 +24,7 @@ import numpy as np
 import onnx
 import pytest
 from conftest import recipe_for
+from hostile import answer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
@@ -33,7 +33,6 @@ from pico import write_pico
 
 from lrconvert.checkpoint import open_model
 from lrconvert.checkpoint.onnx_folder import OnnxCheckpoint
-from lrconvert.cli import run
 from lrconvert.errors import LrconvertError
 from lrconvert.output import MANIFEST
 from lrconvert.parity import Options, verify
@@ -94,19 +93,6 @@ def options() -> Iterator[Options]:
 
 
 # --- what has to hold ------------------------------------------------------------------------------------
-
-
-def answer(*arguments: object) -> tuple[int, str]:
-    """Exit code and errors of a command: one line of ours where it is not 0."""
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("error")
-        code = run([str(argument) for argument in arguments])
-    lines = said.getvalue().splitlines()
-    if code:
-        assert code in (3, 4), lines
-        assert lines[-1].startswith("lrconvert: ") and all(line.startswith("warning: ") for line in lines[:-1]), lines
-    return code, said.getvalue()
 
 
 def look(folder: Path) -> tuple[int, int]:

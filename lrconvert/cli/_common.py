@@ -45,3 +45,12 @@ TOKENS = Tokens()
 model_argument = click.argument("model", metavar="MODEL")
 revision_option = click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id.")
 force_option = click.option("--force", is_flag=True, help="Replace an output that lrconvert wrote.")
+
+# What every bake has.
+recipe_option = click.option("--recipe", required=True, metavar="RECIPE", help="Recipe file, folder or shipped name.")
+adapter_option = click.option(
+    "--adapter", metavar="PATH|HUB_ID", help="Merge this LoRA adapter; default: the recipe's, if any."
+)
+window_option = click.option("--window", type=TOKENS, help="Stop at this window instead of the recipe's last tier.")
+dry_run_option = click.option("--dry-run", is_flag=True, help="Print what would be written; write nothing.")
+verify_option = click.option("--verify", "verify_too", is_flag=True, help="Run `lrconvert verify` on the artifact.")

@@ -10,7 +10,16 @@ from typing import Any
 import click
 
 from lrconvert.cli import _output as out
-from lrconvert.cli._common import TOKENS, force_option, model_argument, revision_option
+from lrconvert.cli._common import (
+    adapter_option,
+    dry_run_option,
+    force_option,
+    model_argument,
+    recipe_option,
+    revision_option,
+    verify_option,
+    window_option,
+)
 
 _UNITS = {"m": 10**6, "g": 10**9}
 
@@ -31,12 +40,12 @@ class Bytes(click.ParamType):
 
 @click.command(name="gguf", short_help="Bake a recipe into a GGUF for llama.cpp.")
 @model_argument
-@click.option("--recipe", required=True, metavar="RECIPE", help="Recipe file, folder or shipped name.")
+@recipe_option
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE", help="The GGUF.")
 @click.option("--type", "kind", metavar="TYPE", help="f32, f16, bf16, q8_0, q4_k_m and all others of llama.cpp; "
               "default: as stored.")  # fmt: skip
-@click.option("--adapter", metavar="PATH|HUB_ID", help="Merge this LoRA adapter; default: the recipe's, if any.")
-@click.option("--window", type=TOKENS, help="Stop at this window instead of the recipe's last tier.")
+@adapter_option
+@window_option
 @click.option("--tokenizer-pre", "pre", metavar="NAME", help="What llama.cpp calls the tokenizer's way to split text.")
 @click.option("--split-max-size", "split", type=Bytes(), help="Write several files of at most this size: 2G, 500M.")
 @click.option("--fold-attention-factor", "fold", is_flag=True, help="Put the attention factor into q and k: exact, "
@@ -48,8 +57,8 @@ class Bytes(click.ParamType):
 )
 @click.option("--modelfile", is_flag=True, help="Also write an Ollama Modelfile with the right num_ctx.")
 @click.option("--allow-lossy", "lossy", is_flag=True, help="Give up what llama.cpp can't do, and record it.")
-@click.option("--dry-run", is_flag=True, help="Print what would be written; write nothing.")
-@click.option("--verify", "verify_too", is_flag=True, help="Run `lrconvert verify` on the artifact.")
+@dry_run_option
+@verify_option
 @force_option
 @revision_option
 @click.pass_context

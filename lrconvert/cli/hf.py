@@ -8,23 +8,32 @@ from pathlib import Path
 import click
 
 from lrconvert.cli import _output as out
-from lrconvert.cli._common import TOKENS, force_option, model_argument, revision_option
+from lrconvert.cli._common import (
+    adapter_option,
+    dry_run_option,
+    force_option,
+    model_argument,
+    recipe_option,
+    revision_option,
+    verify_option,
+    window_option,
+)
 
 
 @click.command(name="hf", short_help="Bake a recipe into a Hugging Face folder.")
 @model_argument
-@click.option("--recipe", required=True, metavar="RECIPE", help="Recipe file, folder or shipped name.")
+@recipe_option
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="The artifact.")
-@click.option("--adapter", metavar="PATH|HUB_ID", help="Merge this LoRA adapter; default: the recipe's, if any.")
-@click.option("--window", type=TOKENS, help="Stop at this window instead of the recipe's last tier.")
+@adapter_option
+@window_option
 @click.option("--dtype", type=click.Choice(["bf16", "f16", "f32"]), help="Convert the weights; default: as they are.")
 @click.option("--portable", is_flag=True, help="Bake what engines get right: the attention factor folded into q and k.")
 @click.option("--allow-lossy", "lossy", is_flag=True, help="With --portable: give up what engines can't do.")
-@click.option("--dry-run", is_flag=True, help="Print what would be written; write nothing.")
+@dry_run_option
 @click.option(
     "--copy/--link", "copy", default=None, help="Copy weights, or insist on hard links; default: link if possible."
 )
-@click.option("--verify", "verify_too", is_flag=True, help="Run `lrconvert verify` on the artifact.")
+@verify_option
 @click.option(
     "--push-to-hub", "name", metavar="NAME", help="Then publish it on the Hub as NAME, unless --verify fails."
 )

@@ -8,27 +8,36 @@ from pathlib import Path
 import click
 
 from lrconvert.cli import _output as out
-from lrconvert.cli._common import TOKENS, force_option, model_argument, revision_option
+from lrconvert.cli._common import (
+    adapter_option,
+    dry_run_option,
+    force_option,
+    model_argument,
+    recipe_option,
+    revision_option,
+    verify_option,
+    window_option,
+)
 
 
 @click.command(name="onnx", short_help="Bake a recipe into an ONNX folder.")
 @model_argument
-@click.option("--recipe", required=True, metavar="RECIPE", help="Recipe file, folder or shipped name.")
+@recipe_option
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="The folder.")
 @click.option("--dtype", type=click.Choice(["f32", "f16", "bf16", "int8", "int4"]), default="f32", show_default=True,
               help="int8 and int4 quantise the weights of products; the rotation stays exact.")  # fmt: skip
 @click.option("--attention", type=click.Choice(["gqa", "standard"]), default="gqa", show_default=True,
               help="ONNX Runtime's fused operator, or the standard one: slower, for left-padded batches and "
               "other runtimes.")  # fmt: skip
-@click.option("--adapter", metavar="PATH|HUB_ID", help="Merge this LoRA adapter; default: the recipe's, if any.")
-@click.option("--window", type=TOKENS, help="Stop at this window instead of the recipe's last tier.")
+@adapter_option
+@window_option
 @click.option("--opset", type=int, default=23, show_default=True, help="Version of the standard operators.")
 @click.option("--no-double", "no_double", is_flag=True, help="Angles from float32 tables, for execution providers "
               "without float64.")  # fmt: skip
 @click.option("--genai-rewind", is_flag=True, help="Have onnxruntime-genai read the sequence anew where it crosses "
               "the original window (4096 or 8192 tokens).")  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="Print what would be written; write nothing.")
-@click.option("--verify", "verify_too", is_flag=True, help="Run `lrconvert verify` on the artifact.")
+@dry_run_option
+@verify_option
 @force_option
 @revision_option
 @click.pass_context

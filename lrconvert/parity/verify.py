@@ -15,7 +15,7 @@ from lrconvert.checkpoint.onnx_folder import OnnxCheckpoint
 from lrconvert.errors import InputError, LrconvertError, UnsupportedError, UsageError
 from lrconvert.expressible import LLAMA_CPP_STATIC
 from lrconvert.output import EDITABLE, Manifest, manifest_path, replace_file, sha256_of
-from lrconvert.parity import stored as gguf_rows
+from lrconvert.parity import stored as stored_rows
 from lrconvert.parity.asking import Progress, Run, ask_code
 from lrconvert.parity.codes import Code, Options, codes_of, kind_of, own_runtime
 from lrconvert.parity.config_checks import check_config
@@ -95,14 +95,14 @@ def _verify_gguf(run: Run, manifest: Manifest | None, made: Promise, codes: list
     report.reference = f"reference in {original.dtype} on {options.device}"
     try:
         stored = GgufCheckpoint(artifact, tolerant=True)
-        model = gguf_rows.on_stored_weights(made.model, stored)
+        model = stored_rows.on_stored_weights(made.model, stored)
     except LrconvertError as error:
         report.rows.append(Row("metadata", "a GGUF of the model", "fail", reason=error.message))
         return
     static = bool(manifest and manifest.options.get("static_long"))
-    report.rows += gguf_rows.check_metadata(stored, made.model, made.spec, static=static)
+    report.rows += stored_rows.check_metadata(stored, made.model, made.spec, static=static)
     say("weights")
-    rows, exact = gguf_rows.check_weights(stored, made.model)
+    rows, exact = stored_rows.check_weights(stored, made.model)
     report.rows += rows
     judge = original if exact and made.source is None else Judge(model, device=options.device)
     if made.given_up:
@@ -111,10 +111,10 @@ def _verify_gguf(run: Run, manifest: Manifest | None, made: Promise, codes: list
     if made.source is not None:
         say("the folded attention factor: reference")
         report.rows += exact_fold_rows(made, device=options.device, budget=options.budget)
-    if not exact and gguf_rows.computing(stored) != "F32":
+    if not exact and stored_rows.computing(stored) != "F32":
         say("quantisation: reference")
-        report.rows += gguf_rows.quantisation("llama.cpp", original, made.kept, judge, made.spec, options.budget)
-    dtype = gguf_rows.computing(stored)
+        report.rows += stored_rows.quantisation("llama.cpp", original, made.kept, judge, made.spec, options.budget)
+    dtype = stored_rows.computing(stored)
     for code in codes:
         if static:
             code = replace(code, capability=lambda family: LLAMA_CPP_STATIC)
@@ -130,17 +130,17 @@ def _verify_onnx(run: Run, manifest: Manifest | None, made: Promise, codes: list
     original = Judge(made.model, device=options.device)
     report.reference = f"reference in {original.dtype} on {options.device}"
     try:
-        model = gguf_rows.on_stored_weights(made.model, stored)
+        model = stored_rows.on_stored_weights(made.model, stored)
     except LrconvertError as error:
         report.rows.append(Row("metadata", "a graph of the model", "fail", reason=error.message))
         return
     say("weights")
-    rows, exact = gguf_rows.check_weights(stored, made.model)
+    rows, exact = stored_rows.check_weights(stored, made.model)
     report.rows += rows
     judge = original if exact else Judge(model, device=options.device)
     if not exact:
         say("rounding: reference")
-        report.rows += gguf_rows.quantisation("onnxruntime", original, made.kept, judge, made.spec, options.budget)
+        report.rows += stored_rows.quantisation("onnxruntime", original, made.kept, judge, made.spec, options.budget)
     for code in codes:
         asking = replace(code.asking, padded=stored.attention == "standard")
         ask_code(run, replace(code, asking=asking), made.spec, judge, kind)

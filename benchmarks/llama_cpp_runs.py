@@ -38,11 +38,11 @@ from tokenizers import Tokenizer
 from lrconvert.checkpoint import locate, open_model
 from lrconvert.checkpoint.gguf_header import read_header
 from lrconvert.evals.passkey import PasskeyFormat, passkey_accuracy
-from lrconvert.evals.perplexity import losses, same_token_perplexity
+from lrconvert.evals.perplexity import same_token_perplexity
 from lrconvert.parity.measures import compare
 from lrconvert.recipe import load_recipe
 from lrconvert.runtimes import llama_cpp, transformers
-from lrconvert.runtimes.base import Session
+from lrconvert.runtimes.base import Session, scores_of
 from lrconvert.runtimes.llama_cpp import LlamaSession
 from lrconvert.targets.gguf.layout import Planned, Raw, header_of, padding
 
@@ -262,7 +262,7 @@ def _window_loss(subject: Subject, session: Session, start: int) -> float:
     window = np.array(subject.text[start : start + WINDOW])
     keep = list(range(WINDOW - WINDOW_JUDGED - 1, WINDOW - 1))
     (logits,) = session.logits([window.tolist()], keep=keep)
-    return round(float(losses(logits, window[-WINDOW_JUDGED:]).mean()), 5)
+    return round(float(scores_of(logits, window[-WINDOW_JUDGED:]).losses.mean()), 5)
 
 
 def _summary(values: np.ndarray) -> dict[str, Any]:
@@ -296,7 +296,7 @@ def _shift(subject: Subject, file: Path) -> list[float]:
         still = session.shifted(tokens, DROPPED, more, context=context, move=False)
         moved = session.shifted(tokens, DROPPED, more, context=context)
     found, judged = compare(still, moved), np.array(more[1:])
-    changed = losses(moved[:-1], judged).mean() - losses(still[:-1], judged).mean()
+    changed = scores_of(moved[:-1], judged).losses.mean() - scores_of(still[:-1], judged).losses.mean()
     return [float(f"{found.kl_mean:.2e}"), float(f"{found.kl_max:.2e}"), round(float(changed), 4)]
 
 

@@ -90,9 +90,8 @@ def found_key(
     greedy decoding without the key would write it: one forward pass instead of a decode.
     """
     prompt, answer = build_document(form, encode, length - form.digits, depth, rng)
-    keep = list(range(len(prompt) - 1, len(prompt) + len(answer) - 1))
-    (logits,) = session.logits([prompt + answer], keep=keep)
-    return logits.argmax(axis=-1).tolist() == answer
+    (scores,) = session.score([prompt + answer], [len(answer)])
+    return bool(scores.preferred.all())
 
 
 def passkey_accuracy(

@@ -38,9 +38,8 @@ def same_token_losses(session: Session, tokens: Tokens, length: int, judged: int
     if length > len(tokens) or judged >= length:
         raise InputError(f"a text of {len(tokens)} tokens can't be judged at {length} with {judged} judged tokens")
     window = np.asarray(tokens[-length:], dtype=np.int64)
-    # Logits at index i predict token i + 1.
-    (logits,) = session.logits([window.tolist()], keep=list(range(length - judged - 1, length - 1)))
-    return losses(logits, window[-judged:])
+    (scores,) = session.score([window.tolist()], [judged])
+    return scores.losses
 
 
 def same_token_perplexity(session: Session, tokens: Tokens, length: int, judged: int = JUDGED) -> float:
@@ -97,9 +96,3 @@ def window_ends(lengths: Sequence[int], longest: int, windows: int) -> list[tupl
         count = min(share, room)
         found += [(index, int(end)) for end in np.linspace(length, longest, count).astype(int)] if count else []
     return found
-
-
-def losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Negative log-likelihood of each target under its row of logits, in nats."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    return np.log(np.exp(shifted).sum(axis=-1)) - shifted[np.arange(len(targets)), targets]

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -22,6 +23,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from lrconvert.errors import EnvironmentFailure, InputError
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of the judged tokens of one row, in order: the loss of each in nats (float64), and whether it is the one that
+    greedy decoding would have written there."""
+
+    losses: np.ndarray
+    preferred: np.ndarray
 
 
 class Session(Protocol):
@@ -41,6 +51,10 @@ class Session(Protocol):
         `keep` are indices into every row (negative: from its end); one array [len(keep), vocabulary] a row.
         `positions` replace 0 … n−1, for a single row.
         """
+        ...
+
+    def score(self, rows: Sequence[Sequence[int]], judged: Sequence[int]) -> list[Scores]:
+        """How likely the last `judged[r]` tokens of row r are behind the tokens before them (at least one)."""
         ...
 
     def generate(self, prompt: Sequence[int], new_tokens: int) -> tuple[list[int], np.ndarray]:
@@ -157,6 +171,9 @@ class WorkerSession(contextlib.AbstractContextManager["WorkerSession"]):
         }
         return list(self._interpreter.array(self._interpreter.ask(request)["logits"]))
 
+    def score(self, rows: Sequence[Sequence[int]], judged: Sequence[int]) -> list[Scores]:
+        return score_by_logits(self, rows, judged)
+
     def generate(self, prompt: Sequence[int], new_tokens: int) -> tuple[list[int], np.ndarray]:
         request = {"do": "generate", "prompt": [int(token) for token in prompt], "new_tokens": new_tokens}
         answer = self._interpreter.ask(request)
@@ -170,3 +187,20 @@ class WorkerSession(contextlib.AbstractContextManager["WorkerSession"]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def score_by_logits(session: Session, rows: Sequence[Sequence[int]], judged: Sequence[int]) -> list[Scores]:
+    """`Session.score` for what answers logits only, a row at a time."""
+    found = []
+    for row, count in zip(rows, judged, strict=True):
+        # Logits at index i predict token i + 1.
+        (logits,) = session.logits([row], keep=range(len(row) - count - 1, len(row) - 1))
+        found.append(scores_of(logits, np.asarray(row[len(row) - count :], dtype=np.int64)))
+    return found
+
+
+def scores_of(logits: np.ndarray, targets: np.ndarray) -> Scores:
+    """Of logits [n, v], each row of which predicts one of `targets` [n]."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    losses = np.log(np.exp(shifted).sum(axis=-1)) - shifted[np.arange(len(targets)), targets]
+    return Scores(losses, logits.argmax(axis=-1) == targets)

@@ -5,6 +5,7 @@ import importlib.util
 from pathlib import Path
 
 REMEDY = "pip install 'lrconvert[hf]'"
+MAX_LOGITS = {"cpu": 2**24, "cuda": 2**28}  # held at once where tokens are scored
 
 
 class Worker:
@@ -39,27 +40,53 @@ class Worker:
         numpy.save(self.folder / name, tensor.float().cpu().numpy())
         return name
 
-    def logits(self, request):
+    def given(self, rows, positions):
+        """What the model is called with: rows padded on the left, as generate passes them."""
         torch = self.torch
-        rows, positions = request["rows"], request["positions"]
         longest = max(len(row) for row in rows)
         place = {"device": self.device, "dtype": torch.long}
         given = {"input_ids": torch.tensor([[0] * (longest - len(row)) + row for row in rows], **place)}
         if positions is not None or len(rows) > 1:
-            # As generate passes them. One plain row needs neither, and a mask of 64k x 64k would not fit.
+            # One plain row needs neither, and a mask of 64k x 64k would not fit.
             mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
             where = [[max(0, i - (longest - len(row))) for i in range(longest)] for row in rows]
             given["attention_mask"] = torch.tensor(mask, **place)
             given["position_ids"] = torch.tensor(where if positions is None else [positions], **place)
+        return given
+
+    def logits(self, request):
+        torch = self.torch
+        rows = request["rows"]
+        longest = max(len(row) for row in rows)
+        given = self.given(rows, request["positions"])
         # Kept indices count from the start of each row's own tokens; logits_to_keep is one list for all.
         keep = [[i + longest - len(row) if i >= 0 else i + longest for i in request["keep"]] for row in rows]
         wanted = sorted({index for row in keep for index in row})
         with torch.inference_mode():
-            logits_to_keep = torch.tensor(wanted, **place)
+            logits_to_keep = torch.tensor(wanted, device=self.device)
             out = self.model(**given, logits_to_keep=logits_to_keep, use_cache=False).logits
         column = {index: at for at, index in enumerate(wanted)}
         parts = [out[row][[column[index] for index in indices]] for row, indices in enumerate(keep)]
         return {"logits": self.save(torch.stack(parts))}
+
+    def score(self, request):
+        """Losses and choices of the last tokens of every row, one row's behind the other's."""
+        torch = self.torch
+        rows, judged = request["rows"], request["judged"]
+        given = self.given(rows, None)
+        losses, preferred = [], []
+        with torch.inference_mode():
+            hidden = self.model.get_decoder()(**given, use_cache=False).last_hidden_state
+            head = self.model.get_output_embeddings()
+            size = max(1, MAX_LOGITS[self.device.type] // head.weight.shape[0])
+            # Rows end together; the hidden state before a token predicts it.
+            states = torch.cat([row[-count - 1 : -1] for row, count in zip(hidden, judged, strict=True)])
+            targets = torch.cat([row[-count:] for row, count in zip(given["input_ids"], judged, strict=True)])
+            for part, wanted in zip(states.split(size), targets.split(size), strict=True):
+                logits = head(part).float()
+                losses.append(torch.nn.functional.cross_entropy(logits, wanted, reduction="none"))
+                preferred.append(logits.argmax(-1) == wanted)
+        return {"losses": self.save(torch.cat(losses)), "preferred": self.save(torch.cat(preferred))}
 
     def generate(self, request):
         torch = self.torch

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer
 from lrconvert.checkpoint import locate
 from lrconvert.errors import InputError
 from lrconvert.evals.passkey import PasskeyFormat, build_document, passkey_accuracy
-from lrconvert.evals.perplexity import losses, same_token_perplexity
+from lrconvert.evals.perplexity import same_token_perplexity
+from lrconvert.runtimes.base import Scores, score_by_logits, scores_of
 
 VOCAB = 4096
 
@@ -36,6 +37,9 @@ class Oracle:
             out[at, 0 if self.blind else row[index + 1]] = self.sharpness
         return [out]
 
+    def score(self, rows: Sequence[Sequence[int]], judged: Sequence[int]) -> list[Scores]:
+        return score_by_logits(self, rows, judged)
+
     def generate(self, prompt: Sequence[int], new_tokens: int) -> tuple[list[int], np.ndarray]:
         raise AssertionError("evaluations use forward passes")
 
@@ -44,7 +48,9 @@ class Oracle:
 
 def test_losses_are_negative_log_probabilities() -> None:
     logits = np.log([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]) + 3.0
-    np.testing.assert_allclose(losses(logits, np.array([0, 1])), -np.log([0.5, 0.8]))
+    found = scores_of(logits, np.array([0, 2]))
+    np.testing.assert_allclose(found.losses, -np.log([0.5, 0.1]))
+    assert found.preferred.tolist() == [True, False]
 
 
 def test_perplexity_judges_the_same_tokens_at_every_length() -> None:

@@ -16,8 +16,8 @@ from pico import FAMILIES
 
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.errors import UsageError
-from lrconvert.evals.perplexity import losses as losses_of
 from lrconvert.reference import FactorSet, Reference, Rotation
+from lrconvert.runtimes.base import scores_of
 from lrconvert.search.evaluator import TransformersEvaluator, batches
 from lrconvert.search.objective import Document, Objective, Text, build_objective
 from lrconvert.search.protocol import Answer, Question
@@ -59,7 +59,7 @@ def test_losses_are_the_reference_s(family: str, pico: Callable[..., Model]) -> 
     factors = FactorSet(TARGET, candidate.factors, candidate.start_tokens, candidate.attention_factor)
     reference = Reference(model, Rotation(model.shape.theta, model.shape.rotary_dim, [factors]))
     tokens = objective.documents[0].tokens
-    wanted = losses_of(reference.logits(tokens)[:-1], tokens[1:])
+    wanted = scores_of(reference.logits(tokens)[:-1], tokens[1:]).losses
     assert answer.losses[f"text@{TARGET}"] == pytest.approx(wanted.mean(), abs=2e-6)
     assert answer.losses[f"text@{WINDOW}"] == pytest.approx(wanted[: WINDOW - 1].mean(), abs=2e-6)
     # The check can fail: a fiftieth more on one factor is seen.

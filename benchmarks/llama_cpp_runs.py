@@ -42,7 +42,7 @@ from lrconvert.evals.perplexity import same_token_perplexity
 from lrconvert.parity.measures import compare
 from lrconvert.recipe import load_recipe
 from lrconvert.runtimes import llama_cpp, transformers
-from lrconvert.runtimes.base import Session, scores_of
+from lrconvert.runtimes.base import Scores, Session, score_by_logits, scores_of
 from lrconvert.runtimes.llama_cpp import LlamaSession
 from lrconvert.targets.gguf.layout import Planned, Raw, header_of, padding
 
@@ -150,6 +150,9 @@ class InContext:
         self, rows: Sequence[Sequence[int]], *, positions: Sequence[int] | None = None, keep: Sequence[int]
     ) -> list[np.ndarray]:
         return self._session.logits(rows, positions=positions, keep=keep, context=self._context)
+
+    def score(self, rows: Sequence[Sequence[int]], judged: Sequence[int]) -> list[Scores]:
+        return score_by_logits(self, rows, judged)
 
     def generate(self, prompt: Sequence[int], new_tokens: int) -> tuple[list[int], np.ndarray]:
         return self._session.generate(prompt, new_tokens, context=self._context)

@@ -85,6 +85,10 @@ class TierLength(click.ParamType):
               help="Default: bfloat16 on a GPU, float32 on a CPU.")  # fmt: skip
 @click.option("--attention", type=click.Choice(["cudnn", "flash", "efficient", "math"]),
               help="Attention kernel on a GPU; default: the fastest, measured.")  # fmt: skip
+@click.option("--context-parallel", type=click.IntRange(1), default=1, metavar="N",
+              help="So many of torchrun's processes share a document that doesn't fit one GPU.")  # fmt: skip
+@click.option("--shard-weights", is_flag=True, help="torchrun's processes share the weights (FSDP).")
+@click.option("--adapter", metavar="PATH|HUB_ID", help="Search with this LoRA adapter merged.")
 @click.option("--dry-run", is_flag=True, help="Say what would be evaluated and what it costs.")
 @force_option
 @revision_option
@@ -146,7 +150,14 @@ def _run(plan: SearchPlan, output: Path, options: dict[str, Any], leading: bool)
         attention = options["attention"]
         if attention is None and found is not None and found.runs:
             attention = found.runs[-1].get("attention")  # kernels differ in the fourth digit of a loss
-        evaluator = TransformersEvaluator(plan.model, device=options["device"], dtype=plan.dtype, attention=attention)
+        evaluator = TransformersEvaluator(
+            plan.model,
+            device=options["device"],
+            dtype=plan.dtype,
+            attention=attention,
+            team=options["context_parallel"],
+            sharded=options["shard_weights"],
+        )
         if journal is not None:
             journal.begin(evaluator.describe())
         watch = stack.enter_context(_progress(quiet=not leading))
@@ -164,6 +175,7 @@ def _run(plan: SearchPlan, output: Path, options: dict[str, Any], leading: bool)
 
 def _plan(reference: str, output: Path, options: dict[str, Any]) -> SearchPlan:
     from lrconvert.checkpoint import open_model
+    from lrconvert.checkpoint.adapter import merged, open_adapter
     from lrconvert.checkpoint.base import refuse_quantised
     from lrconvert.evals.subject import tokenizer_of
     from lrconvert.recipe import load_recipe
@@ -173,6 +185,9 @@ def _plan(reference: str, output: Path, options: dict[str, Any]) -> SearchPlan:
     paths = text_files(options["texts"]) if options["objective"] != "needle" or options["texts"] else []
     model = open_model(reference, revision=options["revision"])
     refuse_quantised(model, "a search")
+    adapter = open_adapter(options["adapter"]) if options["adapter"] else None
+    if adapter is not None:
+        model = merged(model, adapter)
     window = options["original_window"] or _original_window(reference, model)
     start = load_recipe(options["start_from"]) if options["start_from"] else None
     lengths = _tier_lengths(options["tiers"], options["lengths"] or (), window, options["target"])
@@ -195,7 +210,16 @@ def _plan(reference: str, output: Path, options: dict[str, Any]) -> SearchPlan:
         else reference,
         kept=tuple(tier for tier in kept if tier.max_length <= options["target"]),
         uniform=options["uniform"],
+        adapter=adapter,
+        adapter_path=None if adapter is None else _beside(adapter.reference, output),
     )
+
+
+def _beside(reference: str, output: Path) -> str:
+    """A path relative to the recipe's folder; a Hub id is what it is."""
+    if not Path(reference).exists():
+        return reference
+    return Path(os.path.relpath(reference, output.parent if output.suffix == ".json" else output)).as_posix()
 
 
 def _no_tokenizer(text: str) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from lrconvert import __version__
 from lrconvert.checkpoint import Model, describe_source
+from lrconvert.checkpoint.adapter import Adapter
 from lrconvert.errors import EnvironmentFailure, InputError
 from lrconvert.recipe import SCHEMA_VERSION, Provenance, Recipe
 from lrconvert.rope import Tier
@@ -41,7 +42,8 @@ class TierPlan:
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """Everything that is decided before the first evaluation. `kept` are tiers that come from elsewhere."""
+    """Everything that is decided before the first evaluation. `kept` are tiers that come from elsewhere; `adapter` is
+    what was merged into the model."""
 
     model: Model
     original_window: int
@@ -54,13 +56,18 @@ class SearchPlan:
     base_model: str
     kept: tuple[Tier, ...] = ()
     uniform: bool = False  # shorter tiers take the longest one's attention factor
+    adapter: Adapter | None = None
+    adapter_path: str | None = None  # as the recipe names it
 
     @property
     def identity(self) -> dict[str, Any]:
         """What makes two searches the same. The budget is no part of it: a larger one goes on with the same journal."""
         source = describe_source(self.model)
+        model = {key: source[key] for key in ("family", "config_sha256", "weights")}
+        if self.adapter is not None:
+            model["adapter"] = {key: text for key, text in self.adapter.description.items() if key != "reference"}
         return {
-            "model": {key: source[key] for key in ("family", "config_sha256", "weights")},
+            "model": model,
             "original_window": self.original_window,
             "algorithm": self.algorithm,
             "seed": self.seed,
@@ -249,6 +256,7 @@ class Search:
             name=plan.name,
             family=plan.model.family.name,
             base_model=plan.base_model,
+            adapter=plan.adapter_path,
             original_window=plan.original_window,
             rope_theta=shape.theta,
             rotary_dim=shape.rotary_dim,

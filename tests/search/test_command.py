@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 from conftest import Result
+from onnx_files import write_adapter
 
+from lrconvert.checkpoint import open_model
 from lrconvert.resources import DATA
 from lrconvert.search.journal import read_journal
 
@@ -39,6 +41,13 @@ def arguments(text: Path, output: Path, *more: str) -> list[str]:
 def environment() -> dict[str, str]:
     root = str(DATA.parents[1])
     return {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+
+
+def torchrun(folder: Path) -> list[str]:
+    """Two processes of what the installed command does."""
+    script = folder / "start.py"
+    script.write_text("from lrconvert.cli import main\nmain()\n")
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
 
 
 def evaluations(path: Path) -> list[Any]:
@@ -79,14 +88,80 @@ def test_killed_and_started_again_it_ends_in_the_same_recipe(text: Path, whole: 
 def test_two_processes_keep_the_same_journal(text: Path, whole: Path, tmp_path: Path) -> None:
     """torchrun on CPUs: every process answers its share, all see all answers, one writes."""
     output = tmp_path / "found"
-    script = tmp_path / "start.py"  # what the installed command does
-    script.write_text("from lrconvert.cli import main\nmain()\n")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run([*launch, *arguments(text, output)], env=environment(), capture_output=True, text=True)
+    given = arguments(text, output)
+    done = subprocess.run([*torchrun(tmp_path), *given], env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (output / "recipe.json").read_bytes() == (whole / "recipe.json").read_bytes()
     assert evaluations(tmp_path / "found.journal.jsonl") == evaluations(whole.with_name("found.journal.jsonl"))
     assert done.stdout.count("2 tiers") == 1
+
+
+SHARDED = """
+import json, sys
+import numpy as np
+from lrconvert.checkpoint import open_model
+from lrconvert.search.evaluator import TransformersEvaluator
+from lrconvert.search.objective import Document, Objective
+from lrconvert.search.protocol import Question
+from lrconvert.search.space import space_for
+
+model = open_model("demo")
+tokens = np.arange(1, 129)
+objective = Objective("perplexity", (Document("text", tokens, ((128, 0, 127),)),), {128: 1.0})
+space = space_for(model.shape.rotary_dim, model.shape.theta, 32, 128)
+sets = [candidate for _, candidate in space.seeds()][:3]
+evaluator = TransformersEvaluator(model, device="cpu", sharded="RANK" in __import__("os").environ)
+asked = [Question(sets[0]), Question(sets[1]), Question(sets[2]), Question(sets[0], gradient=True)]
+rounds = [asked[:2], asked[2:3], asked[3:]] if evaluator.width == 2 else [[question] for question in asked]
+answers = [answer for questions in rounds for answer in evaluator.answer(objective, questions)]
+if evaluator.leading:
+    layer = evaluator.network.model.layers[0].mlp.up_proj.weight
+    share = (layer.to_local() if hasattr(layer, "to_local") else layer).numel() / layer.numel()
+    print(json.dumps([share, [answer.loss for answer in answers], answers[-1].gradient]))
+"""
+
+
+def test_shared_weights_give_the_same_losses(tmp_path: Path) -> None:
+    """FSDP on CPUs: each process holds half of every layer. One without a question of its own does as the other does,
+    or the other would wait for ever; gradients come through too."""
+    script, found = tmp_path / "ask.py", []
+    script.write_text(SHARDED)
+    for launch in ([sys.executable], torchrun(tmp_path)[:-1]):
+        done = subprocess.run([*launch, script], env=environment(), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append(json.loads(done.stdout.strip().splitlines()[-1]))
+    (whole, losses, gradient), (part, shared_losses, shared_gradient) = found
+    assert (whole, part) == (1.0, 0.5)
+    assert shared_losses == pytest.approx(losses, abs=1e-6)
+    assert shared_gradient == pytest.approx(gradient, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--context-parallel", "2"], "torchrun started 1 processes"),
+        (["--shard-weights"], "there is one"),
+    ],
+)
+def test_what_needs_torchrun_says_so(options: list[str], said: str, text: Path, cli: Run, tmp_path: Path) -> None:
+    found = cli(*arguments(text, tmp_path / "r", *options))
+    assert found.code == 2 and said in found.err
+
+
+def test_an_adapter_is_merged_and_named(text: Path, cli: Run, tmp_path: Path) -> None:
+    """In the recipe relative to its folder, so that a bake merges it too; without it the search is another."""
+    shape = open_model("demo").shape
+    rows = shape.heads * shape.head_dim
+    adapter = write_adapter(tmp_path / "adapter", {"model.layers.0.self_attn.q_proj": (rows, shape.hidden)})
+    output = tmp_path / "recipes" / "found"
+    given = [*arguments(text, output), "--tier", "long", "--budget", "3"]
+    assert cli(*given, "--adapter", adapter).code == 0
+    assert json.loads((output / "recipe.json").read_text())["adapter"] == "../../adapter"
+    baked = cli("hf", "demo", "--recipe", output, "-o", tmp_path / "baked")
+    assert baked.code == 0
+    assert json.loads((tmp_path / "baked" / "lrconvert.json").read_text())["source"]["adapter"]["weights_sha256"]
+    found = cli(*given, "--force")
+    assert found.code == 3 and "adapter" in found.err
 
 
 def test_the_recipe_tells_its_story(whole: Path, cli: Run) -> None:

@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 import torch
 from gguf_files import stock
+from onnx_files import write_adapter
 from pico import FAMILIES
 
 from lrconvert.checkpoint import Model, open_model
+from lrconvert.checkpoint.adapter import merged, open_adapter
 from lrconvert.errors import UsageError
 from lrconvert.reference import FactorSet, Reference, Rotation
 from lrconvert.runtimes.base import scores_of
 from lrconvert.search.evaluator import TransformersEvaluator, batches
+from lrconvert.search.network import _FusedNorm, fuse_norms, load_network
 from lrconvert.search.objective import Document, Objective, Text, build_objective
 from lrconvert.search.protocol import Answer, Question
 from lrconvert.search.space import Candidate, space_for
@@ -187,6 +190,42 @@ def test_a_gguf_file_is_searched_as_its_folder(pico_folder: Callable[..., Path],
         for each in (model, open_model(stock(tmp_path / "model.gguf", model)))
     ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_an_adapter_s_losses_are_those_of_peft(pico_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """Merged by us, against transformers with PEFT's own layers in it; and the adapter matters."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder = pico_folder("llama")
+    model = open_model(folder)
+    objective, shape = objective_for(model), model.shape
+    rows = {"q_proj": shape.heads * shape.head_dim, "v_proj": shape.kv_heads * shape.head_dim}
+    modules = {f"model.layers.1.self_attn.{name}": (count, shape.hidden) for name, count in rows.items()}
+    adapter = write_adapter(tmp_path / "lora", modules)
+    unscaled = Candidate((100,) * (shape.rotary_dim // 2))
+    losses = [
+        loss_of(TransformersEvaluator(each, device="cpu"), objective, unscaled).losses[f"text@{TARGET}"]
+        for each in (merged(model, open_adapter(adapter)), model)
+    ]
+    network = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), str(adapter))
+    ids = torch.from_numpy(objective.documents[0].tokens)[None]
+    with torch.no_grad():
+        wanted = float(network(input_ids=ids, labels=ids).loss)
+    assert losses[0] == pytest.approx(wanted, abs=5e-6)  # float32, added up in another order
+    assert abs(losses[1] - wanted) > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_norms_are_fused_and_strange_ones_left_alone(family: str, pico: Callable[..., Model]) -> None:
+    """Every norm of every family becomes one kernel, that of heads too; one whose weight counts from one does not."""
+    network = load_network(pico(family), torch.float32)
+    norms = [module for module in network.modules() if type(module).__name__.endswith("RMSNorm")]
+    assert len(norms) >= 2 * len(network.get_decoder().layers) + 1
+    strange = norms[0]
+    strange.forward = lambda hidden, real=strange.forward: real(hidden) * (1 + strange.weight)
+    assert fuse_norms(network) == len(norms) - 1
+    assert not isinstance(strange.forward, _FusedNorm) and isinstance(norms[1].forward, _FusedNorm)
 
 
 def test_nan_and_memory_cost_only_their_candidate(pico: Callable[..., Model], monkeypatch: pytest.MonkeyPatch) -> None:

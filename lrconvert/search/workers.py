@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The processes of a search, which torchrun starts: who answers which question, and what several of them share.
+
+Usually every process holds the model and answers a question of its own. Of a *team* each process computes a part of
+every document (PyTorch's context parallelism); of sharded weights each holds a part (FSDP). Then all have to do the
+same at the same time, and a process without a question of its own answers the last one again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from lrconvert.errors import EnvironmentFailure, UsageError
+
+
+class Workers:
+    """All processes, seen from this one. `team`: how many share a document; `sharded`: whether all share weights."""
+
+    def __init__(self, device: torch.device, *, team: int = 1, sharded: bool = False) -> None:
+        self.count = int(os.environ.get("WORLD_SIZE", "1"))
+        self.team, self.sharded = team, sharded
+        if self.count % team:
+            raise UsageError(f"--context-parallel {team}: torchrun started {self.count} processes, no multiple of it")
+        if team > 1 and device.type != "cuda":
+            raise UsageError("--context-parallel needs GPUs: PyTorch has no such attention on a CPU")
+        if sharded and self.count == 1:
+            raise UsageError("--shard-weights shares them among the processes of torchrun, and there is one")
+        if self.count > 1 and not dist.is_initialized():
+            # Answers are small and lie in main memory; only what is shared needs more than that.
+            shared = device.type == "cuda" and (team > 1 or sharded)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if shared else "gloo")
+        self.rank = dist.get_rank() if self.count > 1 else 0
+        self._mesh: DeviceMesh | None = None
+        if team > 1 or sharded:
+            self._mesh = init_device_mesh(device.type, (self.width, team), mesh_dim_names=("team", "part"))
+
+    @property
+    def width(self) -> int:
+        """Questions that are answered at the same time."""
+        return self.count // self.team
+
+    @property
+    def together(self) -> bool:
+        """Whether processes wait for each other within an evaluation."""
+        return self._mesh is not None
+
+    def own(self, questions: int) -> int | None:
+        """Which of the questions this process answers."""
+        index = self.rank // self.team
+        return min(index, questions - 1) if index < questions or self.together else None
+
+    def gather(self, own: Any, questions: int) -> list[Any]:
+        """Everybody's answers, one a question."""
+        if self.count == 1:
+            return [own]
+        everyone: list[Any] = [None] * self.count
+        dist.all_gather_object(everyone, own)
+        return everyone[:: self.team][:questions]
+
+    def agree(self, value: Any) -> Any:
+        """The leading process's value."""
+        if self.count == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    # --- weights -----------------------------------------------------------------------------------------
+
+    def place(self, network: nn.Module, layers: Any, device: torch.device) -> nn.Module:
+        """The network on the device; the weights of its layers in parts where they are shared."""
+        if self.sharded:
+            from torch.distributed.fsdp import fully_shard
+
+            whole = init_device_mesh(device.type, (self.count,))
+            for layer in layers:
+                fully_shard(layer, mesh=whole)
+        return network.to(device)
+
+    # --- documents ---------------------------------------------------------------------------------------
+
+    @property
+    def multiple(self) -> int:
+        """What the length of a document has to be a multiple of: a process gets one part of its front and one of its
+        back, so that all have as much attention to compute."""
+        return 1 if self.team == 1 else 2 * self.team
+
+    @contextlib.contextmanager
+    def spread(self, *tensors: torch.Tensor) -> Iterator[None]:
+        """Within, the tensors [b, n] hold this process's part of each row, and attention asks the rest of the team."""
+        if self.team == 1:
+            yield
+            return
+        from torch.distributed.tensor.experimental import context_parallel
+
+        with context_parallel(
+            self._part,
+            buffers=list(tensors),
+            buffer_seq_dims=[1] * len(tensors),
+            no_restore_buffers=set(tensors),
+        ):
+            yield
+
+    def whole(self, part: torch.Tensor) -> torch.Tensor:
+        """[b, n] of the whole team, from everyone's part."""
+        if self.team == 1:
+            return part
+        from torch.distributed.tensor.experimental._attention import context_parallel_unshard
+
+        return context_parallel_unshard(self._part, [part], [1])[0]
+
+    def total(self, part: torch.Tensor) -> torch.Tensor:
+        """The sum over the team, in every process of it."""
+        if self.team > 1:
+            dist.all_reduce(part, group=self._part.get_group())
+        return part
+
+    @property
+    def _part(self) -> DeviceMesh:
+        if self._mesh is None:
+            raise EnvironmentFailure("no team was formed")
+        return self._mesh["part"]

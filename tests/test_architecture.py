@@ -16,7 +16,7 @@ PACKAGE = Path(lrconvert.__file__).parent
 
 # From the top down: a module may import its own level and those below. Every module has a place here.
 LEVELS: tuple[set[str], ...] = (
-    {"cli", "schema"},
+    {"cli", "schema", "__main__"},
     {"targets", "parity", "importing", "plotting", "evals", "hub", "search"},
     {
         "ahead",

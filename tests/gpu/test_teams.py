@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two GPUs on one document, and two with half of the weights each: the losses are those of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.gpu
+ROOT = Path(__file__).parents[2]
+LENGTH = 16381  # not a multiple of what a team shares
+
+ASK = """
+import json, sys, time
+import numpy as np
+import torch
+from lrconvert.checkpoint import locate, open_model
+from lrconvert.evals.subject import tokenizer_of
+from lrconvert.search.evaluator import TransformersEvaluator
+from lrconvert.search.objective import Document, Objective
+from lrconvert.search.protocol import Question
+from lrconvert.search.space import space_for
+
+team, sharded, kernel, dtype, length = int(sys.argv[1]), sys.argv[2] == "sharded", *sys.argv[3:5], int(sys.argv[5])
+model = open_model("demo")
+text = tokenizer_of(locate("demo"))((locate("demo") / "heldout.txt").read_text(encoding="utf-8"))
+tokens = np.resize(np.asarray(text, dtype=np.int64), length)
+objective = Objective("perplexity", (Document("text", tokens, ((length, 0, length - 1),)),), {length: 1.0})
+space = space_for(model.shape.rotary_dim, model.shape.theta, 4096, 16384)
+sets = dict(space.seeds())
+evaluator = TransformersEvaluator(model, device="cuda", attention=kernel, dtype=dtype, team=team, sharded=sharded)
+asked = [Question(sets["yarn"]), Question(sets["pi"]), Question(sets["yarn"], gradient=True)]
+answers = [evaluator.answer(objective, [question])[0] for question in asked]
+if evaluator.leading:
+    told = [[answer.loss for answer in answers], answers[-1].gradient, [answer.error for answer in answers]]
+    print(json.dumps([evaluator.width, *told, torch.cuda.max_memory_allocated()]))
+"""
+
+
+def ask(folder: Path, processes: int, *arguments: object) -> Any:
+    script = folder / "ask.py"
+    script.write_text(ASK)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [*launch, str(script), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize("kernel", ["cudnn", "flash", "efficient"])
+@pytest.mark.parametrize(("team", "sharded"), [(2, ""), (1, "sharded")])
+def test_what_two_share_is_what_one_computes(team: int, sharded: str, kernel: str, tmp_path: Path) -> None:
+    """Losses within what kernels differ by, gradients of slow frequencies in the same direction."""
+    import numpy as np
+    import torch
+
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    width, losses, gradient, errors, _ = ask(tmp_path, 2, team, sharded or "-", kernel, "bfloat16", LENGTH)
+    assert width == 2 // team and errors == [None] * 3
+    _, wanted, exact, _, _ = ask(tmp_path, 1, 1, "-", kernel, "bfloat16", LENGTH)
+    assert losses == pytest.approx(wanted, abs=1e-3)
+    assert abs(losses[0] - losses[1]) > 0.01  # another set has another loss: it is seen
+    ours, theirs = np.array(gradient)[-12:], np.array(exact)[-12:]
+    assert ours @ theirs / np.linalg.norm(ours) / np.linalg.norm(theirs) > 0.98

@@ -6,11 +6,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lrconvert.cli import _output as out
+
+if TYPE_CHECKING:
+    from lrconvert.evals.subject import Subject
 
 
 def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -18,7 +21,12 @@ def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
     options = (
         click.argument("artifact", metavar="MODEL|ARTIFACT"),
         click.option("--seed", type=int, default=0, show_default=True),
-        click.option("--code", type=click.Choice(["native", "custom"]), help="Of a folder; default: its own code."),
+        click.option("--recipe", metavar="RECIPE", help="Evaluate a plain model under this recipe, without baking it."),
+        click.option(
+            "--code",
+            type=click.Choice(["native", "custom", "reference"]),
+            help="Of a folder native or custom, default: its own; of all: our reference implementation.",
+        ),
         click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1 …"),
         click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32"),
         click.option("--threads", type=click.IntRange(1), help="Threads of the runtime."),
@@ -33,18 +41,28 @@ def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def opened_session(shared: dict[str, Any]):
-    """A session on the artifact, its tokenizer, and what reports progress."""
+def subject_of(shared: dict[str, Any]) -> Subject:
+    """What is evaluated; found once, since a Hub id costs a question."""
+    from lrconvert.evals.subject import Subject
+
+    if "subject" not in shared:
+        shared["subject"] = Subject.of(shared["artifact"], shared["recipe"])
+    return shared["subject"]
+
+
+def opened_session(shared: dict[str, Any], *, text: bool = True):
+    """A session on the artifact, its tokenizer (unless no `text` is read), and what reports progress."""
     from lrconvert.evals.subject import opened
 
     return opened(
-        shared["artifact"],
+        subject_of(shared),
         code=shared["code"],
         device=shared["device"],
         dtype=shared["dtype"],
         threads=shared["threads"],
         library=shared["library"],
         progress=out.spinner(quiet=shared["as_json"]),
+        text=text,
     )
 
 
@@ -54,9 +72,11 @@ def report(
     """The result as JSON, into STEM.json too where one is asked for, or as a table."""
     from lrconvert import __version__
 
+    recipe = subject_of(shared).recipe
     about = {
         "lrconvert": __version__,
         "artifact": Path(shared["artifact"]).name,
+        "recipe": None if recipe is None else recipe.name,
         "seed": shared["seed"],
         "runtime": info,
     }
@@ -70,7 +90,7 @@ def report(
         return
     from rich.table import Table
 
-    shown = Table(title=f"{about['artifact']}: {result['evaluation']}, seed {shared['seed']}")
+    shown = Table(title=title_of(shared, result["evaluation"]))
     for name in columns:
         shown.add_column(name, justify="right")
     for cells in table:
@@ -79,6 +99,13 @@ def report(
     out.say(result["protocol"])
     versions = ", ".join(f"{key} {value}" for key, value in info.items() if key not in ("class", "dtype", "device"))
     out.say(f"{info['class']} in {info['dtype']} on {info['device']}, {versions}")
+
+
+def title_of(shared: dict[str, Any], evaluation: str) -> str:
+    """Of a table or a picture."""
+    recipe = subject_of(shared).recipe
+    under = "" if recipe is None else f" under {recipe.name}"
+    return f"{Path(shared['artifact']).name}{under}: {evaluation}, seed {shared['seed']}"
 
 
 def plotted(shared: dict[str, Any], plot: Callable[[Path], None]) -> None:

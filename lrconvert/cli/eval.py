@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ from typing import Any
 import click
 
 from lrconvert.cli import _output as out
-from lrconvert.cli._common import TOKENS
-from lrconvert.cli._evals import opened_session, plotted, report, shared_options
+from lrconvert.cli._common import TOKENS, text_option
+from lrconvert.cli._evals import opened_session, plotted, report, shared_options, subject_of
 
 LENGTHS = "the lengths to measure at, in tokens: 4k,8k,16k"
 
@@ -42,8 +41,7 @@ def command() -> None:
 @command.command()
 @shared_options
 @_lengths
-@click.option("--text", "texts", type=click.Path(path_type=Path), multiple=True, required=True, metavar="FILE",
-              help="A long text; may be repeated.")  # fmt: skip
+@text_option
 @click.option("--judged", type=click.IntRange(64), metavar="N",
               help="Tokens that count, the same at every length; default: 1024.")  # fmt: skip
 @click.option("--whole", is_flag=True, help="Instead: documents cut at each length, all of whose tokens count.")
@@ -53,7 +51,7 @@ def command() -> None:
               help="With --sliding-window: how much of a document is read; default: the longest length.")  # fmt: skip
 @click.option("--windows", type=click.IntRange(1), default=4, show_default=True,
               help="How many ends of contexts, or documents.")  # fmt: skip
-def perplexity(texts: tuple[Path, ...], **shared: Any) -> None:
+def perplexity(texts: tuple[str, ...], **shared: Any) -> None:
     """Perplexity behind contexts of several lengths: by default of the same tokens.
 
     \b
@@ -62,21 +60,23 @@ def perplexity(texts: tuple[Path, ...], **shared: Any) -> None:
     """
     from lrconvert.evals.perplexity import measure_perplexity
     from lrconvert.evals.protocols import Plan
+    from lrconvert.evals.subject import tokenizer_of
     from lrconvert.plotting import plot_perplexity
+    from lrconvert.texts import read_texts, sources_of
 
     plan = Plan(**{name: shared[name] for name in ("lengths", "judged", "windows", "whole", "step", "document_tokens")})
-    read = [_read_text(path) for path in texts]
-    for warning in _seen_before(Path(shared["artifact"]), read):
-        out.warn(warning)
-    with opened_session(shared) as (session, encode, say):
-        say("tokens of the texts")
-        documents = [encode(text) for text in read]
-        rows = measure_perplexity(session, documents, plan, seed=shared["seed"], progress=say)
+    sources, subject = sources_of(texts), subject_of(shared)
+    read = read_texts(sources, lambda: tokenizer_of(subject.artifact), vocab=subject.vocab(), tokens=plan.needed)
+    plan.check([len(text.tokens) for text in read])
+    for text in subject.searched_on(read):
+        out.warn(f"{text.name}: the recipe was searched on this text: the figure flatters it")
+    with opened_session(shared, text=False) as (session, _, say):
+        rows = measure_perplexity(session, [text.tokens for text in read], plan, seed=shared["seed"], progress=say)
         info = session.info
     result = {
         "evaluation": "perplexity",
         "protocol": plan.sentence,
-        "texts": [{"name": path.name, "sha256": _digest(text)} for path, text in zip(texts, read, strict=True)],
+        "texts": [text.described() for text in read],
         "rows": [asdict(row) for row in rows],
     }
     table = [(f"{row.length:,}", str(row.perplexity), f"{row.tokens:,}", str(row.windows)) for row in rows]
@@ -101,7 +101,7 @@ def passkey(depths: int, trials: int, form: Path | None, **shared: Any) -> None:
     from lrconvert.evals.passkey import PROTOCOL, PasskeyFormat, measure_passkey
     from lrconvert.plotting import plot_passkey
 
-    sentences = PasskeyFormat.read(form or _own_form(shared["artifact"]))
+    sentences = PasskeyFormat.read(form or _own_form(subject_of(shared).artifact))
     with opened_session(shared) as (session, encode, say):
         rows = measure_passkey(
             session,
@@ -124,34 +124,9 @@ def passkey(depths: int, trials: int, form: Path | None, **shared: Any) -> None:
     plotted(shared, lambda path: plot_passkey(rows, path))
 
 
-def _read_text(path: Path) -> str:
-    from lrconvert.errors import InputError
-
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: can't be read as text ({error})") from error
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _seen_before(artifact: Path, texts: list[str]) -> list[str]:
-    """Texts that the recipe was searched on: a figure on them flatters it."""
-    from lrconvert.output import Manifest, manifest_path
-
-    if not manifest_path(artifact).is_file():
-        return []
-    search = (Manifest.read(artifact).recipe.get("provenance") or {}).get("search") or {}
-    known = {str(value) for key, value in search.items() if "sha256" in key}
-    known |= {text["sha256"] for text in search.get("texts", ()) if isinstance(text, dict) and "sha256" in text}
-    return ["the recipe was searched on this text: the figure flatters it" for text in texts if _digest(text) in known]
-
-
-def _own_form(artifact: str) -> Path:
-    from lrconvert.checkpoint import locate
+def _own_form(artifact: Path) -> Path:
+    """The sentences that come with a model, else plain English ones."""
     from lrconvert.resources import DATA
 
-    own = locate(artifact) / "passkey.json"
+    own = artifact / "passkey.json"
     return own if own.is_file() else DATA / "passkey.json"

@@ -87,6 +87,10 @@ class Plan:
         """The passes at a length over texts of so many tokens. Raises `InputError` where all texts are too short."""
         return self.protocol(length).contexts(self, texts, length)
 
+    def check(self, texts: Sequence[int]) -> None:
+        """Raises `InputError` where no text is long enough: said before a model is loaded."""
+        self.contexts(texts, max(self.lengths))
+
     @property
     def sentence(self) -> str:
         """What the figures are, for a report."""

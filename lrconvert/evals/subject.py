@@ -1,26 +1,113 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is evaluated: a model or an artifact, opened in its runtime, with its tokenizer."""
+"""What is evaluated: a model or an artifact, the recipe that it carries or is given, opened in its runtime."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lrconvert.checkpoint import locate, open_checkpoint
+from lrconvert.checkpoint import Model, locate, open_checkpoint, open_model
+from lrconvert.checkpoint.adapter import Adapter, choose_adapter, merged, open_adapter
 from lrconvert.errors import InputError, UsageError, require
-from lrconvert.parity.codes import Options, codes_of, kind_of
+from lrconvert.output import Manifest, manifest_path
+from lrconvert.parity.codes import Code, Options, codes_of, kind_of
+from lrconvert.recipe import Recipe, load_recipe, parse_recipe, recipe_folder, resolve
+from lrconvert.rope import RopeSpec
 from lrconvert.runtimes.base import Session
+from lrconvert.targets import hf
+from lrconvert.targets.hf.spelling import read_rope
+from lrconvert.texts import Encode, Text
 
-Encode = Callable[[str], list[int]]
 Say = Callable[[str], None]
+REFERENCE = "reference"  # not code of an artifact: our implementation over its weights
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model or an artifact, as the user named it and where it lies. `recipe` is what it carries, or what it is to be
+    evaluated under, if that was `given` (file, folder or name)."""
+
+    reference: str
+    artifact: Path
+    recipe: Recipe | None = None
+    given: str | None = None
+
+    @classmethod
+    def of(cls, reference: str, recipe: str | None = None) -> Subject:
+        """Raises `UsageError` for a recipe to something that has one already, `InputError` for another model's."""
+        artifact = locate(reference)
+        if recipe is None:
+            return cls(reference, artifact, _carried(artifact))
+        chosen = load_recipe(recipe)
+        model = open_model(artifact)
+        if (carried := _carried(artifact)) is not None or model.checkpoint.format == "onnx":
+            name = "a rotation" if carried is None else f"the recipe {carried.name}"
+            raise UsageError(
+                f"{reference} already carries {name}, so --recipe {recipe} can't be tried on it",
+                remedy="Leave --recipe out, or name the model that it was made of",
+            )
+        found = read_rope(model.checkpoint.config, model.shape)
+        if found.scaled:
+            raise UsageError(
+                f"{reference} already carries {found.kind} scaling, so --recipe {recipe} can't be tried on it",
+                remedy=f"Bake it to replace that scaling: lrconvert hf {reference} --recipe {recipe}",
+            )
+        resolved(chosen, model)
+        return cls(reference, artifact, chosen, recipe)
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """The adapter of a recipe that was given."""
+        if self.recipe is None or self.given is None:
+            return None
+        path = choose_adapter(None, self.recipe.adapter, recipe_folder(self.given))
+        return None if path is None else open_adapter(path)
+
+    def model(self) -> Model:
+        """Its own weights, with the adapter of a recipe that was given."""
+        model, adapter = open_model(self.artifact), self.adapter
+        if adapter is None:
+            return model
+        return merged(model, adapter, rounded=model.checkpoint.format == "safetensors")
+
+    def vocab(self) -> int | None:
+        """Tokens of the vocabulary, where the config says it."""
+        size = open_checkpoint(self.artifact, tolerant=True).config.get("vocab_size")
+        return size if isinstance(size, int) else None
+
+    def searched_on(self, texts: Sequence[Text]) -> list[Text]:
+        """Texts that the recipe was searched on: a figure on them flatters it."""
+        search = (self.recipe.provenance.search if self.recipe else None) or {}
+        known = {str(value) for key, value in search.items() if "sha256" in key}
+        known |= {text["sha256"] for text in search.get("texts", ()) if isinstance(text, dict) and "sha256" in text}
+        return [text for text in texts if text.sha256 in known]
+
+
+def _carried(artifact: Path) -> Recipe | None:
+    """The recipe that an artifact's manifest has."""
+    path = manifest_path(artifact)
+    if not path.is_file():
+        return None
+    return parse_recipe(json.dumps(Manifest.read(artifact).recipe), path.name)
+
+
+def resolved(recipe: Recipe, model: Model, window: int | None = None) -> RopeSpec:
+    """The recipe against a model. Raises `InputError` where it is another model's."""
+    called, shape = model.called(recipe.family), model.shape
+    return resolve(recipe, family=called, rotary_dim=shape.rotary_dim, theta=shape.theta, window=window)
+
+
+# --- opening ---------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def opened(
-    reference: str,
+    subject: Subject,
     *,
     code: str | None = None,
     device: str = "cpu",
@@ -28,23 +115,63 @@ def opened(
     threads: int | None = None,
     library: str | None = None,
     progress: AbstractContextManager[Say],
+    text: bool = True,
 ) -> Iterator[tuple[Session, Encode, Say]]:
-    """A session, its tokenizer, and what reports progress. A folder runs its own code where it has some.
+    """A session, its tokenizer, and what reports progress. A folder runs its own code where it has some; a model with a
+    recipe is baked for as long as the session lives. Without `text` no tokenizer is needed.
 
     Raises `UsageError` for a `code` that the artifact does not have, `InputError` for one without tokenizer.
     """
-    artifact = locate(reference)
-    for module in ("torch", "transformers") if kind_of(artifact) == "hf" else ():
+    if code == REFERENCE and dtype != "float32":
+        raise UsageError("the reference computes in float64, on a GPU in float32", remedy="Leave --dtype out")
+    folder = subject.given is not None or kind_of(subject.artifact) == "hf"
+    for module in ("torch", "transformers") if folder and code != REFERENCE else ():
         require(module, "hf", "an evaluation in transformers")
     options = Options(device=device, dtype=dtype, threads=threads, library=library)
-    able = [found for found in codes_of(artifact, options) if code in (None, found.name)]
-    if not able:
-        raise UsageError(f"{reference} has no {code} code")
-    with progress as say:
+    with ExitStack() as stack:
+        say = stack.enter_context(progress)
         say("loading")
-        encode = tokenizer_of(artifact)
-        with able[-1].open(artifact, options) as session:
-            yield session, encode, say
+        encode = tokenizer_of(subject.artifact) if text else _no_text
+        if code == REFERENCE:
+            from lrconvert.evals.reference import open_reference
+
+            session: Session = stack.enter_context(open_reference(subject, device=device, threads=threads))
+        else:
+            artifact = subject.artifact
+            if subject.given is not None:
+                say("baking")
+                artifact = stack.enter_context(baked(subject))
+            session = stack.enter_context(_code_of(subject, artifact, options, code).open(artifact, options))
+        yield session, encode, say
+
+
+def _code_of(subject: Subject, artifact: Path, options: Options, name: str | None) -> Code:
+    there = codes_of(artifact, options)
+    if able := [code for code in there if name in (None, code.name)]:
+        return able[-1]
+    names = ", ".join([*(code.name for code in there), REFERENCE])
+    raise UsageError(f"{subject.reference} has no {name} code", remedy=f"What can be asked: {names}")
+
+
+@contextmanager
+def baked(subject: Subject) -> Iterator[Path]:
+    """The model under the recipe it was given, as `lrconvert hf` bakes it, in a folder that goes away again.
+
+    Weights are hard links where the temporary folder (TMPDIR) is on their file system, copies elsewhere.
+    """
+    assert subject.recipe is not None
+    with tempfile.TemporaryDirectory(prefix="lrconvert-eval-") as folder:
+        model = open_model(subject.artifact)
+        planned = hf.plan(model, subject.recipe, Path(folder) / "model", adapter=subject.adapter)
+        hf.write(planned)
+        yield planned.output
+
+
+# --- tokenizer -------------------------------------------------------------------------------------------
+
+
+def _no_text(piece: str) -> list[int]:
+    raise AssertionError("an evaluation on token ids was asked to read text")
 
 
 def tokenizer_of(artifact: Path) -> Encode:

@@ -10,7 +10,7 @@ Shapes: n tokens, c hidden channels, h query heads, g key/value heads, d channel
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # Attention scores held at once: 32 MB of float64 stay near a CPU's caches, a GPU wants larger matrices.
 MAX_SCORES = {"cpu": 2**22, "cuda": 2**27}
 MAX_LOGITS = 2**26
+MAX_SCORED = 2**24  # logits held at once where only losses are wanted
 KEEP_BYTES = 6 * 2**30
 
 
@@ -100,6 +101,38 @@ class Reference:
         sequence was shorter); `keep` are the indices whose logits are wanted, by default all;
         `forgotten` (count, since): tokens from index `since` on don't see the first `count` ones.
         """
+        x = self._hidden(tokens, positions, length, forgotten)
+        if keep is not None:
+            x = x[torch.as_tensor(np.asarray(keep, dtype=np.int64), device=self.device)]
+        parts = [logits.double().cpu() for logits in self._answers(x, MAX_LOGITS)]
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the runtime under test shares the card with its judge
+        return torch.cat(parts).numpy()
+
+    @torch.inference_mode()
+    def losses(self, tokens: Sequence[int] | np.ndarray, judged: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of the last `judged` of `tokens`: the loss of each in nats (float64), and whether no other token was more
+        likely. The sequence's length chooses the factor set."""
+        states = self._hidden(tokens, None, None, None)[-judged - 1 : -1]
+        targets = torch.as_tensor(np.asarray(tokens, dtype=np.int64)[-judged:], device=self.device)
+        losses, preferred = [], []
+        done = 0
+        for logits in self._answers(states, MAX_SCORED):
+            wanted = targets[done : done + len(logits)]
+            done += len(logits)
+            chosen = logits.gather(1, wanted[:, None])[:, 0]
+            losses.append((torch.logsumexp(logits, dim=-1) - chosen).double().cpu())
+            preferred.append((logits.argmax(dim=-1) == wanted).cpu())
+        return torch.cat(losses).numpy(), torch.cat(preferred).numpy()
+
+    def _hidden(
+        self,
+        tokens: Sequence[int] | np.ndarray,
+        positions: Sequence[int] | np.ndarray | None,
+        length: int | Sequence[int] | np.ndarray | None,
+        forgotten: tuple[int, int] | None,
+    ) -> torch.Tensor:
+        """What the last layer leaves of every token, [n, c], before the last norm."""
         ids = torch.as_tensor(np.asarray(tokens, dtype=np.int64), device=self.device)
         where = np.arange(len(ids)) if positions is None else np.asarray(positions, dtype=np.int64)
         lengths = np.broadcast_to(int(where.max()) + 1 if length is None else np.asarray(length), where.shape)
@@ -108,15 +141,14 @@ class Reference:
         for layer in range(self.shape.layers):
             x = x + self._attention(self._norm(x, "attention_norm", layer), layer, cos_sin, forgotten)
             x = x + self._mlp(self._norm(x, "ffn_norm", layer), layer)
-        if keep is not None:
-            x = x[torch.as_tensor(np.asarray(keep, dtype=np.int64), device=self.device)]
+        return x
+
+    def _answers(self, x: torch.Tensor, most: int) -> Iterator[torch.Tensor]:
+        """Logits [·, v] of hidden states, at most so many of them at a time."""
         x = self._norm(x, "final_norm", None)
         head = self._weight("embedding") if self.shape.tied else self._weight("lm_head")
-        rows = max(1, MAX_LOGITS // head.shape[0])
-        parts = [functional.linear(part, head).double().cpu() for part in x.split(rows)]
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # the runtime under test shares the card with its judge
-        return torch.cat(parts).numpy()
+        for part in x.split(max(1, most // head.shape[0])):
+            yield functional.linear(part, head)
 
     def _tables(self, where: np.ndarray, lengths: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of every token, of the set for its length."""

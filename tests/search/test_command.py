@@ -188,13 +188,15 @@ def test_its_journal_is_drawn(whole: Path, cli: Run, tmp_path: Path) -> None:
 
 
 def test_evaluating_on_the_search_s_text_warns(text: Path, whole: Path, cli: Run, tmp_path: Path) -> None:
-    """The text is known again by its digest, from the artifact's manifest."""
-    from lrconvert.cli.eval import _seen_before
-
+    """Known again by its digest: from an artifact's manifest, and from a recipe that is tried on a model."""
+    asked = ("--lengths", "64,128", "--judged", "64", "--windows", "1", "--code", "reference")
     assert cli("hf", "demo", "--recipe", whole, "-o", tmp_path / "baked").code == 0
-    content = text.read_text(encoding="utf-8")
-    assert ["the recipe was searched on this text" in said for said in _seen_before(tmp_path / "baked", [content])]
-    assert _seen_before(tmp_path / "baked", [content + "!"]) == []
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text(encoding="utf-8") + "!")
+    for subject in (("demo", "--recipe", whole), (tmp_path / "baked",)):
+        told = cli("eval", "perplexity", *subject, "--text", text, "--text", other, *asked)
+        assert told.code == 0 and "text.txt: the recipe was searched on this text" in told.err
+        assert told.err.count("searched on this text") == 1
 
 
 def test_a_journal_of_another_search_is_refused(text: Path, whole: Path, cli: Run, tmp_path: Path) -> None:

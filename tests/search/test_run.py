@@ -221,7 +221,8 @@ def test_budgets_and_names(tmp_path: Path) -> None:
 def test_importing_the_search_is_light() -> None:
     """Neither torch nor scikit-learn: only an evaluator and a running guided search need them."""
     modules = "evolution, guided, journal, objective, protocol, run, space"
-    code = f"from lrconvert.search import {modules}; from lrconvert import texts; import sys; print([m for m in HEAVY if m in sys.modules])"
+    imports = f"from lrconvert.search import {modules}; from lrconvert import texts; import sys; "
+    code = imports + "print([m for m in HEAVY if m in sys.modules])"
     heavy = "HEAVY = ('torch', 'transformers', 'sklearn', 'scipy', 'pandas', 'matplotlib', 'datasets'); "
     environment = {**os.environ, "PYTHONPATH": str(DATA.parents[1])}
     done = subprocess.run([sys.executable, "-c", heavy + code], env=environment, capture_output=True, text=True)

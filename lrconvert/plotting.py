@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrconvert.errors import InputError, require
+from lrconvert.evals.passkey import by_length
 from lrconvert.recipe import Method, Recipe, factor_set
 
 if TYPE_CHECKING:
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from lrconvert.search.journal import Record
 
 BARS = "▁▂▃▄▅▆▇█"
+PALE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.6, "pad": 1.5}  # behind words on a colour
 # What every tier is shown beside, at the tier's own extension ratio.
 PEERS: dict[Method, str] = {"pi": "PI", "ntk": "NTK-aware", "yarn": "YaRN"}
 
@@ -39,8 +42,8 @@ def sparklines(recipe: Recipe) -> list[str]:
     ]
 
 
-def plot_perplexity(rows: Sequence[PerplexityRow], path: Path) -> None:
-    """Perplexity against length, with its interval, as a PNG."""
+def plot_perplexity(rows: Sequence[PerplexityRow], path: Path, *, title: str, protocol: str) -> None:
+    """Perplexity against length, with its 95 % interval, as a PNG that says how it was measured."""
     figure, axis = _one_axis()
     lengths, figures = [row.length for row in rows], [row.perplexity for row in rows]
     values = [found.value for found in figures]
@@ -48,26 +51,41 @@ def plot_perplexity(rows: Sequence[PerplexityRow], path: Path) -> None:
     axis.errorbar(lengths, values, yerr=bars, marker="o", capsize=3, color="tab:blue")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
-    axis.set_xticks(lengths, [f"{length:,}" for length in lengths], fontsize=8)
-    axis.set_xlabel("tokens of context")
-    axis.set_ylabel("perplexity of the same tokens")
+    axis.set_xticks(lengths, [f"{row.length:,}\n({row.tokens:,})" for row in rows], fontsize=8)
+    axis.set_xlabel("tokens of context (tokens that count)")
+    axis.set_ylabel("perplexity, 95 % interval")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
     axis.grid(alpha=0.3)
+    _told(axis, title, protocol)
     _saved(figure, path)
 
 
-def plot_passkey(rows: Sequence[PasskeyRow], path: Path) -> None:
-    """Share of keys found, depth against length, as a PNG."""
+def plot_passkey(rows: Sequence[PasskeyRow], path: Path, *, title: str, protocol: str) -> None:
+    """Keys found, depth against length, as a PNG: every cell has its trials, every length its 95 % interval."""
     figure, axis = _one_axis()
     lengths, depths = sorted({row.length for row in rows}), sorted({row.depth for row in rows})
-    share = {(row.depth, row.length): row.hits / row.trials for row in rows}
-    grid = [[share[depth, length] for length in lengths] for depth in depths]
+    cells = {(row.depth, row.length): row for row in rows}
+    grid = [[cells[depth, length].share.value for length in lengths] for depth in depths]
     image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-    axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=8)
+    for (depth, length), cell in cells.items():
+        place = (lengths.index(length), depths.index(depth))
+        axis.text(*place, f"{cell.hits}/{cell.trials}", fontsize=7, ha="center", va="center", bbox=PALE)
+    totals = [total.share for total in by_length(rows)]
+    labels = [f"{length:,}\n{share.low:.0%} … {share.high:.0%}" for length, share in zip(lengths, totals, strict=True)]
+    axis.set_xticks(range(len(lengths)), labels, fontsize=8)
     axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=8)
-    axis.set_xlabel("tokens of context")
+    axis.set_xlabel("tokens of context (95 % interval over all depths)")
     axis.set_ylabel("depth of the key")
     figure.colorbar(image, label="share of keys found")
+    _told(axis, title, protocol)
     _saved(figure, path)
+
+
+def _told(axis: Any, title: str, protocol: str) -> None:
+    """What was measured and how, above the picture."""
+    lines = textwrap.wrap(protocol, 110)
+    axis.set_title("\n".join([title, *lines]), fontsize=7, loc="left")
 
 
 def journal_lines(records: Sequence[Record]) -> list[str]:

@@ -11,7 +11,7 @@ import click
 
 from lrconvert.cli import _output as out
 from lrconvert.cli._common import TOKENS, text_option
-from lrconvert.cli._evals import opened_session, plotted, report, shared_options, subject_of
+from lrconvert.cli._evals import opened_session, plotted, report, shared_options, subject_of, title_of
 
 LENGTHS = "the lengths to measure at, in tokens: 4k,8k,16k"
 
@@ -81,7 +81,8 @@ def perplexity(texts: tuple[str, ...], **shared: Any) -> None:
     }
     table = [(f"{row.length:,}", str(row.perplexity), f"{row.tokens:,}", str(row.windows)) for row in rows]
     report(shared, info, result, ("tokens", "perplexity (95 %)", "judged", "windows"), table)
-    plotted(shared, lambda path: plot_perplexity(rows, path))
+    title = title_of(shared, "perplexity")
+    plotted(shared, lambda path: plot_perplexity(rows, path, title=title, protocol=plan.sentence))
 
 
 @command.command()
@@ -97,8 +98,7 @@ def passkey(depths: int, trials: int, form: Path | None, **shared: Any) -> None:
     \b
     lrconvert eval passkey my-model --lengths 4k,16k --depths 10
     """
-    from lrconvert.evals.figures import share_figure
-    from lrconvert.evals.passkey import PROTOCOL, PasskeyFormat, measure_passkey
+    from lrconvert.evals.passkey import PROTOCOL, PasskeyFormat, by_length, measure_passkey
     from lrconvert.plotting import plot_passkey
 
     sentences = PasskeyFormat.read(form or _own_form(subject_of(shared).artifact))
@@ -114,14 +114,17 @@ def passkey(depths: int, trials: int, form: Path | None, **shared: Any) -> None:
             progress=say,
         )
         info = session.info
-    result = {"evaluation": "passkey", "protocol": PROTOCOL, "rows": [asdict(row) for row in rows]}
-    table = []
-    for length in shared["lengths"]:
-        here = [row for row in rows if row.length == length]
-        hits, total = sum(row.hits for row in here), sum(row.trials for row in here)
-        table.append((f"{length:,}", f"{hits} of {total}", str(share_figure(hits, total))))
+    totals = by_length(rows)
+    result = {
+        "evaluation": "passkey",
+        "protocol": PROTOCOL,
+        "lengths": [total.to_json() for total in totals],
+        "rows": [row.to_json() for row in rows],
+    }
+    table = [(f"{total.length:,}", f"{total.hits} of {total.trials}", str(total.share)) for total in totals]
     report(shared, info, result, ("tokens", "found", "share (95 %)"), table)
-    plotted(shared, lambda path: plot_passkey(rows, path))
+    title = title_of(shared, "passkey")
+    plotted(shared, lambda path: plot_passkey(rows, path, title=title, protocol=PROTOCOL))
 
 
 def _own_form(artifact: Path) -> Path:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from lrconvert.checkpoint import read_json
 from lrconvert.errors import InputError
+from lrconvert.evals.figures import Figure, share_figure
 from lrconvert.runtimes.base import Session
 
 Encode = Callable[[str], list[int]]
@@ -72,13 +73,35 @@ def build_document(
 
 
 @dataclass(frozen=True)
-class PasskeyRow:
-    """One length and depth: keys found, of how many trials."""
+class Found:
+    """At one length: keys found, of how many trials."""
 
     length: int
-    depth: float
     hits: int
     trials: int
+
+    @property
+    def share(self) -> Figure:
+        return share_figure(self.hits, self.trials)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "share": asdict(self.share)}
+
+
+@dataclass(frozen=True)
+class PasskeyRow(Found):
+    """At one length and depth (0 start, 1 end)."""
+
+    depth: float
+
+
+def by_length(rows: Sequence[PasskeyRow]) -> list[Found]:
+    """All depths of each length together, the shortest length first."""
+    found = []
+    for length in sorted({row.length for row in rows}):
+        here = [row for row in rows if row.length == length]
+        found.append(Found(length, sum(row.hits for row in here), sum(row.trials for row in here)))
+    return found
 
 
 def found_key(
@@ -122,5 +145,5 @@ def measure_passkey(
                 progress(f"{length} tokens, depth {depth:.0%}")
             rngs = [np.random.default_rng([seed, length, index, trial]) for trial in range(trials)]
             hits = sum(found_key(session, form, encode, length, depth, rng) for rng in rngs)
-            rows.append(PasskeyRow(length, depth, hits, trials))
+            rows.append(PasskeyRow(length, hits, trials, depth))
     return rows

@@ -7,12 +7,16 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from conftest import Result
+from matplotlib.text import Text
 
 from lrconvert.checkpoint import locate, open_model
 from lrconvert.evals.passkey import PasskeyFormat
+from lrconvert.evals.subject import tokenizer_of
 from lrconvert.recipe import derive_recipe
 from lrconvert.resources import DATA
 from lrconvert.targets import gguf
@@ -40,7 +44,8 @@ def test_perplexity_in_both_runtimes(cli: Run, file: Path, tmp_path: Path) -> No
     kept = json.loads((tmp_path / "out" / "p.json").read_text())
     assert (tmp_path / "out" / "p.png").read_bytes().startswith(b"\x89PNG")
     assert kept["seed"] == 0 and "last 256 tokens" in kept["protocol"]
-    assert kept["texts"] == [{"name": "heldout.txt", "sha256": hashlib.sha256(HELDOUT.read_bytes()).hexdigest()}]
+    (text,) = kept["texts"]
+    assert (text["name"], text["sha256"]) == ("heldout.txt", hashlib.sha256(HELDOUT.read_bytes()).hexdigest())
     for ours, theirs in zip(kept["rows"], plain["rows"], strict=True):
         assert (ours["length"], ours["tokens"], ours["windows"]) == (theirs["length"], 512, 2)
         assert ours["perplexity"]["low"] < ours["perplexity"]["value"] < ours["perplexity"]["high"]
@@ -54,10 +59,64 @@ def test_passkey_in_both_runtimes(cli: Run, file: Path, tmp_path: Path) -> None:
         extra = () if subject == "demo" else ("--form", locate("demo") / "passkey.json")
         result = cli("eval", "passkey", subject, *asked, *extra, "-o", tmp_path / "k")
         assert result.code == 0 and "3 of 3" in result.out, result.err
-        rows = json.loads((tmp_path / "k.json").read_text())["rows"]
+        kept = json.loads((tmp_path / "k.json").read_text())
+        rows = kept["rows"]
+        assert [(total["length"], total["hits"], total["trials"]) for total in kept["lengths"]] == [
+            (512, 3, 3),
+            (1024, 3, 3),
+        ]
+        assert kept["seed"] == 0 and "greedy" in kept["protocol"]
+        assert all(0 < part["share"]["low"] < part["share"]["high"] == 1.0 for part in [*rows, *kept["lengths"]])
         assert [row["depth"] for row in rows] == [0.0, 0.5, 1.0] * 2
         assert all(row["hits"] == row["trials"] == 1 for row in rows)
         assert (tmp_path / "k.png").is_file()
+
+
+def test_protocols_texts_and_a_recipe_that_is_tried(cli: Run, tmp_path: Path) -> None:
+    """A row of a data set and token ids, whole and sliding, under a recipe, by the reference: all of it is in the
+    report."""
+    words = HELDOUT.read_text(encoding="utf-8").split(" ")
+    books = tmp_path / "books"
+    books.mkdir()
+    rows = [" ".join(words[:20]), " ".join(words[20:900])]
+    (books / "train.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    np.save(tmp_path / "ids.npy", tokenizer_of(locate("demo"))(" ".join(words[900:1800])))
+    result = cli(
+        *("eval", "perplexity", "demo", "--recipe", "demo-yarn-8x", "--code", "reference", "--windows", 2, "--json"),
+        *("--text", f"hf:{books}#1", "--text", tmp_path / "ids.npy"),
+        *("--lengths", "64,128", "--whole", "--sliding-window", "64", "--document-tokens", "192"),
+    )
+    assert result.code == 0, result.err
+    told = json.loads(result.out)
+    assert (told["artifact"], told["recipe"], told["runtime"]["class"]) == ("demo", "demo-yarn-8x", "reference")
+    assert [(row["length"], row["protocol"], row["tokens"], row["windows"]) for row in told["rows"]] == [
+        (64, "whole", 126, 2),
+        (128, "sliding window", 382, 2),
+    ]
+    assert told["texts"][0]["data_set"]["row"] == 1 and told["texts"][1]["name"] == "ids.npy"
+
+
+def test_pictures_say_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Title, protocol, tokens that count, trials of every cell, intervals."""
+    from matplotlib.figure import Figure as Picture
+
+    from lrconvert.evals.figures import Figure
+    from lrconvert.evals.passkey import PasskeyRow
+    from lrconvert.evals.perplexity import PerplexityRow
+    from lrconvert.plotting import plot_passkey, plot_perplexity
+
+    found: list[str] = []
+
+    def kept(self: Any, path: Path, **options: Any) -> None:
+        found.append(" ".join(text.get_text() for text in self.findobj(Text)))
+
+    monkeypatch.setattr(Picture, "savefig", kept)
+    told = {"title": "demo: seed 7", "protocol": "some protocol"}
+    plot_perplexity([PerplexityRow(64, Figure(3.0, 2.5, 3.5), 1234, 2, "whole")], tmp_path / "p.png", **told)
+    plot_passkey([PasskeyRow(64, 1, 3, 0.0), PasskeyRow(64, 2, 3, 1.0)], tmp_path / "k.png", **told)
+    assert all("demo: seed 7\nsome protocol" in text for text in found)
+    assert "64\n(1,234)" in found[0] and "95 % interval" in found[0]
+    assert "1/3" in found[1] and "2/3" in found[1] and "64\n19% … 81%" in found[1]
 
 
 def test_bad_input(cli: Run, tmp_path: Path) -> None:
@@ -69,6 +128,16 @@ def test_bad_input(cli: Run, tmp_path: Path) -> None:
     assert cli("eval", "perplexity", "demo", "--text", tmp_path / "none", "--lengths", "4k").code == 3
     assert cli("eval", "perplexity", "demo", "--text", short, "--lengths", "much").code == 2
     assert cli("eval", "passkey", "demo", "--lengths", "1k", "--code", "custom").code == 2
+    for wrong, code, words in (
+        (("--whole", "--judged", 64), 2, "--judged is about"),
+        (("--sliding-window", "8k"), 2, "longer than the contexts of 4096 tokens"),
+        (("--recipe", "nowhere"), 3, "no such recipe"),
+        (("--text", "hf:a/b#none"), 2, "does not name a data set"),
+        (("--text", "hf:a/b"), 6, "can't be reached"),
+    ):
+        said = cli("eval", "perplexity", "demo", "--text", HELDOUT, "--lengths", "4k", *wrong)
+        assert said.code == code and words in said.err and said.err.count("\n") == 1, said.err
+    assert cli("eval", "perplexity", "demo", "--lengths", "4k").code == 3
     assert cli("eval", "passkey", tmp_path / "nothing", "--lengths", "1k").code == 3
 
 

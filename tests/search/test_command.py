@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -197,6 +198,22 @@ def test_evaluating_on_the_search_s_text_warns(text: Path, whole: Path, cli: Run
         told = cli("eval", "perplexity", *subject, "--text", text, "--text", other, *asked)
         assert told.code == 0 and "text.txt: the recipe was searched on this text" in told.err
         assert told.err.count("searched on this text") == 1
+
+
+def test_rows_of_a_data_set_are_recorded(text: Path, cli: Run, tmp_path: Path) -> None:
+    """In the recipe and in the journal: which row of what, and its digest; the row that is too short is none."""
+    (tmp_path / "books").mkdir()
+    rows = [{"text": "short"}, {"text": text.read_text(encoding="utf-8")}]
+    (tmp_path / "books" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--original-window", 32, "--target", 128, "--device", "cpu", "--budget", 4)
+    found = cli("search", "demo", "--text", f"hf:{tmp_path}/books#1", "-o", tmp_path / "r", *options)
+    assert found.code == 0, found.err
+    (told,) = json.loads((tmp_path / "r" / "recipe.json").read_text())["provenance"]["search"]["texts"]
+    assert told["name"] == "books, test row 1" and told["sha256"] == hashlib.sha256(text.read_bytes()).hexdigest()
+    assert told["data_set"]["row"] == 1
+    journal = read_journal(tmp_path / "r.journal.jsonl")
+    assert journal.runs[0]["data_sets"] == [told["data_set"]]
+    assert journal.head["identity"]["texts"] == [{key: told[key] for key in ("name", "sha256", "tokens")}]
 
 
 def test_a_journal_of_another_search_is_refused(text: Path, whole: Path, cli: Run, tmp_path: Path) -> None:

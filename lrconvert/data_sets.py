@@ -70,6 +70,8 @@ def open_rows(address: Address) -> tuple[dict[str, Any], Iterator[tuple[int, str
     with _explained(address):
         revision = None if address.local else _commit(address)
         path = str(Path(address.name).expanduser()) if address.local else address.name
+        if address.local and not Path(path).is_dir():  # the library would ask the Hub for its last part
+            raise InputError(f"{address}: no such folder")
         splits = datasets.load_dataset(path, address.config, revision=address.revision or revision, streaming=True)
         split = _split(address, list(splits))
         rows = iter(splits[split])

@@ -166,7 +166,7 @@ def test_too_few_long_rows_say_how_long_they_are(books: Path) -> None:
 
 
 def test_folders_that_are_no_data_set_are_said(books: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="gone"):
+    with pytest.raises(InputError, match="gone: no such folder"):
         read(f"hf:{tmp_path}/gone")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="any data"):

@@ -125,13 +125,15 @@ def _whole(plan: Plan, texts: Sequence[int], length: int) -> list[Context]:
 
 
 def _sliding(plan: Plan, texts: Sequence[int], length: int) -> list[Context]:
-    """Of a first context all tokens but the first count, of every later one those that it is the first to reach."""
+    """Of a first context all tokens but the first count, of every later one those that it is the first to reach and
+    that have something before them."""
     assert plan.step is not None
     made = []
     ends = [*range(length, plan.needed, plan.step), plan.needed]
     for window, (text, start) in enumerate(document_starts(plan, texts)):
         for end, before in zip(ends, [1, *ends], strict=False):
-            made.append(Context(window, text, start + end - length, start + end, end - before))
+            judged = min(end - before, length - 1)  # a context that shares nothing with the last one has a first token
+            made.append(Context(window, text, start + end - length, start + end, judged))
     return made
 
 
@@ -153,7 +155,7 @@ PROTOCOLS = {
             "sliding window",
             "perplexity of the first {needed} tokens of each document, in contexts of each length that move by {step} "
             "tokens: of the first context every token but the first counts, of each later one those that no context "
-            "before it reached (Press et al. 2021)",
+            "before it reached and that have a token before them (Press et al. 2021)",
             _sliding,
         ),
     )

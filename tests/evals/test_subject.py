@@ -16,6 +16,7 @@ import pytest
 from conftest import own_name, recipe_for
 from engine_suite import bake
 from gguf_files import stock
+from onnx_files import write_adapter
 
 from lrconvert.checkpoint import Model
 from lrconvert.errors import InputError, UnsupportedError, UsageError
@@ -185,6 +186,20 @@ def test_a_gguf_is_converted_to_be_tried(
     path = write_recipe(recipe, tmp_path / "recipe")
     plain = stock(tmp_path / "plain.gguf", model)
     np.testing.assert_allclose(perplexities(Subject.of(str(plain), str(path))), own[1], rtol=EXACT)
+
+
+def test_an_adapter_that_the_recipe_carries_is_merged(
+    own: tuple[Subject, list[float]], model: Model, recipe: Recipe, tmp_path: Path
+) -> None:
+    """Whether it is baked or asked of the reference; and it matters."""
+    shape = model.shape
+    rows = shape.heads * shape.head_dim
+    write_adapter(tmp_path / "recipe" / "adapter", {"model.layers.0.self_attn.q_proj": (rows, shape.hidden)})
+    path = write_recipe(replace(recipe, adapter="adapter"), tmp_path / "recipe")
+    subject = Subject.of(model.reference, str(path))
+    found = perplexities(subject)
+    np.testing.assert_allclose(perplexities(subject, code="reference"), found, rtol=EXACT)
+    assert np.abs(np.array(found) / own[1] - 1).min() > 100 * EXACT
 
 
 def test_only_plain_models_are_tried(own: tuple[Subject, list[float]], model: Model, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from lm_eval.utils import apply_template
 
 from lrconvert.checkpoint import locate
 from lrconvert.errors import InputError, UnsupportedError, UsageError
+from lrconvert.evals import tasks
 from lrconvert.evals.benchmarks import BenchmarkRow, SessionModel, batches, measure_benchmarks, protocol, session_model
 from lrconvert.evals.earlier import EarlierResult, changed_prompts, differences
 from lrconvert.evals.figures import Figure, mean_figure
@@ -196,6 +197,83 @@ def test_hellaswag_is_cleaned_as_lm_eval_cleans_it() -> None:
         assert (ours.prompt, ours.choices, ours.gold) == (theirs["query"].strip(), theirs["choices"], theirs["gold"])
 
 
+def on_the_hub(path: str, name: str | None = None, **_: Any) -> dict[str, Any]:
+    """The questions of `data` as the Hub has them, and two of every subject of MMLU."""
+    from datasets import Dataset
+
+    lines: dict[str, list[dict[str, Any]]] = {}
+    if path == "allenai/ai2_arc":
+        for split, first in (("test", 0), ("train", 1000), ("validation", 0)):
+            lines[split] = [
+                {
+                    "question": line["question"],
+                    "choices": {"text": line["choices"], "label": line["labels"]},
+                    "answerKey": line["answer"],
+                }
+                for line in map(arc_line, range(first, first + 30))
+            ]
+    elif path == "Rowan/hellaswag":
+        found = [hellaswag_line(number) for number in range(30)]
+        lines["train"] = lines["validation"] = [
+            {"activity_label": label, "ctx_a": rest.removesuffix(" he"), "ctx_b": "he"}
+            | {"endings": line["endings"], "label": str(line["label"])}
+            for line in found
+            for label, _, rest in [line["context"].partition(": ")]
+        ]
+    elif path == "truthfulqa/truthful_qa":
+        lines["validation"] = [
+            {"question": line["question"]}
+            | {"mc2_targets": {"choices": right + wrong, "labels": [1] * len(right) + [0] * len(wrong)}}
+            for line in map(truthfulqa_line, range(30))
+            for right, wrong in [(line["correct"], line["incorrect"])]
+        ]
+    else:
+        assert path == "cais/mmlu"
+        questions = [
+            {"question": f"{name} {number}?", "choices": ["a", "b", "c", "d"], "answer": number % 4}
+            for number in range(12)
+        ]
+        lines = {"test": questions[:2], "dev": questions[2:]}
+    return {split: Dataset.from_list(rows) for split, rows in lines.items()}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval's own tasks, with questions that come from no network; the index of all its tasks would take seconds."""
+    folders = [str(HARNESS / name) for name in ("arc", "hellaswag", "truthfulqa", "mmlu/default")]
+    manager = harness_tasks.TaskManager(include_path=folders, include_defaults=False)
+    monkeypatch.setattr(tasks, "_manager", lambda: manager)
+    monkeypatch.setattr("datasets.load_dataset", on_the_hub)
+
+
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize(("name", "shots"), [("arc_challenge", 2), ("hellaswag", 0), ("truthfulqa_mc2", 0)])
+def test_local_questions_are_asked_and_scored_as_by_lm_evals_own_tasks(data: Path, name: str, shots: int) -> None:
+    """Of the same data: the same prompts to the last character, the same score of every question."""
+    model = session_model(Judge(lambda text: 0.1 + 0.8 * (len(text) % 7) / 7), DEMO, 4096)
+    (ours,), (theirs,) = (
+        measure_benchmarks(model, prepare([name], folder=folder, shots=shots, limit=None, seed=5), 5)
+        for folder in (data, None)
+    )
+    assert ours.prompts_sha256 == theirs.prompts_sha256
+    assert (ours.metric, ours.shots) == (theirs.metric, theirs.shots)
+    assert len(ours.scores) == 30 and ours.scores == pytest.approx(theirs.scores, abs=1e-12)
+    assert 0 < ours.score.value < 1
+
+
+@pytest.mark.usefixtures("hub")
+def test_mmlu_is_drawn_from_all_its_subjects() -> None:
+    """Five examples in the order of the file; so many questions in all, and nothing of subjects that have none."""
+    session = Judge(lambda text: 0.9 if text.endswith("A") else 0.1)
+    (asked,) = prepare(["mmlu"], folder=None, shots=None, limit=20, seed=1)
+    (row,) = measure_benchmarks(session_model(session, DEMO, 4096), [asked], 1)
+    assert len(row.scores) == asked.questions == 20 and (row.shots, row.metric) == (5, "acc")
+    assert row.score.value == sum(index % 2 == 0 for index in draw(114, 20, 1)) / 20
+    assert all(prompt.count("Answer:") == 6 and " 2?" in prompt for prompt, _ in _arguments(asked))
+    (whole,) = prepare(["mmlu"], folder=None, shots=0, limit=None, seed=1)
+    assert (whole.questions, whole.shots, whole.drawn) == (114, 0, None)
+
+
 @pytest.mark.parametrize("right", [True, False])
 def test_knowing_the_answers_scores_one_and_denying_them_zero(data: Path, right: bool) -> None:
     ends = {f"Question: {line['question']}\nAnswer: {_answer(line)}" for line in map(arc_line, range(30))}
@@ -280,13 +358,13 @@ class Leaf:
 
 def test_a_limit_draws_from_all_tasks_of_a_group() -> None:
     """One of which none is drawn is not asked: lm-eval takes an empty list for all. Tasks that generate are refused."""
-    tasks = {f"mmlu_{number}": Leaf(size) for number, size in enumerate((3, 500, 2))}
-    asked = _drawn("mmlu", tasks, None, 5, 0)
+    leaves = {f"mmlu_{number}": Leaf(size) for number, size in enumerate((3, 500, 2))}
+    asked = _drawn("mmlu", leaves, None, 5, 0)
     assert asked.drawn is not None and set(asked.tasks) == set(asked.drawn) == {"mmlu_1"}
     assert (asked.questions, asked.shots, asked.metric) == (5, 5, "acc")
     assert asked.tasks["mmlu_1"].set == {"num_fewshot": 5}
     assert [at + 3 for at in asked.drawn["mmlu_1"]] == draw(505, 5, 0)
-    assert _drawn("mmlu", tasks, 2, None, 0).drawn is None
+    assert _drawn("mmlu", leaves, 2, None, 0).drawn is None
     with pytest.raises(UnsupportedError, match="gsm8k has to generate"):
         _drawn("gsm8k", {"gsm8k": Leaf(9, "generate_until")}, None, None, 0)
     with pytest.raises(UnsupportedError, match="neither of acc_norm, acc"):

@@ -68,7 +68,9 @@ def benchmarks(
 
     seed = shared["seed"]
     earlier = None if against is None else read_earlier(against)
-    asked = prepare(tasks, folder=data, shots=shots, limit=limit, seed=seed)
+    with out.spinner(quiet=shared["as_json"]) as say:
+        say("questions")
+        asked = prepare(tasks, folder=data, shots=shots, limit=limit, seed=seed)
     files = {name: digest for benchmark in asked for name, digest in benchmark.files.items()}
     if earlier is not None:
         check_comparable(earlier, asked, files, seed)
@@ -86,7 +88,7 @@ def benchmarks(
         out.warn(f"{earlier.truncated} prompts were cut at its window then, {model.effort.truncated} now")
     result = {
         "evaluation": "benchmarks",
-        "protocol": protocol(data is not None, tasks, limit),
+        "protocol": protocol(asked, limit),
         "lm_eval": lm_eval.__version__,
         "files": files,
         "window": model.window,

@@ -162,11 +162,11 @@ def session_model(
     return SessionModel(session, PromptTokenizer.of(artifact), window, boundary, batch_tokens, progress)
 
 
-def protocol(local: bool, names: Sequence[str], limit: int | None) -> str:
+def protocol(asked: Sequence[Asked], limit: int | None) -> str:
     """In words, what is measured and how it was asked."""
     parts = [PROTOCOL]
-    if local and "hellaswag" in names:
-        parts.append("those of hellaswag are questions of the same file that are never asked")
+    if shared := [found.name for found in asked if found.shots and len(found.files) == 1]:
+        parts.append(f"those of {', '.join(shared)} are questions of the same file that are never asked")
     if limit is not None:
         parts.append(f"{limit} questions a task, drawn by the seed")
     return "; ".join(parts)

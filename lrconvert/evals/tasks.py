@@ -12,6 +12,7 @@ import hashlib
 import io
 import logging
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -54,7 +55,15 @@ class Question(BaseModel):
     true: list[int] = []
 
 
-class ArcLine(BaseModel):
+class Line(BaseModel, ABC):
+    """What stands on a line of a benchmark's file; other fields are passed over."""
+
+    @abstractmethod
+    def asked(self) -> Question:
+        """As lm-eval asks it."""
+
+
+class ArcLine(Line):
     question: str
     choices: list[str] = Field(min_length=2)
     labels: list[str]
@@ -66,7 +75,7 @@ class ArcLine(BaseModel):
         )
 
 
-class HellaSwagLine(BaseModel):
+class HellaSwagLine(Line):
     context: str
     endings: list[str] = Field(min_length=2)
     label: int = Field(ge=0)
@@ -77,7 +86,7 @@ class HellaSwagLine(BaseModel):
         )
 
 
-class TruthfulQaLine(BaseModel):
+class TruthfulQaLine(Line):
     question: str
     correct: list[str] = Field(min_length=1)
     incorrect: list[str] = Field(min_length=1)
@@ -111,7 +120,7 @@ class Benchmark:
     metric: str
     questions: str | None = None
     examples: str | None = None
-    line: type[ArcLine | HellaSwagLine | TruthfulQaLine] | None = None
+    line: type[Line] | None = None
     own_examples: bool = False  # its prompt has some, and --shots adds none
 
 
@@ -121,7 +130,8 @@ BENCHMARKS = {
     "mmlu": Benchmark(5, "acc"),
     "truthfulqa_mc2": Benchmark(0, "acc", "truthfulqa.jsonl", line=TruthfulQaLine, own_examples=True),
 }
-RESERVED = 200  # questions of a file without examples of its own that are kept as such, at most a tenth of it
+# Of a file without examples of its own, questions that are kept as such: a tenth of it, but enough for the shots.
+RESERVED = 200
 
 
 @dataclass(frozen=True)
@@ -175,10 +185,12 @@ def draw(total: int, count: int | None, seed: int) -> list[int]:
 
 
 def _shots(name: str, shots: int | None, own: int | None = None) -> int:
+    """What was asked for, or the paper's; of a task that is not in the table `own`, what lm-eval asks it with. A task
+    with examples of its own keeps to them, as in lm-eval, which marks it by 0."""
     row = BENCHMARKS.get(name)
-    if row is None:
-        return shots if shots is not None and own != 0 else own or 0
-    return row.shots if shots is None or row.own_examples else shots
+    fixed = own == 0 if row is None else row.own_examples
+    default = own or 0 if row is None else row.shots
+    return default if fixed or shots is None else shots
 
 
 # --- local files -----------------------------------------------------------------------------------------
@@ -202,7 +214,7 @@ def _from_files(name: str, folder: Path, shots: int | None, limit: int | None, s
     return Asked(name, wanted, row.metric, {name: _task(name, asked, examples, wanted)}, len(asked), files=files)
 
 
-def read_lines(path: Path, line: type[ArcLine | HellaSwagLine | TruthfulQaLine]) -> tuple[list[Question], str]:
+def read_lines(path: Path, line: type[Line]) -> tuple[list[Question], str]:
     """The questions of a file of JSON lines, and its SHA-256. `InputError` names the line that is damaged."""
     digest, found = hashlib.sha256(), []
     try:
@@ -216,7 +228,7 @@ def read_lines(path: Path, line: type[ArcLine | HellaSwagLine | TruthfulQaLine])
     return found, digest.hexdigest()
 
 
-def _read_line(where: str, text: bytes, line: type[ArcLine | HellaSwagLine | TruthfulQaLine]) -> Question:
+def _read_line(where: str, text: bytes, line: type[Line]) -> Question:
     try:
         found = line.model_validate_json(text, strict=True).asked()
     except ValidationError as error:
@@ -309,8 +321,10 @@ def _drawn(name: str, tasks: dict[str, Any], shots: int | None, limit: int | Non
             f"{name} has to generate text or asks for whole texts ({generating[0]}); what is measured here is the "
             "likelihood of given answers"
         )
-    own = next(iter(tasks.values())).get_config("num_fewshot")
-    wanted, metric = _shots(name, shots, own), _metric(name, tasks.values())
+    wanted, *others = sorted({_shots(name, shots, found.get_config("num_fewshot")) for found in tasks.values()})
+    if others:
+        raise UsageError(f"{name}: its tasks have {wanted} to {others[-1]} shots", remedy="Ask for them one by one")
+    metric = _metric(name, tasks.values())
     sizes = [len(found.eval_docs) for found in tasks.values()]
     chosen = np.array(draw(sum(sizes), limit, seed))
     starts = np.cumsum([0, *sizes])

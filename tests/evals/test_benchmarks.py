@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -240,7 +239,7 @@ def on_the_hub(path: str, name: str | None = None, **_: Any) -> dict[str, Any]:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> None:
     """lm-eval's own tasks, with questions that come from no network; the index of all its tasks would take seconds."""
-    folders = [str(HARNESS / name) for name in ("arc", "hellaswag", "truthfulqa", "mmlu/default")]
+    folders: list[str | Path] = [HARNESS / name for name in ("arc", "hellaswag", "truthfulqa", "mmlu/default")]
     manager = harness_tasks.TaskManager(include_path=folders, include_defaults=False)
     monkeypatch.setattr(tasks, "_manager", lambda: manager)
     monkeypatch.setattr("datasets.load_dataset", on_the_hub)
@@ -331,7 +330,9 @@ def test_shots_are_examples_in_front_of_a_question(data: Path) -> None:
     again = measure_benchmarks(model, prepare(LOCAL[:2], folder=data, shots=3, limit=6, seed=0), 0)
     assert again == rows[0]
     assert all(a.prompts_sha256 != b.prompts_sha256 for a, b in zip(rows[0], rows[1], strict=True))
-    assert "never asked" in protocol(True, LOCAL, 6) and "6 questions a task" in protocol(True, LOCAL, 6)
+    said = protocol(asked[0], 6)
+    assert "those of hellaswag are questions of the same file" in said and "6 questions a task" in said
+    assert "hellaswag" not in protocol(prepare(LOCAL, folder=data, shots=0, limit=None, seed=0), None)
 
 
 def test_a_limit_draws_questions() -> None:
@@ -343,17 +344,17 @@ def test_a_limit_draws_questions() -> None:
 class Leaf:
     """What of a task of lm-eval's `_drawn` looks at."""
 
-    def __init__(self, size: int, asks: str = "multiple_choice") -> None:
-        self.OUTPUT_TYPE, self.eval_docs, self.set = asks, range(size), {}
+    def __init__(self, size: int, asks: str = "multiple_choice", own: int | None = None, metric: str = "acc") -> None:
+        self.OUTPUT_TYPE, self.eval_docs, self.own, self.metric, self.set = asks, range(size), own, metric, {}
 
-    def get_config(self, key: str) -> None:
-        return None
+    def get_config(self, key: str) -> int | None:
+        return self.own
 
     def set_config(self, key: str, value: int) -> None:
         self.set[key] = value
 
     def aggregation(self) -> dict[str, Any]:
-        return {"acc": None}
+        return {self.metric: None}
 
 
 def test_a_limit_draws_from_all_tasks_of_a_group() -> None:
@@ -367,9 +368,12 @@ def test_a_limit_draws_from_all_tasks_of_a_group() -> None:
     assert _drawn("mmlu", leaves, 2, None, 0).drawn is None
     with pytest.raises(UnsupportedError, match="gsm8k has to generate"):
         _drawn("gsm8k", {"gsm8k": Leaf(9, "generate_until")}, None, None, 0)
+    zero = Leaf(9, own=0)
+    assert _drawn("own", {"own": zero}, 3, None, 0).shots == 0
+    with pytest.raises(UsageError, match="tasks have 0 to 3 shots"):
+        _drawn("both", {"one": Leaf(9), "two": zero}, 3, None, 0)
     with pytest.raises(UnsupportedError, match="neither of acc_norm, acc"):
-        _drawn("other", {"other": SimpleNamespace(**vars(Leaf(9)), get_config=lambda key: None, aggregation=dict)},
-               None, None, 0)  # fmt: skip
+        _drawn("other", {"other": Leaf(9, metric="bleu")}, None, None, 0)
 
 
 def test_prompts_beyond_the_window_lose_their_start_and_are_counted() -> None:

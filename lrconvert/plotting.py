@@ -12,6 +12,7 @@ from lrconvert.errors import InputError, require
 from lrconvert.recipe import Method, Recipe, factor_set
 
 if TYPE_CHECKING:
+    from lrconvert.evals.benchmarks import BenchmarkRow
     from lrconvert.evals.passkey import PasskeyRow
     from lrconvert.evals.perplexity import PerplexityRow
     from lrconvert.search.journal import Record
@@ -67,6 +68,19 @@ def plot_passkey(rows: Sequence[PasskeyRow], path: Path) -> None:
     axis.set_xlabel("tokens of context")
     axis.set_ylabel("depth of the key")
     figure.colorbar(image, label="share of keys found")
+    _saved(figure, path)
+
+
+def plot_benchmarks(rows: Sequence[BenchmarkRow], path: Path) -> None:
+    """A bar a benchmark, with its interval, as a PNG."""
+    figure, axis = _one_axis()
+    figures = [row.score for row in rows]
+    bars = [[f.value - f.low for f in figures], [f.high - f.value for f in figures]]
+    axis.bar(range(len(rows)), [f.value for f in figures], yerr=bars, capsize=4, color="tab:blue", width=0.6)
+    axis.set_xticks(range(len(rows)), [f"{row.task}\n{row.shots} shots, {row.metric}" for row in rows], fontsize=8)
+    axis.set_ylim(0, 1)
+    axis.set_ylabel("score")
+    axis.grid(alpha=0.3, axis="y")
     _saved(figure, path)
 
 

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lrconvert eval`: what a model or an artifact does with long texts."""
+"""`lrconvert eval`: what a model or an artifact does with long texts, and with short questions."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,8 @@ import click
 
 from lrconvert.cli import _output as out
 from lrconvert.cli._common import TOKENS
+from lrconvert.cli._evals import opened_session, plotted, report, shared_options
+from lrconvert.cli.eval_benchmarks import benchmarks
 
 LENGTHS = "the lengths to measure at, in tokens: 4k,8k,16k"
 
@@ -29,37 +29,25 @@ class Lengths(click.ParamType):
         return tuple(sorted({TOKENS.convert(part, param, ctx) for part in str(value).split(",")}))
 
 
-def _shared(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of every evaluation."""
-    options = (
-        click.argument("artifact", metavar="MODEL|ARTIFACT"),
-        click.option("--lengths", type=Lengths(), required=True, metavar="TOKENS,…", help=f"{LENGTHS}."),
-        click.option("--seed", type=int, default=0, show_default=True),
-        click.option("--code", type=click.Choice(["native", "custom"]), help="Of a folder; default: its own code."),
-        click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1 …"),
-        click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32"),
-        click.option("--threads", type=click.IntRange(1), help="Threads of the runtime."),
-        click.option("--llama-library", "library", metavar="PATH", help="libllama for a GGUF."),
-        click.option(
-            "-o", "--output", type=click.Path(path_type=Path), metavar="STEM", help="Write STEM.json, STEM.png."
-        ),
-        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
+_lengths = click.option("--lengths", type=Lengths(), required=True, metavar="TOKENS,…", help=f"{LENGTHS}.")
 
 
-@click.group(name="eval", short_help="Long-text perplexity and passkey retrieval.")
+@click.group(name="eval", short_help="Long-text perplexity, passkey retrieval, short benchmarks.")
 def command() -> None:
-    """What a model or an artifact does with long texts: a Hugging Face folder in transformers, a GGUF in llama.cpp.
+    """What a model or an artifact does with long texts and short questions.
+
+    A Hugging Face folder runs in transformers, a GGUF in llama.cpp, an ONNX folder in ONNX Runtime.
 
     Every figure comes with its protocol, seed, number of tokens or trials, and a 95 % interval.
     """
 
 
+command.add_command(benchmarks)
+
+
 @command.command()
-@_shared
+@shared_options
+@_lengths
 @click.option("--text", "texts", type=click.Path(path_type=Path), multiple=True, required=True, metavar="FILE",
               help="A long text; may be repeated.")  # fmt: skip
 @click.option("--judged", type=click.IntRange(64), default=1024, show_default=True, help="Tokens that count.")
@@ -76,7 +64,7 @@ def perplexity(texts: tuple[Path, ...], judged: int, windows: int, **shared: Any
     read = [_read_text(path) for path in texts]
     for warning in _seen_before(Path(shared["artifact"]), read):
         out.warn(warning)
-    with _opened(shared) as (session, encode, say):
+    with opened_session(shared) as (session, encode, say):
         say("tokens of the texts")
         documents = [encode(text) for text in read]
         rows = measure_perplexity(
@@ -90,12 +78,13 @@ def perplexity(texts: tuple[Path, ...], judged: int, windows: int, **shared: Any
         "rows": [asdict(row) for row in rows],
     }
     table = [(f"{row.length:,}", str(row.perplexity), f"{row.tokens:,}", str(row.windows)) for row in rows]
-    _report(shared, info, result, ("tokens", "perplexity (95 %)", "judged", "windows"), table)
-    _plot(shared, lambda path: plot_perplexity(rows, path))
+    report(shared, info, result, ("tokens", "perplexity (95 %)", "judged", "windows"), table)
+    plotted(shared, lambda path: plot_perplexity(rows, path))
 
 
 @command.command()
-@_shared
+@shared_options
+@_lengths
 @click.option("--depths", type=click.IntRange(1), default=10, show_default=True, help="Places of the key.")
 @click.option("--trials", type=click.IntRange(1), default=1, show_default=True, help="Documents a place.")
 @click.option("--form", type=click.Path(path_type=Path), metavar="FILE",
@@ -111,7 +100,7 @@ def passkey(depths: int, trials: int, form: Path | None, **shared: Any) -> None:
     from lrconvert.plotting import plot_passkey
 
     sentences = PasskeyFormat.read(form or _own_form(shared["artifact"]))
-    with _opened(shared) as (session, encode, say):
+    with opened_session(shared) as (session, encode, say):
         rows = measure_passkey(
             session,
             sentences,
@@ -129,26 +118,8 @@ def passkey(depths: int, trials: int, form: Path | None, **shared: Any) -> None:
         here = [row for row in rows if row.length == length]
         hits, total = sum(row.hits for row in here), sum(row.trials for row in here)
         table.append((f"{length:,}", f"{hits} of {total}", str(share_figure(hits, total))))
-    _report(shared, info, result, ("tokens", "found", "share (95 %)"), table)
-    _plot(shared, lambda path: plot_passkey(rows, path))
-
-
-# --- what they share -------------------------------------------------------------------------------------
-
-
-def _opened(shared: dict[str, Any]):
-    """A session on the artifact, its tokenizer, and what reports progress."""
-    from lrconvert.evals.subject import opened
-
-    return opened(
-        shared["artifact"],
-        code=shared["code"],
-        device=shared["device"],
-        dtype=shared["dtype"],
-        threads=shared["threads"],
-        library=shared["library"],
-        progress=out.spinner(quiet=shared["as_json"]),
-    )
+    report(shared, info, result, ("tokens", "found", "share (95 %)"), table)
+    plotted(shared, lambda path: plot_passkey(rows, path))
 
 
 def _read_text(path: Path) -> str:
@@ -182,40 +153,3 @@ def _own_form(artifact: str) -> Path:
 
     own = locate(artifact) / "passkey.json"
     return own if own.is_file() else DATA / "passkey.json"
-
-
-def _report(
-    shared: dict[str, Any], info: dict[str, Any], result: dict[str, Any], columns: tuple[str, ...], table: list[Any]
-) -> None:
-    from lrconvert import __version__
-
-    about = {
-        "lrconvert": __version__,
-        "artifact": Path(shared["artifact"]).name,
-        "seed": shared["seed"],
-        "runtime": info,
-    }
-    result = {**about, **result}
-    if shared["output"] is not None:
-        path = shared["output"].with_name(shared["output"].name + ".json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    if shared["as_json"]:
-        out.data(result)
-        return
-    from rich.table import Table
-
-    shown = Table(title=f"{about['artifact']}: {result['evaluation']}, seed {shared['seed']}")
-    for name in columns:
-        shown.add_column(name, justify="right")
-    for cells in table:
-        shown.add_row(*cells)
-    out.console().print(shown)
-    out.say(result["protocol"])
-    versions = ", ".join(f"{key} {value}" for key, value in info.items() if key not in ("class", "dtype", "device"))
-    out.say(f"{info['class']} in {info['dtype']} on {info['device']}, {versions}")
-
-
-def _plot(shared: dict[str, Any], plot: Callable[[Path], None]) -> None:
-    if shared["output"] is not None:
-        plot(shared["output"].with_name(shared["output"].name + ".png"))

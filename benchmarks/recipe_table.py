@@ -2,7 +2,8 @@
 """What a searched recipe is worth: beside the analytic ones and the model as it is, on text it was not searched on.
 
     python benchmarks/recipe_table.py MODEL --recipe RECIPE --held-out TOKENS.npy … --name NAME
-        [--devices cuda:0,cuda:1] [--dtype bfloat16] [--windows 4] [--trials 2] [--sets searched,…] [--keep DIR] [--page]
+        [--devices cuda:0,cuda:1] [--dtype bfloat16] [--windows 4] [--trials 2] [--sets searched,…] [--keep DIR]
+        [--page]
 
 Every recipe is baked and its folder's own code asked: perplexity of whole documents at the original window and at 2, 4
 and 8 times it, and passkeys at ten depths. Short benchmarks are `lrconvert eval benchmarks` of two of those folders,

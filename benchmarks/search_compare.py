@@ -28,11 +28,11 @@ from lrconvert.cli._common import TOKENS
 from lrconvert.evals.subject import tokenizer_of
 from lrconvert.search.evaluator import TransformersEvaluator
 from lrconvert.search.journal import Journal, Record, read_journal
-from lrconvert.search.objective import Objective, Text, build_objective
+from lrconvert.search.objective import Objective, build_objective
 from lrconvert.search.protocol import Question
 from lrconvert.search.run import Progress, Search, SearchPlan, TierPlan
 from lrconvert.search.space import Candidate, Space, space_for
-from lrconvert.search.texts import read_texts
+from lrconvert.texts import Text, read_texts, sources_of
 
 MARKS = (16, 32, 48, 64, 96, 140, 256, 350, 500, 704)  # forward equivalents at which the best loss is told
 GOAL_AT = 700
@@ -55,9 +55,8 @@ class Comparison:
         shape = self.model.shape
         self.space = space_for(shape.rotary_dim, shape.theta, self.window, options.target)
         paths = [options.text, *options.held_out]
-        plain = all(path.suffix == ".npy" for path in paths)
-        encode = (lambda text: []) if plain else tokenizer_of(self.model.checkpoint.path)
-        self.text, *self.held_out = read_texts(paths, encode, shape.vocab)
+        path = self.model.checkpoint.path
+        self.text, *self.held_out = read_texts(sources_of(paths), lambda: tokenizer_of(path), vocab=shape.vocab)
         self.evaluator = TransformersEvaluator(
             self.model, device=options.device, dtype=options.dtype, attention=options.attention
         )

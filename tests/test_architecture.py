@@ -32,6 +32,8 @@ LEVELS: tuple[set[str], ...] = (
         "checkpoint",
         "families",
         "file_output",
+        "texts",
+        "data_sets",
     },
     {"recipe", "rope"},
     {"errors", "resources", "__init__"},

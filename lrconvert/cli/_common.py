@@ -45,6 +45,14 @@ TOKENS = Tokens()
 model_argument = click.argument("model", metavar="MODEL")
 revision_option = click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id.")
 force_option = click.option("--force", is_flag=True, help="Replace an output that lrconvert wrote.")
+text_option = click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    metavar="TEXT",
+    help="Long text: a file, a folder of .txt, token ids (.npy), or rows of a data set, "
+    "'hf:NAME[@REVISION][:[CONFIG:]SPLIT][?column=COLUMN][#ROWS]'; may be repeated.",
+)
 
 # What every bake has.
 recipe_option = click.option("--recipe", required=True, metavar="RECIPE", help="Recipe file, folder or shipped name.")

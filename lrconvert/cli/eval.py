@@ -50,30 +50,38 @@ command.add_command(benchmarks)
 @_lengths
 @click.option("--text", "texts", type=click.Path(path_type=Path), multiple=True, required=True, metavar="FILE",
               help="A long text; may be repeated.")  # fmt: skip
-@click.option("--judged", type=click.IntRange(64), default=1024, show_default=True, help="Tokens that count.")
-@click.option("--windows", type=click.IntRange(1), default=4, show_default=True, help="How many ends of contexts.")
-def perplexity(texts: tuple[Path, ...], judged: int, windows: int, **shared: Any) -> None:
-    """Perplexity of the same tokens behind contexts of several lengths.
+@click.option("--judged", type=click.IntRange(64), metavar="N",
+              help="Tokens that count, the same at every length; default: 1024.")  # fmt: skip
+@click.option("--whole", is_flag=True, help="Instead: documents cut at each length, all of whose tokens count.")
+@click.option("--sliding-window", "step", type=TOKENS, metavar="TOKENS",
+              help="Instead: contexts that move by so many tokens over each document.")  # fmt: skip
+@click.option("--document-tokens", type=TOKENS, metavar="TOKENS",
+              help="With --sliding-window: how much of a document is read; default: the longest length.")  # fmt: skip
+@click.option("--windows", type=click.IntRange(1), default=4, show_default=True,
+              help="How many ends of contexts, or documents.")  # fmt: skip
+def perplexity(texts: tuple[Path, ...], **shared: Any) -> None:
+    """Perplexity behind contexts of several lengths: by default of the same tokens.
 
     \b
     lrconvert eval perplexity my-model --text book.txt --lengths 4k,8k,16k
+    lrconvert eval perplexity my-model --text books/ --lengths 4k,64k,512k --whole --sliding-window 256k
     """
-    from lrconvert.evals.perplexity import PROTOCOL, measure_perplexity
+    from lrconvert.evals.perplexity import measure_perplexity
+    from lrconvert.evals.protocols import Plan
     from lrconvert.plotting import plot_perplexity
 
+    plan = Plan(**{name: shared[name] for name in ("lengths", "judged", "windows", "whole", "step", "document_tokens")})
     read = [_read_text(path) for path in texts]
     for warning in _seen_before(Path(shared["artifact"]), read):
         out.warn(warning)
     with opened_session(shared) as (session, encode, say):
         say("tokens of the texts")
         documents = [encode(text) for text in read]
-        rows = measure_perplexity(
-            session, documents, shared["lengths"], judged=judged, windows=windows, seed=shared["seed"], progress=say
-        )
+        rows = measure_perplexity(session, documents, plan, seed=shared["seed"], progress=say)
         info = session.info
     result = {
         "evaluation": "perplexity",
-        "protocol": PROTOCOL.format(judged=min(judged, shared["lengths"][0] - 1)),
+        "protocol": plan.sentence,
         "texts": [{"name": path.name, "sha256": _digest(text)} for path, text in zip(texts, read, strict=True)],
         "rows": [asdict(row) for row in rows],
     }

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lrconvert.cli import _output as out
-from lrconvert.cli._common import TOKENS, Number, force_option, model_argument, revision_option
+from lrconvert.cli._common import TOKENS, Number, force_option, model_argument, revision_option, text_option
 
 if TYPE_CHECKING:
     from lrconvert.checkpoint import Model
@@ -53,8 +53,7 @@ class TierLength(click.ParamType):
 @click.command(name="search", short_help="Find a recipe's factor sets on your own text.")
 @model_argument
 @click.option("--target", type=TOKENS, required=True, help="The window to reach, in tokens: 64k.")
-@click.option("--text", "texts", type=click.Path(path_type=Path), multiple=True, metavar="FILE|DIR",
-              help="Text to search on, or its token ids (.npy); may be repeated.")  # fmt: skip
+@text_option
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="RECIPE",
               help="Folder or .json file.")  # fmt: skip
 @click.option("--algorithm", type=click.Choice(["guided", "evolution"]), default="guided", show_default=True)
@@ -159,7 +158,8 @@ def _run(plan: SearchPlan, output: Path, options: dict[str, Any], leading: bool)
             sharded=options["shard_weights"],
         )
         if journal is not None:
-            journal.begin(evaluator.describe())
+            read = [text.data_set for text in plan.texts if text.data_set]
+            journal.begin({**evaluator.describe(), **({"data_sets": read} if read else {})})
         watch = stack.enter_context(_progress(quiet=not leading))
         try:
             return Search(plan, evaluator, journal, watch).run()
@@ -180,9 +180,9 @@ def _plan(reference: str, output: Path, options: dict[str, Any]) -> SearchPlan:
     from lrconvert.evals.subject import tokenizer_of
     from lrconvert.recipe import load_recipe
     from lrconvert.search.run import SearchPlan
-    from lrconvert.search.texts import read_texts, text_files
+    from lrconvert.texts import read_texts, sources_of
 
-    paths = text_files(options["texts"]) if options["objective"] != "needle" or options["texts"] else []
+    sources = sources_of(options["texts"]) if options["objective"] != "needle" or options["texts"] else []
     model = open_model(reference, revision=options["revision"])
     refuse_quantised(model, "a search")
     adapter = open_adapter(options["adapter"]) if options["adapter"] else None
@@ -191,8 +191,9 @@ def _plan(reference: str, output: Path, options: dict[str, Any]) -> SearchPlan:
     window = options["original_window"] or _original_window(reference, model)
     start = load_recipe(options["start_from"]) if options["start_from"] else None
     lengths = _tier_lengths(options["tiers"], options["lengths"] or (), window, options["target"])
-    encode = None if paths and all(path.suffix == ".npy" for path in paths) else tokenizer_of(model.checkpoint.path)
-    texts = read_texts(paths, encode or _no_tokenizer, model.shape.vocab) if paths else []
+    shortest = 1 if options["allow_concatenate"] else options["target"]
+    path, vocab = model.checkpoint.path, model.shape.vocab
+    texts = read_texts(sources, lambda: tokenizer_of(path), vocab=vocab, tokens=shortest)
     tiers = tuple(_tier(model, window, length, texts, start, options) for length in lengths)
     kept = [tier for tier in start.tiers if tier.max_length not in lengths] if start else []
     return SearchPlan(
@@ -220,10 +221,6 @@ def _beside(reference: str, output: Path) -> str:
     if not Path(reference).exists():
         return reference
     return Path(os.path.relpath(reference, output.parent if output.suffix == ".json" else output)).as_posix()
-
-
-def _no_tokenizer(text: str) -> list[int]:
-    raise AssertionError("token ids need no tokenizer")
 
 
 def _default_dtype(device: str | None) -> str:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from lrconvert.errors import InputError
 from lrconvert.evals.passkey import PasskeyFormat, build_document
+from lrconvert.texts import Encode, Text
 
 Kind = Literal["perplexity", "needle", "mixed"]
 PARTS: dict[Kind, dict[str, float]] = {
@@ -30,17 +31,7 @@ PARTS: dict[Kind, dict[str, float]] = {
     "mixed": {"text": 0.5, "needle": 0.5},
 }
 NEEDLES = 4  # documents with a key at each weighted length: at 1/8, 3/8, 5/8, 7/8 of it
-Encode = Callable[[str], list[int]]
 Losses = NDArray[np.floating]
-
-
-@dataclass(frozen=True)
-class Text:
-    """A text as it was given: name and digest are recorded, tokens are what documents are cut from."""
-
-    name: str
-    sha256: str
-    tokens: NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,9 +18,10 @@ from lrconvert.rope import Tier
 from lrconvert.search.evolution import evolution, schedule_for
 from lrconvert.search.guided import GUIDED_BUDGET, guided
 from lrconvert.search.journal import Journal, Record, digest
-from lrconvert.search.objective import Objective, Text
+from lrconvert.search.objective import Objective
 from lrconvert.search.protocol import Algorithm, Answer, Evaluator, Question
 from lrconvert.search.space import Candidate, Space
+from lrconvert.texts import Text
 
 AlgorithmName = Literal["guided", "evolution"]
 SHORT_SHARE = 4  # tiers up to the original window get a quarter of the evaluations: what can be found lies near
@@ -82,7 +83,8 @@ class SearchPlan:
                 }
                 for tier in self.tiers
             ],
-            "texts": described(self.texts),
+            # Of a data set the commit may change while its rows stay; the text's digest would not.
+            "texts": [{key: text.described()[key] for key in ("name", "sha256", "tokens")} for text in self.texts],
             "dtype": self.dtype,
         }
 
@@ -100,11 +102,6 @@ class Progress:
 
 
 Watch = Callable[[Progress], None]
-
-
-def described(texts: Sequence[Text]) -> list[dict[str, Any]]:
-    """Texts as recipes and journals name them."""
-    return [{"name": text.name, "sha256": text.sha256, "tokens": len(text.tokens)} for text in texts]
 
 
 def default_budget(algorithm: AlgorithmName, target: int, original_window: int) -> int:
@@ -269,7 +266,7 @@ class Search:
         plan = self.plan
         return {
             "seed": plan.seed,
-            "texts": described(plan.texts),
+            "texts": [text.described() for text in plan.texts],
             "dtype": plan.dtype,
             "code": f"lrconvert {__version__}",
             "journal_sha256": digest(plan.identity, self.records),

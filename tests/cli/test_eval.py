@@ -13,7 +13,6 @@ from conftest import Result
 
 from lrconvert.checkpoint import locate, open_model
 from lrconvert.evals.passkey import PasskeyFormat
-from lrconvert.evals.perplexity import window_ends
 from lrconvert.recipe import derive_recipe
 from lrconvert.resources import DATA
 from lrconvert.targets import gguf
@@ -71,13 +70,6 @@ def test_bad_input(cli: Run, tmp_path: Path) -> None:
     assert cli("eval", "perplexity", "demo", "--text", short, "--lengths", "much").code == 2
     assert cli("eval", "passkey", "demo", "--lengths", "1k", "--code", "custom").code == 2
     assert cli("eval", "passkey", tmp_path / "nothing", "--lengths", "1k").code == 3
-
-
-def test_windows_share_no_judged_tokens() -> None:
-    """As many as were asked for where they fit, over all documents that are long enough."""
-    assert window_ends([10_000], 4096, 3) == [(0, 10_000), (0, 7048), (0, 4096)]
-    assert window_ends([5000, 100, 9000], 4096, 4) == [(0, 5000), (2, 9000), (2, 4096)]
-    assert window_ends([4096], 4096, 4) == [(0, 4096)]
 
 
 def test_the_plain_form_is_a_form() -> None:

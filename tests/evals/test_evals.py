@@ -3,47 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+from evals_oracle import VOCAB, Oracle
 from tokenizers import Tokenizer
 
 from lrconvert.checkpoint import locate
 from lrconvert.errors import InputError
 from lrconvert.evals.passkey import PasskeyFormat, build_document, passkey_accuracy
 from lrconvert.evals.perplexity import same_token_perplexity
-from lrconvert.runtimes.base import Scores, score_by_logits, scores_of
-
-VOCAB = 4096
-
-
-class Oracle:
-    """A session that knows what comes next (or, `blind`, prefers token 0 always)."""
-
-    def __init__(self, *, blind: bool = False, sharpness: float = 20.0) -> None:
-        self.info: dict[str, Any] = {}
-        self.blind, self.sharpness = blind, sharpness
-        self.asked: list[Sequence[int]] = []
-
-    def logits(
-        self, rows: Sequence[Sequence[int]], *, positions: Sequence[int] | None = None, keep: Sequence[int]
-    ) -> list[np.ndarray]:
-        (row,) = rows
-        self.asked.append(row)
-        out = np.zeros((len(keep), VOCAB))
-        for at, index in enumerate(keep):
-            out[at, 0 if self.blind else row[index + 1]] = self.sharpness
-        return [out]
-
-    def score(self, rows: Sequence[Sequence[int]], judged: Sequence[int]) -> list[Scores]:
-        return score_by_logits(self, rows, judged)
-
-    def generate(self, prompt: Sequence[int], new_tokens: int) -> tuple[list[int], np.ndarray]:
-        raise AssertionError("evaluations use forward passes")
-
-    def close(self) -> None: ...
+from lrconvert.runtimes.base import scores_of
 
 
 def test_losses_are_negative_log_probabilities() -> None:

@@ -304,6 +304,6 @@ def test_bad_input_is_said(changes: list[str], code: int, expected: str, text: P
 
 def test_no_text_and_an_output_that_exists(text: Path, whole: Path, cli: Run, tmp_path: Path) -> None:
     found = cli("search", "demo", "--target", "256", "-o", tmp_path / "r")
-    assert found.code == 3 and "no text to search on" in found.err
+    assert found.code == 3 and "no text to read" in found.err
     found = cli(*arguments(text, whole))
     assert found.code == 2 and "exists" in found.err

@@ -22,9 +22,10 @@ from lrconvert.reference import FactorSet, Reference, Rotation
 from lrconvert.runtimes.base import scores_of
 from lrconvert.search.evaluator import TransformersEvaluator, batches
 from lrconvert.search.network import _FusedNorm, fuse_norms, load_network
-from lrconvert.search.objective import Document, Objective, Text, build_objective
+from lrconvert.search.objective import Document, Objective, build_objective
 from lrconvert.search.protocol import Answer, Question
 from lrconvert.search.space import Candidate, space_for
+from lrconvert.texts import Text
 
 WINDOW, TARGET = 64, 192
 

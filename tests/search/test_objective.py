@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lrconvert.errors import InputError
 from lrconvert.evals.passkey import PasskeyFormat
-from lrconvert.search.objective import NEEDLES, Kind, Objective, Text, build_objective, needle_documents, text_documents
-from lrconvert.search.texts import read_texts
+from lrconvert.search.objective import NEEDLES, Kind, Objective, build_objective, needle_documents, text_documents
+from lrconvert.texts import Text
 
 FORM = PasskeyFormat((" some noise.", " more of it!"), " key {key}.", " the key is ", 5)
 
@@ -102,41 +101,3 @@ def test_short_texts_say_by_how_much_and_what_helps() -> None:
     assert "--target of at most 300" in str(error.value)
     with pytest.raises(InputError, match="longest text has 0 tokens"):
         text_documents([], 512, 1, [512], join=True)
-
-
-def test_texts_are_files_folders_and_token_ids(tmp_path: Path) -> None:
-    (tmp_path / "b.txt").write_text("bb")
-    (tmp_path / "a.txt").write_text("aaa")
-    (tmp_path / "notes.md").write_text("no")
-    np.save(tmp_path / "ids.npy", np.array([1, 2, 3], dtype=np.uint16))
-    found = read_texts([tmp_path, tmp_path / "ids.npy"], encode, 256)
-    assert [(read.name, read.tokens.tolist()) for read in found] == [
-        ("a.txt", [97] * 3),
-        ("b.txt", [98] * 2),
-        ("ids.npy", [1, 2, 3]),
-    ]
-    assert len({read.sha256 for read in found}) == 3
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "expected"),
-    [
-        ("gone.txt", None, "can't be read as text"),
-        ("empty.txt", b" \n", "no text in it"),
-        ("binary.txt", b"\xff\xfe\x00", "can't be read as text"),
-        ("no.npy", b"not an array", "can't be read as token ids"),
-        ("float.npy", np.zeros(3), "a list of integer token ids is needed"),
-        ("large.npy", np.array([1, 999]), "token ids 1 … 999; the model has 256"),
-        ("folder", "folder", "no .txt file"),
-    ],
-)
-def test_what_is_no_text_is_said(name: str, content: object, expected: str, tmp_path: Path) -> None:
-    path = tmp_path / name
-    if isinstance(content, np.ndarray):
-        np.save(path, content)
-    elif isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content == "folder":
-        path.mkdir()
-    with pytest.raises(InputError, match=expected):
-        read_texts([path], encode, 256)

@@ -24,10 +24,10 @@ from lrconvert.recipe import Recipe, parse_recipe
 from lrconvert.resources import DATA
 from lrconvert.rope import Tier
 from lrconvert.search.journal import Journal, read_journal
-from lrconvert.search.objective import Text
 from lrconvert.search.protocol import Answer, Question
 from lrconvert.search.run import Progress, Search, SearchPlan, TierPlan, default_budget, journal_path
 from lrconvert.search.space import space_for
+from lrconvert.texts import Text
 
 ALGORITHMS = ("guided", "evolution")
 
@@ -220,9 +220,9 @@ def test_budgets_and_names(tmp_path: Path) -> None:
 
 def test_importing_the_search_is_light() -> None:
     """Neither torch nor scikit-learn: only an evaluator and a running guided search need them."""
-    modules = "evolution, guided, journal, objective, protocol, run, space, texts"
-    code = f"from lrconvert.search import {modules}; import sys; print([m for m in HEAVY if m in sys.modules])"
-    heavy = "HEAVY = ('torch', 'transformers', 'sklearn', 'scipy', 'pandas', 'matplotlib'); "
+    modules = "evolution, guided, journal, objective, protocol, run, space"
+    code = f"from lrconvert.search import {modules}; from lrconvert import texts; import sys; print([m for m in HEAVY if m in sys.modules])"
+    heavy = "HEAVY = ('torch', 'transformers', 'sklearn', 'scipy', 'pandas', 'matplotlib', 'datasets'); "
     environment = {**os.environ, "PYTHONPATH": str(DATA.parents[1])}
     done = subprocess.run([sys.executable, "-c", heavy + code], env=environment, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr

@@ -52,7 +52,7 @@ class Difference:
 
 def pack(scores: Sequence[float]) -> str:
     """Scores of questions as one string: in JSON a list would have a line a question."""
-    return " ".join(f"{score:.6g}" for score in scores)
+    return " ".join(f"{round(score, 6):g}" for score in scores)
 
 
 def unpack(packed: str) -> list[float]:

@@ -24,12 +24,13 @@ from typing import Any
 
 import numpy as np
 from _common import RESULTS, save
-from lrconvert.evals.protocols import Plan
 
 from lrconvert.checkpoint import Model, locate, open_model
-from lrconvert.evals.figures import share_figure
+from lrconvert.evals.earlier import unpack
+from lrconvert.evals.figures import difference_figure, share_figure
 from lrconvert.evals.passkey import PasskeyFormat, measure_passkey
 from lrconvert.evals.perplexity import measure_perplexity
+from lrconvert.evals.protocols import Plan
 from lrconvert.evals.subject import tokenizer_of
 from lrconvert.recipe import Recipe, derive_recipe, load_recipe
 from lrconvert.resources import DATA
@@ -189,9 +190,11 @@ def benchmarks(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
         "|---|---:|---:|---:|---:|---:|",
     ]
     earlier = {row["task"]: row for row in before["rows"]}
-    for row, change in zip(after["rows"], after["against"]["rows"], strict=True):
-        values = [f"{found['score']['value']:.4f} ± {found['stderr']:.4f}" for found in (earlier[row["task"]], row)]
-        paired = f"{change['difference']['value']:+.4f} ± {change['stderr']:.4f}"
+    for row in after["rows"]:
+        old = earlier[row["task"]]
+        change, error = difference_figure(unpack(old["scores"]), unpack(row["scores"]))
+        values = [f"{found['score']['value']:.4f} ± {found['stderr']:.4f}" for found in (old, row)]
+        paired = f"{change.value:+.4f} ± {error:.4f}"
         lines.append(f"| {row['task']} | {row['shots']} | {row['questions']} | {values[0]} | {values[1]} | {paired} |")
     return [*lines, "", "± is one standard error."]
 

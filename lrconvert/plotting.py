@@ -14,6 +14,7 @@ from lrconvert.evals.passkey import by_length
 from lrconvert.recipe import Method, Recipe, factor_set
 
 if TYPE_CHECKING:
+    from lrconvert.evals.benchmarks import BenchmarkRow
     from lrconvert.evals.passkey import PasskeyRow
     from lrconvert.evals.perplexity import PerplexityRow
     from lrconvert.search.journal import Record
@@ -86,6 +87,19 @@ def _told(axis: Any, title: str, protocol: str) -> None:
     """What was measured and how, above the picture."""
     lines = textwrap.wrap(protocol, 110)
     axis.set_title("\n".join([title, *lines]), fontsize=7, loc="left")
+
+
+def plot_benchmarks(rows: Sequence[BenchmarkRow], path: Path) -> None:
+    """A bar a benchmark, with its interval, as a PNG."""
+    figure, axis = _one_axis()
+    figures = [row.score for row in rows]
+    bars = [[f.value - f.low for f in figures], [f.high - f.value for f in figures]]
+    axis.bar(range(len(rows)), [f.value for f in figures], yerr=bars, capsize=4, color="tab:blue", width=0.6)
+    axis.set_xticks(range(len(rows)), [f"{row.task}\n{row.shots} shots, {row.metric}" for row in rows], fontsize=8)
+    axis.set_ylim(0, 1)
+    axis.set_ylabel("score")
+    axis.grid(alpha=0.3, axis="y")
+    _saved(figure, path)
 
 
 def journal_lines(records: Sequence[Record]) -> list[str]:

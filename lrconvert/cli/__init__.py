@@ -24,7 +24,7 @@ COMMANDS = {
     "gguf": ("gguf", "Bake a recipe into a GGUF for llama.cpp."),
     "onnx": ("onnx", "Bake a recipe into an ONNX folder."),
     "verify": ("verify", "Compare an artifact with the reference implementation."),
-    "eval": ("eval", "Long-text perplexity and passkey retrieval."),
+    "eval": ("eval", "Long-text perplexity, passkey retrieval, short benchmarks."),
     "push": ("push", "Publish an artifact on the Hugging Face Hub."),
     "demo": ("demo", "All of it, on the embedded model, in about a minute."),
 }

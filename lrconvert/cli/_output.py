@@ -77,5 +77,6 @@ def spinner(quiet: bool = False) -> Iterator[Callable[[str], None]]:
         return
     from rich.console import Console
 
-    with Console(stderr=True).status("") as status:
+    # On this stream, whatever a library's own noise is turned away from meanwhile.
+    with Console(file=sys.stderr).status("") as status:
         yield lambda what: status.update(what)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lrconvert eval`: what a model or an artifact does with long texts."""
+"""`lrconvert eval`: what a model or an artifact does with long texts, and with short questions."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import click
 from lrconvert.cli import _output as out
 from lrconvert.cli._common import TOKENS, text_option
 from lrconvert.cli._evals import opened_session, plotted, report, shared_options, subject_of, title_of
+from lrconvert.cli.eval_benchmarks import benchmarks
 
 LENGTHS = "the lengths to measure at, in tokens: 4k,8k,16k"
 
@@ -30,12 +31,17 @@ class Lengths(click.ParamType):
 _lengths = click.option("--lengths", type=Lengths(), required=True, metavar="TOKENS,…", help=f"{LENGTHS}.")
 
 
-@click.group(name="eval", short_help="Long-text perplexity and passkey retrieval.")
+@click.group(name="eval", short_help="Long-text perplexity, passkey retrieval, short benchmarks.")
 def command() -> None:
-    """What a model or an artifact does with long texts: a Hugging Face folder in transformers, a GGUF in llama.cpp.
+    """What a model or an artifact does with long texts and short questions.
+
+    A Hugging Face folder runs in transformers, a GGUF in llama.cpp, an ONNX folder in ONNX Runtime.
 
     Every figure comes with its protocol, seed, number of tokens or trials, and a 95 % interval.
     """
+
+
+command.add_command(benchmarks)
 
 
 @command.command()

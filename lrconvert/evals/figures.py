@@ -42,3 +42,17 @@ def share_figure(hits: int, trials: int) -> Figure:
     centre = (share + width / 2) / (1 + width)
     half = _Z * math.sqrt(share * (1 - share) / trials + width / (4 * trials)) / (1 + width)
     return Figure(share, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def mean_figure(value: float, stderr: float) -> Figure:
+    """A mean of many shares with the interval of its standard error, cut at 0 and 1."""
+    return Figure(value, max(0.0, value - _Z * stderr), min(1.0, value + _Z * stderr))
+
+
+def difference_figure(before: Sequence[float], after: Sequence[float]) -> tuple[Figure, float]:
+    """Mean of after − before over the same questions, and its standard error, paired: what makes a question easy or
+    hard is in both and falls out."""
+    differences = np.asarray(after) - np.asarray(before)
+    value = float(differences.mean())
+    stderr = float(differences.std(ddof=1) / math.sqrt(len(differences)))
+    return Figure(value, value - _Z * stderr, value + _Z * stderr), stderr

@@ -176,6 +176,15 @@ def _no_text(piece: str) -> list[int]:
 
 def tokenizer_of(artifact: Path) -> Encode:
     """Text to ids, without special tokens."""
+    tokenizer = read_tokenizer(artifact)
+    return lambda piece: tokenizer.encode(piece, add_special_tokens=False).ids
+
+
+def read_tokenizer(artifact: Path) -> Any:
+    """The artifact's tokenizer, as the library `tokenizers` has it; it reads texts of any length.
+
+    Raises `InputError` where there is none, or a damaged one.
+    """
     tokenizers = require("tokenizers", "hf", "an evaluation on text")
     source: Any = open_checkpoint(artifact, tolerant=True).side_files().get("tokenizer.json")
     if source is None:
@@ -183,7 +192,9 @@ def tokenizer_of(artifact: Path) -> Encode:
     try:
         text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source.decode()
         json.loads(text)
-        tokenizer = tokenizers.Tokenizer.from_str(text)
+        found = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # what the library raises for a damaged file
         raise InputError(f"{artifact}: tokenizer.json can't be used ({str(error)!r:.200})") from error
-    return lambda piece: tokenizer.encode(piece, add_special_tokens=False).ids
+    found.no_truncation()  # a file may ask for both, of every text
+    found.no_padding()
+    return found

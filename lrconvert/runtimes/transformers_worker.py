@@ -43,15 +43,15 @@ class Worker:
     def given(self, rows, positions):
         """What the model is called with: rows padded on the left, as generate passes them."""
         torch = self.torch
-        longest = max(len(row) for row in rows)
+        lengths = [len(row) for row in rows]
+        longest = max(lengths)
         place = {"device": self.device, "dtype": torch.long}
         given = {"input_ids": torch.tensor([[0] * (longest - len(row)) + row for row in rows], **place)}
         if positions is not None or len(rows) > 1:
             # One plain row needs neither, and a mask of 64k x 64k would not fit.
-            mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-            where = [[max(0, i - (longest - len(row))) for i in range(longest)] for row in rows]
-            given["attention_mask"] = torch.tensor(mask, **place)
-            given["position_ids"] = torch.tensor(where if positions is None else [positions], **place)
+            own = torch.arange(longest, **place) - longest + torch.tensor(lengths, **place)[:, None]
+            given["attention_mask"] = (own >= 0).long()
+            given["position_ids"] = own.clamp(min=0) if positions is None else torch.tensor([positions], **place)
         return given
 
     def logits(self, request):

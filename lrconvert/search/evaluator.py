@@ -79,7 +79,7 @@ class TransformersEvaluator:
             raise UsageError(f"no attention kernel {attention!r}; there are {', '.join(KERNELS)}")
         self.attention: str | None = None
         if self.device.type == "cuda":  # every process has the same, or a loss depended on who computes it
-            self.attention = self.agree(attention or self._fastest_kernel())
+            self.attention = self.agree(self._able_kernel(attention) if attention else self._fastest_kernel())
 
     # --- answering ---------------------------------------------------------------------------------------
 
@@ -229,6 +229,11 @@ class TransformersEvaluator:
         finally:
             network.eval()
             getattr(network, f"{name}_checkpointing_disable")()
+
+    def _able_kernel(self, name: str) -> str:
+        if name != "math" and self._time_kernel(name) is None:
+            raise UsageError(f"--attention {name}: PyTorch has none of that name for this card, dtype and model")
+        return name
 
     def _fastest_kernel(self) -> str:
         """The attention kernel with the fastest forward pass of this model on this card."""

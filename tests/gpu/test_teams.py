@@ -54,7 +54,7 @@ def ask(folder: Path, processes: int, *arguments: object) -> Any:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-@pytest.mark.parametrize("kernel", ["cudnn", "flash", "efficient"])
+@pytest.mark.parametrize("kernel", ["cudnn", "flash"])
 @pytest.mark.parametrize(("team", "sharded"), [(2, ""), (1, "sharded")])
 def test_what_two_share_is_what_one_computes(team: int, sharded: str, kernel: str, tmp_path: Path) -> None:
     """Losses within what kernels differ by, gradients of slow frequencies in the same direction."""

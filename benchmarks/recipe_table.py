@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a searched recipe is worth: beside the analytic ones and the model as it is, on text it was not searched on.
+
+    python benchmarks/recipe_table.py MODEL --recipe RECIPE --held-out TOKENS.npy … --name NAME
+        [--devices cuda:0,cuda:1] [--dtype bfloat16] [--windows 4] [--trials 2] [--sets searched,…] [--keep DIR]
+        [--page]
+
+Every recipe is baked and its folder's own code asked: perplexity of whole documents at the original window and at 2, 4
+and 8 times it, and passkeys at ten depths. Short benchmarks are `lrconvert eval benchmarks` of two of those folders,
+which --keep keeps; its results are expected as recipe-NAME-before.json and -after.json. --page writes the page alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+import numpy as np
+from _common import RESULTS, save
+
+from lrconvert.checkpoint import Model, locate, open_model
+from lrconvert.evals.earlier import unpack
+from lrconvert.evals.figures import difference_figure, share_figure
+from lrconvert.evals.passkey import PasskeyFormat, measure_passkey
+from lrconvert.evals.perplexity import measure_perplexity
+from lrconvert.evals.protocols import Plan
+from lrconvert.evals.subject import tokenizer_of
+from lrconvert.recipe import Recipe, derive_recipe, load_recipe
+from lrconvert.resources import DATA
+from lrconvert.rope import longrope_attention_factor
+from lrconvert.runtimes.transformers import open_session
+from lrconvert.targets import hf
+
+SEARCHED, UNMODIFIED = "searched", "unmodified"
+
+
+def recipes(model: Model, searched: Recipe) -> dict[str, Recipe]:
+    """By the name that the table gives them. All but the searched one leave the original window as it is."""
+    shape, window, target = model.shape, searched.original_window, searched.tiers[-1].max_length
+    ratio = target / window
+    ours = longrope_attention_factor(ratio, window)
+
+    def derived(method: Any, by: float = ratio, attention: float | None = None) -> Recipe:
+        made = derive_recipe(
+            method, by, family=searched.family, rotary_dim=shape.rotary_dim, theta=shape.theta,
+            original_window=window, attention_factor=attention,
+        )  # fmt: skip
+        return replace(made, tiers=(made.tiers[0], replace(made.tiers[1], max_length=target)))
+
+    plain = derived("pi", attention=1.0)
+    same = replace(plain.tiers[0], max_length=target)
+    return {
+        UNMODIFIED: replace(plain, tiers=(plain.tiers[0], same)),
+        "PI": plain,
+        "NTK(s)": derived("ntk"),
+        "NTK(2s)": derived("ntk", 2 * ratio),
+        "NTK(2s), LongRoPE's factor": derived("ntk", 2 * ratio, ours),
+        "YaRN": derived("yarn"),
+        "YaRN, LongRoPE's factor": derived("yarn", attention=ours),
+        SEARCHED: searched,
+    }
+
+
+class Table:
+    """Measures sets, each on the first device that is free."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        self.options, self.folder = options, folder
+        self.model = open_model(options.model)
+        self.searched = load_recipe(options.recipe)
+        window, target = self.searched.original_window, self.searched.tiers[-1].max_length
+        self.lengths = tuple(window * 2**power for power in range(20) if window * 2**power <= target)
+        self.texts = [np.load(path).astype(np.int64) for path in options.held_out]
+        self.plan = Plan(self.lengths, windows=options.windows, whole=True)
+        self.devices: Queue[str] = Queue()
+        for device in options.devices.split(","):
+            self.devices.put(device)
+
+    def measure(self) -> dict[str, Any]:
+        named = recipes(self.model, self.searched)
+        wanted = self.options.sets.split(",") if self.options.sets else list(named)
+        folders = {name: self._bake(number, named[name]) for number, name in enumerate(wanted)}
+        with ThreadPoolExecutor(self.devices.qsize()) as pool:
+            found = dict(zip(wanted, pool.map(lambda name: self._ask(name, folders[name]), wanted), strict=True))
+        return {
+            "lengths": self.lengths,
+            "original_window": self.searched.original_window,
+            "protocol": self.plan.sentence,
+            "texts": [path.name for path in self.options.held_out],
+            "sets": found,
+        }
+
+    def _bake(self, number: int, recipe: Recipe) -> Path:
+        output = self.folder / f"set{number}-{recipe.name[:20]}"
+        if not output.exists():
+            hf.write(hf.plan(self.model, recipe, output))
+        return output
+
+    def _ask(self, name: str, folder: Path) -> dict[str, Any]:
+        options, device = self.options, self.devices.get()
+        own = locate("demo") / "passkey.json" if options.model == "demo" else DATA / "passkey.json"
+        try:
+            with ExitStack() as stack:
+                session = stack.enter_context(open_session(folder, custom=True, device=device, dtype=options.dtype))
+                rows = measure_perplexity(session, self.texts, self.plan)
+                form, encode = PasskeyFormat.read(own), tokenizer_of(folder)
+                keys = measure_passkey(session, form, encode, self.lengths, trials=options.trials)
+                runtime = session.info
+        finally:
+            self.devices.put(device)
+        passkeys = {}
+        for length in self.lengths:
+            here = [row for row in keys if row.length == length]
+            passkeys[length] = [sum(row.hits for row in here), sum(row.trials for row in here)]
+        print(name, [round(row.perplexity.value, 2) for row in rows], passkeys, flush=True)
+        return {"perplexity": [asdict(row) for row in rows], "passkeys": passkeys, "runtime": runtime}
+
+
+# --- the page --------------------------------------------------------------------------------------------
+
+
+def promises(result: dict[str, Any]) -> dict[str, Any]:
+    """Perplexity of the searched set over that of the best other set, at the longest length; and over the unmodified
+    model's, within its window."""
+    values = {
+        name: [row["perplexity"]["value"] for row in found["perplexity"]] for name, found in result["sets"].items()
+    }
+    others = {name: found[-1] for name, found in values.items() if name != SEARCHED}
+    best = min(others, key=lambda name: others[name])
+    return {
+        "over_best_at_longest": values[SEARCHED][-1] / others[best],
+        "over_unmodified_in_window": values[SEARCHED][0] / values[UNMODIFIED][0],
+        "best_other": best,
+    }
+
+
+def page(result: dict[str, Any], before: dict[str, Any] | None, after: dict[str, Any] | None) -> str:
+    lengths = result["lengths"]
+    runtime = next(iter(result["sets"].values()))["runtime"]
+    lines = [
+        f"# {result['name']}: the searched recipe beside analytic ones",
+        "",
+        f"{result['date']}, {runtime['device']}, {runtime['dtype']}, transformers {runtime['transformers']}, torch "
+        f"{runtime['torch']}; the artifacts' own code. Command: `{result['command']}`.",
+        "",
+        f"Perplexity: {result['protocol']}. Texts, none of them searched on: {', '.join(result['texts'])}. "
+        "95 % intervals are in the JSON beside this page.",
+        "",
+        "| set | " + " | ".join(f"{length:,}" for length in lengths) + " |",
+        "|---" + "|---:" * len(lengths) + "|",
+    ]
+    for name, found in result["sets"].items():
+        cells = [f"{row['perplexity']['value']:.2f}" for row in found["perplexity"]]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    told = promises(result)
+    lines += [
+        "",
+        f"At {lengths[-1]:,} tokens the searched set has {told['over_best_at_longest']:.3f} of the perplexity of the "
+        f"best other one ({told['best_other']}); within the original window {told['over_unmodified_in_window']:.3f} of "
+        "the unmodified model's.",
+        "",
+        "Passkeys found, and the 95 % interval of their share:",
+        "",
+        "| set | " + " | ".join(f"{length:,}" for length in lengths) + " |",
+        "|---" + "|---:" * len(lengths) + "|",
+    ]
+    for name, found in result["sets"].items():
+        cells = []
+        for hits, trials in found["passkeys"].values():
+            figure = share_figure(hits, trials)
+            cells.append(f"{hits} of {trials} ({figure.low:.2f} … {figure.high:.2f})")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    if before and after:
+        lines += ["", *benchmarks(before, after)]
+    return "\n".join(lines) + "\n"
+
+
+def benchmarks(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    lines = [
+        f"Short benchmarks, within the original window, through lm-eval: {after['protocol']}.",
+        "",
+        "| task | shots | questions | unmodified | searched | difference, paired |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    earlier = {row["task"]: row for row in before["rows"]}
+    for row in after["rows"]:
+        old = earlier[row["task"]]
+        change, error = difference_figure(unpack(old["scores"]), unpack(row["scores"]))
+        values = [f"{found['score']['value']:.4f} ± {found['stderr']:.4f}" for found in (old, row)]
+        paired = f"{change.value:+.4f} ± {error:.4f}"
+        lines.append(f"| {row['task']} | {row['shots']} | {row['questions']} | {values[0]} | {values[1]} | {paired} |")
+    return [*lines, "", "± is one standard error."]
+
+
+def picture(result: dict[str, Any], path: Path) -> None:
+    """Perplexity against length, both in powers."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7, 4.2))
+    for name, found in result["sets"].items():
+        values = [row["perplexity"] for row in found["perplexity"]]
+        thick = name == SEARCHED
+        lengths = [row["length"] for row in found["perplexity"]]
+        axis.plot(lengths, [value["value"] for value in values], marker="o", markersize=3, label=name,
+                  linewidth=2.5 if thick else 1.2, zorder=3 if thick else 2)  # fmt: skip
+        if thick:
+            axis.fill_between(lengths, [v["low"] for v in values], [v["high"] for v in values], alpha=0.15)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(result["lengths"], [f"{length // 1024}k" for length in result["lengths"]])
+    axis.axvline(result["original_window"], color="grey", linewidth=0.8, linestyle=":")
+    axis.set_xlabel("tokens of context; dotted: the original window")
+    axis.set_ylabel("perplexity, held-out text")
+    axis.legend(fontsize=8, frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--recipe", required=True)
+    parser.add_argument("--held-out", type=Path, nargs="*", default=[])
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--devices", default="cuda:0")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--trials", type=int, default=2)
+    parser.add_argument("--sets", help="with commas; default: all")
+    parser.add_argument("--keep", type=Path, help="where the baked folders stay")
+    parser.add_argument("--page", action="store_true")
+    options = parser.parse_args()
+    path = RESULTS / f"recipe-{options.name}.json"
+    if not options.page:
+        with tempfile.TemporaryDirectory() as folder:
+            save(path.stem, {"name": options.name, **Table(options, options.keep or Path(folder)).measure()})
+    result = json.loads(path.read_text())
+    result["lengths"] = list(result["lengths"])
+    parts = [path.with_name(f"{path.stem}-{when}.json") for when in ("before", "after")]
+    before, after = (json.loads(part.read_text()) if part.exists() else None for part in parts)
+    path.with_suffix(".md").write_text(page(result, before, after), encoding="utf-8")
+    picture(result, path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -150,7 +150,7 @@ def page(result: dict[str, Any], before: dict[str, Any] | None, after: dict[str,
         f"{result['date']}, {runtime['device']}, {runtime['dtype']}, transformers {runtime['transformers']}, torch "
         f"{runtime['torch']}; the artifacts' own code. Command: `{result['command']}`.",
         "",
-        f"Perplexity: {result['protocol']}. Texts, none of them searched on: {', '.join(result['texts'])}. "
+        f"Measured: {result['protocol']}. Texts, none of them searched on: {', '.join(result['texts'])}. "
         "95 % intervals are in the JSON beside this page.",
         "",
         "| set | " + " | ".join(f"{length:,}" for length in lengths) + " |",
@@ -184,7 +184,7 @@ def page(result: dict[str, Any], before: dict[str, Any] | None, after: dict[str,
 
 def benchmarks(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     lines = [
-        f"Short benchmarks, within the original window, through lm-eval: {after['protocol']}.",
+        f"Short benchmarks, within the original window. {after['protocol'].capitalize()}.",
         "",
         "| task | shots | questions | unmodified | searched | difference, paired |",
         "|---|---:|---:|---:|---:|---:|",

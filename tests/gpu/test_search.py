@@ -92,8 +92,8 @@ def test_memory_that_is_taken_costs_one_candidate(model: Any) -> None:
 
     evaluator = TransformersEvaluator(model, device="cuda")
     torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info()
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (total - free + 2**28) / total))
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**30) / total)
     try:
         (failed,) = evaluator.answer(objective(2**18), [question(model)])
         fits = evaluator.largest_fitting(2**18)

@@ -3,7 +3,7 @@
 
     python benchmarks/recipe_table.py MODEL --recipe RECIPE --held-out TOKENS.npy … --name NAME
         [--devices cuda:0,cuda:1] [--dtype bfloat16] [--windows 4] [--trials 2] [--sets searched,…] [--keep DIR]
-        [--page]
+        [--page] [--into]
 
 Every recipe is baked and its folder's own code asked: perplexity of whole documents at the original window and at 2, 4
 and 8 times it, and passkeys at ten depths. Short benchmarks are `lrconvert eval benchmarks` of two of those folders,
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -32,12 +33,13 @@ from lrconvert.evals.passkey import PasskeyFormat, measure_passkey
 from lrconvert.evals.perplexity import measure_perplexity
 from lrconvert.evals.protocols import Plan
 from lrconvert.evals.subject import tokenizer_of
-from lrconvert.recipe import Recipe, derive_recipe, load_recipe
+from lrconvert.recipe import Recipe, derive_recipe, load_recipe, write_recipe
 from lrconvert.resources import DATA
 from lrconvert.rope import longrope_attention_factor
 from lrconvert.runtimes.transformers import open_session
 from lrconvert.targets import hf
 
+HIGHEST = 2.5  # times the searched set's perplexity: where the picture ends
 SEARCHED, UNMODIFIED = "searched", "unmodified"
 
 
@@ -200,31 +202,57 @@ def benchmarks(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def picture(result: dict[str, Any], path: Path) -> None:
-    """Perplexity against length, both in powers."""
+    """Perplexity against length, both in powers; the worst sets leave it."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
-    figure, axis = pyplot.subplots(figsize=(7, 4.2))
+    figure, axis = pyplot.subplots(figsize=(8.5, 4.2))
+    low, high = [math.inf], [0.0]
     for name, found in result["sets"].items():
         values = [row["perplexity"] for row in found["perplexity"]]
         thick = name == SEARCHED
         lengths = [row["length"] for row in found["perplexity"]]
-        axis.plot(lengths, [value["value"] for value in values], marker="o", markersize=3, label=name,
-                  linewidth=2.5 if thick else 1.2, zorder=3 if thick else 2)  # fmt: skip
+        style: dict[str, Any] = {"linewidth": 2.5, "color": "black", "zorder": 3} if thick else {"linewidth": 1.2}
+        axis.plot(lengths, [value["value"] for value in values], marker="o", markersize=3, label=name, **style)
         if thick:
-            axis.fill_between(lengths, [v["low"] for v in values], [v["high"] for v in values], alpha=0.15)
+            low, high = ([value[end] for value in values] for end in ("low", "high"))
+            axis.fill_between(lengths, low, high, color="black", alpha=0.12)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
+    axis.set_ylim(0.85 * min(low), HIGHEST * max(high))
+    axis.yaxis.set_major_formatter(ticker.ScalarFormatter())
+    axis.yaxis.set_minor_formatter(ticker.ScalarFormatter())
     axis.set_xticks(result["lengths"], [f"{length // 1024}k" for length in result["lengths"]])
     axis.axvline(result["original_window"], color="grey", linewidth=0.8, linestyle=":")
     axis.set_xlabel("tokens of context; dotted: the original window")
     axis.set_ylabel("perplexity, held-out text")
-    axis.legend(fontsize=8, frameon=False)
+    axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def summary(result: dict[str, Any], before: dict[str, Any] | None, after: dict[str, Any] | None) -> dict[str, Any]:
+    """What the recipe itself says of all this."""
+    lengths = [str(length) for length in result["lengths"]]
+    found: dict[str, Any] = {
+        "protocol": result["protocol"],
+        "texts": result["texts"],
+        "perplexity": {
+            name: {length: round(row["perplexity"]["value"], 3) for length, row in zip(lengths, rows, strict=True)}
+            for name, rows in ((name, values["perplexity"]) for name, values in result["sets"].items())
+        },
+        "passkeys, found of trials": result["sets"][SEARCHED]["passkeys"],
+    }
+    if before and after:
+        found["short benchmarks, unmodified and searched, standard errors"] = {
+            new["task"]: [round(row[key], 4) for row in ({**old, **old["score"]}, {**new, **new["score"]})
+                          for key in ("value", "stderr")]
+            for old, new in zip(before["rows"], after["rows"], strict=True)
+        }  # fmt: skip
+    return found
 
 
 def main() -> None:
@@ -240,6 +268,7 @@ def main() -> None:
     parser.add_argument("--sets", help="with commas; default: all")
     parser.add_argument("--keep", type=Path, help="where the baked folders stay")
     parser.add_argument("--page", action="store_true")
+    parser.add_argument("--into", action="store_true", help="write what was found into the recipe as well")
     options = parser.parse_args()
     path = RESULTS / f"recipe-{options.name}.json"
     if not options.page:
@@ -251,6 +280,10 @@ def main() -> None:
     before, after = (json.loads(part.read_text()) if part.exists() else None for part in parts)
     path.with_suffix(".md").write_text(page(result, before, after), encoding="utf-8")
     picture(result, path.with_suffix(".png"))
+    if options.into:
+        recipe = load_recipe(options.recipe)
+        evaluation = {**(recipe.evaluation or {}), "held_out": summary(result, before, after)}
+        write_recipe(replace(recipe, evaluation=evaluation), Path(options.recipe), force=True)
 
 
 if __name__ == "__main__":

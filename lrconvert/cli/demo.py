@@ -13,7 +13,7 @@ import click
 from lrconvert.cli import _output as out
 from lrconvert.cli._common import force_option
 
-METHOD, RATIO = "yarn", 8.0
+RECIPE = "demo-8x"
 LENGTHS = (4096, 8192, 16384)
 DEPTHS = {4096: (0.1, 0.5, 0.9), 8192: (0.1, 0.5, 0.9), 16384: (0.1, 0.5, 0.9)}  # passkey trials: one per depth
 
@@ -34,12 +34,11 @@ class Measured:
 @force_option
 @click.pass_context
 def command(ctx: click.Context, output: Path, force: bool) -> int:
-    """Derive a recipe for the embedded model, bake it, verify the artifact, and show what it gained.
+    """Bake a searched recipe into the embedded model, verify the artifact, and show what it gained.
 
     Offline, about a minute on two cores. Leaves a folder to look into.
     """
     from lrconvert.cli.hf import command as hf_command
-    from lrconvert.cli.recipe import derive
     from lrconvert.cli.verify import show
     from lrconvert.errors import ParityError, UsageError, require
     from lrconvert.output import MANIFEST
@@ -49,32 +48,30 @@ def command(ctx: click.Context, output: Path, force: bool) -> int:
 
     for module in ("torch", "transformers", "matplotlib"):
         require(module, "demo", "the demo")
-    recipe, artifact = output / "recipe", output / "demo-32k"
+    artifact = output / "demo-32k"
     if output.exists() and not force:
         raise UsageError(f"{output} exists", remedy="Name another folder with -o, or replace it with --force")
     started = time.monotonic()
-    _step(f"lrconvert recipe derive demo --method {METHOD} --factor {RATIO:g} -o {recipe}")
-    ctx.invoke(derive, model="demo", method=METHOD, factor=RATIO, output=recipe, force=force)
-    _step(f"lrconvert hf demo --recipe {recipe} -o {artifact}")
+    _step(f"lrconvert hf demo --recipe {RECIPE} -o {artifact}")
     force_artifact = force and (artifact / MANIFEST).exists()
-    ctx.invoke(hf_command, model="demo", recipe=str(recipe), output=artifact, copy=True, force=force_artifact)
+    ctx.invoke(hf_command, model="demo", recipe=RECIPE, output=artifact, copy=True, force=force_artifact)
     _step(f"lrconvert verify {artifact}")
     with out.spinner() as progress:
         report = verify(artifact, progress=progress)
     show(report)
-    _step(f"lrconvert recipe plot {recipe} -o {output / 'factors'}")
-    out.say(" ".join(str(path) for path in plot_recipe(load_recipe(recipe), output / "factors")))
+    _step(f"lrconvert recipe plot {RECIPE} -o {output / 'factors'}")
+    out.say(" ".join(str(path) for path in plot_recipe(load_recipe(RECIPE), output / "factors")))
     _step("before and after: held-out text and passkeys (the same last 1,024 tokens at every length)")
     results = {"before": _measure(None), "after": _measure(artifact)}
     _show_results(results)
     plain = {name: [vars(row) for row in rows] for name, rows in results.items()}
     (output / "results.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
-    out.say(f"\n{output}: recipe/, demo-32k/ (the artifact), factors.png, factors.svg, results.json")
+    out.say(f"\n{output}: demo-32k/ (the artifact), factors.png, factors.svg, results.json")
     out.say(report.summary)
     out.hint(
         f"{time.monotonic() - started:.0f} s. Next: your own model: lrconvert inspect MODEL; "
-        "lrconvert recipe derive MODEL --method yarn --factor 8 -o my-recipe; "
-        "lrconvert hf MODEL --recipe my-recipe -o my-model (or lrconvert gguf … -o my-model.gguf)"
+        "lrconvert search MODEL --target 64k --text book.txt -o my-recipe (or, at once: lrconvert recipe derive MODEL "
+        "--method yarn --factor 8 -o my-recipe); lrconvert hf MODEL --recipe my-recipe -o my-model (or gguf, onnx)"
     )
     return 0 if report.passed else ParityError.exit_code
 

@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from _common import save
 
 from lrconvert.checkpoint import open_model
@@ -212,6 +213,33 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def picture(searches: dict[str, list[Record]], path: Path) -> None:
+    """The best loss so far against forward equivalents, a line a search."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7.5, 4.0))
+    named = set()
+    ends = [best_at(records, float("inf")) for records in searches.values()]
+    for name, records in searches.items():
+        algorithm = name.split()[0]
+        losses = np.minimum.accumulate([record.answer.loss for record in records])
+        color = "tab:blue" if algorithm == "guided" else "tab:orange"
+        label = None if algorithm in named else algorithm
+        axis.step(costs(records), losses, where="post", color=color, linewidth=1.4, label=label)
+        named.add(algorithm)
+    started = max(best_at(records, 16) for records in searches.values())
+    axis.set_ylim(min(ends) - 0.05 * (started - min(ends)), started + 0.2 * (started - min(ends)))
+    axis.set_xlabel("forward equivalents")
+    axis.set_ylabel("best loss, nats a token")
+    axis.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tokens: Any = lambda value: TOKENS.convert(value, None, None)  # noqa: E731
@@ -262,6 +290,7 @@ def main() -> int:
     }
     path = save(f"search-compare-{options.name}", result)
     path.with_suffix(".md").write_text(table(json.loads(path.read_text())), encoding="utf-8")
+    picture(searches, path.with_suffix(".png"))
     return 0
 
 

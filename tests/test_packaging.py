@@ -25,6 +25,7 @@ def test_the_wheel_holds_the_recipes_the_model_and_the_modeling_code(tmp_path: P
         "lrconvert/data/demo/model.safetensors",
         "lrconvert/data/demo/tokenizer.json",
         "lrconvert/data/demo/LICENSE",
+        "lrconvert/data/recipes/demo-8x/recipe.json",
         "lrconvert/data/recipes/demo-yarn-8x/recipe.json",
         "lrconvert/data/recipe.schema.json",
         "lrconvert/targets/hf/modeling_longrope.py",

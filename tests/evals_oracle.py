@@ -14,11 +14,11 @@ VOCAB = 4096
 
 
 class Oracle:
-    """A session that knows what comes next (or, `blind`, prefers token 0 always)."""
+    """A session that knows what comes next (or, `blind`, prefers token 0 always; `slips`: at the last place asked)."""
 
-    def __init__(self, *, blind: bool = False, sharpness: float = 20.0) -> None:
+    def __init__(self, *, blind: bool = False, slips: bool = False, sharpness: float = 20.0) -> None:
         self.info: dict[str, Any] = {}
-        self.blind, self.sharpness = blind, sharpness
+        self.blind, self.slips, self.sharpness = blind, slips, sharpness
         self.asked: list[Sequence[int]] = []
 
     def logits(
@@ -28,7 +28,8 @@ class Oracle:
         self.asked.append(row)
         out = np.zeros((len(keep), VOCAB))
         for at, index in enumerate(keep):
-            out[at, 0 if self.blind else row[index + 1]] = self.sharpness
+            wrong = self.blind or (self.slips and index == keep[-1])
+            out[at, 0 if wrong else row[index + 1]] = self.sharpness
         return [out]
 
     def score(self, rows: Sequence[Sequence[int]], judged: Sequence[int]) -> list[Scores]:

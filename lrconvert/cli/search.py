@@ -194,7 +194,8 @@ def _plan(reference: str, output: Path, options: dict[str, Any]) -> SearchPlan:
     shortest = 1 if options["allow_concatenate"] else options["target"]
     path, vocab = model.checkpoint.path, model.shape.vocab
     texts = read_texts(sources, lambda: tokenizer_of(path), vocab=vocab, tokens=shortest)
-    tiers = tuple(_tier(model, window, length, texts, start, options) for length in lengths)
+    # The longest first: what is too short for it is said in its words.
+    tiers = tuple(_tier(model, window, length, texts, start, options) for length in reversed(lengths))[::-1]
     kept = [tier for tier in start.tiers if tier.max_length not in lengths] if start else []
     return SearchPlan(
         model=model,

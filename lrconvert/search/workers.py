@@ -82,7 +82,8 @@ class Workers:
 
             whole = init_device_mesh(device.type, (self.count,))
             for layer in layers:
-                fully_shard(layer, mesh=whole)
+                # Said, because no module above is wrapped: such a one would keep its weights after a forward pass.
+                fully_shard(layer, mesh=whole, reshard_after_forward=True)
         return network.to(device)
 
     # --- documents ---------------------------------------------------------------------------------------

@@ -73,3 +73,4 @@ def test_passkey_counts_keys_that_are_right_in_every_digit(demo_format: tuple[Pa
     form, encode = demo_format
     assert passkey_accuracy(Oracle(), form, encode, 200, (0.1, 0.9)) == 1.0
     assert passkey_accuracy(Oracle(blind=True), form, encode, 200, (0.1, 0.9)) == 0.0
+    assert passkey_accuracy(Oracle(slips=True), form, encode, 200, (0.1, 0.9)) == 0.0

@@ -114,11 +114,13 @@ sets = [candidate for _, candidate in space.seeds()][:3]
 evaluator = TransformersEvaluator(model, device="cpu", sharded="RANK" in __import__("os").environ)
 asked = [Question(sets[0]), Question(sets[1]), Question(sets[2]), Question(sets[0], gradient=True)]
 rounds = [asked[:2], asked[2:3], asked[3:]] if evaluator.width == 2 else [[question] for question in asked]
-answers = [answer for questions in rounds for answer in evaluator.answer(objective, questions)]
-if evaluator.leading:
+answers, shares = [], set()
+for questions in rounds:
+    answers += evaluator.answer(objective, questions)
     layer = evaluator.network.model.layers[0].mlp.up_proj.weight
-    share = (layer.to_local() if hasattr(layer, "to_local") else layer).numel() / layer.numel()
-    print(json.dumps([share, [answer.loss for answer in answers], answers[-1].gradient]))
+    shares.add((layer.to_local() if hasattr(layer, "to_local") else layer).numel() / layer.numel())
+if evaluator.leading:
+    print(json.dumps([list(shares), [answer.loss for answer in answers], answers[-1].gradient]))
 """
 
 
@@ -132,7 +134,7 @@ def test_shared_weights_give_the_same_losses(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr[-2000:]
         found.append(json.loads(done.stdout.strip().splitlines()[-1]))
     (whole, losses, gradient), (part, shared_losses, shared_gradient) = found
-    assert (whole, part) == (1.0, 0.5)
+    assert (whole, part) == ([1.0], [0.5])  # between evaluations, with gradient and without
     assert shared_losses == pytest.approx(losses, abs=1e-6)
     assert shared_gradient == pytest.approx(gradient, abs=1e-6)
 
@@ -324,5 +326,8 @@ def test_bad_input_is_said(changes: list[str], code: int, expected: str, text: P
 def test_no_text_and_an_output_that_exists(text: Path, whole: Path, cli: Run, tmp_path: Path) -> None:
     found = cli("search", "demo", "--target", "256", "-o", tmp_path / "r")
     assert found.code == 3 and "no text to read" in found.err
+    (tmp_path / "short.txt").write_text("In the beginning")
+    found = cli(*arguments(tmp_path / "short.txt", tmp_path / "r"))
+    assert found.code == 3 and "fewer than the 128 of the target" in found.err  # not than the short set's 32
     found = cli(*arguments(text, whole))
     assert found.code == 2 and "exists" in found.err

@@ -112,6 +112,7 @@ def test_log_likelihoods_are_those_of_lm_evals_adapter(demo: SessionModel, harne
         ("", "<s> light"),
         ("<s> In the", "beginning"),
         ("In the beginning", " God"),
+        ("And it came to", " pass"),
     ]
     with quiet():
         wanted = harness.loglikelihood(instances(pairs))
@@ -120,6 +121,7 @@ def test_log_likelihoods_are_those_of_lm_evals_adapter(demo: SessionModel, harne
     found = demo.loglikelihood(instances(pairs))
     assert [log for log, _ in found] == pytest.approx([log for log, _ in wanted], abs=1e-4)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
+    assert {greedy for _, greedy in found} == {False, True}
     assert demo.loglikelihood_rolling(texts) == pytest.approx(whole, abs=1e-3)
 
 

@@ -27,7 +27,7 @@ from lrconvert.evals.subject import Subject, baked, opened
 from lrconvert.parity.mutants import late_boundary, no_attention_factor, swapped_sets
 from lrconvert.recipe import Recipe, write_recipe
 from lrconvert.runtimes.base import Session, score_by_logits
-from lrconvert.targets import gguf, onnx
+from lrconvert.targets import gguf, hf, onnx
 
 LENGTHS = (40, 64, 65, 128)  # pico's window is 64: on both sides of the boundary, at it, and at the end
 TEXT = np.random.default_rng(4).integers(1, 101, size=140)
@@ -96,6 +96,14 @@ def test_a_mutant_has_another_perplexity_where_it_is_wrong(
     off = np.abs(np.array(found) / own[1] - 1)
     assert {length for length, by in zip(LENGTHS, off, strict=True) if by > 100 * EXACT} == moved
     assert all(by < EXACT for length, by in zip(LENGTHS, off, strict=True) if length not in moved)
+
+
+def test_the_reference_stops_where_the_artifact_does(model: Model, recipe: Recipe, tmp_path: Path) -> None:
+    """`--window` cut the long set off: what is longer than that has the short one, in both."""
+    artifact = own_name(tmp_path / "artifact")
+    hf.write(hf.plan(model, recipe, artifact, window=64))
+    subject = Subject.of(str(artifact))
+    np.testing.assert_allclose(perplexities(subject, code="reference"), perplexities(subject), rtol=EXACT)
 
 
 @pytest.mark.parametrize("kind", ["gguf", "onnx"])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, Field, ValidationError
 
 from lrconvert.checkpoint import read_json
 from lrconvert.errors import InputError
@@ -22,6 +23,15 @@ PROTOCOL = (
 )
 
 
+class _Written(BaseModel, strict=True):
+    """What a passkey.json holds; other fields are passed over."""
+
+    filler: list[str] = Field(min_length=1)
+    needle: str = Field(pattern=r"\{key\}")
+    question: str
+    key_digits: int = Field(ge=1, le=100)
+
+
 @dataclass(frozen=True)
 class PasskeyFormat:
     """The pieces of a document: sentences of noise, the needle with its `{key}`, the question."""
@@ -33,26 +43,30 @@ class PasskeyFormat:
 
     @classmethod
     def read(cls, path: Path) -> PasskeyFormat:
-        """From a model's passkey.json."""
-        values: dict[str, Any] = read_json(path)
+        """From a model's passkey.json. `InputError` names what is missing or wrong in it."""
         try:
-            return cls(tuple(values["filler"]), values["needle"], values["question"], values["key_digits"])
-        except KeyError as error:
-            raise InputError(f"{path}: {error} is missing") from error
+            found = _Written.model_validate(read_json(path))
+        except ValidationError as error:
+            problems = (f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors())
+            raise InputError.collect(path, problems) from error
+        return cls(tuple(found.filler), found.needle, found.question, found.key_digits)
 
 
 def build_document(
     form: PasskeyFormat, encode: Encode, length: int, depth: float, rng: np.random.Generator
 ) -> tuple[list[int], list[int]]:
-    """A prompt of exactly `length` tokens with the key at `depth` (0 start, 1 end), and the key's tokens."""
+    """A prompt with the key at `depth` (0 start, 1 end), and the key's tokens: exactly `length` of both together."""
     key = "".join(str(digit) for digit in rng.integers(0, 10, size=form.digits))
-    needle = encode(form.needle.format(key=key))
+    needle = encode(form.needle.replace("{key}", key))
     question = encode(form.question)
-    answer = encode(key)
-    room = length - len(needle) - len(question)
+    answer = _answer(encode, form.question, key)
+    least = len(needle) + len(question) + len(answer)
+    room = length - least
     if room < 0:
-        raise InputError(f"a passkey document needs at least {len(needle) + len(question)} tokens, not {length}")
+        raise InputError(f"a passkey document needs at least {least} tokens, not {length}")
     sentences = [encode(sentence) for sentence in form.filler]
+    if not all(sentences) or not answer:
+        raise InputError("a sentence of noise, or the key, has no tokens")
     before: list[list[int]] = []
     after: list[list[int]] = []
     target, at_start, at_end = depth * room, 0, 0
@@ -70,6 +84,13 @@ def build_document(
     # Cut from the front of the document, never into the needle.
     prompt = noise[surplus:] + needle + rest if len(noise) >= surplus else needle + rest[surplus - len(noise) :]
     return prompt + question, answer
+
+
+def _answer(encode: Encode, question: str, key: str) -> list[int]:
+    """The key's tokens as they follow the question. Read alone it may begin with a token that no model writes there:
+    the space that SentencePiece puts in front of every text."""
+    before, whole = encode(question), encode(question + key)
+    return whole[len(before) :] if whole[: len(before)] == before else encode(key)
 
 
 @dataclass(frozen=True)
@@ -112,7 +133,7 @@ def found_key(
     The key is fed behind the prompt and every token of it must be the preferred one at its place, which is when
     greedy decoding without the key would write it: one forward pass instead of a decode.
     """
-    prompt, answer = build_document(form, encode, length - form.digits, depth, rng)
+    prompt, answer = build_document(form, encode, length, depth, rng)
     (scores,) = session.score([prompt + answer], [len(answer)])
     return bool(scores.preferred.all())
 

@@ -156,7 +156,7 @@ def needle_documents(form: PasskeyFormat, encode: Encode, lengths: Sequence[int]
         for index in range(NEEDLES):
             rng = np.random.default_rng([seed, length, index])
             depth = (2 * index + 1) / (2 * NEEDLES)
-            prompt, answer = build_document(form, encode, length - form.digits, depth, rng)
+            prompt, answer = build_document(form, encode, length, depth, rng)
             tokens = np.asarray(prompt + answer, dtype=np.int64)
             span = (length, len(prompt) - 1, len(tokens) - 1)
             made.append(Document("needle", tokens, (span,)))

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 from evals_oracle import VOCAB, Oracle
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lrconvert.checkpoint import locate
 from lrconvert.errors import InputError
@@ -55,10 +58,10 @@ def test_documents_have_the_length_and_the_key_where_it_was_asked(
     key = "".join(str(d) for d in np.random.default_rng(5).integers(0, 10, size=5))
     needle = encode(form.needle.format(key=key))
     question = encode(form.question)
-    assert len(prompt) == length and len(answer) == 5 and answer == encode(key)
+    assert len(prompt) + len(answer) == length and len(answer) == 5 and answer == encode(key)
     places = [i for i in range(length) if prompt[i : i + len(needle)] == needle]
     assert len(places) == 1
-    room = length - len(needle) - len(question)
+    room = length - len(needle) - len(question) - len(answer)
     assert abs(places[0] - depth * room) <= 16  # a sentence
     assert prompt[-len(question) :] == question
 
@@ -74,3 +77,49 @@ def test_passkey_counts_keys_that_are_right_in_every_digit(demo_format: tuple[Pa
     assert passkey_accuracy(Oracle(), form, encode, 200, (0.1, 0.9)) == 1.0
     assert passkey_accuracy(Oracle(blind=True), form, encode, 200, (0.1, 0.9)) == 0.0
     assert passkey_accuracy(Oracle(slips=True), form, encode, 200, (0.1, 0.9)) == 0.0
+
+
+@pytest.mark.parametrize("scheme", ["always", "never"])
+def test_the_key_is_read_behind_the_question(demo_format: tuple[PasskeyFormat, Any], scheme: Literal["always", "never"]) -> None:
+    """A SentencePiece tokenizer puts a space in front of what it reads alone, others join digits: the answer is what
+    follows the question, and the document has its length all the same."""
+    form, _ = demo_format
+    vocab = {"▁": 0, **{chr(code): code for code in range(32, 127)}, "é": 127}
+    vocab |= {f"{number:02}": 200 + number for number in range(100)}
+    merges = [(f"{first}", f"{second}") for first in range(10) for second in range(10)]
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="é"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=True)
+    prompt, answer = build_document(form, lambda text: tokenizer.encode(text).ids, 300, 0.5, np.random.default_rng(5))
+    key = "".join(str(d) for d in np.random.default_rng(5).integers(0, 10, size=5))
+    assert answer == [vocab[key[:2]], vocab[key[2:4]], vocab[key[4]]]
+    assert len(prompt) + len(answer) == 300
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"filler": 5}, "filler"),
+        ({"filler": []}, "filler"),
+        ({"filler": [None]}, "filler.0"),
+        ({"needle": "no place for it"}, "needle"),
+        ({"needle": 5, "key_digits": "five"}, "needle: Input should be a valid string; key_digits"),
+        ({"key_digits": 0}, "key_digits"),
+        ({"key_digits": 10**12}, "key_digits"),
+    ],
+)
+def test_a_damaged_form_is_an_error(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    form = tmp_path / "passkey.json"
+    form.write_text(json.dumps(json.loads((locate("demo") / "passkey.json").read_text()) | change))
+    with pytest.raises(InputError, match=said):
+        PasskeyFormat.read(form)
+
+
+def test_noise_without_tokens_is_an_error_and_braces_are_text(demo_format: tuple[PasskeyFormat, Any]) -> None:
+    form, encode = demo_format
+    with pytest.raises(InputError, match="no tokens"):  # it would never fill the document
+        build_document(replace(form, filler=("",)), encode, 200, 0.5, np.random.default_rng(0))
+    made = replace(form, needle="{ {key} {other}")
+    prompt, _ = build_document(made, encode, 200, 0.0, np.random.default_rng(0))
+    key = "".join(str(d) for d in np.random.default_rng(0).integers(0, 10, size=5))
+    needle = encode(f"{{ {key} {{other}}")
+    assert any(prompt[at : at + len(needle)] == needle for at in range(len(prompt)))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,9 +100,9 @@ def _text(name: str, content: str, encode: Encode, data_set: dict[str, Any] | No
 
 def _read_ids(path: Path, vocab: int | None) -> Text:
     try:
-        ids = np.load(path, allow_pickle=False)
         content = path.read_bytes()
-    except (OSError, ValueError) as error:
+        ids = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)  # np.load takes archives too
+    except Exception as error:  # numpy raises many things for a damaged head
         raise InputError(f"{path}: can't be read as token ids ({error})") from error
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or not ids.size:
         raise InputError(f"{path}: {ids.dtype} of shape {list(ids.shape)}; a list of integer token ids is needed")

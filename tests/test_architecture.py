@@ -34,6 +34,7 @@ LEVELS: tuple[set[str], ...] = (
         "file_output",
         "texts",
         "data_sets",
+        "devices",
     },
     {"recipe", "rope"},
     {"errors", "resources", "__init__"},

@@ -79,6 +79,12 @@ def test_token_ids_need_no_tokenizer(tmp_path: Path) -> None:
         ("empty.txt", b" \n", "no text in it"),
         ("binary.txt", b"\xff\xfe\x00", "can't be read as text"),
         ("no.npy", b"not an array", "can't be read as token ids"),
+        ("archive.npy", b"PK\x03\x04 of several", "can't be read as token ids"),
+        (
+            "vast.npy",
+            b"\x93NUMPY\x01\x00\x3a\x00{'descr': '<i8', 'fortran_order': False, 'shape': (10**15,)}\n",
+            "can't be read",
+        ),
         ("float.npy", np.zeros(3), "a list of integer token ids is needed"),
         ("large.npy", np.array([1, 999]), "token ids 1 … 999; the model has 256"),
         ("folder", "folder", "no .txt file"),

@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
+
+from lrconvert.errors import EnvironmentFailure
 
 _SUFFIX = {"": 1, "k": 1024, "m": 1024**2}
 
@@ -40,7 +44,31 @@ class Number(click.FloatRange):
         return number
 
 
+class OutputName(click.Path):
+    """Where results are written, known before anything is computed: a name in a folder that is there or can be made,
+    and `suffixes` that it gets there, none of which is a folder's."""
+
+    def __init__(self, *suffixes: str) -> None:
+        super().__init__(path_type=Path)
+        self.suffixes = suffixes
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = Path(super().convert(value, param, ctx))
+        if path.name in ("", ".."):
+            self.fail(f"{str(value)!r} has no name for a file", param, ctx)
+        for suffix in self.suffixes:
+            if (file := path.with_name(path.name + suffix)).is_dir():
+                self.fail(f"{file} is a folder", param, ctx)
+        there = next(folder for folder in path.absolute().parents if folder.exists())
+        if not there.is_dir():
+            self.fail(f"{there} is not a folder", param, ctx)
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise EnvironmentFailure(f"{there}: nothing can be written there")
+        return path
+
+
 TOKENS = Tokens()
+SEED = click.IntRange(0)  # what numpy takes
 
 model_argument = click.argument("model", metavar="MODEL")
 revision_option = click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id.")

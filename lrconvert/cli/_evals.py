@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lrconvert.cli import _output as out
+from lrconvert.cli._common import SEED, OutputName
 
 if TYPE_CHECKING:
     from lrconvert.evals.subject import Subject
@@ -20,7 +21,7 @@ def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of every evaluation."""
     options = (
         click.argument("artifact", metavar="MODEL|ARTIFACT"),
-        click.option("--seed", type=int, default=0, show_default=True),
+        click.option("--seed", type=SEED, default=0, show_default=True),
         click.option("--recipe", metavar="RECIPE", help="Evaluate a plain model under this recipe, without baking it."),
         click.option(
             "--code",
@@ -32,7 +33,7 @@ def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--threads", type=click.IntRange(1), help="Threads of the runtime."),
         click.option("--llama-library", "library", metavar="PATH", help="libllama for a GGUF."),
         click.option(
-            "-o", "--output", type=click.Path(path_type=Path), metavar="STEM", help="Write STEM.json, STEM.png."
+            "-o", "--output", type=OutputName(".json", ".png"), metavar="STEM", help="Write STEM.json, STEM.png."
         ),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
     )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import shlex
@@ -15,7 +16,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lrconvert.cli import _output as out
-from lrconvert.cli._common import TOKENS, Number, force_option, model_argument, revision_option, text_option
+from lrconvert.cli._common import (
+    SEED,
+    TOKENS,
+    Number,
+    OutputName,
+    force_option,
+    model_argument,
+    revision_option,
+    text_option,
+)
 
 if TYPE_CHECKING:
     from lrconvert.checkpoint import Model
@@ -35,9 +45,11 @@ class WeightedLengths(click.ParamType):
         found: dict[int, float] = {}
         for part in str(value).split(","):
             matched = re.fullmatch(r"([^:]+)(?::(\d+\.?\d*|\.\d+))?", part.strip())
-            if not matched or (weight := float(matched[2] or 1)) <= 0:
+            if not matched or not 0 < (weight := float(matched[2] or 1)) < math.inf:
                 self.fail(f"{part!r} is not a length with a weight above 0; 8k:0.5 is", param, ctx)
-            found[TOKENS.convert(matched[1], param, ctx)] = weight
+            if (length := TOKENS.convert(matched[1], param, ctx)) < 2:
+                self.fail("a length of 1 has no token that could be predicted", param, ctx)
+            found[length] = weight
         return found
 
 
@@ -54,7 +66,7 @@ class TierLength(click.ParamType):
 @model_argument
 @click.option("--target", type=TOKENS, required=True, help="The window to reach, in tokens: 64k.")
 @text_option
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="RECIPE",
+@click.option("-o", "--output", type=OutputName(".journal.jsonl"), required=True, metavar="RECIPE",
               help="Folder or .json file.")  # fmt: skip
 @click.option("--algorithm", type=click.Choice(["guided", "evolution"]), default="guided", show_default=True)
 @click.option("--space", type=click.Choice(["longrope", "longrope2"]), default="longrope", show_default=True)
@@ -68,7 +80,7 @@ class TierLength(click.ParamType):
               help="Sets to search: short (original window), long (target), a length; default: both.")  # fmt: skip
 @click.option("--budget", type=click.IntRange(1), metavar="EVALS",
               help="Evaluations of the long set, a quarter for a short one; default: the algorithm's.")  # fmt: skip
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--start-from", metavar="RECIPE", help="Begin with this recipe's sets; those not searched are kept.")
 @click.option("--journal", type=click.Path(path_type=Path), metavar="FILE",
               help="Every evaluation; default: RECIPE.journal.jsonl.")  # fmt: skip
@@ -107,6 +119,8 @@ def command(ctx: click.Context, model: str, output: Path, **options: Any) -> Non
 
     leading = os.environ.get("RANK", "0") == "0"
     target = output if output.suffix == ".json" else output / RECIPE_FILE
+    if output.suffix != ".json" and output.is_file():
+        raise UsageError(f"{output} is a file", remedy="Name a folder, or a file that ends in .json")
     if target.exists() and not options["force"] and not options["dry_run"]:
         raise UsageError(f"{target} exists", remedy="Choose another name, or replace it with --force")
     plan = _plan(model, output, options)
@@ -177,7 +191,7 @@ def _plan(reference: str, output: Path, options: dict[str, Any]) -> SearchPlan:
     from lrconvert.checkpoint import open_model
     from lrconvert.checkpoint.adapter import merged, open_adapter
     from lrconvert.checkpoint.base import refuse_quantised
-    from lrconvert.evals.subject import tokenizer_of
+    from lrconvert.evals.subject import resolved, tokenizer_of
     from lrconvert.recipe import load_recipe
     from lrconvert.search.run import SearchPlan
     from lrconvert.texts import read_texts, sources_of
@@ -190,6 +204,8 @@ def _plan(reference: str, output: Path, options: dict[str, Any]) -> SearchPlan:
         model = merged(model, adapter)
     window = options["original_window"] or _original_window(reference, model)
     start = load_recipe(options["start_from"]) if options["start_from"] else None
+    if start is not None:
+        resolved(start, model)
     lengths = _tier_lengths(options["tiers"], options["lengths"] or (), window, options["target"])
     shortest = 1 if options["allow_concatenate"] else options["target"]
     path, vocab = model.checkpoint.path, model.shape.vocab
@@ -248,6 +264,8 @@ def _tier_lengths(tiers: tuple[str | int, ...], weighted: Iterable[int], window:
     """The lengths to search sets for, each once."""
     from lrconvert.errors import UsageError
 
+    if window < 2:
+        raise UsageError(f"an original window of {window} token has nothing to extend")
     if target <= window:
         raise UsageError(
             f"--target {target} is within the original window, {window}",

@@ -13,6 +13,7 @@ from lrconvert import __version__
 from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.base import refuse_quantised
 from lrconvert.checkpoint.onnx_folder import OnnxCheckpoint
+from lrconvert.devices import torch_device
 from lrconvert.errors import UnsupportedError, require
 from lrconvert.evals.subject import Subject, resolved
 from lrconvert.output import Manifest
@@ -71,6 +72,7 @@ def open_reference(subject: Subject, *, device: str = "cpu", threads: int | None
     Raises `UnsupportedError` for weights that can't be read, `InputError` for a recipe that is another model's.
     """
     torch = require("torch", "hf", "the reference implementation")
+    torch_device(device, "hf", "the reference implementation")
     model, spec = computed(subject)
     before = torch.get_num_threads()
     try:

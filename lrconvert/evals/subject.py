@@ -13,6 +13,7 @@ from typing import Any
 
 from lrconvert.checkpoint import Model, locate, open_checkpoint, open_model
 from lrconvert.checkpoint.adapter import Adapter, choose_adapter, merged, open_adapter
+from lrconvert.devices import torch_device
 from lrconvert.errors import InputError, UsageError, require
 from lrconvert.output import Manifest, manifest_path
 from lrconvert.parity.codes import Code, Options, codes_of, kind_of
@@ -127,6 +128,8 @@ def opened(
     folder = subject.given is not None or kind_of(subject.artifact) == "hf"
     for module in ("torch", "transformers") if folder and code != REFERENCE else ():
         require(module, "hf", "an evaluation in transformers")
+    if folder and device.startswith("cuda"):
+        torch_device(device, "hf", "an evaluation in transformers")
     options = Options(device=device, dtype=dtype, threads=threads, library=library)
     with ExitStack() as stack:
         say = stack.enter_context(progress)

@@ -24,7 +24,8 @@ import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lrconvert.errors import EnvironmentFailure, UsageError
+from lrconvert.devices import torch_device
+from lrconvert.errors import UsageError
 from lrconvert.search.network import TrialRope, fuse_norms, load_network, replace_rotation
 from lrconvert.search.objective import Document, Objective
 from lrconvert.search.protocol import Answer, Question
@@ -317,15 +318,8 @@ def batches(documents: Sequence[Document], tokens: int) -> list[list[int]]:
 def _device(name: str | None) -> torch.device:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"--device {name}: {str(error).partition(chr(10))[0]}") from error
-    if device.type not in MAX_LOGITS:
-        raise UsageError(f"--device {name}: a search runs on cpu or cuda")
+    device = torch_device(name, "search", "a search")
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise EnvironmentFailure("--device cuda: this PyTorch sees no GPU", remedy="Use --device cpu")
         device = torch.device("cuda", device.index if device.index is not None else local)
         torch.cuda.set_device(device)
     return device

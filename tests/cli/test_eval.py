@@ -123,6 +123,7 @@ def test_bad_input(cli: Run, tmp_path: Path) -> None:
     """A text that is too short says by how much; what is missing is named."""
     short = tmp_path / "short.txt"
     short.write_text("In the beginning.")
+    (tmp_path / "p.json").mkdir()
     said = cli("eval", "perplexity", "demo", "--text", short, "--lengths", "4k")
     assert said.code == 3 and "tokens; 4096 are asked for" in said.err
     assert cli("eval", "perplexity", "demo", "--text", tmp_path / "none", "--lengths", "4k").code == 3
@@ -134,6 +135,14 @@ def test_bad_input(cli: Run, tmp_path: Path) -> None:
         (("--recipe", "nowhere"), 3, "no such recipe"),
         (("--text", "hf:a/b#none"), 2, "does not name a data set"),
         (("--text", "hf:a/b"), 6, "can't be reached"),
+        (("--seed", "-1"), 2, "'--seed'"),
+        (("--output", "."), 2, "no name for a file"),
+        (("--output", short / "p"), 2, "short.txt is not a folder"),
+        (("--output", tmp_path / "p"), 2, "p.json is a folder"),
+        (("--code", "reference", "--device", "much"), 2, "--device much"),
+        (("--code", "reference", "--device", "meta"), 2, "runs on cpu or cuda"),
+        (("--code", "reference", "--device", "cuda:99"), 6, "GPU"),
+        (("--device", "cuda:99"), 6, "GPU"),
     ):
         said = cli("eval", "perplexity", "demo", "--text", HELDOUT, "--lengths", "4k", *wrong)
         assert said.code == code and words in said.err and said.err.count("\n") == 1, said.err

@@ -80,7 +80,9 @@ def test_passkey_counts_keys_that_are_right_in_every_digit(demo_format: tuple[Pa
 
 
 @pytest.mark.parametrize("scheme", ["always", "never"])
-def test_the_key_is_read_behind_the_question(demo_format: tuple[PasskeyFormat, Any], scheme: Literal["always", "never"]) -> None:
+def test_the_key_is_read_behind_the_question(
+    demo_format: tuple[PasskeyFormat, Any], scheme: Literal["always", "never"]
+) -> None:
     """A SentencePiece tokenizer puts a space in front of what it reads alone, others join digits: the answer is what
     follows the question, and the document has its length all the same."""
     form, _ = demo_format

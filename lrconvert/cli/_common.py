@@ -53,7 +53,7 @@ class OutputName(click.Path):
         self.suffixes = suffixes
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        path = Path(super().convert(value, param, ctx))
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
         if path.name in ("", ".."):
             self.fail(f"{str(value)!r} has no name for a file", param, ctx)
         for suffix in self.suffixes:

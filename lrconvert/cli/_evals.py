@@ -53,8 +53,11 @@ def subject_of(shared: dict[str, Any]) -> Subject:
 
 def opened_session(shared: dict[str, Any], *, text: bool = True):
     """A session on the artifact, its tokenizer (unless no `text` is read), and what reports progress."""
+    from lrconvert.errors import require
     from lrconvert.evals.subject import opened
 
+    if shared["output"] is not None:
+        require("matplotlib", "plot", "the picture that -o writes")  # said before anything is computed
     return opened(
         subject_of(shared),
         code=shared["code"],

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,8 @@ def passkey(depths: int, trials: int, form: Path | None, **shared: Any) -> None:
     from lrconvert.evals.passkey import PROTOCOL, PasskeyFormat, by_length, measure_passkey
     from lrconvert.plotting import plot_passkey
 
-    sentences = PasskeyFormat.read(form or _own_form(subject_of(shared).artifact))
+    path = form or _own_form(subject_of(shared).artifact)
+    sentences = PasskeyFormat.read(path)
     with opened_session(shared) as (session, encode, say):
         rows = measure_passkey(
             session,
@@ -124,6 +126,7 @@ def passkey(depths: int, trials: int, form: Path | None, **shared: Any) -> None:
     result = {
         "evaluation": "passkey",
         "protocol": PROTOCOL,
+        "form": {"name": path.name, "sha256": sha256(path.read_bytes()).hexdigest()},
         "lengths": [total.to_json() for total in totals],
         "rows": [row.to_json() for row in rows],
     }

@@ -23,6 +23,7 @@ from lrconvert.checkpoint import open_checkpoint
 from lrconvert.errors import InputError, UnsupportedError
 from lrconvert.evals.earlier import pack
 from lrconvert.evals.figures import Figure, mean_figure
+from lrconvert.evals.perplexity import finite
 from lrconvert.evals.prompts import PromptTokenizer, Row
 from lrconvert.evals.tasks import Asked, quiet
 from lrconvert.families.base import rope_section
@@ -106,6 +107,7 @@ class SessionModel(LM):
             self._say(f"{done} of {len(kept)} requests")
             scores = self.session.score([kept[at].tokens.tolist() for at in batch], [kept[at].judged for at in batch])
             for at, score in zip(batch, scores, strict=True):
+                finite(score, lengths[at])
                 found[at] = -float(score.losses.sum()), bool(score.preferred.all())
             done += len(batch)
         return found

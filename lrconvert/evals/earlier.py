@@ -56,7 +56,11 @@ def pack(scores: Sequence[float]) -> str:
 
 
 def unpack(packed: str) -> list[float]:
-    return [float(score) for score in packed.split()]
+    """Raises `ValueError` for what is no score: all are shares, and so is what this evaluation writes."""
+    found = [float(score) for score in packed.split()]
+    if any(not 0 <= score <= 1 for score in found):  # nor nan
+        raise ValueError("a score is not between 0 and 1")
+    return found
 
 
 def read_earlier(path: Path) -> EarlierResult:
@@ -85,7 +89,7 @@ def check_comparable(earlier: EarlierResult, asked: Sequence[Asked], files: Mapp
     """Before anything is loaded: `UsageError` names everything that was asked differently then."""
     then = {row.task: row for row in earlier.rows}
     differing: list[tuple[str, Any, Any]] = [
-        ("tasks", ", ".join(then), ", ".join(found.name for found in asked)),
+        ("tasks", ", ".join(row.task for row in earlier.rows), ", ".join(found.name for found in asked)),
         ("seed", earlier.seed, seed),
     ]
     for now in asked:

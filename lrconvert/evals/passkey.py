@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError
 from lrconvert.checkpoint import read_json
 from lrconvert.errors import InputError
 from lrconvert.evals.figures import Figure, share_figure
+from lrconvert.evals.perplexity import finite
 from lrconvert.runtimes.base import Session
 
 Encode = Callable[[str], list[int]]
@@ -135,7 +136,7 @@ def found_key(
     """
     prompt, answer = build_document(form, encode, length, depth, rng)
     (scores,) = session.score([prompt + answer], [len(answer)])
-    return bool(scores.preferred.all())
+    return bool(finite(scores, length).preferred.all())
 
 
 def passkey_accuracy(

@@ -11,7 +11,7 @@ import numpy as np
 from lrconvert.errors import InputError
 from lrconvert.evals.figures import Figure, perplexity_figure
 from lrconvert.evals.protocols import JUDGED, Plan
-from lrconvert.runtimes.base import Session
+from lrconvert.runtimes.base import Scores, Session
 
 CLUSTER = 64  # judged tokens that are resampled together
 
@@ -71,6 +71,11 @@ def _losses(session: Session, tokens: Tokens, judged: int) -> np.ndarray:
     """Losses (nats) of the last `judged` of `tokens`."""
     row = np.asarray(tokens, dtype=np.int64).tolist()
     (scores,) = session.score([row], [judged])
+    return finite(scores, len(row)).losses
+
+
+def finite(scores: Scores, length: int) -> Scores:
+    """The scores of a row. `InputError` where they are of a broken model, which prefers nothing and finds nothing."""
     if not np.isfinite(scores.losses).all():
-        raise InputError(f"the model's losses in a context of {len(row)} tokens are not all numbers (nan or infinity)")
-    return scores.losses
+        raise InputError(f"the model's losses in a context of {length} tokens are not all numbers (nan or infinity)")
+    return scores

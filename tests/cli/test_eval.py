@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ def test_passkey_in_both_runtimes(cli: Run, file: Path, tmp_path: Path) -> None:
         assert result.code == 0 and "3 of 3" in result.out, result.err
         kept = json.loads((tmp_path / "k.json").read_text())
         rows = kept["rows"]
+        assert kept["form"]["sha256"] == hashlib.sha256((locate("demo") / "passkey.json").read_bytes()).hexdigest()
         assert [(total["length"], total["hits"], total["trials"]) for total in kept["lengths"]] == [
             (512, 3, 3),
             (1024, 3, 3),
@@ -148,6 +150,14 @@ def test_bad_input(cli: Run, tmp_path: Path) -> None:
         assert said.code == code and words in said.err and said.err.count("\n") == 1, said.err
     assert cli("eval", "perplexity", "demo", "--lengths", "4k").code == 3
     assert cli("eval", "passkey", tmp_path / "nothing", "--lengths", "1k").code == 3
+
+
+def test_without_what_draws_pictures_it_says_so_first(
+    cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    said = cli("eval", "passkey", "demo", "--lengths", "512", "-o", tmp_path / "k")
+    assert said.code == 6 and "pip install 'lrconvert[plot]'" in said.err and not (tmp_path / "k.json").exists()
 
 
 def test_the_plain_form_is_a_form() -> None:

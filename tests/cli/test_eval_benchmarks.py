@@ -79,6 +79,12 @@ def test_results_of_other_questions_are_not_compared(cli: Run, data: Path, tmp_p
         path.write_text(damage)
         said = cli(*asked(data, "--shots", 2, "--against", path))
         assert said.code == 3 and "e.json: " in said.err, damage
+    rows[0]["questions"] = 9
+    for score in ("nan", "inf", "5", "-1"):
+        rows[0]["scores"] = "0 " * 8 + score
+        path.write_text(json.dumps(earlier))
+        said = cli(*asked(data, "--shots", 2, "--against", path))
+        assert said.code == 3 and "a score is not between 0 and 1" in said.err, score
     assert cli(*asked(data, "--against", tmp_path / "none.json")).code == 3
 
 

@@ -406,6 +406,12 @@ def test_identical_requests_are_asked_once() -> None:
         model.generate_until([])
 
 
+def test_a_broken_model_has_no_score() -> None:
+    """nan is larger than nothing and smaller than nothing: answers of such a model would count as wrong."""
+    with pytest.raises(InputError, match="not all numbers"):
+        session_model(Judge(lambda text: math.nan), DEMO, 4096).loglikelihood(instances([("In the", " beginning")]))
+
+
 def test_batches_hold_what_fits_on_one_side_of_the_boundary() -> None:
     lengths = np.random.default_rng(0).integers(1, 100, size=200).tolist()
     made = list(batches(lengths, 500, boundary=50))

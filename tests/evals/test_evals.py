@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +16,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lrconvert.checkpoint import locate
 from lrconvert.errors import InputError
-from lrconvert.evals.passkey import PasskeyFormat, build_document, passkey_accuracy
+from lrconvert.evals.passkey import PasskeyFormat, build_document, measure_passkey, passkey_accuracy
 from lrconvert.evals.perplexity import same_token_perplexity
-from lrconvert.runtimes.base import scores_of
+from lrconvert.runtimes.base import Scores, scores_of
 
 
 def test_losses_are_negative_log_probabilities() -> None:
@@ -77,6 +78,28 @@ def test_passkey_counts_keys_that_are_right_in_every_digit(demo_format: tuple[Pa
     assert passkey_accuracy(Oracle(), form, encode, 200, (0.1, 0.9)) == 1.0
     assert passkey_accuracy(Oracle(blind=True), form, encode, 200, (0.1, 0.9)) == 0.0
     assert passkey_accuracy(Oracle(slips=True), form, encode, 200, (0.1, 0.9)) == 0.0
+    with pytest.raises(InputError, match="not all numbers"):  # and not that it found none
+        passkey_accuracy(Oracle(sharpness=np.nan), form, encode, 200, (0.1, 0.9))
+
+
+def test_every_trial_is_a_document_of_its_own_and_all_of_its_key_counts(demo_format: tuple[PasskeyFormat, Any]) -> None:
+    """Lengths, depths, trials and seeds all draw other keys; as many tokens are judged as the key has."""
+    form, encode = demo_format
+    counts: list[int] = []
+
+    class Counting(Oracle):
+        def score(self, rows: Sequence[Sequence[int]], judged: Sequence[int]) -> list[Scores]:
+            counts.extend(judged)
+            return super().score(rows, judged)
+
+    oracle = Counting()
+    for seed in (0, 1):
+        rows = measure_passkey(oracle, form, encode, (200, 300), depths=2, trials=3, seed=seed)
+        assert [(row.length, row.hits, row.trials, row.depth) for row in rows] == [
+            (length, 3, 3, depth) for length in (200, 300) for depth in (0.0, 1.0)
+        ]
+    assert counts == [5] * 24 and len({tuple(row[-5:]) for row in oracle.asked}) == 24
+    assert [len(row) for row in oracle.asked] == ([200] * 6 + [300] * 6) * 2
 
 
 @pytest.mark.parametrize("scheme", ["always", "never"])

@@ -105,6 +105,16 @@ def test_figures_of_every_protocol_say_what_they_are_made_of() -> None:
         assert row.perplexity.low <= row.perplexity.value <= row.perplexity.high
 
 
+def test_what_is_asked_is_what_the_plan_says() -> None:
+    """Of every text its own tokens, from where a context starts to where it ends."""
+    texts, oracle = [np.arange(1, 401), np.arange(1001, 1301)], Oracle()
+    plan = Plan((100,), step=40, document_tokens=180, windows=3)
+    measure_perplexity(oracle, texts, plan)
+    contexts = plan.contexts([400, 300], 100)
+    assert {context.text for context in contexts} == {0, 1} and any(context.start for context in contexts)
+    assert oracle.asked == [texts[each.text][each.start : each.end].tolist() for each in contexts]
+
+
 def test_losses_that_are_no_numbers_are_refused() -> None:
     with pytest.raises(InputError, match="not all numbers"):
         measure_perplexity(Oracle(sharpness=np.nan), [np.ones(100, dtype=int)], Plan((50,), whole=True))

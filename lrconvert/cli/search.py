@@ -135,7 +135,8 @@ def command(ctx: click.Context, model: str, output: Path, **options: Any) -> Non
     path = write_recipe(recipe, output, force=options["force"])
     _summary(recipe)
     out.say(f"{path}: {len(recipe.tiers)} tiers, up to {recipe.tiers[-1].max_length} tokens")
-    out.hint(f"next: lrconvert hf {model} --recipe {output} -o {recipe.name}")
+    baked = recipe.name if output.resolve() != Path(recipe.name).resolve() else f"{recipe.name}-model"
+    out.hint(f"next: {shlex.join(['lrconvert', 'hf', model, '--recipe', str(output), '-o', baked])}")
 
 
 def _run(plan: SearchPlan, output: Path, options: dict[str, Any], leading: bool) -> Recipe:

@@ -394,6 +394,17 @@ def test_prompts_beyond_the_window_lose_their_start_and_are_counted() -> None:
         model.loglikelihood(instances([("In the", "")]))
 
 
+def test_a_long_text_is_judged_in_windows_that_fit() -> None:
+    """Every token once, behind at least one token, in rows of at most the window."""
+    session = Judge(lambda text: 0.25)
+    model = replace(session_model(session, DEMO, 4096), window=16)
+    text = "In the beginning God created the heaven and the earth. " * 5
+    (ids,) = model.tokenizer.encode([text]).values()
+    (found,) = model.loglikelihood_rolling(instances([(text,)]))
+    assert len(ids) > 3 * 16 and max(map(len, session.asked)) == 16 and len(session.asked) == -(-len(ids) // 15)
+    assert found == pytest.approx(len(session.asked) * math.log(0.25))
+
+
 def test_identical_requests_are_asked_once() -> None:
     session = Judge(lambda text: 0.25)
     said: list[str] = []

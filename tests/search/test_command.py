@@ -331,6 +331,16 @@ def test_bad_input_is_said(changes: list[str], code: int, expected: str, text: P
     assert not (tmp_path / "r").exists()
 
 
+def test_what_comes_next_is_not_into_the_recipe(
+    text: Path, cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is a command as it stands, whatever the names have in them."""
+    monkeypatch.chdir(tmp_path)
+    for output, baked in (("my set", "'my set-model'"), ("sets/my set", "'my set'")):
+        found = cli(*arguments(text, Path(output), "--budget", "1", "--tier", "long"))
+        assert found.err.strip().endswith(f"next: lrconvert hf demo --recipe '{output}' -o {baked}"), found.err
+
+
 def test_no_text_and_an_output_that_exists(text: Path, whole: Path, cli: Run, tmp_path: Path) -> None:
     found = cli("search", "demo", "--target", "256", "-o", tmp_path / "r")
     assert found.code == 3 and "no text to read" in found.err

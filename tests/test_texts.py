@@ -56,6 +56,7 @@ def test_texts_are_files_folders_and_token_ids(tmp_path: Path) -> None:
         ("ids.npy", [1, 2, 3]),
     ]
     assert found[0].described() == {"name": "a.txt", "sha256": hashlib.sha256(b"aaa").hexdigest(), "tokens": 3}
+    assert found[2].sha256 == hashlib.sha256((tmp_path / "ids.npy").read_bytes()).hexdigest()
     assert len({text.sha256 for text in found}) == 3
 
 
@@ -87,6 +88,7 @@ HEAD = b"\x93NUMPY\x01\x00G\x00{'descr': '<i8', 'fortran_order': False, 'shape':
         ("vast.npy", HEAD, "can't be read as token ids"),
         ("float.npy", np.zeros(3), "a list of integer token ids is needed"),
         ("large.npy", np.array([1, 999]), "token ids 1 … 999; the model has 256"),
+        ("edge.npy", np.array([1, 256]), "token ids 1 … 256; the model has 256"),
         ("folder", "folder", "no .txt file"),
     ],
 )

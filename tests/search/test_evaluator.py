@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +22,9 @@ from lrconvert.checkpoint.adapter import merged, open_adapter
 from lrconvert.errors import UsageError
 from lrconvert.reference import FactorSet, Reference, Rotation
 from lrconvert.runtimes.base import scores_of
-from lrconvert.search.evaluator import TransformersEvaluator, batches
-from lrconvert.search.network import _FusedNorm, fuse_norms, load_network
+from lrconvert.search import network
+from lrconvert.search.evaluator import MAX_LOGITS, TransformersEvaluator, batches
+from lrconvert.search.network import TrialRope, _FusedNorm, fuse_norms, load_network
 from lrconvert.search.objective import Document, Objective, build_objective
 from lrconvert.search.protocol import Answer, Question
 from lrconvert.search.space import Candidate, space_for
@@ -91,6 +94,24 @@ def test_gradients_are_differences(family: str, pico: Callable[..., Model]) -> N
         losses = [loss_of(evaluator, objective, end).loss for end in ends]
         apart = np.log(ends[0].steps[index] / ends[1].steps[index])
         assert with_gradient.gradient[index] == pytest.approx((losses[0] - losses[1]) / apart, rel=0.05, abs=2e-5)
+
+
+def test_a_gradient_made_in_chunks_is_that_of_one_pass(
+    pico: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To its size, which differences leave open by a twentieth."""
+    model = pico("llama")
+    evaluator = TransformersEvaluator(model, device="cpu", dtype="float64")
+    objective, candidate = objective_for(model, documents=2), candidate_for(model)
+    monkeypatch.setitem(MAX_LOGITS, "cpu", model.shape.vocab * 2 * 50)
+    found = loss_of(evaluator, objective, candidate, gradient=True).gradient
+    given = evaluator.rope.log_factors = torch.tensor(candidate.factors).double().log().requires_grad_()
+    ids = torch.from_numpy(np.stack([document.tokens for document in objective.documents]))
+    logits = evaluator.network(input_ids=ids, use_cache=False).logits[:, :-1]
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    weights = torch.from_numpy(np.stack([objective.token_weights(index) for index in range(2)]))
+    (wanted,) = torch.autograd.grad((losses * weights).sum(), given)
+    assert found == pytest.approx(wanted.tolist(), rel=1e-4, abs=1e-7)
 
 
 def _moved(candidate: Candidate, index: int, by: int) -> tuple[int, ...]:
@@ -180,6 +201,30 @@ def test_documents_share_a_pass_and_keep_their_losses(pico: Callable[..., Model]
         for document in together.documents
     ]
     assert loss_of(evaluator, together, candidate).loss == pytest.approx(np.mean(alone), abs=1e-6)
+
+
+def test_layers_of_several_kinds_attend_to_everything(pico_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """As artifacts do: the windows of a config that has them in some layers don't count."""
+    folder = shutil.copytree(pico_folder("qwen2"), tmp_path / "mixed")
+    config = json.loads((folder / "config.json").read_text())
+    kinds = ["sliding_attention"] + ["full_attention"] * (config["num_hidden_layers"] - 1)
+    config |= {"use_sliding_window": True, "sliding_window": 16, "layer_types": kinds}
+    (folder / "config.json").write_text(json.dumps(config))
+    losses = []
+    for model in (open_model(pico_folder("qwen2")), open_model(folder)):
+        evaluator = TransformersEvaluator(model, device="cpu")
+        losses.append(loss_of(evaluator, objective_for(model), candidate_for(model)).loss)
+    assert losses[0] == losses[1]
+
+
+def test_tables_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What holds for a document of millions of tokens: parts, joined, are the whole."""
+    rope = TrialRope(1e4, 8)
+    rope.candidate = Candidate((100, 110, 150, 300), 4)
+    x, positions = torch.zeros(1), torch.arange(10)[None]
+    whole = rope(x, positions)
+    monkeypatch.setattr(network, "TABLE_ROWS", 3)
+    assert all(torch.equal(one, other) for one, other in zip(rope(x, positions), whole, strict=True))
 
 
 def test_a_gguf_file_is_searched_as_its_folder(pico_folder: Callable[..., Path], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -339,3 +339,12 @@ def test_unknown_devices_and_kernels_are_usage_errors(pico: Callable[..., Model]
         TransformersEvaluator(pico("llama"), device="nonsense")
     with pytest.raises(UsageError, match="no attention kernel"):
         TransformersEvaluator(pico("llama"), device="cpu", attention="nonsense")
+
+
+def test_who_waits_for_others_is_not_asked_for_something_else(pico: Callable[..., Model]) -> None:
+    """A pass with a gradient beside one without would wait for ever."""
+    model = pico("llama")
+    evaluator, candidate = TransformersEvaluator(model, device="cpu"), candidate_for(model)
+    evaluator.width, evaluator._workers._mesh = 2, cast("Any", object())
+    with pytest.raises(ValueError, match="different things"):
+        evaluator.answer(objective_for(model), [Question(candidate), Question(candidate, gradient=True)])

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -26,15 +25,14 @@ from typing import Any
 import numpy as np
 from _common import RESULTS, save
 
-from lrconvert.checkpoint import Model, locate, open_model
+from lrconvert.checkpoint import Model, open_model
 from lrconvert.evals.earlier import unpack
 from lrconvert.evals.figures import difference_figure, share_figure
-from lrconvert.evals.passkey import PasskeyFormat, measure_passkey
+from lrconvert.evals.passkey import PasskeyFormat, by_length, form_of, measure_passkey
 from lrconvert.evals.perplexity import measure_perplexity
 from lrconvert.evals.protocols import Plan
 from lrconvert.evals.subject import tokenizer_of
 from lrconvert.recipe import Recipe, derive_recipe, load_recipe, write_recipe
-from lrconvert.resources import DATA
 from lrconvert.rope import longrope_attention_factor
 from lrconvert.runtimes.transformers import open_session
 from lrconvert.targets import hf
@@ -107,20 +105,17 @@ class Table:
 
     def _ask(self, name: str, folder: Path) -> dict[str, Any]:
         options, device = self.options, self.devices.get()
-        own = locate("demo") / "passkey.json" if options.model == "demo" else DATA / "passkey.json"
         try:
             with ExitStack() as stack:
                 session = stack.enter_context(open_session(folder, custom=True, device=device, dtype=options.dtype))
                 rows = measure_perplexity(session, self.texts, self.plan)
-                form, encode = PasskeyFormat.read(own), tokenizer_of(folder)
+                # Of the model: what is baked from it carries none.
+                form, encode = PasskeyFormat.read(form_of(self.model.checkpoint.path)), tokenizer_of(folder)
                 keys = measure_passkey(session, form, encode, self.lengths, trials=options.trials)
                 runtime = session.info
         finally:
             self.devices.put(device)
-        passkeys = {}
-        for length in self.lengths:
-            here = [row for row in keys if row.length == length]
-            passkeys[length] = [sum(row.hits for row in here), sum(row.trials for row in here)]
+        passkeys = {total.length: [total.hits, total.trials] for total in by_length(keys)}
         print(name, [round(row.perplexity.value, 2) for row in rows], passkeys, flush=True)
         return {"perplexity": [asdict(row) for row in rows], "passkeys": passkeys, "runtime": runtime}
 
@@ -128,19 +123,21 @@ class Table:
 # --- the page --------------------------------------------------------------------------------------------
 
 
-def promises(result: dict[str, Any]) -> dict[str, Any]:
-    """Perplexity of the searched set over that of the best other set, at the longest length; and over the unmodified
-    model's, within its window."""
+def promised(result: dict[str, Any]) -> list[str]:
+    """The searched set beside the best other one at the longest length, and beside the unmodified model within its
+    window; nothing where only some sets were asked."""
     values = {
         name: [row["perplexity"]["value"] for row in found["perplexity"]] for name, found in result["sets"].items()
     }
-    others = {name: found[-1] for name, found in values.items() if name != SEARCHED}
-    best = min(others, key=lambda name: others[name])
-    return {
-        "over_best_at_longest": values[SEARCHED][-1] / others[best],
-        "over_unmodified_in_window": values[SEARCHED][0] / values[UNMODIFIED][0],
-        "best_other": best,
-    }
+    if not {SEARCHED, UNMODIFIED} <= values.keys():
+        return []
+    best = min(values.keys() - {SEARCHED}, key=lambda name: values[name][-1])
+    return [
+        "",
+        f"At {result['lengths'][-1]:,} tokens the searched set has {values[SEARCHED][-1] / values[best][-1]:.3f} of "
+        f"the perplexity of the best other one ({best}); within the original window "
+        f"{values[SEARCHED][0] / values[UNMODIFIED][0]:.3f} of the unmodified model's.",
+    ]
 
 
 def page(result: dict[str, Any], before: dict[str, Any] | None, after: dict[str, Any] | None) -> str:
@@ -161,12 +158,8 @@ def page(result: dict[str, Any], before: dict[str, Any] | None, after: dict[str,
     for name, found in result["sets"].items():
         cells = [f"{row['perplexity']['value']:.2f}" for row in found["perplexity"]]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    told = promises(result)
     lines += [
-        "",
-        f"At {lengths[-1]:,} tokens the searched set has {told['over_best_at_longest']:.3f} of the perplexity of the "
-        f"best other one ({told['best_other']}); within the original window {told['over_unmodified_in_window']:.3f} of "
-        "the unmodified model's.",
+        *promised(result),
         "",
         "Passkeys found, and the 95 % interval of their share:",
         "",
@@ -186,7 +179,7 @@ def page(result: dict[str, Any], before: dict[str, Any] | None, after: dict[str,
 
 def benchmarks(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     lines = [
-        f"Short benchmarks, within the original window. {after['protocol'].capitalize()}.",
+        f"Short benchmarks, within the original window. Protocol: {after['protocol']}.",
         "",
         "| task | shots | questions | unmodified | searched | difference, paired |",
         "|---|---:|---:|---:|---:|---:|",
@@ -209,7 +202,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot, ticker
 
     figure, axis = pyplot.subplots(figsize=(8.5, 4.2))
-    low, high = [math.inf], [0.0]
+    low, high = [], []
     for name, found in result["sets"].items():
         values = [row["perplexity"] for row in found["perplexity"]]
         thick = name == SEARCHED
@@ -221,7 +214,8 @@ def picture(result: dict[str, Any], path: Path) -> None:
             axis.fill_between(lengths, low, high, color="black", alpha=0.12)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
-    axis.set_ylim(0.85 * min(low), HIGHEST * max(high))
+    if low:
+        axis.set_ylim(0.85 * min(low), HIGHEST * max(high))
     axis.yaxis.set_major_formatter(ticker.ScalarFormatter())
     axis.yaxis.set_minor_formatter(ticker.ScalarFormatter())
     axis.set_xticks(result["lengths"], [f"{length // 1024}k" for length in result["lengths"]])
@@ -275,7 +269,6 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             save(path.stem, {"name": options.name, **Table(options, options.keep or Path(folder)).measure()})
     result = json.loads(path.read_text())
-    result["lengths"] = list(result["lengths"])
     parts = [path.with_name(f"{path.stem}-{when}.json") for when in ("before", "after")]
     before, after = (json.loads(part.read_text()) if part.exists() else None for part in parts)
     path.with_suffix(".md").write_text(page(result, before, after), encoding="utf-8")

@@ -17,6 +17,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from importlib import import_module
 from types import ModuleType
+from typing import Any
+
+
+def first_problem(error: Any, whole: str = "") -> str:
+    """Where and what, of a pydantic `ValidationError`; `whole` is what no key is named for."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or whole
+    return f"{where}: {first['msg']}" if where else first["msg"]
 
 
 class LrconvertError(Exception):

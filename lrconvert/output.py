@@ -28,7 +28,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from lrconvert import __version__
-from lrconvert.errors import EnvironmentFailure, InputError, LrconvertError, UsageError
+from lrconvert.errors import EnvironmentFailure, InputError, LrconvertError, UsageError, first_problem
 
 MANIFEST = "lrconvert.json"
 _PART = re.compile(r"(?P<stem>.+)-\d{5}-of-\d{5}")
@@ -88,9 +88,7 @@ class Manifest:
         except OSError as error:
             raise InputError(f"{path}: can't be read ({error.strerror or error})") from error
         except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"]) or "the file"
-            raise InputError(f"{path}: not a manifest ({key}: {first['msg']})") from error
+            raise InputError(f"{path}: not a manifest ({first_problem(error, 'the file')})") from error
         for section, key in (("source", "model"), ("recipe", "name")):
             if not isinstance(getattr(found, section).get(key), str):
                 raise InputError(f"{path}: not a manifest ({section}.{key} is no text)")

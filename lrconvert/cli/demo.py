@@ -82,21 +82,15 @@ def _step(text: str) -> None:
 
 def _measure(artifact: Path | None) -> list[Measured]:
     """Perplexity and passkey of the artifact's own code, or of the unmodified model."""
-    from tokenizers import Tokenizer
-
     from lrconvert.checkpoint import locate
     from lrconvert.evals.passkey import PasskeyFormat, passkey_accuracy
     from lrconvert.evals.perplexity import same_token_perplexity
+    from lrconvert.evals.subject import tokenizer_of
     from lrconvert.runtimes.transformers import open_session
 
     source = locate("demo")
-    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
-    form = PasskeyFormat.read(source / "passkey.json")
-    text = tokenizer.encode((source / "heldout.txt").read_text(encoding="utf-8"), add_special_tokens=False).ids
-
-    def encode(piece: str) -> list[int]:
-        return tokenizer.encode(piece, add_special_tokens=False).ids
-
+    encode, form = tokenizer_of(source), PasskeyFormat.read(source / "passkey.json")
+    text = encode((source / "heldout.txt").read_text(encoding="utf-8"))
     rows = []
     with open_session(artifact or source, custom=artifact is not None) as session, out.spinner() as say:
         for length in LENGTHS:

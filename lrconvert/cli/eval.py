@@ -105,10 +105,10 @@ def passkey(depths: int, trials: int, form: Path | None, **shared: Any) -> None:
     \b
     lrconvert eval passkey my-model --lengths 4k,16k --depths 10
     """
-    from lrconvert.evals.passkey import PROTOCOL, PasskeyFormat, by_length, measure_passkey
+    from lrconvert.evals.passkey import PROTOCOL, PasskeyFormat, by_length, form_of, measure_passkey
     from lrconvert.plotting import plot_passkey
 
-    path = form or _own_form(subject_of(shared).artifact)
+    path = form or form_of(subject_of(shared).artifact)
     sentences = PasskeyFormat.read(path)
     with opened_session(shared) as (session, encode, say):
         rows = measure_passkey(
@@ -134,11 +134,3 @@ def passkey(depths: int, trials: int, form: Path | None, **shared: Any) -> None:
     report(shared, info, result, ("tokens", "found", "share (95 %)"), table)
     title = title_of(shared, "passkey")
     plotted(shared, lambda path: plot_passkey(rows, path, title=title, protocol=PROTOCOL))
-
-
-def _own_form(artifact: Path) -> Path:
-    """The sentences that come with a model, else plain English ones."""
-    from lrconvert.resources import DATA
-
-    own = artifact / "passkey.json"
-    return own if own.is_file() else DATA / "passkey.json"

@@ -11,7 +11,7 @@ import click
 
 from lrconvert.cli import _output as out
 from lrconvert.cli._common import TOKENS
-from lrconvert.cli._evals import opened_session, plotted, report, shared_options
+from lrconvert.cli._evals import opened_session, plotted, report, shared_options, subject_of
 
 if TYPE_CHECKING:
     from lrconvert.evals.benchmarks import BenchmarkRow
@@ -56,10 +56,9 @@ def benchmarks(
     lrconvert eval benchmarks MODEL --tasks arc_challenge,hellaswag --data DIR -o before
     lrconvert eval benchmarks my-model --tasks arc_challenge,hellaswag --data DIR --against before.json
     """
-    from lrconvert.checkpoint import locate
     from lrconvert.errors import require
 
-    locate(shared["artifact"])  # said before lm-eval is imported, which takes seconds
+    subject = subject_of(shared)  # what is wrong with it is said before lm-eval is imported, which takes seconds
     lm_eval = require("lm_eval", "eval", "an evaluation on benchmarks")
     from lrconvert.evals.benchmarks import measure_benchmarks, protocol, session_model
     from lrconvert.evals.earlier import changed_prompts, check_comparable, differences, read_earlier
@@ -77,9 +76,8 @@ def benchmarks(
     if shots and (fixed := [found.name for found in asked if found.shots != shots]):
         out.warn(f"--shots does not apply to {', '.join(fixed)}, which has examples of its own")
     with opened_session(shared) as (session, _, say):
-        model = session_model(
-            session, locate(shared["artifact"]), batch_tokens or _batch_tokens(shared["device"]), progress=say
-        )
+        most = batch_tokens or _batch_tokens(shared["device"])
+        model = session_model(session, subject.artifact, most, progress=say)
         rows = measure_benchmarks(model, asked, seed)
         info = session.info
     refused = changed_prompts(earlier, rows) if earlier else None

@@ -312,14 +312,13 @@ def _tier(model: Model, window: int, length: int, texts: list[Any], start: Recip
 
 
 def _needles(model: Model, options: dict[str, Any], lengths: Any) -> list[Document]:
-    from lrconvert.evals.passkey import PasskeyFormat
+    from lrconvert.evals.passkey import PasskeyFormat, form_of
     from lrconvert.evals.subject import tokenizer_of
-    from lrconvert.resources import DATA
     from lrconvert.search.objective import needle_documents
 
-    own = model.checkpoint.path / "passkey.json"
-    form = options["form"] or (own if own.is_file() else DATA / "passkey.json")
-    return needle_documents(PasskeyFormat.read(form), tokenizer_of(model.checkpoint.path), lengths, options["seed"])
+    path = model.checkpoint.path
+    form = PasskeyFormat.read(options["form"] or form_of(path))
+    return needle_documents(form, tokenizer_of(path), lengths, options["seed"])
 
 
 # --- saying --------------------------------------------------------------------------------------------------

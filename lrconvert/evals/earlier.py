@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 
-from lrconvert.errors import InputError, UsageError
+from lrconvert.errors import InputError, UsageError, first_problem
 from lrconvert.evals.figures import Figure, difference_figure
 
 if TYPE_CHECKING:
@@ -75,9 +75,8 @@ def read_earlier(path: Path) -> EarlierResult:
     except OSError as error:
         raise InputError(f"{path}: can't be read ({error.strerror or error})") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise InputError(f"{path}: no result of `lrconvert eval benchmarks` ({where}: {first['msg']})") from error
+        problem = first_problem(error, "the file")
+        raise InputError(f"{path}: no result of `lrconvert eval benchmarks` ({problem})") from error
     except ValueError as error:
         raise InputError(f"{path}: no result of `lrconvert eval benchmarks` ({error})") from error
     if found.evaluation != "benchmarks":

@@ -15,6 +15,7 @@ from lrconvert.checkpoint import read_json
 from lrconvert.errors import InputError
 from lrconvert.evals.figures import Figure, share_figure
 from lrconvert.evals.perplexity import finite
+from lrconvert.resources import DATA
 from lrconvert.runtimes.base import Session
 
 Encode = Callable[[str], list[int]]
@@ -51,6 +52,12 @@ class PasskeyFormat:
             problems = (f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors())
             raise InputError.collect(path, problems) from error
         return cls(tuple(found.filler), found.needle, found.question, found.key_digits)
+
+
+def form_of(folder: Path) -> Path:
+    """The sentences that come with a model, else plain English ones."""
+    own = folder / "passkey.json"
+    return own if own.is_file() else DATA / "passkey.json"
 
 
 def build_document(

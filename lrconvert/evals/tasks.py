@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
-from lrconvert.errors import EnvironmentFailure, InputError, UnsupportedError, UsageError
+from lrconvert.errors import EnvironmentFailure, InputError, UnsupportedError, UsageError, first_problem
 
 MAX_LINE = 2**20  # bytes; the longest question of these benchmarks has a hundredth of that
 SCORED = ("multiple_choice", "loglikelihood")  # what a task may ask: the likelihood of given answers
@@ -232,9 +232,7 @@ def _read_line(where: str, text: bytes, line: type[Line]) -> Question:
     try:
         found = line.model_validate_json(text, strict=True).asked()
     except ValidationError as error:
-        first = error.errors()[0]
-        named = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{where}: {f'{named}: ' if named else ''}{first['msg']}") from error
+        raise InputError(f"{where}: {first_problem(error)}") from error
     except ValueError as error:
         raise InputError(f"{where}: the answer is none of the labels") from error
     if not found.gold < len(found.choices):

@@ -84,7 +84,7 @@ class SearchPlan:
                 for tier in self.tiers
             ],
             # Of a data set the commit may change while its rows stay; the text's digest would not.
-            "texts": [{key: text.described()[key] for key in ("name", "sha256", "tokens")} for text in self.texts],
+            "texts": [{"name": t.name, "sha256": t.sha256, "tokens": len(t.tokens)} for t in self.texts],
             "dtype": self.dtype,
         }
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from lrconvert.errors import EnvironmentFailure, UsageError
+from lrconvert.errors import UsageError
 
 
 class Workers:
@@ -75,8 +75,8 @@ class Workers:
 
     # --- weights -----------------------------------------------------------------------------------------
 
-    def place(self, network: nn.Module, layers: Any, device: torch.device) -> nn.Module:
-        """The network on the device; the weights of its layers in parts where they are shared."""
+    def place(self, network: nn.Module, layers: Any, device: torch.device) -> None:
+        """Move the network to the device; the weights of its layers in parts where they are shared."""
         if self.sharded:
             from torch.distributed.fsdp import fully_shard
 
@@ -84,7 +84,7 @@ class Workers:
             for layer in layers:
                 # Said, because no module above is wrapped: such a one would keep its weights after a forward pass.
                 fully_shard(layer, mesh=whole, reshard_after_forward=True)
-        return network.to(device)
+        network.to(device)
 
     # --- documents ---------------------------------------------------------------------------------------
 
@@ -126,6 +126,5 @@ class Workers:
 
     @property
     def _part(self) -> DeviceMesh:
-        if self._mesh is None:
-            raise EnvironmentFailure("no team was formed")
+        assert self._mesh is not None  # a team of one asks nobody
         return self._mesh["part"]

@@ -98,7 +98,7 @@ def test_two_processes_keep_the_same_journal(text: Path, whole: Path, tmp_path: 
 
 
 SHARDED = """
-import json, sys
+import json, os, sys
 import numpy as np
 from lrconvert.checkpoint import open_model
 from lrconvert.search.evaluator import TransformersEvaluator
@@ -111,7 +111,7 @@ tokens = np.arange(1, 129)
 objective = Objective("perplexity", (Document("text", tokens, ((128, 0, 127),)),), {128: 1.0})
 space = space_for(model.shape.rotary_dim, model.shape.theta, 32, 128)
 sets = [candidate for _, candidate in space.seeds()][:3]
-evaluator = TransformersEvaluator(model, device="cpu", sharded="RANK" in __import__("os").environ)
+evaluator = TransformersEvaluator(model, device="cpu", sharded="RANK" in os.environ)
 asked = [Question(sets[0]), Question(sets[1]), Question(sets[2]), Question(sets[0], gradient=True)]
 rounds = [asked[:2], asked[2:3], asked[3:]] if evaluator.width == 2 else [[question] for question in asked]
 answers, shares = [], set()

@@ -26,7 +26,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from lrconvert.families import expected_tensors, get_family, read_shape
-from lrconvert.shards import PlannedTensor, header_of
+from lrconvert.targets.hf.shards import PlannedTensor, header_of
 
 RESULTS = Path(__file__).parent / "results"
 CHUNK = 64 * 2**20

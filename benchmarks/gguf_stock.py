@@ -27,12 +27,12 @@ from _stock import stock, stock_versions, write_tokenizer
 
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.families import get_family
-from lrconvert.importing import Base, import_recipe
 from lrconvert.parity import Options, verify
 from lrconvert.parity.cases import Case, kept, stream
 from lrconvert.parity.judge import Judge
 from lrconvert.parity.measures import compare
 from lrconvert.recipe import Recipe, resolve, write_recipe
+from lrconvert.recipe.importing import Base, import_recipe
 from lrconvert.reference import FactorSet, Rotation
 from lrconvert.rope import RopeSpec
 from lrconvert.runtimes.base import Interpreter

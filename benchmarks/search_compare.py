@@ -27,13 +27,13 @@ from _common import save
 from lrconvert.checkpoint import open_model
 from lrconvert.cli._common import TOKENS
 from lrconvert.evals.subject import tokenizer_of
+from lrconvert.evals.texts import Text, read_texts, sources_of
 from lrconvert.search.evaluator import TransformersEvaluator
 from lrconvert.search.journal import Journal, Record, read_journal
 from lrconvert.search.objective import Objective, build_objective
 from lrconvert.search.protocol import Question
 from lrconvert.search.run import Progress, Search, SearchPlan, TierPlan
 from lrconvert.search.space import Candidate, Space, space_for
-from lrconvert.texts import Text, read_texts, sources_of
 
 MARKS = (16, 32, 48, 64, 96, 140, 256, 350, 500, 704)  # forward equivalents at which the best loss is told
 GOAL_AT = 700

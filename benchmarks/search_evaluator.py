@@ -151,7 +151,7 @@ def longest(evaluator: TransformersEvaluator, shape: ModelShape, length: int) ->
 
 def workers(model: str, count: int) -> dict[str, Any]:
     """Evaluations a minute of a search in one process and in `count`, and whether their journals agree."""
-    from lrconvert.resources import DATA
+    from lrconvert.data import DATA
     from lrconvert.search.journal import read_journal
 
     seconds, journals = {}, []

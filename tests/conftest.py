@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from hypothesis import settings
-from pico import write_pico
+from support.pico import write_pico
 
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.recipe import Provenance, Recipe, write_recipe

@@ -11,8 +11,8 @@ from typing import Any
 from lrconvert.checkpoint.base import Checkpoint, Model, TensorInfo, read_json, understand
 from lrconvert.checkpoint.folder import FolderCheckpoint
 from lrconvert.checkpoint.source import describe_source
+from lrconvert.data import DATA
 from lrconvert.errors import EnvironmentFailure, InputError
-from lrconvert.resources import DATA
 
 __all__ = [
     "Checkpoint",

@@ -39,10 +39,9 @@ from lrconvert.checkpoint.base import (
     refuse_quantised,
     understand,
 )
-from lrconvert.checkpoint.source import describe_source
+from lrconvert.checkpoint.source import describe_source, sha256_of
 from lrconvert.checkpoint.tensor_file import TensorFile, other_dtypes
 from lrconvert.errors import InputError, UnsupportedError, UsageError
-from lrconvert.output import sha256_of
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."

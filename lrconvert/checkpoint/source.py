@@ -12,6 +12,7 @@ from typing import Any
 from lrconvert.checkpoint.base import Model
 from lrconvert.errors import InputError
 
+COPY_BYTES = 8 * 2**20
 _MOST = 100 * 2**20  # the longest header that safetensors allows
 
 
@@ -56,3 +57,12 @@ def _head_digest(path: Path) -> str:
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else 2**20
         return hashlib.sha256(file.read(min(size, _MOST))).hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    """The digest of a file, read in parts."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(COPY_BYTES):
+            digest.update(part)
+    return digest.hexdigest()

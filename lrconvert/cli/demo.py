@@ -38,13 +38,13 @@ def command(ctx: click.Context, output: Path, force: bool) -> int:
 
     Offline, about a minute on two cores. Leaves a folder to look into.
     """
+    from lrconvert.artifact.manifest import MANIFEST
     from lrconvert.cli.hf import command as hf_command
     from lrconvert.cli.verify import show
     from lrconvert.errors import ParityError, UsageError, require
-    from lrconvert.output import MANIFEST
     from lrconvert.parity import verify
-    from lrconvert.plotting import plot_recipe
     from lrconvert.recipe import load_recipe
+    from lrconvert.recipe.plotting import plot_recipe
 
     for module in ("torch", "transformers", "matplotlib"):
         require(module, "demo", "the demo")

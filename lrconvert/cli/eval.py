@@ -66,10 +66,10 @@ def perplexity(texts: tuple[str, ...], **shared: Any) -> None:
     lrconvert eval perplexity my-model --text books/ --lengths 4k,64k,512k --whole --sliding-window 256k
     """
     from lrconvert.evals.perplexity import measure_perplexity
+    from lrconvert.evals.plotting import plot_perplexity
     from lrconvert.evals.protocols import Plan
     from lrconvert.evals.subject import tokenizer_of
-    from lrconvert.plotting import plot_perplexity
-    from lrconvert.texts import read_texts, sources_of
+    from lrconvert.evals.texts import read_texts, sources_of
 
     plan = Plan(**{name: shared[name] for name in ("lengths", "judged", "windows", "whole", "step", "document_tokens")})
     sources, subject = sources_of(texts), subject_of(shared)
@@ -106,7 +106,7 @@ def passkey(depths: int, trials: int, form: Path | None, **shared: Any) -> None:
     lrconvert eval passkey my-model --lengths 4k,16k --depths 10
     """
     from lrconvert.evals.passkey import PROTOCOL, PasskeyFormat, by_length, form_of, measure_passkey
-    from lrconvert.plotting import plot_passkey
+    from lrconvert.evals.plotting import plot_passkey
 
     path = form or form_of(subject_of(shared).artifact)
     sentences = PasskeyFormat.read(path)

@@ -62,8 +62,8 @@ def benchmarks(
     lm_eval = require("lm_eval", "eval", "an evaluation on benchmarks")
     from lrconvert.evals.benchmarks import measure_benchmarks, protocol, session_model
     from lrconvert.evals.earlier import changed_prompts, check_comparable, differences, read_earlier
+    from lrconvert.evals.plotting import plot_benchmarks
     from lrconvert.evals.tasks import prepare
-    from lrconvert.plotting import plot_benchmarks
 
     seed = shared["seed"]
     earlier = None if against is None else read_earlier(against)

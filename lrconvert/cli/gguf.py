@@ -120,7 +120,7 @@ def command(
         library=found,
     )
     if not dry_run:
-        from lrconvert.file_output import check_files
+        from lrconvert.artifact.file_staging import check_files
 
         check_files(output, planned.names, force=force)
     _describe(planned, detailed=dry_run)

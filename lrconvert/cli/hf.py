@@ -67,10 +67,10 @@ def command(
     \b
     lrconvert hf demo --recipe demo-yarn-8x -o demo-32k
     """
+    from lrconvert.artifact.staging import check_output
     from lrconvert.checkpoint import open_model
     from lrconvert.checkpoint.adapter import choose_adapter, open_adapter
     from lrconvert.errors import UsageError
-    from lrconvert.output import check_output
     from lrconvert.recipe import load_recipe, recipe_folder
     from lrconvert.targets import hf
 
@@ -81,7 +81,7 @@ def command(
     if not dry_run:
         check_output(output, force=force)
         if name is not None:  # who can't publish learns it before the work
-            from lrconvert.hub_access import sign_in
+            from lrconvert.hub.access import sign_in
 
             sign_in(name)
     baked = load_recipe(recipe)
@@ -124,7 +124,7 @@ def command(
 
 
 def _describe(planned, *, detailed: bool) -> None:
-    from lrconvert.engines import assess
+    from lrconvert.engines.table import assess
 
     spec = planned.spec
     tiers = ", ".join(str(tier.max_length) for tier in spec.tiers)

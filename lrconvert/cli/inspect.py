@@ -12,7 +12,7 @@ from lrconvert.cli._common import model_argument, revision_option
 
 if TYPE_CHECKING:
     from lrconvert.checkpoint import Checkpoint, Model
-    from lrconvert.targets.hf.spelling import FoundRope
+    from lrconvert.checkpoint.rope_config import FoundRope
 
 FOREIGN = "foreign onnx"
 LONGROPE_KINDS = ("longrope", "su", "lrconvert")  # their config is what an engine reads
@@ -84,9 +84,9 @@ def inspect_graph(reference: str, revision: str | None = None) -> dict[str, Any]
     if not any(path.is_file() for path in [*folder.glob("*.onnx"), *folder.glob("onnx/*.onnx")]):
         return None
     from lrconvert.checkpoint.onnx_folder import is_own
+    from lrconvert.checkpoint.rope_config import read_rope
     from lrconvert.errors import require
     from lrconvert.families import get_family, read_shape
-    from lrconvert.targets.hf.spelling import read_rope
 
     require("onnx", "onnx", "a look into an ONNX graph")
     if is_own(folder):
@@ -113,7 +113,7 @@ def inspect_graph(reference: str, revision: str | None = None) -> dict[str, Any]
 
 def assess_found(found: FoundRope, model: Model) -> list[dict[str, Any]]:
     """What engines make of the rotation that a config has; of its keys too, where they are longrope's."""
-    from lrconvert.engines import assess
+    from lrconvert.engines.table import assess
     from lrconvert.rope import RopeSpec
 
     if not found.scaled or model.checkpoint.format == "onnx":
@@ -167,12 +167,12 @@ def inspect(reference: str, revision: str | None = None) -> dict[str, Any]:
     import dataclasses
     import math
 
+    from lrconvert.artifact.manifest import Manifest, manifest_path
     from lrconvert.checkpoint import open_model
     from lrconvert.checkpoint.onnx_folder import OnnxCheckpoint
-    from lrconvert.output import Manifest, manifest_path
-    from lrconvert.plotting import sparklines
+    from lrconvert.checkpoint.rope_config import FoundRope, read_rope
     from lrconvert.recipe import Provenance, Recipe
-    from lrconvert.targets.hf.spelling import FoundRope, read_rope
+    from lrconvert.recipe.plotting import sparklines
 
     model = open_model(reference, revision=revision, tolerant=True)
     checkpoint, shape = model.checkpoint, model.shape

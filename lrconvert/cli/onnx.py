@@ -66,9 +66,9 @@ def command(
     lrconvert recipe derive demo --method yarn --factor 8 -o demo-8x
     lrconvert onnx demo --recipe demo-8x -o demo-onnx
     """
+    from lrconvert.artifact.staging import check_output
     from lrconvert.checkpoint import open_model
     from lrconvert.checkpoint.adapter import choose_adapter, open_adapter
-    from lrconvert.output import check_output
     from lrconvert.recipe import load_recipe, recipe_folder
     from lrconvert.targets import onnx
 

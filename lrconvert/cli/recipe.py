@@ -69,8 +69,8 @@ def list_recipes(folder: Path | None, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="The recipe file itself.")
 def show(recipe: str, as_json: bool) -> None:
     """What a recipe is for and how its factors run."""
-    from lrconvert.plotting import sparklines
     from lrconvert.recipe import load_recipe
+    from lrconvert.recipe.plotting import sparklines
 
     loaded = load_recipe(recipe)
     if as_json:
@@ -139,9 +139,9 @@ def derive(
     lrconvert recipe derive demo --method yarn --factor 8 -o recipes/demo-8x
     """
     from lrconvert.checkpoint import open_checkpoint
+    from lrconvert.checkpoint.rope_config import read_rope
     from lrconvert.families import get_family, read_shape
     from lrconvert.recipe import derive_recipe
-    from lrconvert.targets.hf.spelling import read_rope
 
     checkpoint = open_checkpoint(model, revision=revision)
     family = get_family(checkpoint.config.get("model_type"))
@@ -198,7 +198,7 @@ def import_(
     lrconvert recipe import phi-3-mini-128k/config.json -o recipes/phi3
     lrconvert recipe import 4k_la2_256k.csv ft_la2_256k.csv --model meta-llama/Llama-2-7b-hf -o recipes/llama2
     """
-    from lrconvert.importing import Base, import_recipe
+    from lrconvert.recipe.importing import Base, import_recipe
 
     recipe, notes = import_recipe(sources, Base(family, theta, original_window, model), name)
     for note in notes:
@@ -224,9 +224,10 @@ def plot(recipe: str, output: Path | None, journal: Path | None) -> None:
     matplotlib, lines of text.
     """
     from lrconvert.errors import EnvironmentFailure
-    from lrconvert.plotting import journal_lines, plot_journal, plot_recipe, sparklines
     from lrconvert.recipe import load_recipe
+    from lrconvert.recipe.plotting import plot_recipe, sparklines
     from lrconvert.search.journal import read_journal
+    from lrconvert.search.plotting import journal_lines, plot_journal
 
     loaded = load_recipe(recipe)
     records = read_journal(journal).records if journal is not None else []

@@ -193,9 +193,9 @@ def _plan(reference: str, output: Path, options: dict[str, Any]) -> SearchPlan:
     from lrconvert.checkpoint.adapter import merged, open_adapter
     from lrconvert.checkpoint.base import refuse_quantised
     from lrconvert.evals.subject import resolved, tokenizer_of
+    from lrconvert.evals.texts import read_texts, sources_of
     from lrconvert.recipe import load_recipe
     from lrconvert.search.run import SearchPlan
-    from lrconvert.texts import read_texts, sources_of
 
     sources = sources_of(options["texts"]) if options["objective"] != "needle" or options["texts"] else []
     model = open_model(reference, revision=options["revision"])
@@ -250,7 +250,7 @@ def _default_dtype(device: str | None) -> str:
 
 
 def _original_window(reference: str, model: Model) -> int:
-    from lrconvert.targets.hf.spelling import read_rope
+    from lrconvert.checkpoint.rope_config import read_rope
 
     found = read_rope(model.checkpoint.config, model.shape)
     if found.scaled:

@@ -12,10 +12,10 @@ import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
 from lrconvert.checkpoint import read_json
+from lrconvert.data import DATA
 from lrconvert.errors import InputError
 from lrconvert.evals.figures import Figure, share_figure
 from lrconvert.evals.perplexity import finite
-from lrconvert.resources import DATA
 from lrconvert.runtimes.base import Session
 
 Encode = Callable[[str], list[int]]

@@ -10,18 +10,18 @@ from typing import Any, NoReturn
 import numpy as np
 
 from lrconvert import __version__
+from lrconvert.artifact.manifest import Manifest
 from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.base import refuse_quantised
 from lrconvert.checkpoint.onnx_folder import OnnxCheckpoint
-from lrconvert.devices import torch_device
+from lrconvert.checkpoint.rope_config import read_rope
 from lrconvert.errors import UnsupportedError, require
 from lrconvert.evals.subject import Subject, resolved
-from lrconvert.output import Manifest
 from lrconvert.parity.promise import promise
 from lrconvert.parity.stored import on_stored_weights
 from lrconvert.rope import RopeSpec
 from lrconvert.runtimes.base import Scores
-from lrconvert.targets.hf.spelling import read_rope
+from lrconvert.training.devices import torch_device
 
 
 class ReferenceSession:

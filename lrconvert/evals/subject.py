@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lrconvert.artifact.manifest import Manifest, manifest_path
 from lrconvert.checkpoint import Model, locate, open_checkpoint, open_model
 from lrconvert.checkpoint.adapter import Adapter, choose_adapter, merged, open_adapter
-from lrconvert.devices import torch_device
+from lrconvert.checkpoint.rope_config import read_rope
 from lrconvert.errors import InputError, UsageError, require
-from lrconvert.output import Manifest, manifest_path
+from lrconvert.evals.texts import Encode, Text
 from lrconvert.parity.codes import Code, Options, codes_of, kind_of
 from lrconvert.recipe import Recipe, load_recipe, parse_recipe, recipe_folder, resolve
 from lrconvert.rope import RopeSpec
 from lrconvert.runtimes.base import Session
 from lrconvert.targets import hf
-from lrconvert.targets.hf.spelling import read_rope
-from lrconvert.texts import Encode, Text
+from lrconvert.training.devices import torch_device
 
 Say = Callable[[str], None]
 REFERENCE = "reference"  # not code of an artifact: our implementation over its weights

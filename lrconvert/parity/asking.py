@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from lrconvert.engines.capability import by_context, project
 from lrconvert.errors import InputError
-from lrconvert.expressible import by_context, project
 from lrconvert.parity.cases import DECODED, Case, build_cases, kept, stream
 from lrconvert.parity.codes import Code, Options
 from lrconvert.parity.graph import graph_rows

@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from lrconvert.expressible import Capability
+from lrconvert.engines.capability import Capability
 from lrconvert.rope import RopeSpec
 
 SEED = 20240221  # the day LongRoPE was published

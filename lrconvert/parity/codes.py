@@ -10,8 +10,8 @@ from typing import Literal
 
 from lrconvert.checkpoint import read_json
 from lrconvert.checkpoint.onnx_folder import GRAPH, OnnxCheckpoint
+from lrconvert.engines.capability import CUSTOM_HF, LLAMA_CPP, MLX, ONNX, VLLM, Capability, native_hf
 from lrconvert.errors import UsageError
-from lrconvert.expressible import CUSTOM_HF, LLAMA_CPP, MLX, ONNX, VLLM, Capability, native_hf
 from lrconvert.families import Family
 from lrconvert.parity.cases import ANYTHING, CPU, GPU, GPU_FLOAT32, Asking, Budget
 from lrconvert.runtimes import llama_cpp, mlx, onnxruntime, transformers, vllm

@@ -16,7 +16,7 @@ from typing import Any
 from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.base import numpy_dtype
 from lrconvert.checkpoint.fold import folded
-from lrconvert.expressible import LLAMA_CPP, LLAMA_CPP_STATIC, PORTABLE, folded_attention, project
+from lrconvert.engines.capability import LLAMA_CPP, LLAMA_CPP_STATIC, PORTABLE, folded_attention, project
 from lrconvert.parity.cases import Budget, Case
 from lrconvert.parity.judge import Judge
 from lrconvert.parity.measures import compare

@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lrconvert.artifact.manifest import EDITABLE, Manifest, manifest_path, replace_file
 from lrconvert.checkpoint import Model, describe_source, open_model, read_json
 from lrconvert.checkpoint.adapter import merged, open_adapter
 from lrconvert.checkpoint.gguf import GgufCheckpoint
 from lrconvert.checkpoint.onnx_folder import OnnxCheckpoint
+from lrconvert.checkpoint.source import sha256_of
+from lrconvert.engines.capability import LLAMA_CPP_STATIC
 from lrconvert.errors import InputError, LrconvertError, UnsupportedError, UsageError
-from lrconvert.expressible import LLAMA_CPP_STATIC
-from lrconvert.output import EDITABLE, Manifest, manifest_path, replace_file, sha256_of
 from lrconvert.parity import stored as stored_rows
 from lrconvert.parity.asking import Progress, Run, ask_code
 from lrconvert.parity.codes import Code, Options, codes_of, kind_of, own_runtime

@@ -24,12 +24,12 @@ import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lrconvert.devices import torch_device
 from lrconvert.errors import UsageError
-from lrconvert.search.network import TrialRope, fuse_norms, load_network, replace_rotation
 from lrconvert.search.objective import Document, Objective
 from lrconvert.search.protocol import Answer, Question
-from lrconvert.search.workers import Workers
+from lrconvert.training.devices import torch_device
+from lrconvert.training.network import TrialRope, fuse_norms, load_network, replace_rotation
+from lrconvert.training.processes import Workers
 
 if TYPE_CHECKING:
     from lrconvert.checkpoint import Model

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from lrconvert.errors import InputError
 from lrconvert.evals.passkey import PasskeyFormat, build_document
-from lrconvert.texts import Encode, Text
+from lrconvert.evals.texts import Encode, Text
 
 Kind = Literal["perplexity", "needle", "mixed"]
 PARTS: dict[Kind, dict[str, float]] = {

@@ -13,6 +13,7 @@ from lrconvert import __version__
 from lrconvert.checkpoint import Model, describe_source
 from lrconvert.checkpoint.adapter import Adapter
 from lrconvert.errors import EnvironmentFailure, InputError
+from lrconvert.evals.texts import Text
 from lrconvert.recipe import SCHEMA_VERSION, Provenance, Recipe
 from lrconvert.rope import Tier
 from lrconvert.search.evolution import evolution, schedule_for
@@ -21,7 +22,6 @@ from lrconvert.search.journal import Journal, Record, digest
 from lrconvert.search.objective import Objective
 from lrconvert.search.protocol import Algorithm, Answer, Evaluator, Question
 from lrconvert.search.space import Candidate, Space
-from lrconvert.texts import Text
 
 AlgorithmName = Literal["guided", "evolution"]
 SHORT_SHARE = 4  # tiers up to the original window get a quarter of the evaluations: what can be found lies near

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pico import write_pico
 from safetensors.numpy import load_file, save_file
+from support.pico import write_pico
 
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.checkpoint.adapter import CONFIG, EMBEDDING, LM_HEAD, MergedCheckpoint, merged, open_adapter

@@ -19,8 +19,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import Result, recipe_for
-from pico import FAMILIES, pico_tensors, write_pico
 from safetensors.numpy import load_file, save_file
+from support.pico import FAMILIES, pico_tensors, write_pico
 
 from lrconvert.checkpoint import locate, open_model
 from lrconvert.checkpoint.base import MAX_JSON_BYTES, MAX_JSON_DEPTH
@@ -530,8 +530,8 @@ def test_baking_holds_no_more_than_a_few_tensors(
 ) -> None:
     """Linked, copied or converted: the peak is a few tensors and the buffers, which are made small here."""
     buffer = 2**18
-    monkeypatch.setattr("lrconvert.output.COPY_BYTES", buffer)
-    monkeypatch.setattr("lrconvert.ahead.AHEAD_BYTES", buffer)
+    monkeypatch.setattr("lrconvert.artifact.staging.COPY_BYTES", buffer)
+    monkeypatch.setattr("lrconvert.artifact.prefetch.AHEAD_BYTES", buffer)
     shape: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 20, "vocab_size": 500}
     folder = write_pico(tmp_path / "model", shards=3, **shape)
     total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -16,13 +16,13 @@ import gguf
 import numpy as np
 import pytest
 from conftest import Result, recipe_for
-from pico import FAMILIES, pico_config, pico_tensors, write_pico
+from support.pico import FAMILIES, pico_config, pico_tensors, write_pico
 
+from lrconvert.artifact.manifest import MANIFEST
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.cli import COMMANDS
 from lrconvert.errors import EnvironmentFailure, InputError, ParityError, UnsupportedError, UsageError
 from lrconvert.families import get_family
-from lrconvert.output import MANIFEST
 from lrconvert.recipe import load_recipe, parse_recipe, write_recipe
 
 Run = Callable[..., Result]

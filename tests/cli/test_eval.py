@@ -16,10 +16,10 @@ from conftest import Result
 from matplotlib.text import Text
 
 from lrconvert.checkpoint import locate, open_model
+from lrconvert.data import DATA
 from lrconvert.evals.passkey import PasskeyFormat
 from lrconvert.evals.subject import tokenizer_of
 from lrconvert.recipe import derive_recipe
-from lrconvert.resources import DATA
 from lrconvert.targets import gguf
 
 Run = Callable[..., Result]
@@ -105,7 +105,7 @@ def test_pictures_say_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monk
     from lrconvert.evals.figures import Figure
     from lrconvert.evals.passkey import PasskeyRow
     from lrconvert.evals.perplexity import PerplexityRow
-    from lrconvert.plotting import plot_passkey, plot_perplexity
+    from lrconvert.evals.plotting import plot_passkey, plot_perplexity
 
     found: list[str] = []
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmark_files import write_questions
 from conftest import Result
+from support.benchmark_files import write_questions
 
 Run = Callable[..., Result]
 TASKS = "arc_challenge,hellaswag,truthfulqa_mc2"

@@ -14,12 +14,12 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import yaml
-from benchmark_files import arc_line, hellaswag_line, truthfulqa_line, write_questions
 from conftest import SHARED
 from lm_eval import evaluate
 from lm_eval import tasks as harness_tasks
 from lm_eval.api.instance import Instance
 from lm_eval.utils import apply_template
+from support.benchmark_files import arc_line, hellaswag_line, truthfulqa_line, write_questions
 
 from lrconvert.checkpoint import locate
 from lrconvert.errors import InputError, UnsupportedError, UsageError

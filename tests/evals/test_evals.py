@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
-from evals_oracle import VOCAB, Oracle
+from support.evals_oracle import VOCAB, Oracle
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lrconvert.checkpoint import locate

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from evals_oracle import VOCAB, Oracle
 from hypothesis import given
 from hypothesis import strategies as st
+from support.evals_oracle import VOCAB, Oracle
 
 from lrconvert.errors import InputError, UsageError
 from lrconvert.evals.perplexity import measure_perplexity

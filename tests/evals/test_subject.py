@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import own_name, recipe_for
-from engine_suite import bake
-from gguf_files import stock
-from onnx_files import write_adapter
+from support.engine_suite import bake
+from support.gguf_files import stock
+from support.onnx_files import write_adapter
 
 from lrconvert.checkpoint import Model
 from lrconvert.errors import InputError, UnsupportedError, UsageError

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from conftest import recipe_for
-from generation import step_errors
-from pico import WINDOW
+from support.generation import step_errors
+from support.pico import WINDOW
 
 from lrconvert.checkpoint import Model
 from lrconvert.targets import hf

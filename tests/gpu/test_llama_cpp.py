@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pico import write_pico
+from support.pico import write_pico
 
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.parity import Options, Report, verify

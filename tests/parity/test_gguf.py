@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Result, recipe_for
-from gguf_files import WINDOW, Tensors, changed
+from support.gguf_files import WINDOW, Tensors, changed
 
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.errors import UnsupportedError

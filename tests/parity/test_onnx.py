@@ -16,9 +16,10 @@ import onnx
 import pytest
 from conftest import Result, recipe_for
 from gguf import GGMLQuantizationType
-from gguf_files import stock
 from onnx import numpy_helper
-from onnx_files import (
+from safetensors.numpy import load_file, save_file
+from support.gguf_files import stock
+from support.onnx_files import (
     DATA,
     GRAPH,
     attribute,
@@ -33,14 +34,13 @@ from onnx_files import (
     with_weights_of,
     write_adapter,
 )
-from pico import FAMILIES
-from safetensors.numpy import load_file, save_file
+from support.pico import FAMILIES
 
+from lrconvert.artifact.manifest import MANIFEST
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.checkpoint.adapter import merged, open_adapter
 from lrconvert.checkpoint.onnx_folder import OnnxCheckpoint
 from lrconvert.errors import InputError, LrconvertError, UnsupportedError, UsageError
-from lrconvert.output import MANIFEST
 from lrconvert.parity import Options, Report, Row, verify
 from lrconvert.parity.mutants import RECIPE_MUTANTS, unpermuted_qk
 from lrconvert.recipe import Recipe, write_recipe

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from lrconvert.expressible import CUSTOM_HF, NATIVE_HF, NATIVE_HF_FORMULA, project
+from lrconvert.engines.capability import CUSTOM_HF, NATIVE_HF, NATIVE_HF_FORMULA, project
 from lrconvert.parity.cases import CPU, DECODED, build_cases, kept, stream
 from lrconvert.parity.measures import compare, merge
 from lrconvert.parity.report import Report, Row

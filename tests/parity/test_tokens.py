@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, pre_tokenizers
-from vocabularies import (
+from support.vocabularies import (
     GPT4O,
     LEGACY,
     LLAMA3,
@@ -24,6 +23,7 @@ from vocabularies import (
     spm,
     write_gguf,
 )
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 
 from lrconvert.checkpoint import open_model
 from lrconvert.parity.report import Row

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 from conftest import Result, own_name, recipe_for
-from pico import FAMILIES
+from support.pico import FAMILIES
 
+from lrconvert.artifact.manifest import MANIFEST
 from lrconvert.checkpoint import Model
 from lrconvert.errors import InputError, UnsupportedError, UsageError
-from lrconvert.output import MANIFEST
 from lrconvert.parity import Options, Report, verify
 from lrconvert.parity.mutants import RECIPE_MUTANTS, unpermuted_qk
 from lrconvert.recipe import Recipe, write_recipe

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import own_name, recipe_for
-from pico import FAMILIES
+from support.pico import FAMILIES
 from transformers import AutoModelForCausalLM
 
 from lrconvert.checkpoint import open_model

@@ -21,7 +21,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from pico import pico_config, pico_tensors, write_pico
+from support.pico import pico_config, pico_tensors, write_pico
 
 from lrconvert.checkpoint import open_model
 from lrconvert.errors import EnvironmentFailure, InputError

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import recipe_for
-from onnx_files import DATA, GRAPH, Array, export, recipe_with
+from support.onnx_files import DATA, GRAPH, Array, export, recipe_with
 
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.errors import EnvironmentFailure, InputError

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import own_name, recipe_for
-from engine_suite import bake
+from support.engine_suite import bake
 
 from lrconvert.checkpoint import Model
 from lrconvert.runtimes.base import score_by_logits

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from searching import Landscape, best_at, cost_to_reach, drive, planted, read_real_journal, small_space
+from support.searching import Landscape, best_at, cost_to_reach, drive, planted, read_real_journal, small_space
 
 from lrconvert.search.evolution import Schedule, evolution, schedule_for
 from lrconvert.search.guided import guided, slow_indices

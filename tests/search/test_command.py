@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 from conftest import Result
-from onnx_files import write_adapter
+from support.onnx_files import write_adapter
 
 from lrconvert.checkpoint import open_model
-from lrconvert.resources import DATA
+from lrconvert.data import DATA
 from lrconvert.search.journal import read_journal
 
 Run = Callable[..., Result]

@@ -13,22 +13,22 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from gguf_files import stock
-from onnx_files import write_adapter
-from pico import FAMILIES
+from support.gguf_files import stock
+from support.onnx_files import write_adapter
+from support.pico import FAMILIES
 
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.checkpoint.adapter import merged, open_adapter
 from lrconvert.errors import UsageError
+from lrconvert.evals.texts import Text
 from lrconvert.reference import FactorSet, Reference, Rotation
 from lrconvert.runtimes.base import scores_of
-from lrconvert.search import network
 from lrconvert.search.evaluator import MAX_LOGITS, TransformersEvaluator, batches
-from lrconvert.search.network import TrialRope, _FusedNorm, fuse_norms, load_network
 from lrconvert.search.objective import Document, Objective, build_objective
 from lrconvert.search.protocol import Answer, Question
 from lrconvert.search.space import Candidate, space_for
-from lrconvert.texts import Text
+from lrconvert.training import network
+from lrconvert.training.network import TrialRope, _FusedNorm, fuse_norms, load_network
 
 WINDOW, TARGET = 64, 192
 

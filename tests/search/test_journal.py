@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 
 import pytest
-from searching import small_space
+from support.searching import small_space
 
 from lrconvert.errors import InputError, UsageError
 from lrconvert.search.journal import Journal, Record, digest, read_journal

@@ -10,8 +10,8 @@ import pytest
 
 from lrconvert.errors import InputError
 from lrconvert.evals.passkey import PasskeyFormat
+from lrconvert.evals.texts import Text
 from lrconvert.search.objective import NEEDLES, Kind, Objective, build_objective, needle_documents, text_documents
-from lrconvert.texts import Text
 
 FORM = PasskeyFormat((" some noise.", " more of it!"), " key {key}.", " the key is ", 5)
 

@@ -16,18 +16,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from searching import NOTHING, Landscape, planted
+from support.searching import NOTHING, Landscape, planted
 
 from lrconvert.checkpoint import Model
+from lrconvert.data import DATA
 from lrconvert.errors import EnvironmentFailure, InputError
+from lrconvert.evals.texts import Text
 from lrconvert.recipe import Recipe, parse_recipe
-from lrconvert.resources import DATA
 from lrconvert.rope import Tier
 from lrconvert.search.journal import Journal, read_journal
 from lrconvert.search.protocol import Answer, Question
 from lrconvert.search.run import Progress, Search, SearchPlan, TierPlan, default_budget, journal_path
 from lrconvert.search.space import space_for
-from lrconvert.texts import Text
 
 ALGORITHMS = ("guided", "evolution")
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from searching import small_space
+from support.searching import small_space
 
 from lrconvert.errors import UsageError
 from lrconvert.rope import Tier, longrope_attention_factor

@@ -6,8 +6,8 @@ from __future__ import annotations
 from lrconvert.checkpoint.gguf import GgufCheckpoint
 from lrconvert.checkpoint.gguf_config import LONG, SHORT, STATIC
 from lrconvert.checkpoint.gguf_header import GgufArray
+from lrconvert.engines.capability import LLAMA_CPP
 from lrconvert.errors import InputError
-from lrconvert.expressible import LLAMA_CPP
 from lrconvert.families import family_names, get_family
 from lrconvert.targets.gguf.metadata import OURS
 

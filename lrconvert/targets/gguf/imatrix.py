@@ -17,8 +17,8 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from lrconvert.checkpoint.gguf_header import GgufHeader, GgufTensor, read_header
+from lrconvert.checkpoint.source import sha256_of
 from lrconvert.errors import InputError, UsageError
-from lrconvert.output import sha256_of
 from lrconvert.targets.gguf.schemes import Scheme, needs_matrix
 
 MAX_BYTES = 2**28  # those of models with 70 billion weights take 30 MB; more is for experts, which are not written

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from lrconvert import __version__
-from lrconvert.card import SourceCard
+from lrconvert.artifact.card import SourceCard
+from lrconvert.artifact.redaction import local_name
 from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.gguf import GgufCheckpoint
 from lrconvert.checkpoint.gguf_config import LONG, MAX_INTEGER, SHORT, STATIC
 from lrconvert.errors import UnsupportedError
 from lrconvert.families import ModelShape
-from lrconvert.public import local_name
 from lrconvert.recipe import Recipe
 from lrconvert.rope import RopeSpec
 from lrconvert.targets.gguf.layout import Raw, Value

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from lrconvert.ahead import Job
+from lrconvert.artifact.prefetch import Job
 from lrconvert.checkpoint import Checkpoint
 from lrconvert.checkpoint.base import CheckpointView
 from lrconvert.checkpoint.gguf import GgufCheckpoint

@@ -16,21 +16,21 @@ from typing import Any
 from gguf import GGMLQuantizationType
 from gguf.constants import GGUFValueType
 
-from lrconvert.ahead import made_ahead
-from lrconvert.card import source_card
+from lrconvert.artifact.card import source_card
+from lrconvert.artifact.file_staging import FileStaging, replaced_files
+from lrconvert.artifact.manifest import MANIFEST, Manifest, manifest_path
+from lrconvert.artifact.prefetch import made_ahead
+from lrconvert.artifact.redaction import described
 from lrconvert.checkpoint import Checkpoint, Model
 from lrconvert.checkpoint.adapter import Adapter, merged
 from lrconvert.checkpoint.base import CheckpointView, refuse_quantised
 from lrconvert.checkpoint.fold import folded
 from lrconvert.checkpoint.gguf import PERMUTED, GgufCheckpoint
 from lrconvert.checkpoint.source import check_unchanged, snapshot
+from lrconvert.engines.capability import LLAMA_CPP, LLAMA_CPP_STATIC, folded_attention, project
 from lrconvert.errors import UnsupportedError, UsageError
-from lrconvert.expressible import LLAMA_CPP, LLAMA_CPP_STATIC, folded_attention, project
 from lrconvert.families import longrope_architecture
 from lrconvert.families.base import GGUF_INTERLEAVED, LAYER
-from lrconvert.file_output import FileStaging, replaced_files
-from lrconvert.output import MANIFEST, Manifest, manifest_path
-from lrconvert.public import described
 from lrconvert.recipe import Recipe, resolve
 from lrconvert.rope import RopeSpec
 from lrconvert.runtimes.llama_library import LlamaLibrary

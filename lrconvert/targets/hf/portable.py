@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+from lrconvert.engines.capability import PORTABLE, SAME, folded_attention, formula_attention, project
 from lrconvert.errors import UnsupportedError
-from lrconvert.expressible import PORTABLE, SAME, folded_attention, formula_attention, project
 from lrconvert.rope import RopeSpec
 
 

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
-from lrconvert.ahead import Job, made_ahead
+from lrconvert.artifact.prefetch import Job, made_ahead
+from lrconvert.artifact.staging import Staging
 from lrconvert.checkpoint import Checkpoint, Model, TensorInfo, read_json
 from lrconvert.checkpoint.adapter import Part
 from lrconvert.checkpoint.base import CheckpointView
 from lrconvert.checkpoint.blocks import BlockReader, cast_block
 from lrconvert.checkpoint.folder import INDEX, SINGLE
 from lrconvert.checkpoint.tensor_file import TensorFile
-from lrconvert.output import Staging
-from lrconvert.shards import PlannedTensor, header_of
+from lrconvert.targets.hf.shards import PlannedTensor, header_of
 
 Shard = tuple[str, list[PlannedTensor]]  # a file's name and its tensors, in order
 

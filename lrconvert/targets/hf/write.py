@@ -9,20 +9,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lrconvert.card import CARD, render, source_card
+from lrconvert.artifact.card import CARD, render, source_card
+from lrconvert.artifact.manifest import Manifest
+from lrconvert.artifact.redaction import described
+from lrconvert.artifact.staging import Staging
 from lrconvert.checkpoint import Checkpoint, Model
 from lrconvert.checkpoint.adapter import Adapter, merged
 from lrconvert.checkpoint.base import FLOAT_DTYPES, refuse_quantised
 from lrconvert.checkpoint.fold import folded
 from lrconvert.checkpoint.source import check_unchanged, snapshot
-from lrconvert.expressible import native_hf, project
-from lrconvert.output import Manifest, Staging
-from lrconvert.public import described
+from lrconvert.engines.capability import native_hf, project
 from lrconvert.recipe import Recipe, resolve
 from lrconvert.rope import RopeSpec
-from lrconvert.shards import PlannedTensor, header_of, plan_shards
 from lrconvert.targets.hf.config import Edit, edited_config, json_bytes, json_in, side_files
 from lrconvert.targets.hf.portable import make_portable
+from lrconvert.targets.hf.shards import PlannedTensor, header_of, plan_shards
 from lrconvert.targets.hf.spelling import MODELING_FILE
 from lrconvert.targets.hf.weights import lay_out, write_weights
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto
 
-from lrconvert.ahead import Job
+from lrconvert.artifact.prefetch import Job
 from lrconvert.checkpoint import Checkpoint, Model
 from lrconvert.checkpoint.adapter import Part
 from lrconvert.checkpoint.base import numpy_dtype

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from lrconvert import __version__
-from lrconvert.ahead import made_ahead
-from lrconvert.card import CARD, render, source_card
+from lrconvert.artifact.card import CARD, render, source_card
+from lrconvert.artifact.manifest import Manifest
+from lrconvert.artifact.prefetch import made_ahead
+from lrconvert.artifact.redaction import described
+from lrconvert.artifact.staging import Staging
 from lrconvert.checkpoint import Checkpoint, Model
 from lrconvert.checkpoint.adapter import Adapter, merged
 from lrconvert.checkpoint.base import refuse_quantised
 from lrconvert.checkpoint.source import check_unchanged, snapshot
+from lrconvert.engines.capability import native_hf, project
 from lrconvert.errors import UnsupportedError, UsageError, require
-from lrconvert.expressible import native_hf, project
-from lrconvert.output import Manifest, Staging
-from lrconvert.public import described
 from lrconvert.recipe import Recipe, resolve
 from lrconvert.rope import RopeSpec
 from lrconvert.targets.hf.config import Edit, edited_config, json_bytes, json_in, side_files

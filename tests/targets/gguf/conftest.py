@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.vocabularies import write_gguf
 from tokenizers import Tokenizer
-from vocabularies import write_gguf
 
 from lrconvert.errors import EnvironmentFailure
 from lrconvert.parity import Options

@@ -13,16 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import Result, recipe_for
-from gguf_files import LONG, SHORT, STATIC, WIDE, WINDOW, as_f32, bake, command, fields, model_of, tensors
-from pico import write_pico
 from safetensors.numpy import load_file, save_file
-from vocabularies import QWEN2, byte_level, split
+from support.gguf_files import LONG, SHORT, STATIC, WIDE, WINDOW, as_f32, bake, command, fields, model_of, tensors
+from support.pico import write_pico
+from support.vocabularies import QWEN2, byte_level, split
 
+from lrconvert.artifact.manifest import Manifest
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.checkpoint.fold import folded
+from lrconvert.checkpoint.source import sha256_of
 from lrconvert.cli._output import size
 from lrconvert.errors import EnvironmentFailure, UnsupportedError
-from lrconvert.output import Manifest, sha256_of
 from lrconvert.parity import Options, verify
 from lrconvert.recipe import Recipe, write_recipe
 from lrconvert.runtimes.llama_cpp import open_session

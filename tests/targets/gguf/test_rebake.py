@@ -17,7 +17,8 @@ import pytest
 from conftest import Result, recipe_for
 from gguf import GGMLQuantizationType as Ggml
 from gguf.quants import dequantize, quantize
-from gguf_files import (
+from safetensors.numpy import save_file
+from support.gguf_files import (
     LONG,
     SHORT,
     STATIC,
@@ -36,7 +37,6 @@ from gguf_files import (
     stock,
     tensors,
 )
-from safetensors.numpy import save_file
 
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.checkpoint.gguf import GgufCheckpoint

@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, normalizers, pre_tokenizers
-from vocabularies import (
+from support.vocabularies import (
     LEGACY,
     SPECIAL_TEXTS,
     SPM_CONFIG,
@@ -24,6 +23,7 @@ from vocabularies import (
     spm_pieces,
     token,
 )
+from tokenizers import AddedToken, normalizers, pre_tokenizers
 
 from lrconvert.errors import InputError, UnsupportedError
 from lrconvert.targets.gguf import sentencepiece

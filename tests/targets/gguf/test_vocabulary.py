@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from vocabularies import (
+from support.vocabularies import (
     GPT4O,
     LEGACY,
     LLAMA3,
@@ -39,6 +38,7 @@ from vocabularies import (
     tokenizer_of,
     write_gguf,
 )
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from lrconvert.checkpoint import gguf_tokenizer, open_checkpoint
 from lrconvert.checkpoint.gguf_header import read_header

@@ -12,9 +12,9 @@ import gguf
 import numpy as np
 import pytest
 from conftest import Result, recipe_for
-from gguf_files import LONG, SHORT, WIDE, WINDOW, as_f32, bake, command, fields, interleaved, model_of, tensors
-from pico import write_pico
 from safetensors.numpy import load_file, save_file
+from support.gguf_files import LONG, SHORT, WIDE, WINDOW, as_f32, bake, command, fields, interleaved, model_of, tensors
+from support.pico import write_pico
 
 from lrconvert import __version__
 from lrconvert.checkpoint import Model, open_model

@@ -17,15 +17,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import Result, recipe_for
-from pico import write_pico
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from support.pico import write_pico
 
+from lrconvert.artifact.manifest import MANIFEST, Manifest
 from lrconvert.checkpoint import open_model
 from lrconvert.checkpoint.adapter import choose_adapter, merged, open_adapter
+from lrconvert.checkpoint.source import sha256_of
 from lrconvert.checkpoint.tensor_file import TensorFile
 from lrconvert.errors import UsageError
-from lrconvert.output import MANIFEST, Manifest, sha256_of
 from lrconvert.recipe import load_recipe, recipe_folder, write_recipe
 from lrconvert.targets import hf
 

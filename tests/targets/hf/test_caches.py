@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import recipe_for
-from generation import step_errors
-from pico import WINDOW
+from support.generation import step_errors
+from support.pico import WINDOW
 from transformers import AutoModelForCausalLM
 
 from lrconvert.checkpoint import Model

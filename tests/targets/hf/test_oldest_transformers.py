@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import recipe_for
-from pico import FAMILIES
+from support.pico import FAMILIES
 
 from lrconvert.checkpoint import Model
 from lrconvert.parity import Options, verify

@@ -13,13 +13,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import Result, own_name, recipe_for
-from pico import FAMILIES, pico_config, pico_tensors, write_pico
 from safetensors.numpy import save_file
+from support.pico import FAMILIES, pico_config, pico_tensors, write_pico
 
+from lrconvert.artifact.manifest import MANIFEST, Manifest
 from lrconvert.checkpoint import Model, fold, open_model
 from lrconvert.checkpoint.adapter import merged, open_adapter
+from lrconvert.checkpoint.source import sha256_of
 from lrconvert.errors import UnsupportedError
-from lrconvert.output import MANIFEST, Manifest, sha256_of
 from lrconvert.parity import Options, Report, verify
 from lrconvert.recipe import Recipe, write_recipe
 from lrconvert.rope import longrope_attention_factor

@@ -22,18 +22,19 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import Result, recipe_for
-from pico import FAMILIES, WINDOW, pico_tensors, write_pico
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from support.pico import FAMILIES, WINDOW, pico_tensors, write_pico
 
+from lrconvert.artifact.manifest import MANIFEST, Manifest
 from lrconvert.checkpoint import Model, open_model
+from lrconvert.checkpoint.source import sha256_of
 from lrconvert.errors import InputError, UnsupportedError, UsageError
 from lrconvert.families import get_family
-from lrconvert.output import MANIFEST, Manifest, sha256_of
 from lrconvert.recipe import Recipe, write_recipe
 from lrconvert.rope import longrope_attention_factor
-from lrconvert.shards import PlannedTensor, header_of, plan_shards
 from lrconvert.targets import hf
+from lrconvert.targets.hf.shards import PlannedTensor, header_of, plan_shards
 from lrconvert.targets.hf.write import modeling_code
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -14,8 +14,8 @@ import onnx
 import pytest
 from conftest import recipe_for
 from onnx import TensorProto
-from onnx_files import DATA, GRAPH, export, graph_of, recipe_with, tensors_of
-from pico import FAMILIES, write_pico
+from support.onnx_files import DATA, GRAPH, export, graph_of, recipe_with, tensors_of
+from support.pico import FAMILIES, write_pico
 
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.errors import UsageError

@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 from conftest import recipe_for
 from onnx import TensorProto, helper, numpy_helper
-from onnx_files import Array, export, graph_of
+from support.onnx_files import Array, export, graph_of
 
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.checkpoint.onnx_folder import OnnxCheckpoint

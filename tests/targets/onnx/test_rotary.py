@@ -14,7 +14,7 @@ import pytest
 from conftest import recipe_for
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
-from onnx_files import Array, float32_angles, set_attribute
+from support.onnx_files import Array, float32_angles, set_attribute
 
 from lrconvert.rope import RopeSpec, Tier
 from lrconvert.targets.onnx import OPSETS, rotary

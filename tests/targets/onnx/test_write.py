@@ -17,13 +17,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import Result, recipe_for
-from onnx_files import DATA, GRAPH, command, export, files_of, recipe_with, tensors_of, write_adapter
-from pico import write_pico
 from safetensors.numpy import load_file, save_file
+from support.onnx_files import DATA, GRAPH, command, export, files_of, recipe_with, tensors_of, write_adapter
+from support.pico import write_pico
 
+from lrconvert.artifact.manifest import MANIFEST, Manifest
 from lrconvert.checkpoint import Model, open_model
+from lrconvert.checkpoint.source import sha256_of
 from lrconvert.errors import InputError, LrconvertError, UnsupportedError, UsageError
-from lrconvert.output import MANIFEST, Manifest, sha256_of
 from lrconvert.recipe import write_recipe
 from lrconvert.targets import onnx as target
 

@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model card: README.md of an artifact.
+
+    render(model, recipe, spec, …)   the card as it is baked: nobody has verified the artifact yet
+    refreshed(text, manifest, repo)  the same with its generated sections made again, when it is published
+
+Sections between `<!-- lrconvert: NAME -->` and its end belong to lrconvert; what else stands in the file is
+its owner's to edit. The source's own card is kept below ours, and its licence, languages and base model go
+into the metadata. No local path is in it (`public`). Same inputs, same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lrconvert import __version__
+from lrconvert.artifact.manifest import MANIFEST, Manifest
+from lrconvert.artifact.redaction import hub_revision, local_name, without_paths
+from lrconvert.checkpoint import Model
+from lrconvert.checkpoint.adapter import Adapter
+from lrconvert.recipe import Recipe
+from lrconvert.rope import RopeSpec, Tier
+
+CARD = "README.md"
+TAGS = {"hf": ["longrope", "long-context", "custom_code"], "onnx": ["longrope", "long-context", "onnx"]}
+LIBRARIES = {"hf": "transformers", "onnx": "onnx"}
+MAX_CARD_BYTES = 2**20  # of a source's card: longer ones are not carried
+# What the licence file of a source says in its first lines: all of the words, the Hub's name of the licence.
+LICENCES = ((("apache license", "version 2.0"), "apache-2.0"), (("mit license",), "mit"))
+
+_FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n.*?\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_SOME = re.compile(r"[^\r\n]{1,200}")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_MARKER = re.compile(r"^[ \t]*<!-- lrconvert: [\w ]+ -->[ \t]*\r?\n?", re.MULTILINE)
+
+
+# --- the source's card -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SourceCard:
+    """What the source says of itself: metadata that is carried, its text, and what could not be read."""
+
+    metadata: dict[str, Any] = field(default_factory=dict)
+    text: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def source_card(model: Model) -> SourceCard:
+    """The card and the licence file beside a model; for a GGUF file the same facts from its header."""
+    folder, metadata, text, notes = model.checkpoint.path, {}, "", []
+    if not folder.is_dir():
+        header: Mapping[str, Any] = getattr(model.checkpoint, "metadata", {})
+        keys = {"license": "general.license", "license_name": "general.license.name", "language": "general.languages"}
+        return SourceCard(_carried({key: header.get(name) for key, name in keys.items()}))
+    path = folder / CARD
+    if path.is_file() and path.stat().st_size > MAX_CARD_BYTES:
+        notes.append(f"the source's {CARD} has {path.stat().st_size} bytes: not carried into the artifact's")
+    elif path.is_file():
+        from huggingface_hub.repocard import metadata_load
+
+        text = path.read_bytes().decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
+        try:
+            loaded = metadata_load(path)
+        except Exception as error:  # whatever a YAML reader raises over somebody else's text
+            loaded = None
+            notes.append(f"the source's {CARD}: its metadata can't be read ({' '.join(str(error).split())[:200]})")
+        metadata = _carried(loaded or {})
+    if "license" not in metadata:
+        files = [name for name in sorted(folder.iterdir()) if name.name.lower().startswith(("license", "licence"))]
+        metadata |= _licence_of(files[0]) if files and files[0].is_file() else {}
+    text = _MARKER.sub("", _FRONT_MATTER.sub("", text)).strip()
+    return SourceCard(metadata, text, tuple(notes))
+
+
+def _carried(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Licence, languages and base model, where they are texts or lists of texts; a base model is a Hub id."""
+    kept = {}
+    for key in ("license", "license_name", "license_link", "language", "base_model"):
+        value = found.get(key)
+        texts = value if isinstance(value, list) else [value]
+        wanted = _HUB_ID if key == "base_model" else _SOME
+        if texts and all(isinstance(item, str) and wanted.fullmatch(item) for item in texts):
+            kept[key] = value
+    return kept
+
+
+def _licence_of(path: Path) -> dict[str, str]:
+    with path.open("rb") as file:
+        start = file.read(2000).decode("utf-8", errors="replace")
+    for words, name in LICENCES:
+        if all(word in start.lower() for word in words):
+            return {"license": name}
+    first = next((line for line in start.splitlines() if line.strip(" #*=-")), "")
+    name = "-".join(re.findall(r"[a-z0-9.]+", first.lower()))[:80]
+    return {"license": "other", "license_name": name or "unnamed", "license_link": path.name}
+
+
+# --- the card --------------------------------------------------------------------------------------------
+
+
+def render(
+    model: Model,
+    recipe: Recipe,
+    spec: RopeSpec,
+    *,
+    given_up: Sequence[str] = (),
+    losses: Sequence[str] = (),
+    notes: Sequence[str] = (),
+    adapter: Adapter | None = None,
+    source: SourceCard,
+    target: str = "hf",
+) -> str:
+    """The card of an artifact that is being baked. `given_up`: what no code of it does of the recipe; `losses`:
+    what native code can't express beyond that; `notes`: what the manifest notes; `target`: what it is."""
+    on_hub = hub_revision(model.reference, model.checkpoint.path)
+    local = [] if on_hub else [model.reference]
+    name = model.reference if on_hub else model.checkpoint.path.resolve().name
+    merged = f", with the LoRA adapter {_adapter_name(adapter)} merged" if adapter else ""
+    base = model.reference if on_hub else source.metadata.get("base_model")
+    relation = {"base_model": base, "base_model_relation": "merge" if adapter else "finetune"} if base else {}
+    licence = source.metadata.get("license_name") or source.metadata.get("license")
+    parts = [
+        _metadata({**source.metadata, **relation}, target),
+        f"# {name}, extended to {spec.window} tokens",
+        f"The weights of {name}{f' at commit `{on_hub}`' if on_hub else ''}{merged}, and the rotary factors of the "
+        f"recipe `{_plain(recipe.name)}`: a window of {spec.original_window} tokens becomes one of {spec.window}. "
+        f"Written by lrconvert {__version__}.",
+        f"Licence, as the source states it: {_plain(str(licence))}." if licence else "The source states no licence.",
+        _section("run", RUN[target](None)),
+        *(_codes(given_up, losses, local) if target == "hf" else [ONNX_ABOUT]),
+        "## Tiers",
+        "A sequence uses the factors λ of the first tier that is long enough for it. Every inverse frequency is "
+        "divided by its λ, except at the first n̂ positions; cos and sin are multiplied by the attention factor.",
+        _table(["up to (tokens)", "n̂", "attention factor", "λ"], [_tier(tier) for tier in spec.tiers]),
+        "## Where the factors come from",
+        _table(["", ""], _provenance(recipe, local)),
+        *(["## Notes", without_paths(_list(*notes), local)] if notes else []),
+        _section("parity", _parity(None)),
+        _section("files", _files(None)),
+    ]
+    if source.text:
+        heading = "## The card of the source"
+        parts += [heading, f"What {name} says of itself, unchanged; relative links point into its folder.", source.text]
+    return "\n\n".join(parts) + "\n"
+
+
+def _adapter_name(adapter: Adapter) -> str:
+    return adapter.reference if hub_revision(adapter.reference, adapter.path) else local_name(adapter.reference)
+
+
+def refreshed(text: str, manifest: Manifest, repo: str | None = None) -> str:
+    """A card with its generated sections made from `manifest`; a section that its owner removed stays away."""
+    made: dict[str, Callable[[], list[str]]] = {
+        "run": lambda: RUN.get(manifest.target, _run)(repo),
+        "parity": lambda: _parity(manifest.parity),
+        "files": lambda: _files(manifest),
+    }
+    for name, lines in made.items():
+        start, end = (re.escape(line) for line in _markers(name))
+        section = _section(name, lines())
+        text = re.sub(f"{start}.*?{end}", lambda _, new=section: new, text, count=1, flags=re.DOTALL)
+    return text
+
+
+def _markers(name: str) -> tuple[str, str]:
+    return f"<!-- lrconvert: {name} -->", f"<!-- lrconvert: end of {name} -->"
+
+
+def _section(name: str, lines: Iterable[str]) -> str:
+    start, end = _markers(name)
+    return "\n".join([start, *lines, end])
+
+
+def _metadata(values: Mapping[str, Any], target: str) -> str:
+    """The card's front matter. JSON values are YAML too, and spare a bake the import of a YAML library; the tests
+    read the result with huggingface_hub."""
+    facts = {"library_name": LIBRARIES[target], "pipeline_tag": "text-generation", "tags": list(TAGS[target])}
+    data = {**values, **facts}
+    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in data.items() if value is not None]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _run(repo: str | None) -> list[str]:
+    return [
+        "## How to run",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'name = "{repo or "path/to/this/folder"}"',
+        "model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)",
+        "tokenizer = AutoTokenizer.from_pretrained(name)",
+        "```",
+    ]
+
+
+def _run_onnx(repo: str | None) -> list[str]:
+    name = repo or "path/to/this/folder"
+    return [
+        "## How to run",
+        "",
+        "In Python, with `optimum` or `onnxruntime-genai`; in JavaScript with transformers.js:",
+        "",
+        "```python",
+        "from optimum.onnxruntime import ORTModelForCausalLM",
+        "from transformers import AutoTokenizer",
+        "",
+        f'name = "{name}"',
+        "model = ORTModelForCausalLM.from_pretrained(name)",
+        "tokenizer = AutoTokenizer.from_pretrained(name)",
+        "```",
+        "",
+        "```js",
+        'import { pipeline } from "@huggingface/transformers";',
+        "",
+        f'const generate = await pipeline("text-generation", "{name}");',
+        "```",
+    ]
+
+
+RUN: Mapping[str, Callable[[str | None], list[str]]] = {"hf": _run, "onnx": _run_onnx}
+ONNX_ABOUT = (
+    "The rotation is a function inside the graph, made of standard operators: every row of a batch gets the tier of "
+    "its last position. Programs that keep a cache go on with the keys that they cached before a boundary; what is "
+    "exact is to read the sequence anew there."
+)
+
+
+def _codes(given_up: Sequence[str], losses: Sequence[str], local: Sequence[str]) -> list[str]:
+    """What each piece of code in the artifact does, and does not."""
+    exact = "all of the recipe but what is listed below" if given_up else "the recipe exactly"
+    parts = [
+        "transformers 4.57 to 5.x, nothing else needed. `trust_remote_code=True` runs `modeling_longrope.py`, one file "
+        f"in this folder: it computes {exact}, gives every row of a batch the tier of its own length, and `generate` "
+        "stays right when a sequence grows into another tier.",
+        "Without it the native class runs, and says nothing about what it loses:",
+        _list(
+            "a batch gets one tier for all its rows, and cached keys stay as they are when generation crosses the "
+            "original window",
+            *(losses or ["of the factor sets themselves, nothing"]),
+        ),
+    ]
+    if given_up:
+        parts += ["Given up for the sake of other engines, in all code:", _list(*given_up)]
+    return [without_paths(part, local) for part in parts]
+
+
+def _list(*items: str) -> str:
+    return "\n".join(f"- {item}." for item in items)
+
+
+def _tier(tier: Tier) -> list[str]:
+    low, high = min(tier.factors), max(tier.factors)
+    spread = f"{low:.6g}" if low == high else f"{low:.6g} to {high:.6g}"
+    return [str(tier.max_length), str(tier.start_tokens), f"{tier.attention_factor:.6g}", spread]
+
+
+def _provenance(recipe: Recipe, local: Sequence[str]) -> list[list[str]]:
+    origin = recipe.provenance
+    rows = {
+        "recipe": recipe.name,
+        "kind": origin.kind,
+        "method": origin.method,
+        "source": origin.source,
+        "licence": origin.licence,
+        "made for": recipe.base_model,
+        "weights that they fit": origin.weights,
+        "RoPE base θ, original window": f"{recipe.rope_theta:g}, {recipe.original_window} tokens",
+        **{f"search: {key}": str(value) for key, value in (origin.search or {}).items()},
+        **({"notes": "; ".join(origin.notes)} if origin.notes else {}),
+    }
+    return [[key, without_paths(str(value), local)] for key, value in rows.items() if value is not None]
+
+
+def _parity(report: Mapping[str, Any] | None) -> list[str]:
+    if report is None:
+        return ["## Parity", "", "**Not verified yet**: run `lrconvert verify` on this folder."]
+    head = ["code", "case", "tokens", "mean KL", "bound", "verdict"]
+    rows = [
+        [_shown(row.get(key)) for key in ("code", "case", "length", "kl_mean", "bound", "verdict")]
+        for row in report.get("rows", ())
+    ]
+    versions = [
+        f"{code} code: " + ", ".join(f"{key} {info[key]}" for key in ("transformers", "torch") if key in info)
+        for code, info in sorted(report.get("runtimes", {}).items())
+    ]
+    reference, against, summary = (_plain(str(report.get(key))) for key in ("reference", "against", "summary"))
+    return [
+        "## Parity",
+        "",
+        f"Compared with the {reference}, {against}: {summary}. A row that is `known` is what native code gets wrong by "
+        "itself: measured, not judged.",
+        "",
+        _table(head, rows),
+        *(line for loss in report.get("losses", ()) for line in ("", f"Lost: {_plain(str(loss))}.")),
+        *(["", f"Answered by {'; '.join(versions)}."] if versions else []),
+    ]
+
+
+def _files(manifest: Manifest | None) -> list[str]:
+    if manifest is None:
+        return ["## Files", "", f"`{MANIFEST}` has the inputs, the recipe, and the sha256 of every file."]
+    rows = [[f"`{name}`", str(r.size), f"`{r.sha256}`"] for name, r in sorted(manifest.files.items()) if name != CARD]
+    return [
+        "## Files",
+        "",
+        f"`{MANIFEST}` has the inputs and the recipe, as lrconvert {manifest.lrconvert} wrote them.",
+        "",
+        _table(["file", "bytes", "sha256"], rows),
+    ]
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else f"{value:.1e}" if isinstance(value, float) else str(value)
+
+
+def _plain(text: str) -> str:
+    """One line without markup of its own."""
+    return " ".join(re.sub(r"[|<>`]", " ", text).split())
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    def cell(text: str) -> str:
+        return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+
+    lines = [head, ["---"] * len(head), *([cell(value) for value in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

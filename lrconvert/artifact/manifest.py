@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The manifest of an artifact, `lrconvert.json`: how it came to be, and the digest of every file."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lrconvert import __version__
+from lrconvert.errors import InputError, first_problem
+
+MANIFEST = "lrconvert.json"
+_PART = re.compile(r"(?P<stem>.+)-\d{5}-of-\d{5}")
+MANIFEST_VERSION = 1
+EDITABLE = frozenset({"README.md"})  # the card is for people: they may go on writing it
+MAX_MANIFEST_BYTES = 64 * 2**20
+
+
+@dataclass
+class FileRecord:
+    """A file of an artifact. `sha256` is None for a linked file that nobody has read yet (`verify` does)."""
+
+    size: int
+    sha256: str | None
+    linked: bool = False
+
+
+@dataclass
+class Manifest:
+    """`lrconvert.json`: how the artifact came to be and what it holds. No time, no machine: same inputs,
+    same bytes."""
+
+    target: str
+    source: dict[str, Any]
+    recipe: dict[str, Any]
+    options: dict[str, Any]
+    losses: list[str]
+    notes: list[str] = field(default_factory=list)
+    files: dict[str, FileRecord] = field(default_factory=dict)
+    parity: dict[str, Any] | None = None
+    lrconvert: str = __version__
+    manifest_version: int = MANIFEST_VERSION
+
+    def to_json(self) -> str:
+        values = {**vars(self), "files": {name: vars(self.files[name]) for name in sorted(self.files)}}
+        order = ["manifest_version", "lrconvert", "target", "source", "recipe", "options", "losses", "notes"]
+        return (
+            json.dumps({key: values[key] for key in [*order, "files", "parity"]}, indent=2, ensure_ascii=False) + "\n"
+        )
+
+    @classmethod
+    def read(cls, artifact: Path) -> Manifest:
+        """The manifest of an artifact; `InputError` where there is none or it isn't one."""
+        path = manifest_path(artifact)
+        if not path.is_file():
+            raise InputError(
+                f"{artifact}: no {path.name}, so not an artifact of lrconvert",
+                remedy="To check a folder that something else wrote, name model and recipe: --against MODEL --recipe R",
+            )
+        from pydantic import TypeAdapter, ValidationError
+
+        try:
+            if path.stat().st_size > MAX_MANIFEST_BYTES:
+                raise InputError(f"{path}: {path.stat().st_size} bytes; at most {MAX_MANIFEST_BYTES} are read")
+            found = TypeAdapter(cls).validate_json(path.read_bytes())
+        except OSError as error:
+            raise InputError(f"{path}: can't be read ({error.strerror or error})") from error
+        except ValidationError as error:
+            raise InputError(f"{path}: not a manifest ({first_problem(error, 'the file')})") from error
+        for section, key in (("source", "model"), ("recipe", "name")):
+            if not isinstance(getattr(found, section).get(key), str):
+                raise InputError(f"{path}: not a manifest ({section}.{key} is no text)")
+        return found
+
+
+def manifest_path(artifact: Path) -> Path:
+    """Where the manifest of an artifact lies: in its folder, or beside its file (`m.gguf`, or any part of a split
+    one, `m-00001-of-00002.gguf`: `m.lrconvert.json`)."""
+    if artifact.suffix != ".gguf":
+        return artifact / MANIFEST
+    part = _PART.fullmatch(artifact.stem)
+    return artifact.with_name(f"{part['stem'] if part else artifact.stem}.{MANIFEST}")
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a small file beside `path` and put it in its place."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluations as pictures: perplexity and keys against length, benchmark scores."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lrconvert.evals.passkey import by_length
+from lrconvert.recipe.plotting import one_axis, save
+
+if TYPE_CHECKING:
+    from lrconvert.evals.benchmarks import BenchmarkRow
+    from lrconvert.evals.passkey import PasskeyRow
+    from lrconvert.evals.perplexity import PerplexityRow
+
+PALE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.6, "pad": 1.5}  # behind words on a colour
+
+
+def plot_perplexity(rows: Sequence[PerplexityRow], path: Path, *, title: str, protocol: str) -> None:
+    """Perplexity against length, with its 95 % interval, as a PNG that says how it was measured."""
+    figure, axis = one_axis()
+    lengths, figures = [row.length for row in rows], [row.perplexity for row in rows]
+    values = [found.value for found in figures]
+    bars = [[f.value - f.low for f in figures], [f.high - f.value for f in figures]]
+    axis.errorbar(lengths, values, yerr=bars, marker="o", capsize=3, color="tab:blue")
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(lengths, [f"{row.length:,}\n({row.tokens:,})" for row in rows], fontsize=8)
+    axis.set_xlabel("tokens of context (tokens that count)")
+    axis.set_ylabel("perplexity, 95 % interval")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
+    axis.grid(alpha=0.3)
+    _titled(axis, title, protocol)
+    save(figure, path)
+
+
+def plot_passkey(rows: Sequence[PasskeyRow], path: Path, *, title: str, protocol: str) -> None:
+    """Keys found, depth against length, as a PNG: every cell has its trials, every length its 95 % interval."""
+    figure, axis = one_axis()
+    lengths, depths = sorted({row.length for row in rows}), sorted({row.depth for row in rows})
+    cells = {(row.depth, row.length): row for row in rows}
+    grid = [[cells[depth, length].share.value for length in lengths] for depth in depths]
+    image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    for (depth, length), cell in cells.items():
+        place = (lengths.index(length), depths.index(depth))
+        axis.text(*place, f"{cell.hits}/{cell.trials}", fontsize=7, ha="center", va="center", bbox=PALE)
+    totals = [total.share for total in by_length(rows)]
+    labels = [f"{length:,}\n{share.low:.0%} … {share.high:.0%}" for length, share in zip(lengths, totals, strict=True)]
+    axis.set_xticks(range(len(lengths)), labels, fontsize=8)
+    axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=8)
+    axis.set_xlabel("tokens of context (95 % interval over all depths)")
+    axis.set_ylabel("depth of the key")
+    figure.colorbar(image, label="share of keys found")
+    _titled(axis, title, protocol)
+    save(figure, path)
+
+
+def _titled(axis: Any, title: str, protocol: str) -> None:
+    """What was measured and how, above the picture."""
+    lines = textwrap.wrap(protocol, 110)
+    axis.set_title("\n".join([title, *lines]), fontsize=7, loc="left")
+
+
+def plot_benchmarks(rows: Sequence[BenchmarkRow], path: Path) -> None:
+    """A bar a benchmark, with its interval, as a PNG."""
+    figure, axis = one_axis()
+    figures = [row.score for row in rows]
+    bars = [[f.value - f.low for f in figures], [f.high - f.value for f in figures]]
+    axis.bar(range(len(rows)), [f.value for f in figures], yerr=bars, capsize=4, color="tab:blue", width=0.6)
+    axis.set_xticks(range(len(rows)), [f"{row.task}\n{row.shots} shots, {row.metric}" for row in rows], fontsize=8)
+    axis.set_ylim(0, 1)
+    axis.set_ylabel("score")
+    axis.grid(alpha=0.3, axis="y")
+    save(figure, path)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Publishing on the Hugging Face Hub."""

@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Publishing an artifact on the Hugging Face Hub: plan what would change there, then one commit.
+
+    planned = plan(artifact, name)   looks at both sides, uploads nothing
+    upload(planned)                  one commit on top of the one that was looked at, or none
+    push(artifact, name)             both
+
+What is published are the files that the manifest names, and nothing else that lies in the folder. README.md
+and lrconvert.json are made for the occasion: the card with the last parity report and the digests, the
+manifest without local paths; the artifact itself stays as it is. A file is deleted on the Hub only where an
+lrconvert.json there says that lrconvert wrote it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from lrconvert.artifact.card import CARD, refreshed
+from lrconvert.artifact.manifest import MANIFEST, FileRecord, Manifest
+from lrconvert.artifact.redaction import leaks, public_manifest, without_paths
+from lrconvert.errors import InputError, ParityError, UnsupportedError, UsageError
+from lrconvert.hub.access import Account, client, hub_errors, sign_in
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+Progress = Callable[[str], None]
+
+GIT_FILES = {".gitattributes"}  # the Hub's own
+# Files of somebody else that loaders would take instead of, or on top of, what the artifact holds.
+SHADOWING = ("model.safetensors", "adapter_config.json")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a push would do. `foreign`: what is on the Hub under that name and isn't this artifact's."""
+
+    repo: str
+    account: Account
+    revision: str | None
+    head: str | None  # the commit that was looked at; None where the repository doesn't exist yet
+    private: bool
+    manifest: Manifest  # as it would be published
+    additions: list[CommitOperationAdd] = field(repr=False)
+    deleted: list[str]
+    foreign: list[str]
+    shadowing: list[str]
+    warnings: list[str]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {item.path_in_repo: item.upload_info.size for item in self.additions}
+
+    def check(self, *, force: bool = False) -> None:
+        """Refuse what would mix with something else (exit code 2)."""
+        if self.shadowing:
+            raise UsageError(
+                f"{self.repo} holds {' and '.join(self.shadowing)}, which loaders would take in the artifact's place",
+                remedy="Delete that on the Hub first, or choose another name",
+            )
+        if self.foreign and not force:
+            raise UsageError(
+                f"{self.repo} exists with other content: {'; '.join(self.foreign)}",
+                remedy="Choose another name, or write into it with `lrconvert push --force`",
+            )
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """Where it is now. `changed`: False when the Hub had exactly that already."""
+
+    url: str
+    commit: str
+    changed: bool
+
+
+def push(
+    artifact: Path,
+    name: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    message: str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> str:
+    """Publish `artifact` as `name`, a Hub id; the URL of the commit. Raises what `plan` and `upload` raise."""
+    planned = plan(artifact, name, private=private, revision=revision, force=force, progress=progress)
+    return upload(planned, force=force, message=message, progress=progress).url
+
+
+def plan(
+    artifact: Path,
+    name: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Plan:
+    """What pushing `artifact` to `name` would upload, delete and meet there.
+
+    Raises `InputError` for an artifact that isn't whole, `ParityError` (unless `force`) for one that failed its
+    last verification, and what `sign_in` raises.
+    """
+    say = progress or (lambda what: None)
+    if artifact.is_file():
+        raise UnsupportedError(
+            f"{artifact} is a file; push publishes folders with a card of their own",
+            remedy=f"`hf upload {name} {artifact}` puts it into a repository; say there which recipe it has",
+        )
+    local = Manifest.read(artifact)
+    if local.parity and not local.parity.get("passed") and not force:
+        summary = without_paths(str(local.parity.get("summary")))
+        raise ParityError(
+            f"{artifact} failed its last verification ({summary})",
+            remedy="Convert and verify again; --force publishes it all the same, with that report",
+        )
+    _check_files(artifact, local)
+    say("asking the Hub")
+    api, account, repo = sign_in(name)
+    head, is_private, remote = _look(api, account, repo, revision)
+    if head is not None and private and not is_private:
+        raise UsageError(
+            f"{repo} exists and is public; --private makes new ones private only",
+            remedy="Change it in its settings on the Hub, or choose another name",
+        )
+    say("checksums")
+    manifest, additions = _operations(artifact, local, repo)
+    names = {item.path_in_repo for item in additions}
+    with hub_errors(f"reading {repo}", account):
+        theirs = _remote_manifest(api, repo, head) if head and MANIFEST in remote else None
+        foreign = _foreign(api, repo, head, remote, theirs, manifest, names) if head else []
+    written = set(theirs.files) if theirs else set()
+    return Plan(
+        repo=repo,
+        account=account,
+        revision=revision,
+        head=head,
+        private=private if head is None else is_private,
+        manifest=manifest,
+        additions=additions,
+        deleted=sorted((written & set(remote)) - names),
+        foreign=foreign,
+        shadowing=[path for path in SHADOWING if path in set(remote) - names - written],
+        warnings=_warnings(artifact, local, names),
+    )
+
+
+def upload(
+    planned: Plan, *, force: bool = False, message: str | None = None, progress: Progress | None = None
+) -> Pushed:
+    """Carry the plan out, in one commit: whatever fails before it leaves the Hub's revision as it was."""
+    from huggingface_hub import CommitOperationDelete
+
+    planned.check(force=force)
+    say = progress or (lambda what: None)
+    api, head = client(), planned.head
+    default = f"{planned.manifest.recipe.get('name')}, by lrconvert {planned.manifest.lrconvert}"
+    with hub_errors(f"publishing {planned.repo}", planned.account):
+        if head is None:
+            say(f"creating {planned.repo}")
+            api.create_repo(planned.repo, private=True if planned.private else None)
+            head = api.model_info(planned.repo).sha
+        say(f"uploading to {planned.repo}")
+        deletions = [CommitOperationDelete(path, is_folder=False) for path in planned.deleted]
+        done = api.create_commit(
+            planned.repo,
+            [*planned.additions, *deletions],
+            commit_message=message or default,
+            revision=planned.revision,
+            parent_commit=head,
+        )
+    return Pushed(str(done.commit_url), done.oid, changed=done.oid != head)
+
+
+# --- the artifact ----------------------------------------------------------------------------------------
+
+
+def _check_files(artifact: Path, manifest: Manifest) -> None:
+    """Every file that the manifest names is a file of this folder, as long as it was."""
+    problems, root = [], artifact.resolve()
+    for name, record in sorted(manifest.files.items()):
+        path, pure = artifact / name, PurePosixPath(name)
+        if pure.is_absolute() or ".." in pure.parts or "\\" in name or not path.resolve().is_relative_to(root):
+            problems.append(f"{name!r} is not a name inside the folder")
+        elif not path.is_file():
+            problems.append(f"{name} is missing")
+        elif name != CARD and path.stat().st_size != record.size:
+            problems.append(f"{name} has {path.stat().st_size} bytes; the manifest says {record.size}")
+    if problems:
+        raise InputError.collect(artifact, problems)
+
+
+def _operations(artifact: Path, local: Manifest, repo: str) -> tuple[Manifest, list[CommitOperationAdd]]:
+    """The manifest as it is published, and every file of the commit, hashed."""
+    from huggingface_hub import CommitOperationAdd
+
+    manifest, problems = public_manifest(local), []
+    additions: dict[str, CommitOperationAdd] = {}
+    for name, record in sorted(local.files.items()):
+        if name == CARD:
+            continue
+        additions[name] = CommitOperationAdd(name, artifact / name)
+        digest = additions[name].upload_info.sha256.hex()
+        if record.sha256 not in (None, digest):
+            problems.append(f"{name} has other bytes than when it was written")
+        manifest.files[name] = FileRecord(record.size, digest)
+    if problems:
+        raise InputError.collect(artifact, problems)
+    if CARD in local.files:
+        text = (artifact / CARD).read_bytes().decode("utf-8", errors="replace")
+        data = refreshed(text, manifest, repo).encode()
+        manifest.files[CARD] = FileRecord(len(data), hashlib.sha256(data).hexdigest())
+        additions[CARD] = CommitOperationAdd(CARD, data)
+    additions[MANIFEST] = CommitOperationAdd(MANIFEST, manifest.to_json().encode())
+    return manifest, [additions[name] for name in sorted(additions)]
+
+
+def _warnings(artifact: Path, local: Manifest, names: set[str]) -> list[str]:
+    found = []
+    if local.parity is None:
+        found.append(f"never verified, and its card says so: lrconvert verify {artifact}")
+    elif not local.parity.get("passed"):
+        found.append("failed its last verification, and its card says so")
+    if CARD not in local.files:
+        found.append(f"no {CARD} in it, so no model card: convert again to get one")
+    found += [f"a local path is published with it: {leak}" for leak in leaks(artifact)]
+    present = {path.relative_to(artifact).as_posix() for path in artifact.rglob("*") if path.is_file()}
+    if extra := sorted(present - names):
+        found.append(f"not published, since lrconvert did not write them: {', '.join(extra)}")
+    return found
+
+
+# --- the Hub ---------------------------------------------------------------------------------------------
+
+
+def _look(
+    api: HfApi, account: Account, repo: str, revision: str | None
+) -> tuple[str | None, bool, dict[str, RepoFile]]:
+    """The repository's newest commit, whether it is private, and its files; None, … where there is none."""
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.hf_api import RepoFile
+
+    with hub_errors(f"reading {repo}", account):
+        try:
+            info = api.model_info(repo, revision=revision)
+            tree = api.list_repo_tree(repo, recursive=True, revision=info.sha)
+            return info.sha, bool(info.private), {file.path: file for file in tree if isinstance(file, RepoFile)}
+        except RevisionNotFoundError as error:
+            raise UsageError(f"{repo} has no branch {revision!r}", remedy="Create it on the Hub first") from error
+        except RepositoryNotFoundError as error:
+            if revision is not None:
+                raise UsageError(f"{repo} does not exist, so it has no branch {revision!r}") from error
+            return None, False, {}
+
+
+def _remote_manifest(api: HfApi, repo: str, head: str) -> Manifest | None:
+    """The manifest of what is on the Hub; None where that isn't one."""
+    with tempfile.TemporaryDirectory() as folder:
+        api.hf_hub_download(repo, MANIFEST, revision=head, local_dir=folder)
+        with contextlib.suppress(InputError):
+            return Manifest.read(Path(folder))
+    return None
+
+
+def _foreign(
+    api: HfApi,
+    repo: str,
+    head: str,
+    remote: dict[str, RepoFile],
+    theirs: Manifest | None,
+    ours: Manifest,
+    names: set[str],
+) -> list[str]:
+    """What is on the Hub and not from a push of this artifact, in words."""
+    if theirs is None:
+        return sorted(set(remote) - GIT_FILES)
+    found = sorted(set(remote) - GIT_FILES - {MANIFEST} - set(theirs.files))
+    made = [(m.target, m.source.get("model"), m.source.get("family")) for m in (theirs, ours)]
+    if made[0] != made[1]:
+        found.append(f"an artifact made from {made[0][1]} ({made[0][0]}), not from {made[1][1]}")
+    for name in sorted(names & set(theirs.files) & set(remote)):
+        record, file = theirs.files[name], remote[name]
+        digest = file.lfs.sha256 if file.lfs else record.sha256
+        if name == CARD:  # what people edit there
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(api.hf_hub_download(repo, CARD, revision=head, local_dir=folder))
+                digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if file.size != record.size or digest != record.sha256:
+            found.append(f"{name}, changed there since lrconvert wrote it")
+    return found

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes: what to bake. The file, and the ways to make one."""
+
+from lrconvert.recipe.derive import derive_recipe, factor_set
+from lrconvert.recipe.file import (
+    MAX_RECIPE_BYTES,
+    RECIPE_FILE,
+    SCHEMA_VERSION,
+    Method,
+    Provenance,
+    Recipe,
+    json_schema,
+    load_recipe,
+    parse_recipe,
+    read_bounded,
+    recipe_folder,
+    resolve,
+    shipped_recipes,
+    write_recipe,
+)
+
+__all__ = [
+    "MAX_RECIPE_BYTES",
+    "RECIPE_FILE",
+    "SCHEMA_VERSION",
+    "Method",
+    "Provenance",
+    "Recipe",
+    "derive_recipe",
+    "factor_set",
+    "json_schema",
+    "load_recipe",
+    "parse_recipe",
+    "read_bounded",
+    "recipe_folder",
+    "resolve",
+    "shipped_recipes",
+    "write_recipe",
+]

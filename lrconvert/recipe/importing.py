@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes from what others published: configs, LongRoPE's CSV tables, factor files, GGUF files.
+
+A source is recognised by what it holds, not by options. Several sources become the tiers of one recipe.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lrconvert import rope
+from lrconvert.checkpoint import locate, open_checkpoint, read_json
+from lrconvert.checkpoint.rope_config import FoundRope, read_rope
+from lrconvert.errors import InputError, UsageError
+from lrconvert.families import Family, ModelShape, family_names, get_family, read_shape
+from lrconvert.recipe import MAX_RECIPE_BYTES, SCHEMA_VERSION, Provenance, Recipe, read_bounded
+from lrconvert.rope import Tier
+
+_LENGTH_IN_NAME = re.compile(r"^(?:ft_[a-z0-9]+_)?(\d+)k", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Base:
+    """What tables of factors leave out about the model they belong to; None: not known."""
+
+    family: str | None = None
+    theta: float | None = None
+    original_window: int | None = None
+    model: str | None = None
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What one source says."""
+
+    base: Base
+    rotary_dim: int
+    tiers: tuple[Tier, ...]
+    source: str
+    licence: str | None = None
+    notes: tuple[str, ...] = ()
+    formula: bool = False  # attention factors were not published: LongRoPE's formula, tier by tier
+
+
+def import_recipe(
+    sources: Sequence[str], given: Base | None = None, name: str | None = None
+) -> tuple[Recipe, list[str]]:
+    """One recipe from one or more sources, and notes on what was assumed. `given` overrides the sources.
+
+    A CSV source may be followed by `=LENGTH`, the window it serves. Raises `InputError` for sources that can't
+    be read or don't fit together, `UsageError` when something has to be said by an option.
+    """
+    given = given or Base()
+    if given.model is not None:
+        given = _completed(given)
+    pieces = [_read(source, given) for source in sources]
+    base = _agreed(pieces, given)
+    missing = [
+        option
+        for option, value in (
+            ("--family", base.family),
+            ("--theta", base.theta),
+            ("--original-window", base.original_window),
+        )
+        if value is None
+    ]
+    if missing:
+        raise UsageError(
+            f"{', '.join(sources)}: says nothing of {' and '.join(missing)}",
+            remedy="Give them, or name the model they fit with --model",
+        )
+    assert base.family is not None and base.theta is not None and base.original_window is not None
+    tiers = _ordered(pieces, base.original_window)
+    notes = [note for piece in pieces for note in piece.notes]
+    if base.family not in family_names():
+        notes.append(f"family {base.family}: this lrconvert can't convert models of it yet")
+    licences = sorted({piece.licence for piece in pieces if piece.licence})
+    recipe = Recipe(
+        schema_version=SCHEMA_VERSION,
+        name=name or _name_of(sources, base),
+        family=base.family,
+        base_model=base.model,
+        original_window=base.original_window,
+        rope_theta=base.theta,
+        rotary_dim=pieces[0].rotary_dim,
+        tiers=tiers,
+        provenance=Provenance(
+            kind="published",
+            source="; ".join(dict.fromkeys(piece.source for piece in pieces)),
+            licence="; ".join(licences) or None,
+            notes=tuple(notes),
+        ),
+    )
+    if problems := recipe.problems():
+        raise InputError.collect(", ".join(sources), problems)
+    return recipe, notes
+
+
+def _name_of(sources: Sequence[str], base: Base) -> str:
+    if base.model:
+        return f"{Path(base.model).name}-longrope"
+    path = Path(sources[0].partition("=")[0])
+    return path.parent.name if path.name == "config.json" and path.parent.name else path.stem
+
+
+def _completed(given: Base) -> Base:
+    """`given` with what the named model's config says where an option doesn't."""
+    assert given.model is not None
+    config, shape, _ = _config_of(given.model)
+    found = read_rope(config, shape)
+    return Base(
+        family=given.family or config.get("model_type"),
+        theta=given.theta or shape.theta,
+        original_window=given.original_window or found.original_window,
+        model=given.model,
+    )
+
+
+def _agreed(pieces: list[_Piece], given: Base) -> Base:
+    """What all sources say of the model; `InputError` with both values where two differ."""
+    values: dict[str, Any] = {}
+    problems = []
+    if len(widths := sorted({piece.rotary_dim for piece in pieces})) > 1:
+        problems.append(f"sources rotate {' and '.join(str(width) for width in widths)} dimensions")
+    for key in ("family", "theta", "original_window", "model"):
+        override = getattr(given, key)
+        said = list(dict.fromkeys(v for piece in pieces if (v := getattr(piece.base, key)) is not None))
+        if override is None and len(said) > 1 and key != "model":
+            problems.append(f"sources differ in {key}: {' and '.join(str(value) for value in said)}")
+        values[key] = override if override is not None else said[0] if said else None
+    if problems:
+        raise InputError.collect("sources", problems)
+    return Base(**values)
+
+
+def _ordered(pieces: list[_Piece], original_window: int) -> tuple[Tier, ...]:
+    tiers: dict[int, tuple[Tier, str]] = {}
+    for piece in pieces:
+        for tier in piece.tiers:
+            if piece.formula:
+                ratio = tier.max_length / original_window
+                tier = replace(tier, attention_factor=rope.longrope_attention_factor(ratio, original_window))
+            if tier.max_length in tiers and tiers[tier.max_length][0] != tier:
+                other = tiers[tier.max_length][1]
+                raise InputError(f"{other} and {piece.source} both serve {tier.max_length} tokens, differently")
+            tiers[tier.max_length] = (tier, piece.source)
+    return tuple(tiers[length][0] for length in sorted(tiers))
+
+
+# --- one source ------------------------------------------------------------------------------------------
+
+
+def _read(source: str, given: Base) -> _Piece:
+    path_text, _, length = source.partition("=")
+    path = Path(path_text)
+    if path.suffix.lower() == ".csv":
+        return _read_csv(path, length)
+    if path.is_file() and path.suffix.lower() == ".json":
+        values = read_json(path, MAX_RECIPE_BYTES)
+        if "model_type" not in values and {"short_factor", "long_factor"} & set(values):
+            return _read_factor_file(path, values, given)
+    config, shape, notes = _config_of(source)
+    found = read_rope(config, shape)
+    if not found.scaled:
+        raise InputError(f"{source}: carries no scaled RoPE", remedy="`lrconvert recipe derive` makes a recipe for it")
+    base = Base(config.get("model_type"), shape.theta, found.original_window, config.get("_name_or_path") or None)
+    return _Piece(base, shape.rotary_dim, found.tiers, f"{source} ({found.kind})", notes=(*notes, *found.notes))
+
+
+def _config_of(reference: str) -> tuple[dict[str, Any], ModelShape, tuple[str, ...]]:
+    """Config and shape of a config.json, a model folder, a GGUF file or a Hub id, of any family."""
+    path = Path(reference)
+    if path.is_file() and path.suffix.lower() == ".json":
+        config = read_json(path)
+    else:
+        path = locate(reference)
+        config = read_json(path / "config.json") if path.is_dir() else open_checkpoint(path).config
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise InputError(f"{reference}: model_type is {model_type!r}; not a Hugging Face config")
+    known = model_type in family_names()
+    family = get_family(model_type) if known else Family(model_type, "", "", rows=())
+    # A recipe needs only what decides the rotation; let a config of another family omit the rest.
+    blanks = {} if known else {"intermediate_size": 1, "vocab_size": 1, "num_hidden_layers": 1, "hidden_act": "silu"}
+    return config, read_shape({**config, **blanks}, family), ()
+
+
+def _read_csv(path: Path, length: str) -> _Piece:
+    """LongRoPE's own layout: one row of d/2 factors per layer, all rows the same, no header."""
+    text = read_bounded(path).decode("utf-8", errors="replace")
+    rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines() if line.strip()]
+    if not rows:
+        raise InputError(f"{path}: empty; rows of factors are needed")
+    try:
+        numbers = [[float(cell) for cell in row] for row in rows]
+    except ValueError as error:
+        raise InputError(f"{path}: not a table of numbers ({error})") from error
+    for index, row in enumerate(numbers):
+        if row != numbers[0]:
+            raise InputError(f"{path}: row {index + 1} differs from row 1; one factor set for all layers is needed")
+    bad = [value for value in numbers[0] if not math.isfinite(value) or value <= 0]
+    if bad:
+        raise InputError(f"{path}: holds {bad[0]}; positive numbers are needed")
+    matched = _LENGTH_IN_NAME.match(path.name) or re.search(r"_(\d+)k\.csv$", path.name, re.IGNORECASE)
+    if length:
+        if not length.isdecimal():
+            raise UsageError(f"{path}={length}: the window after = has to be a number of tokens")
+        window = int(length)
+    elif matched:
+        window = int(matched.group(1)) * 1024
+    else:
+        raise UsageError(f"{path}: the name says nothing of the window it serves", remedy=f"Write {path}=LENGTH")
+    tier = Tier(window, tuple(numbers[0]))
+    notes = (f"{path.name}: serves {window} tokens; no start tokens, attention factor by LongRoPE's formula",)
+    return _Piece(Base(), 2 * len(numbers[0]), (tier,), path.name, notes=notes, formula=True)
+
+
+def _read_factor_file(path: Path, values: dict[str, Any], given: Base) -> _Piece:
+    """A published set as plain data: `short_factor`, `long_factor` and what the config said beside them."""
+    origin = values.get("source")
+    origin = origin if isinstance(origin, dict) else {}
+    described = " ".join(str(origin[key]) for key in ("repo", "ref", "path") if origin.get(key)) or path.name
+    theta = given.theta or values.get("rope_theta")
+    original = given.original_window or values.get("original_max_position_embeddings")
+    rotary_dim, head_dim = values.get("rotary_dim"), values.get("head_dim")
+    if not all(isinstance(value, int) and value > 0 for value in (rotary_dim, head_dim, original)):
+        raise InputError(
+            f"{path}: rotary_dim, head_dim and original_max_position_embeddings are needed as positive integers"
+        )
+    assert isinstance(rotary_dim, int) and isinstance(head_dim, int) and isinstance(original, int)
+    both = values.get("short_factor") is not None and values.get("long_factor") is not None
+    lengths = [values.get(key) for key in ("max_position_embeddings", "target_length")]
+    target = next((length for length in (lengths if both else lengths[::-1]) if length is not None), None)
+    only = values.get("short_factor") or values.get("long_factor")
+    published = values.get("attention_factor")  # a number for both sets, or an object with one for each
+    scale = published if isinstance(published, dict) else {"attention_factor": published}
+    config = {
+        "model_type": given.family or "unknown",
+        "hidden_size": head_dim,
+        "num_attention_heads": 1,
+        "head_dim": head_dim,
+        "partial_rotary_factor": rotary_dim / head_dim,
+        "max_position_embeddings": target,
+        "rope_theta": theta or 10000.0,
+        "original_max_position_embeddings": original,
+        "intermediate_size": 1,
+        "vocab_size": 1,
+        "num_hidden_layers": 1,
+        "rope_scaling": {
+            "rope_type": "longrope",
+            "short_factor": values.get("short_factor") or only,
+            "long_factor": values.get("long_factor") or only,
+            **scale,
+        },
+    }
+    found = _checked(path, config)
+    tiers = found.tiers if both else (replace(found.tiers[-1], max_length=target),)
+    start = values.get("start_tokens") or 0
+    tiers = tuple(replace(tier, start_tokens=start) for tier in tiers)
+    return _Piece(
+        Base(given.family, theta, original, values.get("model")),
+        rotary_dim,
+        tiers,
+        described,
+        licence=origin.get("licence"),
+        notes=found.notes,
+        formula=not both and published is None,
+    )
+
+
+def _checked(path: Path, config: dict[str, Any]) -> FoundRope:
+    try:
+        return read_rope(config, read_shape(config, Family(config["model_type"], "", "", rows=())))
+    except InputError as error:
+        raise InputError(error.message.replace("config.json", str(path), 1)) from error

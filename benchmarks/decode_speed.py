@@ -18,6 +18,7 @@ from typing import Any
 
 from _common import median, save
 
+from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.checkpoint import open_model
 from lrconvert.recipe import derive_recipe
 from lrconvert.targets import hf
@@ -53,7 +54,7 @@ def measure(arguments: argparse.Namespace, artifact: Path) -> None:
         theta=source.shape.theta,
         original_window=source.shape.window,
     )
-    hf.write(hf.plan(source, recipe, artifact))
+    bake_plan(hf.plan(source, recipe, artifact))
     models = {}
     for name, custom in (("native", False), ("custom", True)):
         loaded = transformers.AutoModelForCausalLM.from_pretrained(

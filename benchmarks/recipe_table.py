@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from _common import RESULTS, save
 
+from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.evals.earlier import unpack
 from lrconvert.evals.figures import difference_figure, share_figure
@@ -100,7 +101,7 @@ class Table:
     def _bake(self, number: int, recipe: Recipe) -> Path:
         output = self.folder / f"set{number}-{recipe.name[:20]}"
         if not output.exists():
-            hf.write(hf.plan(self.model, recipe, output))
+            bake_plan(hf.plan(self.model, recipe, output))
         return output
 
     def _ask(self, name: str, folder: Path) -> dict[str, Any]:

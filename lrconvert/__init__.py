@@ -1,4 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""lrconvert: bake LongRoPE recipes into checkpoints, and prove that the result computes what they say."""
+"""lrconvert: bake LongRoPE recipes into checkpoints, and prove that the result computes what they say.
+
+    artifact = lrconvert.hf("demo", "demo-8x", "demo-32k")
+    assert lrconvert.verify(artifact.path).passed
+
+The command line's verbs, one function each (docs/python.md). A verb is imported when it is used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lrconvert.api.baking import Artifact, gguf, hf, onnx
+    from lrconvert.api.inspecting import Inspection, inspect
+    from lrconvert.api.verifying import verify
+    from lrconvert.hub.push import push
+    from lrconvert.parity.report import Report
 
 __version__ = "0.1.0"
+_VERBS = {
+    "Artifact": "lrconvert.api.baking",
+    "Inspection": "lrconvert.api.inspecting",
+    "Report": "lrconvert.parity.report",
+    "gguf": "lrconvert.api.baking",
+    "hf": "lrconvert.api.baking",
+    "inspect": "lrconvert.api.inspecting",
+    "onnx": "lrconvert.api.baking",
+    "push": "lrconvert.hub.push",
+    "verify": "lrconvert.api.verifying",
+}
+__all__ = ["Artifact", "Inspection", "Report", "gguf", "hf", "inspect", "onnx", "push", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _VERBS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_VERBS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_VERBS])

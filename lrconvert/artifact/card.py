@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model card: README.md of an artifact.
 
-    render(model, recipe, spec, …)   the card as it is baked: nobody has verified the artifact yet
-    refreshed(text, manifest, repo)  the same with its generated sections made again, when it is published
+    render(model, recipe, spec, text, …)     the card as it is baked: nobody has verified the artifact yet
+    refreshed(card, manifest, text, repo)    the same with its generated sections made again, when it is published
+
+`text` is what the target says of its format (`CardText`).
 
 Sections between `<!-- lrconvert: NAME -->` and its end belong to lrconvert; what else stands in the file is
 its owner's to edit. The source's own card is kept below ours, and its licence, languages and base model go
-into the metadata. No local path is in it (`public`). Same inputs, same bytes.
+into the metadata. No local path is in it (`redaction`). Same inputs, same bytes.
 """
 
 from __future__ import annotations
@@ -27,8 +29,6 @@ from lrconvert.recipe import Recipe
 from lrconvert.rope import RopeSpec, Tier
 
 CARD = "README.md"
-TAGS = {"hf": ["longrope", "long-context", "custom_code"], "onnx": ["longrope", "long-context", "onnx"]}
-LIBRARIES = {"hf": "transformers", "onnx": "onnx"}
 MAX_CARD_BYTES = 2**20  # of a source's card: longer ones are not carried
 # What the licence file of a source says in its first lines: all of the words, the Hub's name of the licence.
 LICENCES = ((("apache license", "version 2.0"), "apache-2.0"), (("mit license",), "mit"))
@@ -37,6 +37,17 @@ _FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n.*?\r?\n---[ \t]*(?:\r?\n|\Z)", 
 _SOME = re.compile(r"[^\r\n]{1,200}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _MARKER = re.compile(r"^[ \t]*<!-- lrconvert: [\w ]+ -->[ \t]*\r?\n?", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class CardText:
+    """What a card says of one format. `run`: lines that say how to run it, given its name on the Hub (None: where it
+    lies isn't known yet); `about`: paragraphs on its code, given what was dropped and what native code loses."""
+
+    library: str
+    tags: tuple[str, ...]
+    run: Callable[[str | None], list[str]]
+    about: Callable[[Sequence[str], Sequence[str]], list[str]]
 
 
 # --- the source's card -----------------------------------------------------------------------------------
@@ -108,16 +119,16 @@ def render(
     model: Model,
     recipe: Recipe,
     spec: RopeSpec,
+    text: CardText,
     *,
-    given_up: Sequence[str] = (),
+    source: SourceCard,
+    dropped: Sequence[str] = (),
     losses: Sequence[str] = (),
     notes: Sequence[str] = (),
     adapter: Adapter | None = None,
-    source: SourceCard,
-    target: str = "hf",
 ) -> str:
-    """The card of an artifact that is being baked. `given_up`: what no code of it does of the recipe; `losses`:
-    what native code can't express beyond that; `notes`: what the manifest notes; `target`: what it is."""
+    """The card of an artifact that is being baked. `dropped`: what no code of it does of the recipe; `losses`: what
+    native code can't express beyond that; `notes`: what the manifest notes."""
     on_hub = hub_revision(model.reference, model.checkpoint.path)
     local = [] if on_hub else [model.reference]
     name = model.reference if on_hub else model.checkpoint.path.resolve().name
@@ -126,21 +137,21 @@ def render(
     relation = {"base_model": base, "base_model_relation": "merge" if adapter else "finetune"} if base else {}
     licence = source.metadata.get("license_name") or source.metadata.get("license")
     parts = [
-        _metadata({**source.metadata, **relation}, target),
+        _metadata({**source.metadata, **relation}, text),
         f"# {name}, extended to {spec.window} tokens",
         f"The weights of {name}{f' at commit `{on_hub}`' if on_hub else ''}{merged}, and the rotary factors of the "
         f"recipe `{_plain(recipe.name)}`: a window of {spec.original_window} tokens becomes one of {spec.window}. "
         f"Written by lrconvert {__version__}.",
         f"Licence, as the source states it: {_plain(str(licence))}." if licence else "The source states no licence.",
-        _section("run", RUN[target](None)),
-        *(_codes(given_up, losses, local) if target == "hf" else [ONNX_ABOUT]),
+        _section("run", text.run(None)),
+        *(without_paths(part, local) for part in text.about(dropped, losses)),
         "## Tiers",
         "A sequence uses the factors λ of the first tier that is long enough for it. Every inverse frequency is "
         "divided by its λ, except at the first n̂ positions; cos and sin are multiplied by the attention factor.",
         _table(["up to (tokens)", "n̂", "attention factor", "λ"], [_tier(tier) for tier in spec.tiers]),
         "## Where the factors come from",
         _table(["", ""], _provenance(recipe, local)),
-        *(["## Notes", without_paths(_list(*notes), local)] if notes else []),
+        *(["## Notes", without_paths(bullets(*notes), local)] if notes else []),
         _section("parity", _parity(None)),
         _section("files", _files(None)),
     ]
@@ -154,18 +165,18 @@ def _adapter_name(adapter: Adapter) -> str:
     return adapter.reference if hub_revision(adapter.reference, adapter.path) else local_name(adapter.reference)
 
 
-def refreshed(text: str, manifest: Manifest, repo: str | None = None) -> str:
+def refreshed(card: str, manifest: Manifest, text: CardText, repo: str | None = None) -> str:
     """A card with its generated sections made from `manifest`; a section that its owner removed stays away."""
     made: dict[str, Callable[[], list[str]]] = {
-        "run": lambda: RUN.get(manifest.target, _run)(repo),
+        "run": lambda: text.run(repo),
         "parity": lambda: _parity(manifest.parity),
         "files": lambda: _files(manifest),
     }
     for name, lines in made.items():
         start, end = (re.escape(line) for line in _markers(name))
         section = _section(name, lines())
-        text = re.sub(f"{start}.*?{end}", lambda _, new=section: new, text, count=1, flags=re.DOTALL)
-    return text
+        card = re.sub(f"{start}.*?{end}", lambda _, new=section: new, card, count=1, flags=re.DOTALL)
+    return card
 
 
 def _markers(name: str) -> tuple[str, str]:
@@ -177,81 +188,16 @@ def _section(name: str, lines: Iterable[str]) -> str:
     return "\n".join([start, *lines, end])
 
 
-def _metadata(values: Mapping[str, Any], target: str) -> str:
+def _metadata(values: Mapping[str, Any], text: CardText) -> str:
     """The card's front matter. JSON values are YAML too, and spare a bake the import of a YAML library; the tests
     read the result with huggingface_hub."""
-    facts = {"library_name": LIBRARIES[target], "pipeline_tag": "text-generation", "tags": list(TAGS[target])}
+    facts = {"library_name": text.library, "pipeline_tag": "text-generation", "tags": list(text.tags)}
     data = {**values, **facts}
     lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in data.items() if value is not None]
     return "\n".join(["---", *lines, "---"])
 
 
-def _run(repo: str | None) -> list[str]:
-    return [
-        "## How to run",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'name = "{repo or "path/to/this/folder"}"',
-        "model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)",
-        "tokenizer = AutoTokenizer.from_pretrained(name)",
-        "```",
-    ]
-
-
-def _run_onnx(repo: str | None) -> list[str]:
-    name = repo or "path/to/this/folder"
-    return [
-        "## How to run",
-        "",
-        "In Python, with `optimum` or `onnxruntime-genai`; in JavaScript with transformers.js:",
-        "",
-        "```python",
-        "from optimum.onnxruntime import ORTModelForCausalLM",
-        "from transformers import AutoTokenizer",
-        "",
-        f'name = "{name}"',
-        "model = ORTModelForCausalLM.from_pretrained(name)",
-        "tokenizer = AutoTokenizer.from_pretrained(name)",
-        "```",
-        "",
-        "```js",
-        'import { pipeline } from "@huggingface/transformers";',
-        "",
-        f'const generate = await pipeline("text-generation", "{name}");',
-        "```",
-    ]
-
-
-RUN: Mapping[str, Callable[[str | None], list[str]]] = {"hf": _run, "onnx": _run_onnx}
-ONNX_ABOUT = (
-    "The rotation is a function inside the graph, made of standard operators: every row of a batch gets the tier of "
-    "its last position. Programs that keep a cache go on with the keys that they cached before a boundary; what is "
-    "exact is to read the sequence anew there."
-)
-
-
-def _codes(given_up: Sequence[str], losses: Sequence[str], local: Sequence[str]) -> list[str]:
-    """What each piece of code in the artifact does, and does not."""
-    exact = "all of the recipe but what is listed below" if given_up else "the recipe exactly"
-    parts = [
-        "transformers 4.57 to 5.x, nothing else needed. `trust_remote_code=True` runs `modeling_longrope.py`, one file "
-        f"in this folder: it computes {exact}, gives every row of a batch the tier of its own length, and `generate` "
-        "stays right when a sequence grows into another tier.",
-        "Without it the native class runs, and says nothing about what it loses:",
-        _list(
-            "a batch gets one tier for all its rows, and cached keys stay as they are when generation crosses the "
-            "original window",
-            *(losses or ["of the factor sets themselves, nothing"]),
-        ),
-    ]
-    if given_up:
-        parts += ["Given up for the sake of other engines, in all code:", _list(*given_up)]
-    return [without_paths(part, local) for part in parts]
-
-
-def _list(*items: str) -> str:
+def bullets(*items: str) -> str:
     return "\n".join(f"- {item}." for item in items)
 
 

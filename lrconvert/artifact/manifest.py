@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from lrconvert import __version__
+from lrconvert.artifact.record import BakeRecord, options_of_version_1
 from lrconvert.errors import InputError, first_problem
 
 MANIFEST = "lrconvert.json"
 _PART = re.compile(r"(?P<stem>.+)-\d{5}-of-\d{5}")
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2  # 1 had no `bake`, and the same facts as words among its `options`
+FILES = frozenset({".gguf"})  # artifacts that are files, not folders: their manifest lies beside them
 EDITABLE = frozenset({"README.md"})  # the card is for people: they may go on writing it
 MAX_MANIFEST_BYTES = 64 * 2**20
 
@@ -30,14 +32,17 @@ class FileRecord:
 
 @dataclass
 class Manifest:
-    """`lrconvert.json`: how the artifact came to be and what it holds. No time, no machine: same inputs,
-    same bytes."""
+    """`lrconvert.json`: how the artifact came to be and what it holds. No time, no machine: same inputs, same bytes.
+
+    `bake` is what parity reads of it; `options` are what else the user asked for, for people.
+    """
 
     target: str
     source: dict[str, Any]
     recipe: dict[str, Any]
     options: dict[str, Any]
     losses: list[str]
+    bake: BakeRecord = field(default_factory=lambda: BakeRecord(window=0))
     notes: list[str] = field(default_factory=list)
     files: dict[str, FileRecord] = field(default_factory=dict)
     parity: dict[str, Any] | None = None
@@ -45,11 +50,11 @@ class Manifest:
     manifest_version: int = MANIFEST_VERSION
 
     def to_json(self) -> str:
-        values = {**vars(self), "files": {name: vars(self.files[name]) for name in sorted(self.files)}}
-        order = ["manifest_version", "lrconvert", "target", "source", "recipe", "options", "losses", "notes"]
-        return (
-            json.dumps({key: values[key] for key in [*order, "files", "parity"]}, indent=2, ensure_ascii=False) + "\n"
-        )
+        files = {name: vars(self.files[name]) for name in sorted(self.files)}
+        values = {**vars(self), "bake": vars(self.bake), "files": files}
+        order = ("manifest_version", "lrconvert", "target", "source", "recipe", "bake", "options", "losses", "notes",
+                 "files", "parity")  # fmt: skip
+        return json.dumps({key: values[key] for key in order}, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def read(cls, artifact: Path) -> Manifest:
@@ -73,13 +78,37 @@ class Manifest:
         for section, key in (("source", "model"), ("recipe", "name")):
             if not isinstance(getattr(found, section).get(key), str):
                 raise InputError(f"{path}: not a manifest ({section}.{key} is no text)")
+        if found.manifest_version > MANIFEST_VERSION:
+            raise InputError(
+                f"{path}: manifest version {found.manifest_version}; this lrconvert reads up to {MANIFEST_VERSION}",
+                remedy="Install a newer lrconvert",
+            )
+        found.bake = _record(path, found)
         return found
+
+
+def _record(path: Path, manifest: Manifest) -> BakeRecord:
+    """The manifest's record; that of version 1 is made from its options."""
+    from pydantic import TypeAdapter, ValidationError
+
+    values: Any = vars(manifest.bake)
+    if manifest.manifest_version < 2:
+        values = options_of_version_1(manifest.target, manifest.options, _last_window(manifest.recipe))
+    try:
+        return TypeAdapter(BakeRecord).validate_json(json.dumps(values))
+    except ValidationError as error:
+        raise InputError(f"{path}: not a manifest (bake.{first_problem(error)})") from error
+
+
+def _last_window(recipe: dict[str, Any]) -> Any:
+    tiers = recipe.get("tiers")
+    return tiers[-1].get("max_length") if isinstance(tiers, list) and tiers and isinstance(tiers[-1], dict) else None
 
 
 def manifest_path(artifact: Path) -> Path:
     """Where the manifest of an artifact lies: in its folder, or beside its file (`m.gguf`, or any part of a split
     one, `m-00001-of-00002.gguf`: `m.lrconvert.json`)."""
-    if artifact.suffix != ".gguf":
+    if artifact.suffix not in FILES:
         return artifact / MANIFEST
     part = _PART.fullmatch(artifact.stem)
     return artifact.with_name(f"{part['stem'] if part else artifact.stem}.{MANIFEST}")

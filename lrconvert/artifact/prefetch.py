@@ -16,7 +16,7 @@ AHEAD_BYTES = 64 * 2**20  # of finished blocks that wait for the writer
 Job = tuple[Callable[[], memoryview], int]  # makes a block; about how many bytes it has
 
 
-def made_ahead(
+def prefetch(
     jobs: Iterable[Job], *, workers: int = WORKERS, limit: int | None = None
 ) -> Generator[memoryview, None, None]:
     """Results of the jobs in order, at most `limit` bytes (default: `AHEAD_BYTES`) of them made ahead. Closing it drops

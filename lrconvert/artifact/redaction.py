@@ -25,7 +25,7 @@ def hub_revision(reference: str, path: Path) -> str | None:
     return path.name if cached and path.parent.parent.name == f"models--{reference.replace('/', '--')}" else None
 
 
-def described(model: Model) -> dict[str, Any]:
+def source_record(model: Model) -> dict[str, Any]:
     """What a manifest says of the model and its adapter, with the commits of what came from the Hub."""
     source, checkpoint = describe(model), model.checkpoint
     commits = {"revision": hub_revision(model.reference, checkpoint.path)}

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from lrconvert.checkpoint.rope_config import FoundRope, read_rope
 from lrconvert.errors import InputError, UnsupportedError
 from lrconvert.families import ExpectedTensor, Family, ModelShape, expected_tensors, get_family, read_shape
 
@@ -53,11 +54,23 @@ class Checkpoint(ABC):
     format: str  # "safetensors" or "gguf"
     quantised_with: str | None = None  # the method of `quantization_config`: weights are opaque then
     families: tuple[str, ...] = ()  # all whose weights these may be, where the file does not say
+    computing: str | None = None  # what code computes products over these weights in, where the file decides that
+    convertible: bool = True  # False for what is the end of the road
+    takes_padding: bool = True  # whether rows of a batch may be padded on the left, where the file decides that
     rope_problems: tuple[str, ...] = ()  # why the rope scaling of a file that was opened all the same means nothing
 
     @abstractmethod
     def read(self, name: str) -> np.ndarray[Any, Any]:
         """One tensor, dequantised if need be, as F64, F32, F16 or BF16 (ml_dtypes)."""
+
+    @property
+    def engine_config(self) -> Mapping[str, Any] | None:
+        """The config.json that other engines read with these weights; None where they read none."""
+        return self.config
+
+    def rotation(self, shape: ModelShape) -> FoundRope:
+        """The rotation that code computes over these weights. `InputError` where it means nothing."""
+        return read_rope(self.config, shape)
 
     @abstractmethod
     def weight_files(self) -> list[Path]:
@@ -100,6 +113,11 @@ class Model:
     shape: ModelShape
     notes: tuple[str, ...] = ()
     roles: Mapping[tuple[str, int | None], ExpectedTensor] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def rotation(self) -> FoundRope:
+        """The model's own rotation."""
+        return self.checkpoint.rotation(self.shape)
 
     @cached_property
     def dtype(self) -> str:

@@ -87,6 +87,18 @@ class GgufCheckpoint(Checkpoint):
             return None
         return self.config["num_attention_heads" if PERMUTED[row.role] == "heads" else "num_key_value_heads"]
 
+    @property
+    def engine_config(self) -> None:
+        """A config made from metadata: nobody else reads it."""
+        return None
+
+    @property
+    def computing(self) -> str:  # type: ignore[override]
+        """The coarsest type that counts: "F32", "F16", "BF16", "Q8_0" or "quantised"."""
+        kinds = {tensor.type.name for tensor in self.stored.values()}
+        known = [kind for kind in ("F32", "F16", "BF16", "Q8_0") if kind in kinds]
+        return known[-1] if len(known) == len(kinds) else "quantised"
+
     def weight_files(self) -> list[Path]:
         return [header.path for header in self.headers]
 

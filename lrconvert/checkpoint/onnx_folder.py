@@ -17,7 +17,9 @@ import numpy as np
 
 from lrconvert.checkpoint.base import Checkpoint, TensorInfo, numpy_dtype, read_json
 from lrconvert.checkpoint.folder import CONFIG, side_files_of
+from lrconvert.checkpoint.rope_config import FoundRope
 from lrconvert.errors import InputError, require
+from lrconvert.families import ModelShape
 from lrconvert.rope import Tier
 
 GRAPH = "onnx/model.onnx"
@@ -106,6 +108,7 @@ class OnnxCheckpoint(Checkpoint):
     """The folder. Raises `InputError` where the graph is not one of ours or does not fit its data files."""
 
     format = "onnx"
+    convertible = False
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -161,6 +164,14 @@ class OnnxCheckpoint(Checkpoint):
             )
         except (KeyError, ValueError, TypeError) as error:
             raise InputError(f"{self.path / GRAPH}: {COS_SIN} has no readable tiers ({error})") from error
+
+    def rotation(self, shape: ModelShape) -> FoundRope:
+        """The graph's own, whatever config.json says."""
+        return FoundRope("lrconvert", self.tiers[0].max_length, self.tiers)
+
+    @property
+    def takes_padding(self) -> bool:  # type: ignore[override]
+        return self.attention == "standard"
 
     # --- weights -----------------------------------------------------------------------------------------
 

@@ -81,12 +81,3 @@ text_option = click.option(
     help="Long text: a file, a folder of .txt, token ids (.npy), or rows of a data set, "
     "'hf:NAME[@REVISION][:[CONFIG:]SPLIT][?column=COLUMN][#ROWS]'; may be repeated.",
 )
-
-# What every bake has.
-recipe_option = click.option("--recipe", required=True, metavar="RECIPE", help="Recipe file, folder or shipped name.")
-adapter_option = click.option(
-    "--adapter", metavar="PATH|HUB_ID", help="Merge this LoRA adapter; default: the recipe's, if any."
-)
-window_option = click.option("--window", type=TOKENS, help="Stop at this window instead of the recipe's last tier.")
-dry_run_option = click.option("--dry-run", is_flag=True, help="Print what would be written; write nothing.")
-verify_option = click.option("--verify", "verify_too", is_flag=True, help="Run `lrconvert verify` on the artifact.")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,8 @@ import click
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from lrconvert.engines.table import Verdict
 
 
 @cache
@@ -42,6 +44,22 @@ def hint(text: str) -> None:
 
 def warn(text: str) -> None:
     click.echo(f"warning: {text}", err=True)
+
+
+def count(number: int, what: str) -> str:
+    """ "1 file", "2 files"."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def engines(verdicts: Sequence[Verdict], *, detailed: bool) -> None:
+    """A line an engine: its verdict and the first reason; everything with `detailed`."""
+    width = max(len(verdict.engine) for verdict in verdicts)
+    for verdict in verdicts:
+        say(
+            f"  {verdict}" if detailed else f"  {verdict.engine:<{width}}  {verdict.outcome:<8}{verdict.brief}".rstrip()
+        )
+    if not detailed:
+        hint("--verbose and docs/engines.md say more of each")
 
 
 def size(count: int) -> str:

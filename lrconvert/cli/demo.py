@@ -38,11 +38,11 @@ def command(ctx: click.Context, output: Path, force: bool) -> int:
 
     Offline, about a minute on two cores. Leaves a folder to look into.
     """
+    from lrconvert.api.verifying import verify
     from lrconvert.artifact.manifest import MANIFEST
     from lrconvert.cli.hf import command as hf_command
     from lrconvert.cli.verify import show
     from lrconvert.errors import ParityError, UsageError, require
-    from lrconvert.parity import verify
     from lrconvert.recipe import load_recipe
     from lrconvert.recipe.plotting import plot_recipe
 

@@ -65,21 +65,25 @@ def command(
     \b
     lrconvert verify my-model --runtime vllm --python vllm-env/bin/python
     """
-    from lrconvert.errors import ParityError, UsageError, require
-    from lrconvert.parity import Options, kind_of, own_runtime, verify
+    from lrconvert.api.verifying import verify
+    from lrconvert.errors import ParityError
 
-    kind = kind_of(artifact)
-    if codes and (kind != "hf" or runtime not in (None, "transformers")):
-        asked = runtime or own_runtime(kind)
-        raise UsageError(f"--code chooses among what transformers runs; --runtime {asked} has one code")
-    if kind == "onnx":
-        for module in ("onnx", "onnxruntime"):
-            require(module, "onnx", "verify")
-    for module in ("torch", "transformers") if kind == "hf" else ("torch",):
-        require(module, "hf", "verify")
-    options = Options(device, dtype, codes or None, full, python, threads, runtime=runtime, library=library, kv=kv)
     with out.spinner(quiet=as_json) as progress:
-        report = verify(artifact, against=against, recipe=recipe, options=options, progress=progress)
+        report = verify(
+            artifact,
+            against=against,
+            recipe=recipe,
+            device=device,
+            dtype=dtype,
+            codes=codes,
+            runtime=runtime,
+            full=full,
+            python=python,
+            library=library,
+            kv=kv,
+            threads=threads,
+            progress=progress,
+        )
     if junit is not None:
         junit.write_text(report.to_junit(), encoding="utf-8")
     if as_json:

@@ -13,11 +13,9 @@ from lrconvert import __version__
 from lrconvert.artifact.manifest import Manifest
 from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.base import refuse_quantised
-from lrconvert.checkpoint.onnx_folder import OnnxCheckpoint
-from lrconvert.checkpoint.rope_config import read_rope
 from lrconvert.errors import UnsupportedError, require
 from lrconvert.evals.subject import Subject, resolved
-from lrconvert.parity.promise import promise
+from lrconvert.parity.expected import expected
 from lrconvert.parity.stored import on_stored_weights
 from lrconvert.rope import RopeSpec
 from lrconvert.runtimes.base import Scores
@@ -92,11 +90,9 @@ def computed(subject: Subject) -> tuple[Model, RopeSpec]:
     if stored.format != "safetensors":
         model = on_stored_weights(model, stored)
     if subject.recipe is not None:
-        options = Manifest.read(subject.artifact).options
-        spec = resolved(subject.recipe, model, options.get("window"))
-        made = promise(model, spec, options, subject.artifact, gguf=stored.format == "gguf")
-        return made.model, made.spec
-    found, shape = read_rope(stored.config, model.shape), model.shape
-    tiers = stored.tiers if isinstance(stored, OnnxCheckpoint) else found.tiers
-    window = tiers[-1].max_length
-    return model, RopeSpec(model.family.name, shape.rotary_dim, shape.theta, found.original_window, window, tiers)
+        record = Manifest.read(subject.artifact).bake
+        wanted = expected(model, resolved(subject.recipe, model, record.window), record, subject.artifact)
+        return wanted.model, wanted.spec
+    found, shape = model.rotation, model.shape
+    window = found.tiers[-1].max_length
+    return model, RopeSpec(model.family.name, shape.rotary_dim, shape.theta, found.original_window, window, found.tiers)

@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lrconvert.artifact.bake import bake
 from lrconvert.artifact.manifest import Manifest, manifest_path
 from lrconvert.checkpoint import Model, locate, open_checkpoint, open_model
 from lrconvert.checkpoint.adapter import Adapter, choose_adapter, merged, open_adapter
-from lrconvert.checkpoint.rope_config import read_rope
 from lrconvert.errors import InputError, UsageError, require
 from lrconvert.evals.texts import Encode, Text
-from lrconvert.parity.codes import Code, Options, codes_of, kind_of
+from lrconvert.parity.codes import Code, Options, codes_of
 from lrconvert.recipe import Recipe, load_recipe, parse_recipe, recipe_folder, resolve
 from lrconvert.rope import RopeSpec
 from lrconvert.runtimes.base import Session
-from lrconvert.targets import hf
+from lrconvert.targets import hf, target_of
 from lrconvert.training.devices import torch_device
 
 Say = Callable[[str], None]
@@ -52,7 +52,7 @@ class Subject:
                 f"{reference} already carries {name}, so --recipe {recipe} can't be tried on it",
                 remedy="Leave --recipe out, or name the model that it was made of",
             )
-        found = read_rope(model.checkpoint.config, model.shape)
+        found = model.rotation
         if found.scaled:
             raise UsageError(
                 f"{reference} already carries {found.kind} scaling, so --recipe {recipe} can't be tried on it",
@@ -125,7 +125,7 @@ def opened(
     """
     if code == REFERENCE and dtype != "float32":
         raise UsageError("the reference computes in float64, on a GPU in float32", remedy="Leave --dtype out")
-    folder = subject.given is not None or kind_of(subject.artifact) == "hf"
+    folder = subject.given is not None or target_of(subject.artifact).name == "hf"
     for module in ("torch", "transformers") if folder and code != REFERENCE else ():
         require(module, "hf", "an evaluation in transformers")
     if folder and device.startswith("cuda"):
@@ -149,7 +149,7 @@ def opened(
 
 
 def _code_of(subject: Subject, artifact: Path, options: Options, name: str | None) -> Code:
-    there = codes_of(artifact, options)
+    there = codes_of(artifact, target_of(artifact), options)
     if able := [code for code in there if name in (None, code.name)]:
         return able[-1]
     names = ", ".join([*(code.name for code in there), REFERENCE])
@@ -166,7 +166,7 @@ def baked(subject: Subject) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="lrconvert-eval-") as folder:
         model = open_model(subject.artifact)
         planned = hf.plan(model, subject.recipe, Path(folder) / "model", adapter=subject.adapter)
-        hf.write(planned)
+        bake(planned)
         yield planned.output
 
 

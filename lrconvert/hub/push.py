@@ -26,6 +26,7 @@ from lrconvert.artifact.manifest import MANIFEST, FileRecord, Manifest
 from lrconvert.artifact.redaction import leaks, public_manifest, without_paths
 from lrconvert.errors import InputError, ParityError, UnsupportedError, UsageError
 from lrconvert.hub.access import Account, client, hub_errors, sign_in
+from lrconvert.targets import get_target
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -215,9 +216,10 @@ def _operations(artifact: Path, local: Manifest, repo: str) -> tuple[Manifest, l
         manifest.files[name] = FileRecord(record.size, digest)
     if problems:
         raise InputError.collect(artifact, problems)
-    if CARD in local.files:
+    card = get_target(local.target).card
+    if CARD in local.files and card is not None:
         text = (artifact / CARD).read_bytes().decode("utf-8", errors="replace")
-        data = refreshed(text, manifest, repo).encode()
+        data = refreshed(text, manifest, card, repo).encode()
         manifest.files[CARD] = FileRecord(len(data), hashlib.sha256(data).hexdigest())
         additions[CARD] = CommitOperationAdd(CARD, data)
     additions[MANIFEST] = CommitOperationAdd(MANIFEST, manifest.to_json().encode())

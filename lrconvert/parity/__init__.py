@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does an artifact compute what its recipe says? Cases, measures, tolerances, mutants, report."""
 
-from lrconvert.parity.codes import Options, kind_of, own_runtime
-from lrconvert.parity.report import Report, Row
+from lrconvert.artifact.checks import Row
+from lrconvert.parity.codes import Options
+from lrconvert.parity.report import Report
 from lrconvert.parity.verify import verify
 
-__all__ = ["Options", "Report", "Row", "kind_of", "own_runtime", "verify"]
+__all__ = ["Options", "Report", "Row", "verify"]

@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from lrconvert.engines.capability import by_context, project
+from lrconvert.artifact.checks import Row
 from lrconvert.errors import InputError
 from lrconvert.parity.cases import DECODED, Case, build_cases, kept, stream
 from lrconvert.parity.codes import Code, Options
+from lrconvert.parity.expected import lost
 from lrconvert.parity.graph import graph_rows
 from lrconvert.parity.judge import Judge, kept_of_batch
 from lrconvert.parity.measures import Measures, compare, merge
 from lrconvert.parity.nearest import nearest
-from lrconvert.parity.promise import lost
-from lrconvert.parity.report import Report, Row, judged
+from lrconvert.parity.report import Report, judged
 from lrconvert.parity.tokens import tokenisation_of
 from lrconvert.parity.tolerances import Tolerance, tolerance_for
 from lrconvert.rope import RopeSpec
@@ -44,8 +44,8 @@ def ask_code(run: Run, code: Code, spec: RopeSpec, judge: Judge, dtype: str) -> 
     """Every case for one code, into the report. `dtype` is what its products are computed in (`tolerances`)."""
     artifact, options, report = run.artifact, run.options, run.report
     capability = code.capability(judge.model.family)
-    projected, losses = project(spec, capability)
-    projected = by_context(projected, capability)
+    projected, losses = capability.fit(spec)
+    projected = capability.round_boundaries(projected)
     edges = spec.boundaries[:1] if capability.once else None
     cases = list(build_cases(projected, capability, options.budget, asking=code.asking, edges=edges))
     run.say(f"{code.name} code: reference")

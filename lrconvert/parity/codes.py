@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lrconvert.artifact.target import Target
 from lrconvert.checkpoint import read_json
-from lrconvert.checkpoint.onnx_folder import GRAPH, OnnxCheckpoint
+from lrconvert.checkpoint.onnx_folder import OnnxCheckpoint
 from lrconvert.engines.capability import CUSTOM_HF, LLAMA_CPP, MLX, ONNX, VLLM, Capability, native_hf
-from lrconvert.errors import UsageError
+from lrconvert.errors import UnsupportedError, UsageError
 from lrconvert.families import Family
 from lrconvert.parity.cases import ANYTHING, CPU, GPU, GPU_FLOAT32, Asking, Budget
 from lrconvert.runtimes import llama_cpp, mlx, onnxruntime, transformers, vllm
@@ -110,6 +111,7 @@ def _llama_cpp(artifact: Path, options: Options) -> WorkerSession:
 
 def _onnxruntime(artifact: Path, options: Options) -> WorkerSession:
     stored = OnnxCheckpoint(artifact)
+    refuse_device(stored.computing, stored.attention, options.device)
     return onnxruntime.open_session(
         artifact,
         boundaries=[tier.max_length for tier in stored.tiers[:-1]],
@@ -121,6 +123,17 @@ def _onnxruntime(artifact: Path, options: Options) -> WorkerSession:
         python=options.python,
         interpreter=options.interpreter,
     )
+
+
+def refuse_device(kind: str, attention: str, device: str) -> None:
+    """What a device has no kernels for. Raises `UnsupportedError`."""
+    if device == "cpu" and kind == "BF16":
+        raise UnsupportedError("ONNX Runtime has no bfloat16 products on a CPU", remedy="Verify it with --device cuda")
+    if device != "cpu" and attention == "gqa" and kind not in ("F16", "BF16"):
+        raise UnsupportedError(
+            "GroupQueryAttention has no float32 kernel on CUDA: it would run on the CPU",
+            remedy="Convert with --attention standard, or with --dtype f16",
+        )
 
 
 CODES = (
@@ -135,26 +148,13 @@ CODES = (
 RUNTIMES = tuple(dict.fromkeys(code.runtime for code in CODES))
 
 
-def kind_of(artifact: Path) -> Kind:
-    """A GGUF file by its name, a folder by what lies in it."""
-    if artifact.suffix == ".gguf" and not artifact.is_dir():
-        return "gguf"
-    return "onnx" if (artifact / GRAPH).is_file() and not any(artifact.glob("*.safetensors")) else "hf"
-
-
-def own_runtime(kind: Kind) -> str:
-    """The one whose report is the artifact's; those of others stand beside it."""
-    return next(code.runtime for code in CODES if code.runs == kind)
-
-
-def codes_of(artifact: Path, options: Options) -> list[Code]:
+def codes_of(artifact: Path, target: Target, options: Options) -> list[Code]:
     """The codes that are to be asked. Raises `UsageError` for a runtime that does not run such artifacts."""
-    kind = kind_of(artifact)
-    able = [code for code in CODES if code.runs == kind]
-    runtime = options.runtime or own_runtime(kind)
+    able = [code for code in CODES if code.runs == target.name]
+    runtime = options.runtime or target.runtime
     if runtime not in {code.runtime for code in able}:
         names = ", ".join(dict.fromkeys(code.runtime for code in able))
         raise UsageError(f"{runtime} does not run {artifact}", remedy=f"What does: {names}")
-    config = read_json(artifact / "config.json") if kind == "hf" else {}
+    config = read_json(artifact / "config.json") if any(code.needs for code in able) else {}
     chosen = [code for code in able if code.runtime == runtime and (code.needs is None or code.needs in config)]
     return [code for code in chosen if options.codes is None or code.name in options.codes]

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
+from lrconvert.artifact.checks import Row
 from lrconvert.checkpoint.onnx_folder import GRAPH, OnnxCheckpoint
 from lrconvert.errors import InputError, require
 from lrconvert.parity.cases import stream
 from lrconvert.parity.judge import Judge
 from lrconvert.parity.measures import compare
-from lrconvert.parity.report import Row, judged
+from lrconvert.parity.report import judged
 from lrconvert.parity.tolerances import COS_SIN_ERROR, tolerance_for
 from lrconvert.rope import RopeSpec
 from lrconvert.runtimes.onnxruntime import OnnxSession

@@ -24,7 +24,7 @@ class Judge:
 
         # The rotation is handed over with every question: weights are read once for all of them.
         placeholder = Rotation(model.shape.theta, model.shape.rotary_dim, ())
-        self.model = model
+        self.model, self.stored_dtype = model, stored_dtype
         self._reference = Reference(model, placeholder, device=device, stored_dtype=stored_dtype)
         self._dense: list[tuple[Tier, int, np.ndarray, np.ndarray]] = []  # tier, tokens, indices, logits
 

@@ -13,10 +13,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from lrconvert.artifact.checks import Row
 from lrconvert.parity.cases import Case
 from lrconvert.parity.judge import Judge
 from lrconvert.parity.measures import compare
-from lrconvert.parity.report import Row
 from lrconvert.rope import RopeSpec, Tier
 
 TOKENS = 1024

@@ -5,38 +5,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
+from lrconvert.artifact.checks import Row, Verdict
 from lrconvert.parity.measures import Measures
 from lrconvert.parity.tolerances import Tolerance
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-Verdict = Literal["pass", "fail", "known", "skipped"]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One check. For parity: mean KL against its bound. `margin` is bound / value."""
-
-    code: str  # the piece of code that was asked, "files" for integrity
-    case: str
-    verdict: Verdict
-    length: int | None = None
-    kl_mean: float | None = None
-    kl_max: float | None = None
-    logit_max: float | None = None
-    top1: float | None = None
-    bound: float | None = None
-    reason: str = ""
-
-    @property
-    def margin(self) -> float | None:
-        if self.bound is None or self.kl_mean is None:
-            return None
-        return math.inf if self.kl_mean == 0 else self.bound / self.kl_mean
 
 
 def judged(

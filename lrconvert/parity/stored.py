@@ -1,36 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a GGUF file holds, read off the file: its rope metadata, and its weights against the model's.
+"""The weights in an artifact against the model's, where their types round.
 
-llama.cpp is asked whether it computes the recipe on *the weights in the file*, so that a rope error can't hide
-behind the noise of quantisation. That these are the model's weights is a check of its own, tensor by tensor; what
-quantisation costs is measured by the reference alone, with the recipe's factors and without any.
+Code is compared with the reference on *the weights in the artifact*, so that a rope error can't hide behind the noise
+of quantisation. That these are the model's weights is a check of its own, tensor by tensor; what quantisation costs
+is measured by the reference alone, with the recipe's factors and without any.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lrconvert.artifact.checks import Row
 from lrconvert.checkpoint import Checkpoint, Model
-from lrconvert.checkpoint.gguf import GgufCheckpoint
-from lrconvert.checkpoint.gguf_config import LONG, SHORT, STATIC
 from lrconvert.checkpoint.onnx_folder import TIED_HEAD
 from lrconvert.errors import InputError
 from lrconvert.parity.cases import Budget
+from lrconvert.parity.expected import end_case
 from lrconvert.parity.judge import Judge
 from lrconvert.parity.measures import compare
-from lrconvert.parity.promise import end_case
-from lrconvert.parity.report import Row
 from lrconvert.parity.tolerances import weight_error
 from lrconvert.rope import RopeSpec, Tier
 
-METADATA, WEIGHTS = "metadata", "weights"
-FLOAT32 = 1e-6  # metadata and factors are float32: one rounding
+WEIGHTS = "weights"
 
 
 class StoredWeights(Checkpoint):
@@ -74,66 +70,6 @@ def _untied(model: Model) -> Model:
     embedding = model.roles["embedding", None]
     head = replace(embedding, role="lm_head", name=TIED_HEAD)
     return replace(model, shape=replace(model.shape, tied=False), roles={**model.roles, ("lm_head", None): head})
-
-
-def computing(stored: GgufCheckpoint) -> str:
-    """What the products of such a file are computed in, as `tolerances` calls it: the coarsest type that counts."""
-    kinds = {tensor.type.name for tensor in stored.stored.values()}
-    known = [kind for kind in ("F32", "F16", "BF16", "Q8_0") if kind in kinds]
-    return known[-1] if len(known) == len(kinds) else "quantised"
-
-
-# --- metadata --------------------------------------------------------------------------------------------
-
-
-def check_metadata(stored: GgufCheckpoint, model: Model, spec: RopeSpec, *, static: bool) -> list[Row]:
-    """A row for everything in the file that says something else than `spec`; one `pass` when there is nothing."""
-    problems = [*stored.rope_problems, *_numbers(stored, model), *_rope(stored, spec, static)]
-    if not problems:
-        return [Row(METADATA, "rope and shape are the recipe's and the model's", "pass")]
-    return [Row(METADATA, problem.partition(":")[0][:60], "fail", reason=problem) for problem in problems]
-
-
-def _numbers(stored: GgufCheckpoint, model: Model) -> Iterator[str]:
-    prefix, shape = f"{stored.architecture}.", model.shape
-    wanted = {
-        "rope.freq_base": shape.theta,
-        "rope.dimension_count": shape.rotary_dim,
-        "attention.layer_norm_rms_epsilon": shape.norm_eps,
-        "attention.head_count": shape.heads,
-        "attention.head_count_kv": shape.kv_heads,
-        "block_count": shape.layers,
-    }
-    # What llama.cpp takes where a file says nothing.
-    defaults = {
-        "rope.freq_base": 10000.0,
-        "rope.dimension_count": shape.head_dim,
-        "attention.head_count_kv": shape.heads,
-    }
-    for key, value in wanted.items():
-        found = stored.metadata.get(prefix + key, defaults.get(key))
-        if not isinstance(found, int | float) or not math.isclose(found, value, rel_tol=FLOAT32):
-            yield f"{prefix}{key} is {found!r:.60}; the model needs {value:g}"
-
-
-def _rope(stored: GgufCheckpoint, spec: RopeSpec, static: bool) -> Iterator[str]:
-    prefix, first, last = f"{stored.architecture}.", spec.tiers[0], spec.tiers[-1]
-    wanted = {"context_length": float(spec.window), "rope.scaling.attn_factor": last.attention_factor}
-    if not static and len(spec.tiers) > 1:
-        wanted["rope.scaling.original_context_length"] = float(first.max_length)
-    for key, value in wanted.items():
-        found = stored.metadata.get(prefix + key, 1.0 if key.endswith("attn_factor") else None)
-        if not isinstance(found, int | float) or not math.isclose(found, value, rel_tol=FLOAT32):
-            yield f"{prefix}{key} is {found!r:.60}; the recipe needs {value:g}"
-    alone = static and STATIC in stored.stored  # phi3 has no such tensor: two equal sets do the same
-    for name, tier in ({STATIC: last} if alone else {SHORT: first, LONG: last}).items():
-        tensor = stored.stored.get(name)
-        if tensor is None:
-            yield f"{name} is missing"
-            continue
-        values = stored.rows(tensor, 0, 1).reshape(-1)
-        if values.shape != (len(tier.factors),) or not np.allclose(values, tier.factors, rtol=FLOAT32, atol=0):
-            yield f"{name} holds other factors than the recipe's"
 
 
 # --- weights ---------------------------------------------------------------------------------------------

@@ -17,10 +17,10 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
+from lrconvert.artifact.checks import Row
 from lrconvert.checkpoint import Checkpoint, read_json
 from lrconvert.checkpoint.gguf_tokenizer import MAX_PIECE, PRE_TOKENIZERS, SPACE, PreTokenizer
 from lrconvert.errors import InputError, LrconvertError
-from lrconvert.parity.report import Row
 from lrconvert.runtimes.llama_cpp import LlamaSession
 
 TOKENIZER = "tokenizer"

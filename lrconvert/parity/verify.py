@@ -1,33 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Verifying an artifact: are its files whole, and does every piece of code in it compute the recipe?"""
+"""Verifying an artifact: are its files whole, and does every piece of code in it compute the recipe?
+
+One path for every target. What differs between formats is in the target's row: what can be read off its files, and
+whether the reference computes with the weights in the artifact (they round) or with the model's.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lrconvert.artifact.checks import Row
 from lrconvert.artifact.manifest import EDITABLE, Manifest, manifest_path, replace_file
-from lrconvert.checkpoint import Model, describe_source, open_model, read_json
+from lrconvert.artifact.record import BakeRecord
+from lrconvert.artifact.target import Target
+from lrconvert.checkpoint import Checkpoint, Model, describe_source, open_model
 from lrconvert.checkpoint.adapter import merged, open_adapter
-from lrconvert.checkpoint.gguf import GgufCheckpoint
-from lrconvert.checkpoint.onnx_folder import OnnxCheckpoint
+from lrconvert.checkpoint.fold import folded
 from lrconvert.checkpoint.source import sha256_of
-from lrconvert.engines.capability import LLAMA_CPP_STATIC
-from lrconvert.errors import InputError, LrconvertError, UnsupportedError, UsageError
+from lrconvert.engines.capability import static
+from lrconvert.errors import InputError, LrconvertError, UsageError
 from lrconvert.parity import stored as stored_rows
 from lrconvert.parity.asking import Progress, Run, ask_code
-from lrconvert.parity.codes import Code, Options, codes_of, kind_of, own_runtime
-from lrconvert.parity.config_checks import check_config
+from lrconvert.parity.codes import Code, Options, codes_of
+from lrconvert.parity.expected import Expected, exact_fold_rows, expected, lost, rounding_rows
 from lrconvert.parity.judge import Judge
-from lrconvert.parity.promise import Promise, exact_fold_rows, fold_rows, lost, promise
-from lrconvert.parity.report import Report, Row
+from lrconvert.parity.report import Report
 from lrconvert.recipe import Recipe, load_recipe, parse_recipe, resolve
 
 
 def verify(
     artifact: Path,
+    target: Target,
     *,
     against: str | None = None,
     recipe: str | Path | Recipe | None = None,
@@ -39,122 +45,125 @@ def verify(
     Returns the report, good or bad; raises only where nothing could be compared.
     """
     options, say = options or Options(), progress or (lambda what: None)
-    kind = kind_of(artifact)
-    if not (artifact.is_file() if kind == "gguf" else artifact.is_dir()):
+    if not artifact.exists():
         raise InputError(f"{artifact}: no such artifact")
-    codes = codes_of(artifact, options)
+    codes = codes_of(artifact, target, options)
     manifest = Manifest.read(artifact) if manifest_path(artifact).is_file() or against is None else None
     if manifest is None and recipe is None:
         raise UsageError("--against needs --recipe where the artifact has no manifest")
-    model, notes = _source(artifact, manifest, against)
+    model, notes = _source(artifact, target, manifest, against)
     chosen = _recipe(artifact, manifest, recipe)
-    window = manifest.options.get("window") if manifest and recipe is None else None
     spec = resolve(
         chosen,
         family=model.called(chosen.family),
         rotary_dim=model.shape.rotary_dim,
         theta=model.shape.theta,
-        window=window,
+        window=manifest.bake.window if manifest and recipe is None else None,
     )
-    made = promise(model, spec, manifest.options if manifest else {}, artifact, gguf=kind == "gguf")
+    record = manifest.bake if manifest else target.record(spec.window)
+    wanted = expected(model, spec, record, artifact)
     report = Report(
         artifact=artifact.name or str(artifact),
         against=f"{model.reference} + {chosen.name}",
         reference="",
         notes=notes,
-        losses=list(made.given_up),
+        losses=list(wanted.dropped),
     )
+    run = Run(artifact, options, report, say)
     if manifest is not None:
         say("checksums")
-        report.rows += _integrity(artifact.parent if kind == "gguf" else artifact, manifest)
-    run = Run(artifact, options, report, say)
-    {"hf": _verify_hf, "gguf": _verify_gguf, "onnx": _verify_onnx}[kind](run, manifest, made, codes)
+        report.rows += _integrity(manifest_path(artifact).parent, manifest)
+    _compare(run, target, wanted, record, codes)
     if manifest is not None and recipe is None:
-        engine = None if options.runtime in (None, own_runtime(kind)) else options.runtime
+        engine = None if options.runtime in (None, target.runtime) else options.runtime
         manifest.parity = _recorded(manifest.parity, report.to_json(), engine)
         replace_file(manifest_path(artifact), manifest.to_json())
     return report
 
 
-def _verify_hf(run: Run, manifest: Manifest | None, made: Promise, codes: list[Code]) -> None:
-    artifact, options, report = run.artifact, run.options, run.report
-    stored = manifest.options.get("dtype") if manifest else None
-    judge = Judge(made.model, device=options.device, stored_dtype=stored)
-    report.reference = f"reference in {judge.dtype} on {options.device}"
-    report.rows += check_config(read_json(artifact / "config.json"), artifact, made.model.family.hf_class)
-    if made.spec != made.recipe:
-        run.say("what the weights carry: reference")
-        report.rows += fold_rows(made, judge, stored_dtype=stored, device=options.device, budget=options.budget)
-    for code in codes:
-        ask_code(run, code, made.spec, judge, options.dtype)
+# --- comparing -------------------------------------------------------------------------------------------
 
 
-def _verify_gguf(run: Run, manifest: Manifest | None, made: Promise, codes: list[Code]) -> None:
-    """llama.cpp is judged on the weights in the file; that they are the model's is checked beside it."""
-    artifact, options, report, say = run.artifact, run.options, run.report, run.say
-    original = Judge(made.source or made.model, device=options.device)
-    report.reference = f"reference in {original.dtype} on {options.device}"
-    try:
-        stored = GgufCheckpoint(artifact, tolerant=True)
-        model = stored_rows.on_stored_weights(made.model, stored)
-    except LrconvertError as error:
-        report.rows.append(Row("metadata", "a GGUF of the model", "fail", reason=error.message))
+@dataclass(frozen=True)
+class _References:
+    """The reference over the weights that the code computes with, and over those of the model, unscaled."""
+
+    stored: Judge
+    plain: Judge
+    exact: bool = True  # the artifact's weights are the model's, bit by bit
+    computing: str | None = None  # what products are computed in, where the file decides that
+
+
+def _compare(run: Run, target: Target, wanted: Expected, record: BakeRecord, codes: list[Code]) -> None:
+    """Every row that needs the reference, into the report."""
+    report, options = run.report, run.options
+    stored = _opened(run, target, wanted)
+    if target.stored and stored is None:
         return
-    static = bool(manifest and manifest.options.get("static_long"))
-    report.rows += stored_rows.check_metadata(stored, made.model, made.spec, static=static)
-    say("weights")
-    rows, exact = stored_rows.check_weights(stored, made.model)
-    report.rows += rows
-    judge = original if exact and made.source is None else Judge(model, device=options.device)
-    if made.given_up:
-        say("what was given up: reference")
-        report.rows += lost("llama.cpp", made.recipe, made.kept, original, options.budget)
-    if made.source is not None:
+    report.rows += target.checks(run.artifact, stored, wanted.model, wanted.spec, record)
+    references = _on_model(run, wanted, record) if stored is None else _on_stored(run, wanted, stored)
+    report.reference = f"reference in {references.stored.dtype} on {options.device}"
+    _bake_rows(run, target, wanted, record, references)
+    for code in codes:
+        if record.static:
+            own = code.capability
+            code = replace(code, capability=lambda family, own=own: static(own(family)))
+        if stored is not None and not stored.takes_padding:
+            code = replace(code, asking=replace(code.asking, padded=False))
+        ask_code(run, code, wanted.spec, references.stored, references.computing or options.dtype)
+
+
+def _opened(run: Run, target: Target, wanted: Expected) -> Checkpoint | None:
+    """The artifact's own weights, where the reference needs them; a failed row where they aren't the model's."""
+    if not target.stored:
+        return None
+    try:
+        stored = target.open(run.artifact)
+        stored_rows.on_stored_weights(wanted.model, stored)
+    except LrconvertError as error:
+        run.report.rows.append(Row("metadata", f"{target.title} of the model", "fail", reason=error.message))
+        return None
+    return stored
+
+
+def _on_model(run: Run, wanted: Expected, record: BakeRecord) -> _References:
+    """Weights that stay what they were, or are rounded once to the stored dtype."""
+    device, dtype = run.options.device, record.stored
+    stored = Judge(wanted.model, device=device, stored_dtype=dtype)
+    if wanted.source is None:
+        return _References(stored, stored)
+    unscaled = folded(wanted.source, 1.0, rounded=dtype is None)
+    return _References(stored, Judge(unscaled, device=device, stored_dtype=dtype))
+
+
+def _on_stored(run: Run, wanted: Expected, stored: Checkpoint) -> _References:
+    """The weights in the artifact. That they are the model's is checked tensor by tensor."""
+    run.say("weights")
+    rows, exact = stored_rows.check_weights(stored, wanted.model)
+    run.report.rows += rows
+    plain = Judge(wanted.source or wanted.model, device=run.options.device)
+    if exact and wanted.source is None:
+        return _References(plain, plain, exact, stored.computing)
+    model = stored_rows.on_stored_weights(wanted.model, stored)
+    return _References(Judge(model, device=run.options.device), plain, exact, stored.computing)
+
+
+def _bake_rows(run: Run, target: Target, wanted: Expected, record: BakeRecord, references: _References) -> None:
+    """What the bake itself did: dropped parts of the recipe, a folded attention factor, rounded weights."""
+    report, options, say = run.report, run.options, run.say
+    if wanted.source is not None:
         say("the folded attention factor: reference")
-        report.rows += exact_fold_rows(made, device=options.device, budget=options.budget)
-    if not exact and stored_rows.computing(stored) != "F32":
+        report.rows += exact_fold_rows(wanted, device=options.device, budget=options.budget)
+        if not target.stored:
+            report.rows += rounding_rows(wanted, references.stored, references.plain, options.budget)
+    if wanted.dropped:
+        say("what was dropped: reference")
+        name = record.capability or target.name
+        report.rows += lost(name, wanted.recipe, wanted.kept, references.plain, options.budget)
+    if not references.exact and references.computing != "F32":
         say("quantisation: reference")
-        report.rows += stored_rows.quantisation("llama.cpp", original, made.kept, judge, made.spec, options.budget)
-    dtype = stored_rows.computing(stored)
-    for code in codes:
-        if static:
-            code = replace(code, capability=lambda family: LLAMA_CPP_STATIC)
-        ask_code(run, code, made.spec, judge, dtype)
-
-
-def _verify_onnx(run: Run, manifest: Manifest | None, made: Promise, codes: list[Code]) -> None:
-    """ONNX Runtime is judged on the weights in the folder, as llama.cpp on those of a file."""
-    artifact, options, report, say = run.artifact, run.options, run.report, run.say
-    stored = OnnxCheckpoint(artifact)
-    kind = stored.computing
-    refuse_device(kind, stored.attention, options.device)
-    original = Judge(made.model, device=options.device)
-    report.reference = f"reference in {original.dtype} on {options.device}"
-    try:
-        model = stored_rows.on_stored_weights(made.model, stored)
-    except LrconvertError as error:
-        report.rows.append(Row("metadata", "a graph of the model", "fail", reason=error.message))
-        return
-    say("weights")
-    rows, exact = stored_rows.check_weights(stored, made.model)
-    report.rows += rows
-    judge = original if exact else Judge(model, device=options.device)
-    if not exact:
-        say("rounding: reference")
-        report.rows += stored_rows.quantisation("onnxruntime", original, made.kept, judge, made.spec, options.budget)
-    for code in codes:
-        asking = replace(code.asking, padded=stored.attention == "standard")
-        ask_code(run, replace(code, asking=asking), made.spec, judge, kind)
-
-
-def refuse_device(kind: str, attention: str, device: str) -> None:
-    """What a device has no kernels for. Raises `UnsupportedError`."""
-    if device == "cpu" and kind == "BF16":
-        raise UnsupportedError("ONNX Runtime has no bfloat16 products on a CPU", remedy="Verify it with --device cuda")
-    if device != "cpu" and attention == "gqa" and kind not in ("F16", "BF16"):
-        raise UnsupportedError(
-            "GroupQueryAttention has no float32 kernel on CUDA: it would run on the CPU",
-            remedy="Convert with --attention standard, or with --dtype f16",
+        report.rows += stored_rows.quantisation(
+            target.runtime, references.plain, wanted.kept, references.stored, wanted.spec, options.budget
         )
 
 
@@ -166,22 +175,27 @@ def _recorded(earlier: dict[str, Any] | None, report: dict[str, Any], engine: st
     return {**(earlier or report), "engines": {**engines, engine: report}}
 
 
-def _source(artifact: Path, manifest: Manifest | None, against: str | None) -> tuple[Model, list[str]]:
-    """The model to judge by: the one given, the one the manifest names, else the artifact's own weights."""
+# --- what is compared with -------------------------------------------------------------------------------
+
+
+def _source(artifact: Path, target: Target, manifest: Manifest | None, against: str | None) -> tuple[Model, list[str]]:
+    """The model to judge by: the one given, the one the manifest names, else the artifact's own weights.
+
+    A GGUF that was repaired is a model whose own rope scaling means nothing: it is opened all the same.
+    """
     if against is not None:
         notes = ["the manifest's adapter is not merged into the model given: it is compared as it is"]
         return open_model(against, tolerant=True), notes if manifest and manifest.source.get("adapter") else []
     assert manifest is not None
     named = str(manifest.source["model"])
     try:
-        # A GGUF that was repaired is a model whose own rope scaling means nothing.
-        model = open_model(named, revision=manifest.source.get("revision"), tolerant=manifest.target == "gguf")
+        model = open_model(named, revision=manifest.source.get("revision"), tolerant=True)
         recorded = manifest.source.get("adapter")
         adapter = (
             open_adapter(str(recorded["reference"]), manifest.source.get("adapter_revision")) if recorded else None
         )
     except LrconvertError as error:
-        note = f"the source, {named}, can't be opened ({error.message}): judged on the artifact's own weights"
+        note = f"the source, {named}, can't be opened ({error.message}): compared with the artifact's own weights"
         return open_model(artifact), [note]
     changed = {
         f"{named} is no longer the model": describe_source(model)["weights"] != manifest.source["weights"],
@@ -194,10 +208,10 @@ def _source(artifact: Path, manifest: Manifest | None, against: str | None) -> t
             remedy="Name the right one with --against, or convert again",
         )
     if adapter is not None:
-        # A dtype of its own, a fold and a GGUF's types are rounded once and later.
-        options = manifest.options
-        plain = options.get("dtype") is None and options.get("folded_attention", 1.0) == 1.0
-        model = merged(model, adapter, rounded=plain and manifest.target == "hf")
+        # Rounded here only where the artifact's own weights were: a dtype of its own, a fold and quantised types are
+        # rounded once and later.
+        plain = manifest.bake.stored is None and manifest.bake.attention_scale == 1.0
+        model = merged(model, adapter, rounded=plain and not target.stored)
     return model, []
 
 
@@ -228,5 +242,9 @@ def _integrity(folder: Path, manifest: Manifest) -> list[Row]:
         else:
             record.sha256 = digest
     if not rows:
-        rows.append(Row("files", f"{len(manifest.files)} files, sha256", "pass"))
+        rows.append(Row("files", _counted(len(manifest.files)), "pass"))
     return rows
+
+
+def _counted(files: int) -> str:
+    return f"{files} file{'' if files == 1 else 's'}, sha256"

@@ -14,12 +14,14 @@ from conftest import recipe_for
 from huggingface_hub import ModelCard
 from support.pico import write_pico
 
+from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.artifact.card import CARD, MAX_CARD_BYTES, SourceCard, refreshed, render, source_card
 from lrconvert.artifact.manifest import MANIFEST, FileRecord, Manifest
 from lrconvert.artifact.redaction import hub_revision, local_name, public_manifest, without_paths
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.recipe import Provenance, Recipe, resolve
 from lrconvert.targets import hf
+from lrconvert.targets.hf.card import CARD_TEXT
 
 THEIRS = """---
 license: llama3.2
@@ -46,14 +48,14 @@ def folder(tmp_path: Path) -> Path:
 def card_of(folder: Path, output: Path, recipe: Recipe | None = None) -> str:
     """The card of an artifact baked from `folder`."""
     model = open_model(folder)
-    hf.write(hf.plan(model, recipe or recipe_for(model), output))
+    bake_plan(hf.plan(model, recipe or recipe_for(model), output))
     return (output / CARD).read_text(encoding="utf-8")
 
 
 def rendered(model: Model, recipe: Recipe, **options: Any) -> str:
     shape = model.shape
     spec = resolve(recipe, family=model.family.name, rotary_dim=shape.rotary_dim, theta=shape.theta)
-    return render(model, recipe, spec, **{"source": SourceCard(), **options})
+    return render(model, recipe, spec, CARD_TEXT, **{"source": SourceCard(), **options})
 
 
 # --- metadata ----------------------------------------------------------------------------------------------
@@ -168,7 +170,7 @@ def test_tiers_losses_and_licence(pico: Callable[..., Model]) -> None:
         assert f"| {tier.max_length} | 4 | {tier.attention_factor:.6g} | {spread} |" in card
     assert "- a loss.\n- another.\n" in card and "of the factor sets themselves, nothing" not in card
     assert "The source states no licence." in card and "## Notes" not in card
-    card = rendered(model, recipe, given_up=["n̂"], notes=[f"read from {model.reference}"])
+    card = rendered(model, recipe, dropped=["n̂"], notes=[f"read from {model.reference}"])
     assert "in all code:\n\n- n̂.\n" in card and "the recipe exactly" not in card
     assert f"## Notes\n\n- read from {Path(model.reference).name}.\n" in card
     assert "of the factor sets themselves, nothing" in rendered(model, recipe)
@@ -228,7 +230,7 @@ REPORT: dict[str, Any] = {
 
 def test_a_report_becomes_a_table(pico: Callable[..., Model]) -> None:
     """Every row, failed ones too; a bar in a cell is no new cell."""
-    card = refreshed(rendered(pico(), recipe_for(pico())), manifest(REPORT), "me/x")
+    card = refreshed(rendered(pico(), recipe_for(pico())), manifest(REPORT), CARD_TEXT, "me/x")
     assert "| native | at\\|64 | 64 | 1.2e-01 | 1.0e-06 | fail |\n| files | 2 files, sha256 |  |  |  | pass |\n" in card
     assert "FAILED, 1 of 2 checks: b. " in card and "Lost: a loss." in card
     assert "native code: transformers 5.1, torch 2.9." in card
@@ -239,11 +241,11 @@ def test_a_report_becomes_a_table(pico: Callable[..., Model]) -> None:
 def test_refreshing_changes_its_own_sections_only(pico: Callable[..., Model]) -> None:
     """Any number of times, with the same bytes; in a text without them it changes nothing."""
     card = rendered(pico(), recipe_for(pico())).replace("## Tiers", "mine \\1 \\g<0>\n\n## Tiers")
-    once = refreshed(card, manifest(REPORT), "me/x")
-    assert refreshed(once, manifest(REPORT), "me/x") == once
+    once = refreshed(card, manifest(REPORT), CARD_TEXT, "me/x")
+    assert refreshed(once, manifest(REPORT), CARD_TEXT, "me/x") == once
     assert "mine \\1 \\g<0>" in once
-    assert "**Not verified yet**" in refreshed(once, manifest(), "me/x")
-    assert refreshed("# Mine alone\n", manifest(REPORT), "me/x") == "# Mine alone\n"
+    assert "**Not verified yet**" in refreshed(once, manifest(), CARD_TEXT, "me/x")
+    assert refreshed("# Mine alone\n", manifest(REPORT), CARD_TEXT, "me/x") == "# Mine alone\n"
 
 
 # --- what may leave the machine ----------------------------------------------------------------------------

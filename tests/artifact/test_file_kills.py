@@ -34,13 +34,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 KILLER = """
 import itertools, os, pickle, shutil, signal, sys
 from pathlib import Path
-from lrconvert.file_output import FileStaging
-from lrconvert.output import Manifest
+from lrconvert.artifact.file_staging import FileStaging
+from lrconvert.artifact.manifest import Manifest
+from lrconvert.artifact.record import BakeRecord
 os.fsync = lambda handle: None
 counted = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 starts, target, files, most = pickle.load(sys.stdin.buffer)
 import pydantic  # as reading the old manifest does: not among the accesses that count
-manifest = Manifest("gguf", {"model": "new"}, {"name": "r"}, {}, [])
+manifest = Manifest("gguf", {"model": "new"}, {"name": "r"}, {}, [], BakeRecord(window=64))
 if any((start / "m.lrconvert.json").exists() for start in starts):
     Manifest.read(next(start for start in starts if (start / "m.lrconvert.json").exists()) / "m.gguf")
 names = itertools.count()

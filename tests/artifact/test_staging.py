@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from conftest import Result, recipe_for
 from support.pico import write_pico
-from support.staging import RUN_AS_USER, RUN_WITH_SMALL_FILES, content, linux_only, python
+from support.staging import BAKED, RUN_AS_USER, RUN_WITH_SMALL_FILES, content, linux_only, python
 
 from lrconvert.artifact import staging as output_module
 from lrconvert.artifact.manifest import MANIFEST, FileRecord, Manifest, replace_file
@@ -30,7 +30,14 @@ from lrconvert.recipe import write_recipe
 
 
 def manifest(**changes: object) -> Manifest:
-    values = {"target": "hf", "source": {"model": "m"}, "recipe": {"name": "r"}, "options": {}, "losses": []}
+    values = {
+        "target": "hf",
+        "source": {"model": "m"},
+        "recipe": {"name": "r"},
+        "options": {},
+        "losses": [],
+        "bake": BAKED,
+    }
     return Manifest(**{**values, **changes})  # type: ignore[arg-type]
 
 
@@ -348,7 +355,7 @@ def kill(process: subprocess.Popen[str]) -> None:
 SLOW_CONVERSION = """
 import sys, time
 from pathlib import Path
-from lrconvert.output import Manifest, Staging
+from lrconvert.artifact.staging import Staging
 with Staging(Path(sys.argv[1]), force=True) as staging:
     staging.write_bytes("a.txt", b"half")
     with staging.create("big") as file:

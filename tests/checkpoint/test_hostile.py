@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.pico import pico_config, write_pico
 
+from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.artifact.manifest import MANIFEST, Manifest
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.cli.inspect import inspect
@@ -157,7 +158,7 @@ def test_manifests(tmp_path: Path, pico: Callable[..., Model], data: st.DataObje
     """A manifest of any damage is read or refused; inspect says the same of its artifact."""
     artifact = tmp_path / "a"
     if not artifact.exists():
-        hf.write(hf.plan(pico("llama"), recipe_for(pico("llama")), artifact))
+        bake_plan(hf.plan(pico("llama"), recipe_for(pico("llama")), artifact))
         (tmp_path / "kept").write_bytes((artifact / MANIFEST).read_bytes())
     whole = json.loads((tmp_path / "kept").read_text())
     (artifact / MANIFEST).write_text(json.dumps(data.draw(damaged(whole))))
@@ -175,7 +176,7 @@ def test_a_source_that_changes_while_it_is_read_is_noticed(
     """Between plan and publish, with weights converted: nothing is published, and the file is named."""
     folder = write_pico(tmp_path / "m")
     model = open_model(folder)
-    plan = hf.plan(model, recipe_for(model), tmp_path / "a", dtype="bf16")
+    plan = hf.plan(model, recipe_for(model), tmp_path / "a", hf.Options(dtype="bf16"))
     weights = folder / "model.safetensors"
     copied = np.fromfile(weights, np.uint8)
     if change == "rewritten":
@@ -184,5 +185,5 @@ def test_a_source_that_changes_while_it_is_read_is_noticed(
     else:
         weights.rename(tmp_path / "elsewhere")
     with pytest.raises(InputError, match=r"model\.safetensors"):
-        hf.write(plan)
+        bake_plan(plan)
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith((".", "a"))) == []

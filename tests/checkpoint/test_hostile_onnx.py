@@ -30,12 +30,13 @@ from onnx import TensorProto, helper, numpy_helper
 from support.hostile import answer
 from support.onnx_files import DATA, GRAPH, attribute, call_of, command, export, graph_of, set_attribute
 from support.pico import write_pico
+from support.verifying import verify
 
 from lrconvert.artifact.manifest import MANIFEST
 from lrconvert.checkpoint import open_model
 from lrconvert.checkpoint.onnx_folder import OnnxCheckpoint
 from lrconvert.errors import LrconvertError
-from lrconvert.parity import Options, verify
+from lrconvert.parity import Options
 from lrconvert.recipe import Recipe, load_recipe, write_recipe
 from lrconvert.runtimes.base import Interpreter
 from lrconvert.runtimes.onnxruntime import WORKER

@@ -15,6 +15,7 @@ import pytest
 from conftest import Result
 from matplotlib.text import Text
 
+from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.checkpoint import locate, open_model
 from lrconvert.data import DATA
 from lrconvert.evals.passkey import PasskeyFormat
@@ -31,7 +32,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model as a GGUF."""
     model, output = open_model("demo"), tmp_path_factory.mktemp("gguf") / "demo.gguf"
     recipe = derive_recipe("yarn", 8, family="llama", rotary_dim=64, theta=1e4, original_window=4096, uniform=True)
-    gguf.write(gguf.plan(model, recipe, output, gguf.Options(type="f32")))
+    bake_plan(gguf.plan(model, recipe, output, gguf.Options(type="f32")))
     return output
 
 

@@ -18,6 +18,7 @@ from support.engine_suite import bake
 from support.gguf_files import stock
 from support.onnx_files import write_adapter
 
+from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.checkpoint import Model
 from lrconvert.errors import InputError, UnsupportedError, UsageError
 from lrconvert.evals.perplexity import measure_perplexity
@@ -101,7 +102,7 @@ def test_a_mutant_has_another_perplexity_where_it_is_wrong(
 def test_the_reference_stops_where_the_artifact_does(model: Model, recipe: Recipe, tmp_path: Path) -> None:
     """`--window` cut the long set off: what is longer than that has the short one, in both."""
     artifact = own_name(tmp_path / "artifact")
-    hf.write(hf.plan(model, recipe, artifact, window=64))
+    bake_plan(hf.plan(model, recipe, artifact, hf.Options(window=64)))
     subject = Subject.of(str(artifact))
     np.testing.assert_allclose(perplexities(subject, code="reference"), perplexities(subject), rtol=EXACT)
 
@@ -114,9 +115,9 @@ def test_the_reference_reads_other_formats(
     recipe = recipe_for(model, tiers=2, even=True)
     artifact = tmp_path / ("m.gguf" if kind == "gguf" else "m")
     if kind == "gguf":
-        gguf.write(gguf.plan(model, recipe, artifact, gguf.Options(type="f32")))
+        bake_plan(gguf.plan(model, recipe, artifact, gguf.Options(type="f32")))
     else:
-        onnx.write(onnx.plan(model, recipe, artifact, onnx.Options()))
+        bake_plan(onnx.plan(model, recipe, artifact, onnx.Options()))
     path = str(write_recipe(recipe, tmp_path / "recipe"))
     wanted = perplexities(Subject.of(model.reference, path), code="reference")
     np.testing.assert_allclose(perplexities(Subject.of(str(artifact)), code="reference"), wanted, rtol=EXACT)

@@ -12,6 +12,7 @@ from conftest import recipe_for
 from support.generation import step_errors
 from support.pico import WINDOW
 
+from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.checkpoint import Model
 from lrconvert.targets import hf
 
@@ -39,7 +40,7 @@ def test_every_step_equals_a_fresh_pass(
 
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     model = pico(family)
-    hf.write(hf.plan(model, recipe_for(model, tiers=3, start_tokens=4), tmp_path / "a"))
+    bake_plan(hf.plan(model, recipe_for(model, tiers=3, start_tokens=4), tmp_path / "a"))
     loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "a", trust_remote_code=True)
     loaded = loaded.to("cuda").eval()
     prompt = torch.randint(3, 100, (1, WINDOW - 4), generator=torch.Generator().manual_seed(1)).to("cuda")
@@ -56,7 +57,7 @@ def test_native_code_fails_the_same_check(
 
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     model = pico("llama")
-    hf.write(hf.plan(model, recipe_for(model, even=True), tmp_path / "a"))
+    bake_plan(hf.plan(model, recipe_for(model, even=True), tmp_path / "a"))
     loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
     loaded = loaded.to("cuda").eval()
     prompt = torch.randint(3, 100, (1, WINDOW - 4), generator=torch.Generator().manual_seed(1)).to("cuda")
@@ -73,7 +74,7 @@ def test_a_compiled_static_step(
 
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     model = pico("llama")
-    hf.write(hf.plan(model, recipe_for(model, tiers=3 if custom else 2, even=not custom), tmp_path / "a"))
+    bake_plan(hf.plan(model, recipe_for(model, tiers=3 if custom else 2, even=not custom), tmp_path / "a"))
     loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "a", trust_remote_code=custom)
     loaded = loaded.to("cuda").eval()
     start, count = (WINDOW - 4, WINDOW + 12) if custom else (20, 30)

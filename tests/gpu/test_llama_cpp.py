@@ -16,14 +16,16 @@ from typing import Any
 
 import pytest
 from support.pico import write_pico
+from support.verifying import verify
 
+from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.checkpoint import Model, open_model
-from lrconvert.parity import Options, Report, verify
+from lrconvert.parity import Options, Report
 from lrconvert.parity.mutants import RECIPE_MUTANTS
 from lrconvert.recipe import Recipe, derive_recipe
 from lrconvert.runtimes.base import Interpreter
 from lrconvert.runtimes.llama_cpp import WORKER
-from lrconvert.runtimes.llama_library import VARIABLE, find_library
+from lrconvert.runtimes.llama_library import VARIABLE
 from lrconvert.targets import gguf
 
 pytestmark = pytest.mark.gpu
@@ -58,10 +60,7 @@ def record() -> Iterator[Record]:
 
 
 def bake(model: Model, recipe: Recipe, output: Path, kind: str | None, window: int | None = None) -> Path:
-    library = find_library()
-    gguf.write(
-        gguf.plan(model, recipe, output, gguf.Options(type=kind, window=window), library=library), library=library
-    )
+    bake_plan(gguf.plan(model, recipe, output, gguf.Options(type=kind, window=window)))
     return output
 
 

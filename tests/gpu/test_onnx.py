@@ -17,10 +17,12 @@ from typing import Any
 
 import pytest
 from support.pico import write_pico
+from support.verifying import verify
 
+from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.errors import UnsupportedError
-from lrconvert.parity import Options, Report, verify
+from lrconvert.parity import Options, Report
 from lrconvert.parity.mutants import RECIPE_MUTANTS
 from lrconvert.recipe import Recipe, derive_recipe, load_recipe
 from lrconvert.rope import Tier
@@ -62,7 +64,7 @@ def record() -> Iterator[Record]:
 
 
 def bake(model: Model, recipe: Recipe, output: Path, dtype: str, attention: str, **more: Any) -> Path:
-    onnx.write(onnx.plan(model, recipe, output, onnx.Options(dtype=dtype, attention=attention, **more)))
+    bake_plan(onnx.plan(model, recipe, output, onnx.Options(dtype=dtype, attention=attention, **more)))
     return output
 
 

@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 from conftest import recipe_for
+from support.verifying import verify
 
+from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.checkpoint import Model, open_model
-from lrconvert.parity import Options, Report, verify
+from lrconvert.parity import Options, Report
 from lrconvert.parity.mutants import RECIPE_MUTANTS, unpermuted_qk
 from lrconvert.recipe import Recipe, derive_recipe, load_recipe
 from lrconvert.rope import longrope_attention_factor
@@ -56,7 +58,7 @@ def even(recipe: Recipe, attention: float) -> Recipe:
 
 
 def baked(model: Model, recipe: Recipe, output: Path) -> Path:
-    hf.write(hf.plan(model, recipe, output))
+    bake_plan(hf.plan(model, recipe, output))
     return output
 
 

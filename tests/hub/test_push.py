@@ -20,6 +20,7 @@ from conftest import Result, recipe_for
 from support.hub_server import Hub, Token, serve
 from support.pico import write_pico
 
+from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.artifact.card import CARD
 from lrconvert.artifact.manifest import MANIFEST, Manifest
 from lrconvert.checkpoint import open_model
@@ -79,7 +80,7 @@ def bake(folder: Path, shards: int = 1, *, tiers: int = 2, **changes: object) ->
     write_pico(source, shards=shards, **changes)  # type: ignore[arg-type]
     (source / "LICENSE").write_text("Apache License\nVersion 2.0, January 2004\n")
     model = open_model(source)
-    hf.write(hf.plan(model, recipe_for(model, tiers=tiers), folder))
+    bake_plan(hf.plan(model, recipe_for(model, tiers=tiers), folder))
     return folder
 
 

@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 from conftest import Result, recipe_for
 from support.gguf_files import WINDOW, Tensors, changed
+from support.verifying import verify
 
+from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.errors import UnsupportedError
-from lrconvert.parity import Options, Report, Row, verify
+from lrconvert.parity import Options, Report, Row
 from lrconvert.parity.mutants import RECIPE_MUTANTS, unpermuted_qk
 from lrconvert.recipe import Recipe, write_recipe
 from lrconvert.runtimes.base import Interpreter
 from lrconvert.runtimes.llama_cpp import WORKER
-from lrconvert.runtimes.llama_library import find_library
 from lrconvert.targets import gguf
 
 FAMILIES = ("llama", "mistral", "phi3", "qwen2")
@@ -45,9 +46,8 @@ def model_of(pico: Pico, family: str, **more: Any) -> Model:
 
 def bake(model: Model, recipe: Recipe, output: Path, **asked: Any) -> Path:
     """The file to open: the first part of a split one."""
-    library = find_library()
-    planned = gguf.plan(model, recipe, output, gguf.Options(**{"type": "f32", **asked}), library=library)
-    gguf.write(planned, library=library)
+    planned = gguf.plan(model, recipe, output, gguf.Options(**{"type": "f32", **asked}))
+    bake_plan(planned)
     return output.parent / planned.names[0]
 
 

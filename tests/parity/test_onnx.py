@@ -35,13 +35,15 @@ from support.onnx_files import (
     write_adapter,
 )
 from support.pico import FAMILIES
+from support.verifying import verify
 
+from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.artifact.manifest import MANIFEST
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.checkpoint.adapter import merged, open_adapter
 from lrconvert.checkpoint.onnx_folder import OnnxCheckpoint
 from lrconvert.errors import InputError, LrconvertError, UnsupportedError, UsageError
-from lrconvert.parity import Options, Report, Row, verify
+from lrconvert.parity import Options, Report, Row
 from lrconvert.parity.mutants import RECIPE_MUTANTS, unpermuted_qk
 from lrconvert.recipe import Recipe, write_recipe
 from lrconvert.rope import Tier
@@ -215,7 +217,7 @@ def test_an_adapter_is_merged(pico: Pico, tmp_path: Path, family: str, dtype: st
     rows, columns = model.checkpoint.tensors[f"{module}.weight"].shape
     adapter = open_adapter(write_adapter(tmp_path / "lora", {module: (rows, columns)}))
     planned = target.plan(model, three(model), tmp_path / "a", target.Options(dtype=dtype), adapter=adapter)
-    target.write(planned)
+    bake_plan(planned)
     report = verify(tmp_path / "a", options=options)
     assert report.passed, report.summary
     if dtype == "f32":
@@ -722,7 +724,7 @@ def test_bfloat16_is_refused_on_a_cpu_by_name(pico: Pico, tmp_path: Path, option
     model = pico("llama")
     planned = target.plan(model, three(model), tmp_path / "a", target.Options(dtype="bf16"))
     assert any("no bfloat16 products on a CPU" in note for note in planned.notes)
-    target.write(planned)
+    bake_plan(planned)
     with pytest.raises(UnsupportedError, match="no bfloat16 products on a CPU"):
         verify(tmp_path / "a", options=options)
     result = cli("verify", tmp_path / "a")

@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 import transformers
 from conftest import recipe_for
+from support.verifying import verify
 
+from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.checkpoint import Model
-from lrconvert.parity import Options, verify
-from lrconvert.parity.config_checks import CHECKS, check_config
+from lrconvert.parity import Options
 from lrconvert.targets import hf
+from lrconvert.targets.hf.checks import CHECKS, check_config
 
 SAVE = """
 import sys
@@ -34,7 +36,7 @@ def test_what_save_pretrained_writes_works_or_is_named(
     """Logits stay right in this version; what 4.57 and other engines would misread is named, nothing else fails."""
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     model, recipe = pico("llama"), recipe_for(pico("llama"), even=True)
-    hf.write(hf.plan(model, recipe, tmp_path / "a"))
+    bake_plan(hf.plan(model, recipe, tmp_path / "a"))
     command = [sys.executable, "-c", SAVE, str(tmp_path / "a"), str(tmp_path / "again"), saved_by]
     subprocess.run(command, check=True, capture_output=True)
     report = verify(tmp_path / "again", against=model.reference, recipe=recipe, options=Options(threads=1))
@@ -54,7 +56,7 @@ def test_each_check_can_fail_and_a_fresh_artifact_passes_all(
     pico: Callable[..., Model], tmp_path: Path, case: str
 ) -> None:
     model = pico("llama")
-    hf.write(hf.plan(model, recipe_for(model), tmp_path / "a"))
+    bake_plan(hf.plan(model, recipe_for(model), tmp_path / "a"))
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     native = model.family.hf_class
     assert [row.verdict for row in check_config(config, tmp_path / "a", native)] == ["pass"]

@@ -25,8 +25,9 @@ from support.vocabularies import (
 )
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 
+from lrconvert.artifact.bake import bake as bake_plan
+from lrconvert.artifact.checks import Row
 from lrconvert.checkpoint import open_model
-from lrconvert.parity.report import Row
 from lrconvert.parity.tokens import STRINGS, tokenisation, tokenisation_of
 from lrconvert.recipe import load_recipe
 from lrconvert.runtimes.base import Interpreter
@@ -74,7 +75,7 @@ def _changed(tokenizer: Tokenizer, change: Callable[[dict[str, Any]], object]) -
 def demo_file(folder: Path, pre: str | None = None) -> Path:
     output = folder / "demo.gguf"
     options = gguf.Options(type="bf16", tokenizer_pre=pre, lossy=True)
-    gguf.write(gguf.plan(open_model("demo"), load_recipe("demo-yarn-8x"), output, options))
+    bake_plan(gguf.plan(open_model("demo"), load_recipe("demo-yarn-8x"), output, options))
     return output
 
 

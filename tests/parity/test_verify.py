@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 from conftest import Result, own_name, recipe_for
 from support.pico import FAMILIES
+from support.verifying import verify
 
+from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.artifact.manifest import MANIFEST
 from lrconvert.checkpoint import Model
 from lrconvert.errors import InputError, UnsupportedError, UsageError
-from lrconvert.parity import Options, Report, verify
+from lrconvert.parity import Options, Report
 from lrconvert.parity.mutants import RECIPE_MUTANTS, unpermuted_qk
 from lrconvert.recipe import Recipe, write_recipe
 from lrconvert.runtimes.base import Interpreter
@@ -37,7 +39,7 @@ def options() -> Iterator[Options]:
 
 def bake(model: Model, recipe: Recipe, output: Path) -> Path:
     output = own_name(output)
-    hf.write(hf.plan(model, recipe, output))
+    bake_plan(hf.plan(model, recipe, output))
     return output
 
 
@@ -125,7 +127,7 @@ def test_mutants_that_do_not_apply_say_so(pico: Callable[..., Model]) -> None:
 def artifact(pico: Callable[..., Model], tmp_path: Path) -> Path:
     """A baked pico Llama whose files are its own."""
     model, output = pico("llama"), own_name(tmp_path / "a")
-    hf.write(hf.plan(model, recipe_for(model, even=True), output), link=False)
+    bake_plan(hf.plan(model, recipe_for(model, even=True), output), link=False)
     return output
 
 

@@ -14,6 +14,7 @@ from conftest import own_name, recipe_for
 from support.pico import FAMILIES
 from transformers import AutoModelForCausalLM
 
+from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.checkpoint import open_model
 from lrconvert.reference import FactorSet, Reference, Rotation
 from lrconvert.reference import decoder as decoder_module
@@ -181,7 +182,7 @@ def test_cached_keys_are_those_of_transformers(pico: Callable[..., Any], tmp_pat
     model = pico(family)
     recipe = recipe_for(model, even=True)
     artifact = own_name(tmp_path / "a")
-    hf.write(hf.plan(model, recipe, artifact))
+    bake_plan(hf.plan(model, recipe, artifact))
     native = AutoModelForCausalLM.from_pretrained(artifact, dtype=torch.float64, attn_implementation="eager").eval()
     tokens = np.random.default_rng(3).integers(0, 101, size=70)
     cache, theirs = None, []

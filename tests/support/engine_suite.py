@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 from conftest import recipe_for
+from support.verifying import verify
 
+from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.checkpoint import Model
 from lrconvert.errors import InputError
-from lrconvert.parity import Options, Report, Row, verify
+from lrconvert.parity import Options, Report, Row
 from lrconvert.parity.mutants import RECIPE_MUTANTS
 from lrconvert.recipe import Recipe
 from lrconvert.runtimes.base import Interpreter
@@ -51,7 +53,7 @@ def rows_of(report: Report, code: str | None, verdict: str | None = None) -> dic
 
 
 def bake(model: Model, recipe: Recipe, output: Path, *, portable: bool = False) -> Path:
-    hf.write(hf.plan(model, recipe, output, portable=portable))
+    bake_plan(hf.plan(model, recipe, output, hf.Options(portable=portable)))
     return output
 
 

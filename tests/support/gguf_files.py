@@ -13,11 +13,11 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
+from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.gguf_header import read_header
 from lrconvert.families.base import GGUF_INTERLEAVED
 from lrconvert.recipe import Recipe
-from lrconvert.runtimes.llama_library import find_library
 from lrconvert.targets import gguf as target
 from lrconvert.targets.gguf.layout import Planned, Raw, header_of, padding
 
@@ -85,9 +85,8 @@ def model_of(pico: Callable[..., Model], family: str, **more: Any) -> Model:
 
 def bake(model: Model, recipe: Recipe, output: Path, **asked: Any) -> Path:
     """The file to open: the first part of a split one. Options as `target.Options` has them."""
-    library = find_library()
-    planned = target.plan(model, recipe, output, target.Options(**asked), library=library)
-    target.write(planned, library=library)
+    planned = target.plan(model, recipe, output, target.Options(**asked))
+    bake_plan(planned)
     return output.parent / planned.names[0]
 
 

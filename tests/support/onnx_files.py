@@ -14,6 +14,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
+from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.artifact.manifest import MANIFEST
 from lrconvert.checkpoint import Model
 from lrconvert.recipe import Provenance, Recipe
@@ -27,7 +28,7 @@ Array = np.ndarray[Any, Any]
 
 def export(model: Model, recipe: Recipe, output: Path, **asked: Any) -> Path:
     """The folder; options as `target.Options` has them."""
-    target.write(target.plan(model, recipe, output, target.Options(**asked)))
+    bake_plan(target.plan(model, recipe, output, target.Options(**asked)))
     return output
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from lrconvert.artifact.file_staging import FileStaging
 from lrconvert.artifact.manifest import Manifest
+from lrconvert.artifact.record import BakeRecord
 
 linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="renameat2 and rlimits are Linux's")
 
@@ -46,6 +47,7 @@ def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+BAKED = BakeRecord(window=64)
 Files = dict[str, bytes]  # of an artifact, by name, in the order of `FileStaging.names`
 
 
@@ -53,7 +55,7 @@ MANIFEST = "m.lrconvert.json"
 
 
 def file_manifest(label: str = "m") -> Manifest:
-    return Manifest(target="gguf", source={"model": label}, recipe={"name": "r"}, options={}, losses=[])
+    return Manifest("gguf", {"model": label}, {"name": "r"}, options={}, losses=[], bake=BAKED)
 
 
 def publish_files(output: Path, files: Files, *, force: bool = False, label: str = "m") -> None:

@@ -8,7 +8,7 @@ their head, whatever type they have; those tensors are made in one piece.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -46,13 +46,11 @@ class Source:
     values: Array | None = None
 
 
-def jobs(checkpoint: Checkpoint, sources: Iterable[Source], encoder: Encoder) -> Iterator[Job]:
-    """Functions that make the bytes of the tensors, in order."""
-    reader = _Reader(checkpoint)
-    for source in sources:
-        planned = source.planned
-        for make, rows in reader.blocks(source):
-            yield partial(_encoded, encoder, planned, make), rows * planned.row_bytes
+def jobs(checkpoint: Checkpoint, source: Source, encoder: Encoder) -> Iterator[Job]:
+    """Functions that make the bytes of a tensor, in order."""
+    planned = source.planned
+    for make, rows in _Reader(checkpoint).blocks(source):
+        yield partial(_encoded, encoder, planned, make), rows * planned.row_bytes
 
 
 def _encoded(encoder: Encoder, planned: Planned, make: Callable[[], Array | bytes]) -> memoryview:

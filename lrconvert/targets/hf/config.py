@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lrconvert.artifact.plan import Edit
 from lrconvert.checkpoint import Model, read_json
 from lrconvert.checkpoint.rope_config import LONGROPE_KEY
 from lrconvert.errors import InputError
@@ -16,26 +16,6 @@ from lrconvert.rope import RopeSpec
 from lrconvert.targets.hf.spelling import AUTO_MAP, native_keys, own_key
 
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
-@dataclass(frozen=True)
-class Edit:
-    """One value that the artifact has otherwise than the source."""
-
-    file: str
-    key: str
-    old: Any
-    new: Any
-
-    def __str__(self) -> str:
-        return f"{self.file}: {self.key} {_brief(self.old)} → {_brief(self.new)}"
-
-
-def _brief(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(value) + "}"
-    text = "none" if value is None else str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def edited_config(

@@ -1,21 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The artifact's weight files: which stay as they are, which are written anew, and how.
-
-Tensors are made in blocks by a few threads, ahead of the one that writes and hashes them (`ahead`).
-"""
+"""The artifact's weight files: which stay as they are, which are written anew, and how."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from lrconvert.artifact.prefetch import Job, made_ahead
-from lrconvert.artifact.staging import Staging
+from lrconvert.artifact.plan import Stream, StreamTensor
+from lrconvert.artifact.prefetch import Job
 from lrconvert.checkpoint import Checkpoint, Model, TensorInfo, read_json
 from lrconvert.checkpoint.adapter import Part
 from lrconvert.checkpoint.base import CheckpointView
@@ -90,31 +86,17 @@ def _values(info: TensorInfo) -> int:
 # --- writing ---------------------------------------------------------------------------------------------
 
 
-def write_weights(staging: Staging, checkpoint: Checkpoint, shards: Sequence[Shard]) -> Iterator[PlannedTensor]:
-    """Write every shard; yields each tensor once it is written."""
-    if not shards:
-        return
-    jobs = _jobs(checkpoint, [tensor for _, tensors in shards for tensor in tensors])
-    with closing(made_ahead(jobs)) as blocks:
-        for file_name, tensors in shards:
-            with staging.create(file_name) as file:
-                file.write(header_of(tensors))
-                for tensor in tensors:
-                    left = tensor.nbytes
-                    while left:
-                        block = next(blocks)
-                        file.write(block)
-                        left -= block.nbytes
-                    yield tensor
+def stream(checkpoint: Checkpoint, name: str, tensors: Sequence[PlannedTensor]) -> Stream:
+    """A shard, written tensor by tensor."""
+    made = [StreamTensor(tensor.name, tensor.nbytes, partial(_jobs, checkpoint, tensor)) for tensor in tensors]
+    return Stream(name, made, header_of(tensors))
 
 
-def _jobs(checkpoint: Checkpoint, tensors: Iterable[PlannedTensor]) -> Iterator[Job]:
-    """Functions that make the tensors' bytes block by block, each with about how many bytes it makes."""
-    reader = BlockReader(checkpoint)
-    for tensor in tensors:
-        parts = reader.parts(tensor.name, tensor.shape)
-        for part in parts:
-            yield partial(_cast, checkpoint, tensor, part), tensor.nbytes // len(parts)
+def _jobs(checkpoint: Checkpoint, tensor: PlannedTensor) -> Iterator[Job]:
+    """Functions that make a tensor's bytes block by block, each with about how many bytes it makes."""
+    parts = BlockReader(checkpoint).parts(tensor.name, tensor.shape)
+    for part in parts:
+        yield partial(_cast, checkpoint, tensor, part), tensor.nbytes // len(parts)
 
 
 def _cast(checkpoint: Checkpoint, planned: PlannedTensor, part: Part) -> memoryview:

@@ -130,19 +130,16 @@ def files_of(tensors: Sequence[Stored]) -> dict[str, list[Stored]]:
 # --- bytes -----------------------------------------------------------------------------------------------
 
 
-def jobs(checkpoint: Checkpoint, tensors: Sequence[Stored], *, sources: dict[str, str]) -> Iterator[Job]:
-    """Functions that make the tensors' bytes block by block, padding included, each with about how many it makes.
-    `sources`: the checkpoint's name of a tensor, where it is another one."""
-    reader = BlockReader(checkpoint)
-    for tensor in tensors:
-        name = sources.get(tensor.name, tensor.name)
-        parts = reader.parts(name, tensor.shape)
-        if tensor.bits is not None:
-            yield partial(_quantised, tensor, parts, checkpoint.path), tensor.nbytes
-            continue
-        for index, part in enumerate(parts):
-            last = index == len(parts) - 1
-            yield partial(_plain, tensor, part, checkpoint.path, padded=last), tensor.nbytes // len(parts)
+def jobs(checkpoint: Checkpoint, tensor: Stored, source: str) -> Iterator[Job]:
+    """Functions that make a tensor's bytes block by block, padding included, each with about how many it makes.
+    `source`: the checkpoint's name of it."""
+    parts = BlockReader(checkpoint).parts(source, tensor.shape)
+    if tensor.bits is not None:
+        yield partial(_quantised, tensor, parts, checkpoint.path), tensor.nbytes
+        return
+    for index, part in enumerate(parts):
+        last = index == len(parts) - 1
+        yield partial(_plain, tensor, part, checkpoint.path, padded=last), tensor.nbytes // len(parts)
 
 
 def _plain(tensor: Stored, part: Part, source: Path, *, padded: bool) -> memoryview:

@@ -16,15 +16,17 @@ from conftest import Result, recipe_for
 from safetensors.numpy import load_file, save_file
 from support.gguf_files import LONG, SHORT, STATIC, WIDE, WINDOW, as_f32, bake, command, fields, model_of, tensors
 from support.pico import write_pico
+from support.verifying import verify
 from support.vocabularies import QWEN2, byte_level, split
 
+from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.artifact.manifest import Manifest
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.checkpoint.fold import folded
 from lrconvert.checkpoint.source import sha256_of
 from lrconvert.cli._output import size
 from lrconvert.errors import EnvironmentFailure, UnsupportedError
-from lrconvert.parity import Options, verify
+from lrconvert.parity import Options
 from lrconvert.recipe import Recipe, write_recipe
 from lrconvert.runtimes.llama_cpp import open_session
 from lrconvert.runtimes.llama_library import find_library
@@ -201,7 +203,7 @@ def test_planned_sizes_are_those_of_the_files(pico: Pico, tmp_path: Path, split:
     planned = target.plan(
         model, recipe_for(model, even=True), tmp_path / "m.gguf", target.Options(split=split, modelfile=split is None)
     )
-    target.write(planned)
+    bake_plan(planned)
     assert planned.sizes == {p.name: p.stat().st_size for p in tmp_path.iterdir() if not p.name.endswith(".json")}
 
 

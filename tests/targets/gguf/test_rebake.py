@@ -37,11 +37,12 @@ from support.gguf_files import (
     stock,
     tensors,
 )
+from support.verifying import verify
 
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.checkpoint.gguf import GgufCheckpoint
 from lrconvert.errors import UsageError
-from lrconvert.parity import Options, verify
+from lrconvert.parity import Options
 from lrconvert.recipe import Recipe, derive_recipe, write_recipe
 from lrconvert.targets.gguf.layout import Raw
 

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from support.pico import write_pico
 
+from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.artifact.manifest import MANIFEST, Manifest
 from lrconvert.checkpoint import open_model
 from lrconvert.checkpoint.adapter import choose_adapter, merged, open_adapter
@@ -57,7 +58,9 @@ def all_attention(path: Path, **changes: Any) -> Path:
 
 def bake(base: Path, adapter: Path, output: Path, **options: Any) -> Path:
     model = open_model(base)
-    hf.write(hf.plan(model, recipe_for(model, even=True), output, adapter=open_adapter(adapter), **options))
+    bake_plan(
+        hf.plan(model, recipe_for(model, even=True), output, hf.Options(**options), adapter=open_adapter(adapter))
+    )
     return output
 
 
@@ -110,7 +113,7 @@ def test_the_plan_says_what_is_written(tmp_path: Path) -> None:
     model = open_model(base)
     adapter = open_adapter(adapter_for(tmp_path / "adapter", [Q1]))
     plan = hf.plan(model, recipe_for(model), tmp_path / "out", adapter=adapter)
-    hf.write(plan)
+    bake_plan(plan)
     written = {path.name: path.stat().st_size for path in plan.output.iterdir() if path.name != MANIFEST}
     assert plan.sizes == written
     assert [name for name, _ in plan.shards] == [model.checkpoint.tensors[f"{Q1}.weight"].file.name]
@@ -291,7 +294,9 @@ def baked(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path,
 def test_verify_judges_on_merged_weights(options: dict[str, Any], tmp_path: Path, baked: Callable[..., Any]) -> None:
     """Native and custom code pass; an adapter whose scale is 1 % off fails in both, in float32."""
     pytest.importorskip("transformers", reason="needs lrconvert[hf]")
-    from lrconvert.parity import Options, verify
+    from support.verifying import verify
+
+    from lrconvert.parity import Options
 
     base, adapter, out = baked(tmp_path, **options)
     report = verify(out, options=Options())

@@ -13,6 +13,7 @@ from support.generation import step_errors
 from support.pico import WINDOW
 from transformers import AutoModelForCausalLM
 
+from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.checkpoint import Model
 from lrconvert.targets import hf
 
@@ -27,7 +28,7 @@ def test_a_quantised_cache_is_filled_anew_at_every_boundary(
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     # quanto packs groups of 64 channels; one channel group less than that would be refused.
     model = pico("llama", head_dim=64, hidden_size=256)
-    hf.write(hf.plan(model, recipe_for(model, tiers=3), tmp_path / "a"))
+    bake_plan(hf.plan(model, recipe_for(model, tiers=3), tmp_path / "a"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a", trust_remote_code=True)
     prompt = torch.randint(3, 100, (1, WINDOW - 4), generator=torch.Generator().manual_seed(1))
     options = {"cache_implementation": "quantized", "cache_config": {"backend": "quanto", "nbits": 4}}

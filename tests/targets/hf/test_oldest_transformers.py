@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 from conftest import recipe_for
 from support.pico import FAMILIES
+from support.verifying import verify
 
+from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.checkpoint import Model
-from lrconvert.parity import Options, verify
+from lrconvert.parity import Options
 from lrconvert.targets import hf
 
 OLDEST = os.environ.get("LRCONVERT_OLDEST_PYTHON")
@@ -28,7 +30,7 @@ HERE = Path(__file__).parent
 def test_artifacts_verify_there(pico: Callable[..., Model], tmp_path: Path, family: str) -> None:
     """The config spelling and the modeling code that the newest version runs are right in the oldest too."""
     model = pico(family)
-    hf.write(hf.plan(model, recipe_for(model, even=True), tmp_path / "a"))
+    bake_plan(hf.plan(model, recipe_for(model, even=True), tmp_path / "a"))
     report = verify(tmp_path / "a", options=Options(threads=1, python=OLDEST))
     assert report.passed, report.summary
     assert report.runtimes["native"]["transformers"].startswith("4.57")

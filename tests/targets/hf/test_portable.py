@@ -15,13 +15,15 @@ import pytest
 from conftest import Result, own_name, recipe_for
 from safetensors.numpy import save_file
 from support.pico import FAMILIES, pico_config, pico_tensors, write_pico
+from support.verifying import verify
 
+from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.artifact.manifest import MANIFEST, Manifest
 from lrconvert.checkpoint import Model, fold, open_model
 from lrconvert.checkpoint.adapter import merged, open_adapter
 from lrconvert.checkpoint.source import sha256_of
 from lrconvert.errors import UnsupportedError
-from lrconvert.parity import Options, Report, verify
+from lrconvert.parity import Options, Report
 from lrconvert.recipe import Recipe, write_recipe
 from lrconvert.rope import longrope_attention_factor
 from lrconvert.runtimes.base import Interpreter
@@ -47,7 +49,7 @@ def uneven(model: Model, attention: float = ATTENTION, **changes: Any) -> Recipe
 
 def bake(model: Model, recipe: Recipe, output: Path, **changes: Any) -> Path:
     output = own_name(output)
-    hf.write(hf.plan(model, recipe, output, portable=True, **changes))
+    bake_plan(hf.plan(model, recipe, output, hf.Options(portable=True, **changes)))
     return output
 
 
@@ -170,8 +172,8 @@ def test_shards_without_q_and_k_stay_as_they_are(tmp_path: Path) -> None:
     """Only files that hold a scaled tensor are written again, under their names, with the index as it was."""
     folder = write_pico(tmp_path / "model", "phi3", shards=8)
     model = open_model(folder)
-    plan = hf.plan(model, uneven(model), tmp_path / "out", portable=True)
-    hf.write(plan)
+    plan = hf.plan(model, uneven(model), tmp_path / "out", hf.Options(portable=True))
+    bake_plan(plan)
     written = {name for name, _ in plan.shards}
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     assert written == {file for name, file in index.items() if "qkv" in name}
@@ -211,10 +213,10 @@ def test_a_merged_adapter_and_the_fold_are_rounded_once(tmp_path: Path, options:
 def test_the_formula_needs_no_fold(pico: Callable[..., Model], tmp_path: Path, options: Options) -> None:
     """A recipe that is portable already: weights are linked, byte for byte."""
     model = pico("llama")
-    plan = hf.plan(model, recipe_for(model, even=True), tmp_path / "a", portable=True)
+    plan = hf.plan(model, recipe_for(model, even=True), tmp_path / "a", hf.Options(portable=True))
     assert plan.shards == [] and plan.options["folded_attention"] == 1.0
     assert not any("folded" in note for note in plan.notes)
-    hf.write(plan)
+    bake_plan(plan)
     assert verify(tmp_path / "a", options=replace(options, codes=("native",))).passed
 
 
@@ -268,7 +270,7 @@ def test_all_that_is_wrong_is_named_at_once(pico: Callable[..., Model], tmp_path
     model = pico("llama")
     recipe = recipe_for(model, tiers=3, start_tokens=8)
     with pytest.raises(UnsupportedError) as error:
-        hf.plan(model, recipe, tmp_path / "out", portable=True)
+        hf.plan(model, recipe, tmp_path / "out", hf.Options(portable=True))
     for needle in ("2 tiers", "start tokens", "one attention factor"):
         assert needle in str(error.value)
 
@@ -277,7 +279,7 @@ def test_quantised_weights_are_not_scaled(tmp_path: Path) -> None:
     folder = write_pico(tmp_path / "model", quantization_config={"quant_method": "gptq"})
     model = open_model(folder)
     with pytest.raises(UnsupportedError, match="gptq"):
-        hf.plan(model, uneven(model), tmp_path / "out", portable=True)
+        hf.plan(model, uneven(model), tmp_path / "out", hf.Options(portable=True))
 
 
 def test_lossy_alone_is_usage(cli: Callable[..., Result], pico: Callable[..., Model], tmp_path: Path) -> None:

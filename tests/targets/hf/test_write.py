@@ -26,6 +26,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from support.pico import FAMILIES, WINDOW, pico_tensors, write_pico
 
+from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.artifact.manifest import MANIFEST, Manifest
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.checkpoint.source import sha256_of
@@ -34,8 +35,8 @@ from lrconvert.families import get_family
 from lrconvert.recipe import Recipe, write_recipe
 from lrconvert.rope import longrope_attention_factor
 from lrconvert.targets import hf
+from lrconvert.targets.hf.plan import modeling_code
 from lrconvert.targets.hf.shards import PlannedTensor, header_of, plan_shards
-from lrconvert.targets.hf.write import modeling_code
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 V5 = {
@@ -55,7 +56,7 @@ def bake(folder: Path, output: Path, recipe: Recipe | None = None, **options: An
     """An artifact; its config. Two tiers unless `recipe` says otherwise."""
     link = options.pop("link", None)
     model = open_model(folder)
-    hf.write(hf.plan(model, recipe or recipe_for(model), output, **options), link=link)
+    bake_plan(hf.plan(model, recipe or recipe_for(model), output, hf.Options(**options)), link=link)
     return json.loads((output / "config.json").read_text())
 
 
@@ -198,7 +199,7 @@ def test_more_tiers_than_native_code_knows(tmp_path: Path, pico: Callable[..., M
     model = pico()
     recipe = recipe_for(model, tiers=4, start_tokens=4)
     plan = hf.plan(model, recipe, tmp_path / "out")
-    hf.write(plan)
+    bake_plan(plan)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     check_spelling(config, model, recipe, 8 * WINDOW, WINDOW)
     own = config["longrope"]
@@ -228,7 +229,7 @@ def test_an_attention_factor_that_phi3_can_not_say_is_a_loss(tmp_path: Path, pic
     odd = replace(recipe, tiers=tuple(replace(tier, attention_factor=1.5) for tier in recipe.tiers))
     plan = hf.plan(model, odd, tmp_path / "out")
     assert [loss for loss in plan.losses if "1.5" in loss]
-    hf.write(plan)
+    bake_plan(plan)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert [tier["attention_factor"] for tier in config["longrope"]["tiers"]] == [1.5, 1.5]
 
@@ -253,7 +254,7 @@ def test_a_window_cuts_the_artifact_short(
 @pytest.mark.parametrize("window", [63, 257, 10**9])
 def test_a_window_that_the_recipe_does_not_serve(window: int, tmp_path: Path, pico: Callable[..., Model]) -> None:
     with pytest.raises(UsageError, match=str(window)):
-        hf.plan(pico(), recipe_for(pico(), tiers=3), tmp_path / "out", window=window)
+        hf.plan(pico(), recipe_for(pico(), tiers=3), tmp_path / "out", hf.Options(window=window))
 
 
 @pytest.mark.parametrize(
@@ -385,8 +386,8 @@ def test_a_dry_run_writes_nothing_and_says_what_would_be(tmp_path: Path, cli: Ca
         assert not (tmp_path / "new").exists()
     for dtype in (None, "bf16"):
         model = open_model(folder)
-        plan = hf.plan(model, recipe_for(model), tmp_path / f"out-{dtype}", dtype=dtype)
-        hf.write(plan)
+        plan = hf.plan(model, recipe_for(model), tmp_path / f"out-{dtype}", hf.Options(dtype=dtype))
+        bake_plan(plan)
         written = {name: len(data) for name, data in files_of(plan.output).items() if name not in (MANIFEST, INDEX)}
         assert {name: size for name, size in plan.sizes.items() if name != INDEX} == written
 
@@ -544,7 +545,7 @@ def test_a_stored_tied_head_is_converted_too(tmp_path: Path) -> None:
 def test_shards_close_before_the_limit_and_the_index_names_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A conversion into several files: no file above the limit, an index that transformers reads."""
     limit = 40000
-    write_module = import_module("lrconvert.targets.hf.write")  # the package's name `write` is the function
+    write_module = import_module("lrconvert.targets.hf.plan")  # the package's name `write` is the function
     monkeypatch.setattr(write_module, "plan_shards", lambda tensors: plan_shards(tensors, limit))
     folder = write_pico(tmp_path / "model")
     bake(folder, tmp_path / "out", dtype="bf16")
@@ -612,7 +613,7 @@ def test_transformers_loads_native_and_custom_code_without_a_complaint(
     folder = pico_folder(family, **({} if source == "v4" else V5_PARTIAL if family == "phi3" else V5))
     model = open_model(folder)
     recipe = recipe_for(model, even=True)
-    hf.write(hf.plan(model, recipe, tmp_path / "out"))
+    bake_plan(hf.plan(model, recipe, tmp_path / "out"))
     for custom in (False, True):
         with warnings_of(transformers) as said:
             loaded, info = transformers.AutoModelForCausalLM.from_pretrained(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import recipe_for
 
+from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.checkpoint import Model
 from lrconvert.cli import run
 from lrconvert.cli.inspect import inspect, inspect_graph
@@ -38,7 +39,7 @@ def folder_with(
 ) -> Path:
     """A folder as an exporter leaves it: a graph with these constants, and the config of a longrope model."""
     if scaled:
-        hf.write(hf.plan(model, recipe_for(model), tmp_path / "hf"))
+        bake_plan(hf.plan(model, recipe_for(model), tmp_path / "hf"))
         config = (tmp_path / "hf" / "config.json").read_text()
     else:
         config = json.dumps(model.checkpoint.config)
@@ -129,7 +130,7 @@ def test_ours_is_read_from_the_graph(pico, tmp_path: Path, capsys: pytest.Captur
     recipe = recipe_for(model, tiers=3, start_tokens=5)
     for double in (True, False):
         folder = tmp_path / f"own-{double}"
-        onnx.write(onnx.plan(model, recipe, folder, onnx.Options(double=double)))
+        bake_plan(onnx.plan(model, recipe, folder, onnx.Options(double=double)))
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "rope_scaling": None, "longrope": None}))
         found = inspect(str(folder))

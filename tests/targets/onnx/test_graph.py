@@ -16,10 +16,11 @@ from conftest import recipe_for
 from onnx import TensorProto
 from support.onnx_files import DATA, GRAPH, export, graph_of, recipe_with, tensors_of
 from support.pico import FAMILIES, write_pico
+from support.verifying import verify
 
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.errors import UsageError
-from lrconvert.parity import Options, verify
+from lrconvert.parity import Options
 from lrconvert.recipe import Recipe
 from lrconvert.targets import onnx as target
 from lrconvert.targets.onnx import tensors as layout

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 from support.onnx_files import DATA, GRAPH, command, export, files_of, recipe_with, tensors_of, write_adapter
 from support.pico import write_pico
 
+from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.artifact.manifest import MANIFEST, Manifest
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.checkpoint.source import sha256_of
@@ -86,7 +87,7 @@ def test_a_plan_knows_every_size(tmp_path: Path) -> None:
         output = tmp_path / "-".join(map(str, ["o", *kind.values()]))
         planned = target.plan(model, recipe_for(model), output, target.Options(**kind))
         steps: list[tuple[int, int]] = []
-        manifest = target.write(planned, progress=lambda what, done, total, into=steps: into.append((done, total)))
+        manifest = bake_plan(planned, progress=lambda what, done, total, into=steps: into.append((done, total)))
         written = {name: len(data) for name, data in files_of(output).items() if name != MANIFEST}
         assert planned.sizes == written
         assert steps[-1] == (sum(written.values()),) * 2 and steps == sorted(steps)
@@ -172,7 +173,7 @@ sys.exit(run(sys.argv[2:]))
 # A kill in the middle of the nth tensor; 0: after all of them, when the folder is about to appear.
 RUN_AND_DIE = """
 import os, signal, sys
-from lrconvert.output import Staging
+from lrconvert.artifact.staging import Staging
 from lrconvert.targets.onnx import tensors
 left = int(sys.argv[1])
 def dying(made):
@@ -224,7 +225,7 @@ def test_a_kill_leaves_the_old_folder_and_the_next_run_cleans_up(
     assert files_of(output) == before
     assert len(list(tmp_path.iterdir())) == 5  # the lock and the staging folder of a process that is gone
     export_again = target.plan(open_model(folder), recipe_for(open_model(folder)), output, target.Options())
-    target.write(export_again, force=True)
+    bake_plan(export_again, force=True)
     assert {path.name for path in tmp_path.iterdir()} == {"m", "r", "o"}
     assert files_of(output) == before
 
@@ -242,7 +243,7 @@ def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path: Path, chang
     else:
         weights.rename(tmp_path / "elsewhere")
     with pytest.raises(InputError, match=r"model\.safetensors"):
-        target.write(planned)
+        bake_plan(planned)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith((".", "o"))]
 
 
@@ -335,7 +336,7 @@ def test_what_float16_can_not_hold_is_refused(
     export(model, recipe, tmp_path / "o")
     before = files_of(tmp_path / "o")
     with pytest.raises(error):
-        target.write(target.plan(model, recipe, tmp_path / "o", target.Options(dtype="f16")), force=True)
+        bake_plan(target.plan(model, recipe, tmp_path / "o", target.Options(dtype="f16")), force=True)
     assert files_of(tmp_path / "o") == before
 
 

@@ -1,19 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rope of a GGUF in words: what llama.cpp will do with it, and what is missing or contradictory."""
+"""A GGUF, read back: as a checkpoint, and its rope in words (what llama.cpp will do with it, what is missing)."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from lrconvert.checkpoint import Checkpoint, Model
 from lrconvert.checkpoint.gguf import GgufCheckpoint
 from lrconvert.checkpoint.gguf_config import LONG, SHORT, STATIC
 from lrconvert.checkpoint.gguf_header import GgufArray
 from lrconvert.engines.capability import LLAMA_CPP
-from lrconvert.errors import InputError
-from lrconvert.families import family_names, get_family
+from lrconvert.errors import InputError, UnsupportedError
+from lrconvert.families import family_names, get_family, longrope_architecture
 from lrconvert.targets.gguf.metadata import OURS
 
+SUFFIX = ".gguf"
 
-def explain(checkpoint: GgufCheckpoint) -> list[str]:
+
+def recognises(path: Path) -> bool:
+    """A file by its name, so that one that isn't there yet is known too."""
+    return path.suffix == SUFFIX and not path.is_dir()
+
+
+def open_artifact(path: Path) -> GgufCheckpoint:
+    """The file, or all parts of a split one; a rope that means nothing is kept as `rope_problems`."""
+    return GgufCheckpoint(path, tolerant=True)
+
+
+def refuses(model: Model) -> str | None:
+    """Why llama.cpp can't run the family with factors."""
+    try:
+        longrope_architecture(model.family)
+    except UnsupportedError as error:
+        return error.message
+    return None
+
+
+def explain(checkpoint: Checkpoint) -> list[str]:
     """Lines for people. A file whose scaling means nothing to llama.cpp gets one that begins with `broken`."""
+    assert isinstance(checkpoint, GgufCheckpoint)
     lines = []
     if checkpoint.rope_problems:
         lines += [f"broken: {problem}" for problem in checkpoint.rope_problems]

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rotation of an ONNX graph that somebody else exported, found by its numbers: does it scale, does it switch?
+"""ONNX folders, read back: ours as checkpoints, and those of other exporters by their numbers.
+
+Does somebody else's graph scale, does it switch?
 
 Exporters spell a rotation in many ways, but all of them have to store its frequencies: as a vector, as its reciprocal,
 or as a table of cos and sin whose second row has them. So every constant of the graph, in branches and functions too,
@@ -15,7 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from lrconvert.checkpoint.onnx_folder import load_graph
+from lrconvert.artifact.target import Foreign
+from lrconvert.checkpoint import Checkpoint, read_json
+from lrconvert.checkpoint.folder import CONFIG
+from lrconvert.checkpoint.onnx_folder import GRAPH, OnnxCheckpoint, is_own, load_graph
+from lrconvert.checkpoint.rope_config import read_rope
+from lrconvert.families import get_family, read_shape
 from lrconvert.rope import Tier, inverse_frequencies
 
 PLACES = ("onnx/model.onnx", "model.onnx", "onnx/decoder_model_merged.onnx", "decoder_model_merged.onnx",
@@ -32,6 +39,45 @@ class FoundRotations:
 
     names: tuple[str, ...]
     factors: tuple[float, ...]
+
+
+def recognises(path: Path) -> bool:
+    """A folder with one of our graphs, and no checkpoint beside it."""
+    return (path / GRAPH).is_file() and not any(path.glob("*.safetensors"))
+
+
+def open_artifact(path: Path) -> OnnxCheckpoint:
+    """The graph and its data files."""
+    return OnnxCheckpoint(path)
+
+
+def explain(checkpoint: Checkpoint) -> list[str]:
+    """What our own graph does."""
+    assert isinstance(checkpoint, OnnxCheckpoint)
+    angles = "float64" if checkpoint.double else "float32 tables"
+    return [f"a function in the graph, angles in {angles}, {checkpoint.attention} attention"]
+
+
+def foreign(folder: Path) -> Foreign | None:
+    """A folder with a graph of another exporter; None for anything else."""
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return None
+    if not any(path.is_file() for path in [*folder.glob("*.onnx"), *folder.glob("onnx/*.onnx")]):
+        return None
+    if is_own(folder):
+        return None
+    path = graph_in(folder)
+    if path is None:
+        return Foreign(None, None, ["several graphs, and none with a name that exporters give to a decoder"])
+    name = path.relative_to(folder).as_posix()
+    if not (folder / CONFIG).is_file():
+        return Foreign(None, name, ["no config.json beside it, so what it should compute isn't known"])
+    config = read_json(folder / CONFIG)
+    family = get_family(config.get("model_type"))
+    shape = read_shape(config, family)
+    found = read_rope(config, shape)
+    rotations = find_rotations(path, shape.theta, found.tiers)
+    return Foreign(family.name, name, verdict(rotations, found.tiers, scaled=found.scaled))
 
 
 def graph_in(folder: Path) -> Path | None:

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lrconvert.parity.report import Row
+from lrconvert.artifact.checks import Row, rows_of
+from lrconvert.artifact.record import BakeRecord
+from lrconvert.checkpoint import Checkpoint, Model, read_json
+from lrconvert.rope import RopeSpec
 
 Config = Mapping[str, Any]
 
@@ -65,7 +68,10 @@ CHECKS = (
 
 def check_config(config: Config, folder: Path, native: str) -> list[Row]:
     """A row for everything that some version or engine would read wrong; one `pass` when there is nothing."""
-    broken = [check for check in CHECKS if check.broken(config, folder, native)]
-    if not broken:
-        return [Row("config", "read alike by transformers 4.57 to 5.x", "pass")]
-    return [Row("config", check.case, "fail", reason=check.reason) for check in broken]
+    broken = [(check.case, check.reason) for check in CHECKS if check.broken(config, folder, native)]
+    return rows_of("config", "read alike by transformers 4.57 to 5.x", broken)
+
+
+def checks(artifact: Path, stored: Checkpoint | None, model: Model, spec: RopeSpec, record: BakeRecord) -> list[Row]:
+    """What is read off the folder's config."""
+    return check_config(read_json(artifact / "config.json"), artifact, model.family.hf_class)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Baking a GGUF: plan every byte, then write it in order, then publish it.
+"""Planning a GGUF: every byte of its header, the place and type of every tensor.
 
 A checkpoint is converted: its tensors get the types of a scheme, its tokenizer and card become metadata. A GGUF
 without a scheme is re-baked: rope metadata and factors are replaced, and every other byte is copied.
@@ -7,9 +7,10 @@ without a scheme is re-baked: rope metadata and factors are replaced, and every 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +18,22 @@ from gguf import GGMLQuantizationType
 from gguf.constants import GGUFValueType
 
 from lrconvert.artifact.card import source_card
-from lrconvert.artifact.file_staging import FileStaging, replaced_files
-from lrconvert.artifact.manifest import MANIFEST, Manifest, manifest_path
-from lrconvert.artifact.prefetch import made_ahead
-from lrconvert.artifact.redaction import described
+from lrconvert.artifact.manifest import MANIFEST, manifest_path
+from lrconvert.artifact.plan import Edit, Plan, Stream, StreamTensor
+from lrconvert.artifact.record import BakeRecord
 from lrconvert.checkpoint import Checkpoint, Model
 from lrconvert.checkpoint.adapter import Adapter, merged
 from lrconvert.checkpoint.base import CheckpointView, refuse_quantised
 from lrconvert.checkpoint.fold import folded
 from lrconvert.checkpoint.gguf import PERMUTED, GgufCheckpoint
-from lrconvert.checkpoint.source import check_unchanged, snapshot
-from lrconvert.engines.capability import LLAMA_CPP, LLAMA_CPP_STATIC, folded_attention, project
-from lrconvert.errors import UnsupportedError, UsageError
+from lrconvert.checkpoint.source import snapshot
+from lrconvert.engines.capability import LLAMA_CPP, divide_attention, static
+from lrconvert.errors import EnvironmentFailure, UnsupportedError, UsageError
 from lrconvert.families import longrope_architecture
 from lrconvert.families.base import GGUF_INTERLEAVED, LAYER
 from lrconvert.recipe import Recipe, resolve
 from lrconvert.rope import RopeSpec
-from lrconvert.runtimes.llama_library import LlamaLibrary
+from lrconvert.runtimes.llama_library import LlamaLibrary, find_library
 from lrconvert.targets.gguf import encode, modelfile
 from lrconvert.targets.gguf.imatrix import Imatrix, check_matrix
 from lrconvert.targets.gguf.layout import Planned, Scalar, Value, header_of, padding, split_parts
@@ -51,7 +51,6 @@ from lrconvert.targets.gguf.schemes import MixFacts, Scheme, get_scheme, tensor_
 from lrconvert.targets.gguf.vocabulary import vocabulary
 from lrconvert.targets.gguf.weights import Source, is_plain, jobs
 
-Progress = Callable[[str, int, int], None]  # what, bytes done, bytes in all
 SUFFIX = ".gguf"
 _OWN_TYPE = {"F64": "f32", "F32": "f32", "F16": "f16", "BF16": "bf16"}
 
@@ -59,8 +58,8 @@ _OWN_TYPE = {"F64": "f32", "F32": "f32", "F16": "f16", "BF16": "bf16"}
 @dataclass(frozen=True)
 class Options:
     """What a user may ask of a GGUF. `type`: a scheme's name, None keeps what is stored; `static`: the long set
-    alone, for every length; `fold`: the attention factor goes into q and k; `lossy`: give up what llama.cpp can't
-    do; `split` in bytes of tensor data a file."""
+    alone, for every length; `fold`: the attention factor goes into q and k; `lossy`: drop what llama.cpp can't do;
+    `split` in bytes of tensor data a file; `library`: where libllama lies, to quantise with."""
 
     window: int | None = None
     type: str | None = None
@@ -71,72 +70,23 @@ class Options:
     split: int | None = None
     imatrix: Path | None = None
     modelfile: bool = False
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What would be written, before anything is."""
-
-    model: Model
-    weights: Checkpoint
-    recipe: Recipe
-    spec: RopeSpec
-    output: Path
-    scheme: Scheme | None
-    imatrix: Imatrix | None
-    files: list[tuple[str, list[Source], bytes]]  # name, tensors in order, everything before them
-    texts: dict[str, bytes]  # other files, made here
-    rope: dict[str, Value]  # the rope metadata, for people
-    given_up: list[str]  # what the recipe asks and this file does not do
-    notes: list[str]
-    options: dict[str, Any]
-    stamps: dict[Path, tuple[int, int]] = field(repr=False)
-
-    @property
-    def names(self) -> list[str]:
-        """Every file but the manifest, the one to open first."""
-        return [*(name for name, _, _ in self.files), *self.texts]
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Bytes of every file but the manifest."""
-        sizes = {name: len(data) for name, data in self.texts.items()}
-        for name, sources, header in self.files:
-            data = [source.planned.nbytes for source in sources]
-            sizes[name] = len(header) + sum(data) + sum(map(padding, data))
-        return sizes
-
-    @property
-    def types(self) -> dict[str, int]:
-        """How many tensors have which type."""
-        counts: dict[str, int] = {}
-        for source in self._sources():
-            counts[source.planned.kind.name] = counts.get(source.planned.kind.name, 0) + 1
-        return counts
-
-    def _sources(self) -> Iterator[Source]:
-        return (source for _, sources, _ in self.files for source in sources)
+    library: str | None = None
 
 
 def plan(
-    model: Model,
-    recipe: Recipe,
-    output: Path,
-    options: Options,
-    *,
-    adapter: Adapter | None = None,
-    library: LlamaLibrary | None = None,
+    model: Model, recipe: Recipe, output: Path, options: Options | None = None, *, adapter: Adapter | None = None
 ) -> Plan:
     """Resolve, choose types, lay out. Touches no weights yet.
 
     Raises `UnsupportedError` for a family whose C++ ignores factors and for what the recipe asks beyond llama.cpp
     (unless `lossy`), and what `resolve`, `merged`, `get_scheme` and `vocabulary` raise.
     """
+    options = options or Options()
     _check_name(output)
     architecture = longrope_architecture(model.family)
     refuse_quantised(model, "GGUF")
-    shape = model.shape
     _check_shape(model, architecture)
+    shape = model.shape
     spec = resolve(
         recipe,
         family=model.called(recipe.family),
@@ -144,9 +94,9 @@ def plan(
         theta=shape.theta,
         window=options.window,
     )
-    kept, given_up = _kept(spec, options)
+    kept, dropped = _fitted(spec, options)
     scale = kept.tiers[-1].attention_factor if options.fold else 1.0
-    written = folded_attention(kept, scale)
+    written = divide_attention(kept, scale)
     source = model.checkpoint if isinstance(model.checkpoint, GgufCheckpoint) else None
     scheme = _scheme(model, options, rewritten=adapter is not None or scale != 1.0)
     _check_options(options, scheme, is_gguf=source is not None)
@@ -155,6 +105,7 @@ def plan(
     baked = model if scale == 1.0 else folded(model, scale, rounded=False)
     imatrix = None if options.imatrix is None else Imatrix.load(options.imatrix)
     tensors = _tensors(baked, architecture, scheme, imatrix)
+    library = _library(options.library)
     if scheme is not None:
         kinds = {item.planned.name: (item.planned.kind, item.planned.shape) for item in tensors}
         check_matrix(scheme, kinds, imatrix)
@@ -164,47 +115,76 @@ def plan(
         for name, values in rope_tensors(architecture, written, static=options.static).items()
     ]
     rope = rope_keys(architecture, written, static=options.static)
-    keys: dict[str, Value] = {"general.architecture": architecture}
-    notes = [*model.notes, *recipe.warnings(), *_window_notes(written, options.static)]
-    if source is not None:
-        keys |= carried_keys(source, architecture)
-        if source.architecture != architecture:
-            notes.append(
-                f"written as the {architecture} architecture, rows of q and k permuted: {source.architecture} of "
-                "llama.cpp ignores rope factors"
-            )
-        if source.rope_problems:
-            notes.append(f"repaired: {'; '.join(source.rope_problems)}")
-    else:
-        words = vocabulary(model.checkpoint.side_files(), model.checkpoint.config, pre=options.tokenizer_pre)
-        card = source_card(model)
-        notes += [*words.notes, *card.notes]
-        keys |= general_keys(model, card, strips=words.strips) | shape_keys(architecture, shape) | words.metadata
+    keys, notes = _metadata(model, source, architecture, options)
     if scheme is not None:
         keys["general.quantization_version"] = QUANTISATION_VERSION
         keys["general.file_type"] = int(scheme.file_type)
-    keys |= rope | provenance_keys(recipe, spec.family, given_up)
-    files = _files(output, arranged(keys), [*factors, *tensors], options.split)
+    keys |= rope | provenance_keys(recipe, spec.family, dropped)
+    encoder = encode.Encoder(library, imatrix)
+    streams = _streams(output, arranged(keys), [*factors, *tensors], options.split, baked.checkpoint, encoder)
     texts = {}
     if options.modelfile:
-        texts[modelfile.name_of(output)] = modelfile.render([name for name, _, _ in files], written).encode()
+        texts[modelfile.name_of(output)] = modelfile.render([stream.name for stream in streams], written).encode()
     used = [path for path in (options.imatrix, adapter and adapter.file.path) if path is not None]
+    stored = None if scheme is None else scheme.name
     return Plan(
+        target="gguf",
         model=model,
-        weights=baked.checkpoint,
         recipe=recipe,
         spec=written,
         output=output,
-        scheme=scheme,
-        imatrix=imatrix,
-        files=files,
+        record=BakeRecord(spec.window, stored, scale, LLAMA_CPP.name, options.static),
         texts=texts,
-        rope=rope,
-        given_up=given_up,
-        notes=notes,
-        options=_recorded(options, spec, architecture, scheme, scale, imatrix),
+        copies={},
+        streams=streams,
+        headline=_headline(scheme, [*factors, *tensors]),
+        edits=[Edit(output.name, key, None, value) for key, value in rope.items()],
+        dropped=dropped,
+        notes=[*model.notes, *recipe.warnings(), *_window_notes(written, options.static), *notes],
+        options=_recorded(options, architecture, imatrix),
+        place="files",
         stamps=snapshot([*model.checkpoint.weight_files(), *used]),
     )
+
+
+def _metadata(
+    model: Model, source: GgufCheckpoint | None, architecture: str, options: Options
+) -> tuple[dict[str, Value], list[str]]:
+    """Everything but the rotation, and notes on it: what a GGUF has already, else made from config, card and
+    tokenizer."""
+    keys: dict[str, Value] = {"general.architecture": architecture}
+    notes = []
+    if source is None:
+        words = vocabulary(model.checkpoint.side_files(), model.checkpoint.config, pre=options.tokenizer_pre)
+        card = source_card(model)
+        keys |= general_keys(model, card, strips=words.strips) | shape_keys(architecture, model.shape) | words.metadata
+        return keys, [*words.notes, *card.notes]
+    keys |= carried_keys(source, architecture)
+    if source.architecture != architecture:
+        notes.append(
+            f"written as the {architecture} architecture, rows of q and k permuted: {source.architecture} of "
+            "llama.cpp ignores rope factors"
+        )
+    if source.rope_problems:
+        notes.append(f"repaired: {'; '.join(source.rope_problems)}")
+    return keys, notes
+
+
+def _library(named: str | None) -> LlamaLibrary | None:
+    """llama.cpp's library: the one named, an installed one, or None (who needs it says so)."""
+    try:
+        return find_library(named)
+    except EnvironmentFailure:
+        if named is not None:
+            raise
+        return None
+
+
+def _headline(scheme: Scheme | None, sources: Sequence[Source]) -> str:
+    """The types of the tensors: "q8_0: 9 F32, 29 Q8_0"."""
+    counts = Counter(source.planned.kind.name for source in sources)
+    kinds = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+    return f"{'weights as they are' if scheme is None else scheme.name}: {kinds}"
 
 
 def _check_name(output: Path) -> None:
@@ -226,15 +206,6 @@ def _check_options(options: Options, scheme: Scheme | None, *, is_gguf: bool) ->
         raise UsageError("--imatrix: nothing is quantised", remedy="Say which type to write with --type")
 
 
-def _check_apart(plan: Plan) -> None:
-    """An artifact can't take the place of what it is made from: nobody could verify it any more."""
-    gone = {path.resolve() for path in replaced_files(plan.output, plan.names)}
-    if sources := [path for path in plan.stamps if path.resolve() in gone]:
-        raise UsageError(
-            f"{plan.output} would replace {sources[0]}, which it is made from", remedy="Give it a name of its own"
-        )
-
-
 def _check_shape(model: Model, architecture: str) -> None:
     """What llama.cpp's loaders of these architectures insist on."""
     shape = model.shape
@@ -251,16 +222,16 @@ def _check_shape(model: Model, architecture: str) -> None:
         )
 
 
-def _kept(spec: RopeSpec, options: Options) -> tuple[RopeSpec, list[str]]:
-    """What llama.cpp can express of the spec, and what is given up; refused unless the user allows that."""
-    kept, losses = project(spec, LLAMA_CPP)
+def _fitted(spec: RopeSpec, options: Options) -> tuple[RopeSpec, list[str]]:
+    """What llama.cpp can express of the spec, and what is dropped; refused unless the user allows that."""
+    kept, losses = LLAMA_CPP.fit(spec)
     if losses and not options.lossy:
         advice = "bake to hf, whose own code is exact, or give this up with --allow-lossy"
         if any("attention factor" in loss for loss in losses):
             advice = f"`recipe derive --uniform` makes one attention factor for both sets; or {advice}"
         raise UnsupportedError("; ".join(losses), remedy=advice[0].upper() + advice[1:])
     if options.static:
-        kept, more = project(kept, LLAMA_CPP_STATIC)
+        kept, more = static(LLAMA_CPP).fit(kept)
         losses += more
     return kept, losses
 
@@ -310,25 +281,36 @@ def _tensors(model: Model, architecture: str, scheme: Scheme | None, imatrix: Im
     return found
 
 
-def _files(
-    output: Path, metadata: Mapping[str, Value], sources: Sequence[Source], limit: int | None
-) -> list[tuple[str, list[Source], bytes]]:
-    by_name = {source.planned.name: source for source in sources}
+def _streams(
+    output: Path,
+    metadata: Mapping[str, Value],
+    sources: Sequence[Source],
+    limit: int | None,
+    checkpoint: Checkpoint,
+    encoder: encode.Encoder,
+) -> list[Stream]:
+    """One file, or the parts of a split one as llama.cpp's gguf-split writes them: all metadata in the first."""
+    made = {source.planned.name: _stream_tensor(checkpoint, source, encoder) for source in sources}
     parts = split_parts([source.planned for source in sources], limit)
-    if len(parts) == 1:
-        return [(output.name, list(sources), header_of(metadata, parts[0]))]
-    files = []
+    streams = []
     for number, part in enumerate(parts):
-        # What llama.cpp's gguf-split writes: all metadata in the first part.
-        split = {
-            "split.no": Scalar(GGUFValueType.UINT16, number),
-            "split.count": Scalar(GGUFValueType.UINT16, len(parts)),
-            "split.tensors.count": Scalar(GGUFValueType.INT32, len(sources)),
-        }
-        name = f"{output.stem}-{number + 1:05}-of-{len(parts):05}{SUFFIX}"
-        header = header_of({**metadata, **split} if number == 0 else split, part)
-        files.append((name, [by_name[planned.name] for planned in part], header))
-    return files
+        name, keys = output.name, dict(metadata)
+        if len(parts) > 1:
+            name = f"{output.stem}-{number + 1:05}-of-{len(parts):05}{SUFFIX}"
+            keys = {
+                **(metadata if number == 0 else {}),
+                "split.no": Scalar(GGUFValueType.UINT16, number),
+                "split.count": Scalar(GGUFValueType.UINT16, len(parts)),
+                "split.tensors.count": Scalar(GGUFValueType.INT32, len(sources)),
+            }
+        streams.append(Stream(name, [made[planned.name] for planned in part], header_of(keys, part)))
+    return streams
+
+
+def _stream_tensor(checkpoint: Checkpoint, source: Source, encoder: encode.Encoder) -> StreamTensor:
+    planned = source.planned
+    make = partial(jobs, checkpoint, source, encoder)
+    return StreamTensor(planned.name, planned.nbytes, make, padding(planned.nbytes))
 
 
 def _window_notes(spec: RopeSpec, static: bool) -> list[str]:
@@ -340,18 +322,8 @@ def _window_notes(spec: RopeSpec, static: bool) -> list[str]:
     return [f"llama.cpp makes contexts in steps of {step} tokens: the short set, up to {short}, serves {reach}"]
 
 
-def _recorded(
-    options: Options, spec: RopeSpec, architecture: str, scheme: Scheme | None, scale: float, imatrix: Imatrix | None
-) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "window": spec.window,
-        "type": None if scheme is None else scheme.name,
-        "architecture": architecture,
-    }
-    if options.static:
-        found["static_long"] = True
-    if scale != 1.0:
-        found["folded_attention"] = scale
+def _recorded(options: Options, architecture: str, imatrix: Imatrix | None) -> dict[str, Any]:
+    found: dict[str, Any] = {"architecture": architecture}
     if options.tokenizer_pre is not None:
         found["tokenizer_pre"] = options.tokenizer_pre
     if options.split is not None:
@@ -359,46 +331,3 @@ def _recorded(
     if imatrix is not None:
         found["imatrix"] = imatrix.facts
     return found
-
-
-def write(
-    plan: Plan, *, library: LlamaLibrary | None = None, force: bool = False, progress: Progress | None = None
-) -> Manifest:
-    """Carry the plan out."""
-    _check_apart(plan)
-    report = progress or (lambda what, done, total: None)
-    done, total = 0, sum(plan.sizes.values())
-    encoder = encode.Encoder(library, plan.imatrix)
-    every = [source for _, sources, _ in plan.files for source in sources]
-    with (
-        FileStaging(plan.output, plan.names, force=force) as staging,
-        closing(made_ahead(jobs(plan.weights, every, encoder))) as blocks,
-    ):
-        for name, data in plan.texts.items():
-            staging.write_bytes(name, data)
-        for name, sources, header in plan.files:
-            with staging.create(name) as file:
-                file.write(header)
-                for source in sources:
-                    left = source.planned.nbytes
-                    while left:
-                        block = next(blocks)
-                        file.write(block)
-                        left -= block.nbytes
-                        done += block.nbytes
-                        report(source.planned.name, done, total)
-                    file.write(bytes(padding(source.planned.nbytes)))
-        check_unchanged(plan.stamps)
-        manifest = Manifest(
-            target="gguf",
-            source=described(plan.model),
-            recipe=asdict(plan.recipe),
-            options=plan.options,
-            losses=plan.given_up,
-            notes=plan.notes,
-        )
-        staging.publish(manifest)
-    return manifest
-
-
-__all__ = ["Options", "Plan", "manifest_path", "plan", "write"]

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`hf`, `gguf`, `onnx`: bake a recipe into a model. Each is a plan and its bake; `plan_bake` is the first half."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lrconvert.artifact.bake import Progress, bake
+from lrconvert.artifact.manifest import Manifest
+from lrconvert.artifact.plan import Plan
+from lrconvert.checkpoint import Model, open_model
+from lrconvert.checkpoint.adapter import choose_adapter, open_adapter
+from lrconvert.recipe import Recipe, load_recipe, recipe_folder
+from lrconvert.targets import get_target
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a bake wrote. `path` is what a program opens: a folder, or the (first) file."""
+
+    path: Path
+    manifest: Manifest
+
+
+def plan_bake(
+    target: str,
+    model: str | Path | Model,
+    recipe: str | Path | Recipe,
+    output: str | Path,
+    options: Any = None,
+    *,
+    adapter: str | None = None,
+    revision: str | None = None,
+) -> Plan:
+    """What baking `recipe` into `model` would write; nothing is written yet.
+
+    `model`: a folder, a GGUF file, a Hub id (at `revision`), or a model that is open. `recipe`: a file, a folder, a
+    shipped name, or a recipe. `options`: the target's own, None for its defaults. `adapter`: a LoRA adapter's folder or
+    Hub id; None takes the recipe's, if it has one.
+    """
+    row = get_target(target)
+    opened = model if isinstance(model, Model) else open_model(str(model), revision=revision, tolerant=row.repairs)
+    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    folder = Path() if isinstance(recipe, Recipe) else recipe_folder(recipe)
+    chosen = choose_adapter(adapter, loaded.adapter, folder)
+    merged = None if chosen is None else open_adapter(chosen)
+    return row.plan(opened, loaded, Path(output), options, adapter=merged)
+
+
+def hf(
+    model: str | Path | Model,
+    recipe: str | Path | Recipe,
+    output: str | Path,
+    *,
+    window: int | None = None,
+    dtype: str | None = None,
+    adapter: str | None = None,
+    portable: bool = False,
+    lossy: bool = False,
+    link: bool | None = None,
+    force: bool = False,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> Artifact:
+    """Bake a Hugging Face folder.
+
+    `window`: stop there, in tokens. `dtype`: bf16, f16 or f32; None keeps the stored bytes. `portable`: only what other
+    engines compute right too, `lossy`: and drop what they can't. `link`: see `lrconvert.artifact.bake.bake`. `force`
+    replaces an artifact. Raises what `lrconvert.errors` lists.
+    """
+    from lrconvert.targets.hf import Options
+
+    options = Options(window=window, dtype=dtype, portable=portable, lossy=lossy)
+    plan = plan_bake("hf", model, recipe, output, options, adapter=adapter, revision=revision)
+    return Artifact(plan.opens, bake(plan, force=force, link=link, progress=progress))
+
+
+def gguf(
+    model: str | Path | Model,
+    recipe: str | Path | Recipe,
+    output: str | Path,
+    *,
+    window: int | None = None,
+    type: str | None = None,
+    adapter: str | None = None,
+    static: bool = False,
+    fold: bool = False,
+    lossy: bool = False,
+    tokenizer_pre: str | None = None,
+    split: int | None = None,
+    imatrix: str | Path | None = None,
+    modelfile: bool = False,
+    library: str | None = None,
+    force: bool = False,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> Artifact:
+    """Bake a GGUF for llama.cpp; a GGUF as `model` is re-baked.
+
+    `type`: f32, f16, bf16, q8_0, q4_k_m and llama.cpp's other types; None keeps what is stored. `static`: the long set
+    for every length; `fold`: the attention factor goes into q and k; `lossy`: drop what llama.cpp can't express;
+    `split`: bytes of tensor data a file; `library`: libllama to quantise with.
+    """
+    from lrconvert.targets.gguf import Options
+
+    options = Options(
+        window=window,
+        type=type,
+        static=static,
+        fold=fold,
+        lossy=lossy,
+        tokenizer_pre=tokenizer_pre,
+        split=split,
+        imatrix=None if imatrix is None else Path(imatrix),
+        modelfile=modelfile,
+        library=library,
+    )
+    plan = plan_bake("gguf", model, recipe, output, options, adapter=adapter, revision=revision)
+    return Artifact(plan.opens, bake(plan, force=force, progress=progress))
+
+
+def onnx(
+    model: str | Path | Model,
+    recipe: str | Path | Recipe,
+    output: str | Path,
+    *,
+    window: int | None = None,
+    dtype: str = "f32",
+    attention: str = "gqa",
+    opset: int = 23,
+    double: bool = True,
+    genai_rewind: bool = False,
+    adapter: str | None = None,
+    force: bool = False,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> Artifact:
+    """Bake an ONNX folder.
+
+    `dtype`: f32, f16, bf16, int8 or int4; `attention`: "gqa" (ONNX Runtime's fused operator) or "standard"; `double`:
+    angles in float64, else from float32 tables; `genai_rewind`: have onnxruntime-genai read a sequence anew at the
+    boundary.
+    """
+    from lrconvert.targets.onnx import Options
+
+    options = Options(window, dtype, attention, opset, double, genai_rewind)
+    plan = plan_bake("onnx", model, recipe, output, options, adapter=adapter, revision=revision)
+    return Artifact(plan.opens, bake(plan, force=force, progress=progress))

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`verify`: compare an artifact with the reference implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lrconvert.errors import UsageError, require
+from lrconvert.parity import Options, Report
+from lrconvert.parity import verify as compare
+from lrconvert.recipe import Recipe
+from lrconvert.targets import target_of
+
+
+def verify(
+    artifact: str | Path,
+    *,
+    against: str | None = None,
+    recipe: str | Path | Recipe | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    codes: Sequence[str] = (),
+    runtime: str | None = None,
+    full: bool = False,
+    python: str | None = None,
+    library: str | None = None,
+    kv: str = "f32",
+    threads: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Report:
+    """Does an artifact compute what its recipe says? `report.passed` is the answer, `report.rows` the evidence.
+
+    `against` and `recipe`: the model and recipe to compare with; by default those that the manifest names. `dtype`:
+    what the artifact computes in; the reference stays in float64 (float32 on a GPU). `codes`: "native", "custom" or
+    both, of what transformers runs. `runtime`: what runs the artifact; `python`: its interpreter. `full`: consecutive
+    positions at every length. Raises only where nothing can be compared.
+    """
+    path = Path(artifact)
+    target = target_of(path)
+    runtime_name = runtime or target.runtime
+    if codes and runtime_name != "transformers":
+        raise UsageError(f"--code chooses among what transformers runs; --runtime {runtime_name} has one code")
+    for module, extra in (*target.needs, ("torch", "hf")):
+        require(module, extra, "verify")
+    if runtime_name == "transformers":
+        require("transformers", "hf", "verify")
+    options = Options(
+        device, dtype, tuple(codes) or None, full, python, threads, runtime=runtime, library=library, kv=kv
+    )
+    return compare(path, target, against=against, recipe=recipe, options=options, progress=progress)

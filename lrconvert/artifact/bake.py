@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Carrying a plan out: one staging folder, one pump, one publication, whatever the target.
+
+The artifact appears whole or not at all. Its sources are looked at again before it does: a file that changed while
+it was read makes the bake fail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import asdict
+from typing import IO
+
+from lrconvert.artifact.file_staging import FileStaging, check_files, replaced_files
+from lrconvert.artifact.manifest import Manifest
+from lrconvert.artifact.plan import Plan, Stream
+from lrconvert.artifact.prefetch import Job, prefetch
+from lrconvert.artifact.redaction import source_record
+from lrconvert.artifact.staging import HashingFile, Staging, check_output
+from lrconvert.checkpoint.source import check_unchanged
+from lrconvert.errors import UsageError
+
+Progress = Callable[[str, int, int], None]  # what, bytes done, bytes in all
+
+
+def check_place(plan: Plan, *, force: bool) -> None:
+    """Refuse what exists and may not be replaced, and an artifact in the place of its own source (exit code 2)."""
+    if plan.place == "folder":
+        check_output(plan.output, force=force)
+        return
+    gone = {path.resolve() for path in replaced_files(plan.output, plan.names)}
+    if sources := [path for path in plan.stamps if path.resolve() in gone]:
+        raise UsageError(
+            f"{plan.output} would replace {sources[0]}, which it is made from", remedy="Give it a name of its own"
+        )
+    check_files(plan.output, plan.names, force=force)
+
+
+def bake(plan: Plan, *, force: bool = False, link: bool | None = None, progress: Progress | None = None) -> Manifest:
+    """Write the artifact and its manifest.
+
+    `link`: True demands hard links for weights that stay as they are, False copies them, None links where that works.
+    Raises `UsageError` for an output that may not be replaced, `InputError` for a source that changed meanwhile, and
+    `EnvironmentFailure` for what the disk refuses.
+    """
+    check_place(plan, force=force)
+    report = _Report(plan, progress)
+    with _staging(plan, force, link) as staging:
+        for name, data in sorted(plan.texts.items()):
+            staging.write_bytes(name, data)
+            report.done(name, len(data))
+        for name, path in sorted(plan.copies.items()):
+            # People edit a tokenizer's or generation's config in place: only weights share bytes with the source.
+            place = staging.link_or_copy if name.endswith(".safetensors") else staging.copy
+            place(path, name)
+            report.done(name, path.stat().st_size)
+        _pump(staging, plan.streams, report)
+        check_unchanged(plan.stamps)
+        manifest = Manifest(
+            target=plan.target,
+            source=source_record(plan.model),
+            recipe=asdict(plan.recipe),
+            bake=plan.record,
+            options=plan.options,
+            losses=[*plan.dropped, *plan.losses],
+            notes=plan.notes,
+        )
+        staging.publish(manifest)
+    return manifest
+
+
+def _staging(plan: Plan, force: bool, link: bool | None) -> Staging:
+    if plan.place == "files":
+        return FileStaging(plan.output, plan.names, force=force)
+    return Staging(plan.output, force=force, link=link)
+
+
+def _pump(staging: Staging, streams: list[Stream], report: _Report) -> None:
+    """Write every stream. A few threads make the blocks, ahead of the one that writes and hashes them."""
+    tensors = [tensor for stream in streams for tensor in stream.tensors]
+    if not tensors:
+        return
+    with closing(prefetch(_jobs(streams))) as blocks:
+        for stream in streams:
+            with staging.create(stream.name) as file:
+                file.write(stream.header)
+                for tensor in stream.tensors:
+                    _write(file, blocks, tensor.nbytes, lambda count, name=tensor.name: report.done(name, count))
+                    file.write(bytes(tensor.padding))
+
+
+def _jobs(streams: list[Stream]) -> Iterator[Job]:
+    for stream in streams:
+        for tensor in stream.tensors:
+            yield from tensor.jobs()
+
+
+def _write(
+    file: HashingFile | IO[bytes], blocks: Iterator[memoryview], nbytes: int, done: Callable[[int], None]
+) -> None:
+    left = nbytes
+    while left:
+        block = next(blocks)
+        file.write(block)
+        left -= block.nbytes
+        done(block.nbytes)
+
+
+class _Report:
+    """Adds up what is done."""
+
+    def __init__(self, plan: Plan, progress: Progress | None) -> None:
+        self._progress, self._total, self._done = progress, sum(plan.sizes.values()), 0
+
+    def done(self, what: str, count: int) -> None:
+        self._done += count
+        if self._progress is not None:
+            self._progress(what, self._done, self._total)

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every bake has on the command line: its options, and plan → bake → verify in that order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lrconvert.cli import _output as out
+from lrconvert.cli._common import TOKENS, force_option, model_argument, revision_option
+
+if TYPE_CHECKING:
+    from lrconvert.artifact.plan import Plan
+
+
+def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Model, recipe, adapter and window; --dry-run, --verify, --force, --verbose."""
+    options = (
+        model_argument,
+        click.option("--recipe", required=True, metavar="RECIPE", help="Recipe file, folder or shipped name."),
+        click.option("--adapter", metavar="PATH|HUB_ID", help="Merge this LoRA adapter; default: the recipe's."),
+        click.option("--window", type=TOKENS, help="Stop at this window instead of the recipe's last tier."),
+        click.option("--dry-run", is_flag=True, help="Print what would be written; write nothing."),
+        click.option("--verify", "verify_too", is_flag=True, help="Run `lrconvert verify` on the artifact."),
+        click.option("--verbose", is_flag=True, help="Show every file, edit and engine."),
+        force_option,
+        revision_option,
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def run(
+    target: str,
+    options: Any,
+    shared: dict[str, Any],
+    *,
+    link: bool | None = None,
+    before: Callable[[Plan], None] | None = None,
+    describe: Callable[[Plan, bool], None] | None = None,
+) -> int | None:
+    """Plan, describe and bake, then verify where that was asked for; the exit code of `verify`, None without.
+
+    `before` may refuse once everything else is known to be right; `describe` has more to say about the plan.
+    """
+    from lrconvert.api.baking import plan_bake
+    from lrconvert.artifact.bake import bake, check_place
+
+    plan = plan_bake(
+        target,
+        shared["model"],
+        shared["recipe"],
+        shared["output"],
+        options,
+        adapter=shared["adapter"],
+        revision=shared["revision"],
+    )
+    force, dry = shared["force"], shared["dry_run"]
+    if not dry:
+        check_place(plan, force=force)
+        if before is not None:
+            before(plan)
+    show(plan, detailed=dry or shared["verbose"])
+    if describe is not None:
+        describe(plan, dry or shared["verbose"])
+    warn(plan)
+    if dry:
+        out.hint("dry run: nothing was written")
+        return None
+    with out.byte_progress() as progress:
+        manifest = bake(plan, force=force, link=link, progress=progress)
+    total = sum(record.size for record in manifest.files.values())
+    linked = sum(record.linked for record in manifest.files.values())
+    shares = f", {linked} of them hard linked to the source (editing one edits both)" if linked else ""
+    out.say(f"{shared['output']}: {out.count(len(manifest.files), 'file')}, {out.size(total)}{shares}")
+    if not shared["verify_too"]:
+        out.hint(f"not verified yet: lrconvert verify {plan.opens}")
+        return None
+    from lrconvert.cli.verify import command as verify_command
+
+    library = {"library": options.library} if getattr(options, "library", None) else {}
+    return click.get_current_context().invoke(verify_command, artifact=plan.opens, **library)
+
+
+def show(plan: Plan, *, detailed: bool) -> None:
+    """What will be written: one line, and with `detailed` every edit and file."""
+    spec = plan.spec
+    out.say(f"{plan.model.reference} ({spec.family}): {spec.original_window} → {spec.window} tokens, {plan.headline}")
+    if not detailed:
+        return
+    for edit in plan.edits:
+        out.say(f"  {edit}")
+    for name, size in plan.sizes.items():
+        how = "made" if name in plan.texts else "kept" if name in plan.copies else "converted"
+        out.say(f"  {name}: {out.size(size)}, {how}")
+
+
+def warn(plan: Plan) -> None:
+    """What the artifact does not do, and what its user has to know."""
+    for loss in plan.dropped:
+        out.warn(f"dropped: {loss}")
+    for loss in plan.losses:
+        out.warn(f"without trust_remote_code: {loss}")
+    for note in plan.notes:
+        out.warn(note)
+
+
+def output_option(metavar: str, text: str) -> Callable[..., Any]:
+    """-o, required."""
+    return click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar=metavar, help=text)

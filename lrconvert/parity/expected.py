@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an artifact has to compute, given how it was baked, and what that costs against the recipe itself.
+
+An artifact may have part of its attention factor in its weights. Its code is compared with a reference whose weights
+are folded, and rounded, like that. That a fold does what the recipe asks of the original weights is a check of its
+own, reference against reference and without rounding; what rounding costs is measured beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lrconvert.artifact.checks import Row
+from lrconvert.artifact.record import BakeRecord
+from lrconvert.checkpoint import Model
+from lrconvert.checkpoint.base import numpy_dtype
+from lrconvert.checkpoint.fold import folded
+from lrconvert.engines.capability import NAMED, divide_attention, static
+from lrconvert.errors import InputError
+from lrconvert.parity.cases import Budget, Case
+from lrconvert.parity.judge import Judge
+from lrconvert.parity.measures import compare
+from lrconvert.parity.report import judged
+from lrconvert.parity.tolerances import tolerance_for
+from lrconvert.rope import RopeSpec
+
+CODE = "portable"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What an artifact has to compute: `spec` on the weights of `model`.
+
+    It stands for `kept`, which is `recipe` without what was `dropped`, on the weights of `source`, whose q and k are
+    `scale` times smaller. `source` is None where nothing was folded, or the weights at hand are folded already.
+    """
+
+    recipe: RopeSpec
+    kept: RopeSpec
+    dropped: list[str]
+    spec: RopeSpec
+    model: Model
+    source: Model | None = None
+    scale: float = 1.0
+
+
+def expected(model: Model, spec: RopeSpec, record: BakeRecord, artifact: Path) -> Expected:
+    """From the record of the bake; `model` may be the artifact itself, which is folded already.
+
+    Raises `InputError` for a capability that isn't known.
+    """
+    kept, dropped = spec, []
+    if record.capability is not None:
+        if record.capability not in NAMED:
+            raise InputError(
+                f"{artifact}: baked for {record.capability!r:.60}, which this lrconvert doesn't know",
+                remedy=f"Known: {', '.join(NAMED)}",
+            )
+        capability = NAMED[record.capability]
+        kept, dropped = capability.fit(spec)
+        if record.static:
+            kept, more = static(capability).fit(kept)
+            dropped += more
+    scale = record.attention_scale
+    computed = divide_attention(kept, scale)
+    if scale == 1.0 or model.checkpoint.path.resolve() == artifact.resolve():
+        return Expected(spec, kept, dropped, computed, model)
+    rounded = record.stored is None  # else they are rounded once, when they are stored
+    return Expected(spec, kept, dropped, computed, folded(model, scale, rounded=rounded), model, scale)
+
+
+def lost(name: str, exact: RopeSpec, projected: RopeSpec, judge: Judge, budget: Budget) -> list[Row]:
+    """What a projection costs, by the reference alone, at the end of every tier that it changes."""
+    changed = [tier.max_length for tier in exact.tiers if tier != projected.tier_for(tier.max_length)]
+    cases = [end_case("lost", length, budget) for length in changed]
+    judge.prepare(exact, cases)
+    judge.prepare(projected, cases)
+    reason = "what the recipe asks and this code can't express"
+    rows = []
+    for case in cases:
+        measures = compare(judge.forward(exact, case), judge.forward(projected, case))
+        rows.append(Row(name, case.name, "known", length=case.length, reason=reason, **vars(measures)))
+    return rows
+
+
+def rounding_rows(wanted: Expected, judge: Judge, plain: Judge, budget: Budget) -> list[Row]:
+    """What rounding the scaled weights costs: `judge` has them as they are stored, `plain` the unscaled ones."""
+    assert wanted.source is not None
+    stored = plain.stored_dtype or wanted.source.dtype
+    reason = f"scaled weights rounded to {numpy_dtype(stored).name}, against unscaled ones"
+    rows = []
+    for length, ours, theirs in _at_ends(wanted, plain, judge, budget):
+        measures = compare(ours, theirs)
+        case = f"rounding of the fold at {length}"
+        rows.append(Row(CODE, case, "known", length=length, reason=reason, **vars(measures)))
+    return rows
+
+
+def exact_fold_rows(wanted: Expected, *, device: str, budget: Budget) -> list[Row]:
+    """Reference against reference, without rounding: do the scaled weights undo what their code leaves out?"""
+    assert wanted.source is not None
+    unscaled, scaled = (
+        Judge(folded(wanted.source, scale, rounded=False), device=device) for scale in (1.0, wanted.scale)
+    )
+    return [
+        judged(
+            CODE,
+            f"folded attention factor at {length}",
+            length,
+            compare(ours, theirs),
+            tolerance_for(CODE, scaled.dtype, length),
+        )
+        for length, ours, theirs in _at_ends(wanted, unscaled, scaled, budget)
+    ]
+
+
+def _at_ends(wanted: Expected, unscaled: Judge, scaled: Judge, budget: Budget) -> Iterator[tuple[int, Any, Any]]:
+    """At the end of every tier: its length, and what the unscaled and the scaled weights answer."""
+    cases = [end_case("", tier.max_length, budget) for tier in wanted.kept.tiers]
+    unscaled.prepare(wanted.kept, cases)
+    scaled.prepare(wanted.spec, cases)
+    for case in cases:
+        yield case.length, unscaled.forward(wanted.kept, case), scaled.forward(wanted.spec, case)
+
+
+def end_case(what: str, length: int, budget: Budget) -> Case:
+    return Case(f"{what} at {length}", "forward", (length,), spread=length > budget.dense)

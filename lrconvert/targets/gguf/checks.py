@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the metadata of a GGUF say, held against the recipe and the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from lrconvert.artifact.checks import Row, rows_of
+from lrconvert.artifact.record import BakeRecord
+from lrconvert.checkpoint import Checkpoint, Model
+from lrconvert.checkpoint.gguf import GgufCheckpoint
+from lrconvert.checkpoint.gguf_config import LONG, SHORT, STATIC
+from lrconvert.rope import RopeSpec
+
+FLOAT32 = 1e-6  # metadata and factors are float32: one rounding
+
+
+def checks(artifact: Path, stored: Checkpoint | None, model: Model, spec: RopeSpec, record: BakeRecord) -> list[Row]:
+    """A row for everything in the file that says something else than `spec`; one `pass` when there is nothing."""
+    assert isinstance(stored, GgufCheckpoint)
+    problems = [*stored.rope_problems, *_numbers(stored, model), *_rope(stored, spec, record.static)]
+    good = "rope and shape are the recipe's and the model's"
+    return rows_of("metadata", good, [(problem.partition(":")[0][:60], problem) for problem in problems])
+
+
+def _numbers(stored: GgufCheckpoint, model: Model) -> Iterator[str]:
+    prefix, shape = f"{stored.architecture}.", model.shape
+    wanted = {
+        "rope.freq_base": shape.theta,
+        "rope.dimension_count": shape.rotary_dim,
+        "attention.layer_norm_rms_epsilon": shape.norm_eps,
+        "attention.head_count": shape.heads,
+        "attention.head_count_kv": shape.kv_heads,
+        "block_count": shape.layers,
+    }
+    # What llama.cpp takes where a file says nothing.
+    defaults = {
+        "rope.freq_base": 10000.0,
+        "rope.dimension_count": shape.head_dim,
+        "attention.head_count_kv": shape.heads,
+    }
+    for key, value in wanted.items():
+        found = stored.metadata.get(prefix + key, defaults.get(key))
+        if not isinstance(found, int | float) or not math.isclose(found, value, rel_tol=FLOAT32):
+            yield f"{prefix}{key} is {found!r:.60}; the model needs {value:g}"
+
+
+def _rope(stored: GgufCheckpoint, spec: RopeSpec, static: bool) -> Iterator[str]:
+    prefix, first, last = f"{stored.architecture}.", spec.tiers[0], spec.tiers[-1]
+    wanted = {"context_length": float(spec.window), "rope.scaling.attn_factor": last.attention_factor}
+    if not static and len(spec.tiers) > 1:
+        wanted["rope.scaling.original_context_length"] = float(first.max_length)
+    for key, value in wanted.items():
+        found = stored.metadata.get(prefix + key, 1.0 if key.endswith("attn_factor") else None)
+        if not isinstance(found, int | float) or not math.isclose(found, value, rel_tol=FLOAT32):
+            yield f"{prefix}{key} is {found!r:.60}; the recipe needs {value:g}"
+    alone = static and STATIC in stored.stored  # phi3 has no such tensor: two equal sets do the same
+    for name, tier in ({STATIC: last} if alone else {SHORT: first, LONG: last}).items():
+        tensor = stored.stored.get(name)
+        if tensor is None:
+            yield f"{name} is missing"
+            continue
+        values = stored.rows(tensor, 0, 1).reshape(-1)
+        if values.shape != (len(tier.factors),) or not np.allclose(values, tier.factors, rtol=FLOAT32, atol=0):
+            yield f"{name} holds other factors than the recipe's"

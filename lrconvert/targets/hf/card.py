@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model card says of a Hugging Face folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lrconvert.artifact.card import CardText, bullets
+
+
+def _run(repo: str | None) -> list[str]:
+    return [
+        "## How to run",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'name = "{repo or "path/to/this/folder"}"',
+        "model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)",
+        "tokenizer = AutoTokenizer.from_pretrained(name)",
+        "```",
+    ]
+
+
+def _about(dropped: Sequence[str], losses: Sequence[str]) -> list[str]:
+    """What each piece of code in the artifact does, and does not."""
+    exact = "all of the recipe but what is listed below" if dropped else "the recipe exactly"
+    parts = [
+        "transformers 4.57 to 5.x, nothing else needed. `trust_remote_code=True` runs `modeling_longrope.py`, one file "
+        f"in this folder: it computes {exact}, gives every row of a batch the tier of its own length, and `generate` "
+        "stays right when a sequence grows into another tier.",
+        "Without it the native class runs, and says nothing about what it loses:",
+        bullets(
+            "a batch gets one tier for all its rows, and cached keys stay as they are when generation crosses the "
+            "original window",
+            *(losses or ["of the factor sets themselves, nothing"]),
+        ),
+    ]
+    if dropped:
+        parts += ["Given up for the sake of other engines, in all code:", bullets(*dropped)]
+    return parts
+
+
+CARD_TEXT = CardText("transformers", ("longrope", "long-context", "custom_code"), _run, _about)

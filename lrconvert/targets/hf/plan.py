@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Planning a Hugging Face folder: native config keys, the artifact's own code beside them, weights as they were."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from lrconvert.artifact.card import CARD, render, source_card
+from lrconvert.artifact.plan import Plan
+from lrconvert.artifact.record import BakeRecord
+from lrconvert.checkpoint import Model
+from lrconvert.checkpoint.adapter import Adapter, merged
+from lrconvert.checkpoint.base import FLOAT_DTYPES, refuse_quantised
+from lrconvert.checkpoint.fold import folded
+from lrconvert.checkpoint.source import snapshot
+from lrconvert.engines.capability import native_hf
+from lrconvert.recipe import Recipe, resolve
+from lrconvert.rope import RopeSpec
+from lrconvert.targets.hf.card import CARD_TEXT
+from lrconvert.targets.hf.config import edited_config, json_bytes, json_in, side_files
+from lrconvert.targets.hf.portable import make_portable
+from lrconvert.targets.hf.shards import plan_shards
+from lrconvert.targets.hf.spelling import MODELING_FILE
+from lrconvert.targets.hf.weights import lay_out, stream
+
+DTYPES = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
+NATIVE_IMPORT = re.compile(r"^from transformers import (\w+) as NativeForCausalLM\b", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may ask of a folder. `dtype`: a key of `DTYPES`, None keeps what is stored; `portable`: only what
+    other engines get right too, with the attention factor folded into q and k; `lossy`: drop what they can't do."""
+
+    window: int | None = None
+    dtype: str | None = None
+    portable: bool = False
+    lossy: bool = False
+
+
+def plan(
+    model: Model, recipe: Recipe, output: Path, options: Options | None = None, *, adapter: Adapter | None = None
+) -> Plan:
+    """Resolve, edit and lay out. Raises what `resolve`, `merged` and `make_portable` raise; touches no weights yet."""
+    options = options or Options()
+    shape, family = model.shape, model.family
+    spec = resolve(
+        recipe,
+        family=model.called(recipe.family),
+        rotary_dim=shape.rotary_dim,
+        theta=shape.theta,
+        window=options.window,
+    )
+    scale, dropped = 1.0, []
+    if options.portable:
+        spec, scale, dropped = make_portable(spec, lossy=options.lossy)
+    native, losses = native_hf(family).fit(spec)
+    stored = _stored_dtype(model, options.dtype)
+    if adapter is not None:  # with a dtype of its own, the artifact's one rounding is the writer's
+        model = merged(model, adapter, rounded=stored is None and scale == 1.0)
+    baked = model if scale == 1.0 else folded(model, scale, rounded=False)
+    config, edits = edited_config(model, spec, native, DTYPES[options.dtype] if options.dtype else stored)
+    texts, copies, more = side_files(model, spec)
+    texts |= {"config.json": json_bytes(config, "config.json"), MODELING_FILE: modeling_code(family.hf_class)}
+    weights, shards, index = lay_out(baked, stored, plan_shards)
+    copies |= weights
+    texts |= index
+    found = source_card(model)
+    notes = [*model.notes, *recipe.warnings(), *_notes(spec, scale, texts, copies), *found.notes]
+    card = render(
+        model, recipe, spec, CARD_TEXT, source=found, dropped=dropped, losses=losses, notes=notes, adapter=adapter
+    )
+    texts[CARD] = card.encode()
+    added = [] if adapter is None else [adapter.file.path]
+    return Plan(
+        target="hf",
+        model=model,
+        recipe=recipe,
+        spec=spec,
+        output=output,
+        record=BakeRecord(spec.window, stored, scale, "portable" if options.portable else None),
+        texts=texts,
+        copies=copies,
+        streams=[stream(baked.checkpoint, name, tensors) for name, tensors in shards],
+        headline=f"tiers up to {', '.join(str(tier.max_length) for tier in spec.tiers)}",
+        edits=[*edits, *more],
+        dropped=dropped,
+        losses=losses,
+        notes=notes,
+        stamps=snapshot([*model.checkpoint.weight_files(), *copies.values(), *added]),
+    )
+
+
+def _notes(spec: RopeSpec, scale: float, texts: dict[str, bytes], copies: dict[str, Path]) -> list[str]:
+    """What a user of the folder has to know."""
+    notes = []
+    if scale != 1.0:
+        notes.append(
+            f"attention factor folded: the rotated channels of q and k are {scale:.9g} times as large, so that the "
+            f"formula's {spec.tiers[-1].attention_factor:.9g} does what the recipe asks"
+        )
+    limit = json_in(texts, copies, "generation_config.json").get("max_length")
+    if isinstance(limit, int) and limit < spec.window:
+        notes.append(f"generation_config.json: max_length {limit} caps what generate() makes by default")
+    return notes
+
+
+def _stored_dtype(model: Model, dtype: str | None) -> str | None:
+    """The dtype that weights have to be written in, None when they stay byte for byte."""
+    if model.checkpoint.format == "gguf":
+        own = model.dtype if model.dtype in FLOAT_DTYPES else "BF16"
+        return DTYPES[dtype] if dtype else own
+    if dtype is None:
+        return None
+    refuse_quantised(model, f"--dtype {dtype}")
+    wanted = DTYPES[dtype]
+    used = [model.checkpoint.tensors[tensor.name] for tensor in model.roles.values()]
+    return None if all(info.dtype == wanted for info in used) else wanted
+
+
+def modeling_code(hf_class: str) -> bytes:
+    """The artifact's own code for one native class: the shipped file with its one import changed."""
+    text = Path(__file__).with_name(MODELING_FILE).read_text(encoding="utf-8")
+    text, changed = NATIVE_IMPORT.subn(f"from transformers import {hf_class} as NativeForCausalLM", text)
+    if changed != 1:
+        raise AssertionError(f"{MODELING_FILE} must import its native class in exactly one line")
+    return text.encode()

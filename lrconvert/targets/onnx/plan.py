@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Planning an ONNX folder: the graph, the configs around it, and the place of every weight."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lrconvert import __version__
+from lrconvert.artifact.card import CARD, render, source_card
+from lrconvert.artifact.plan import Plan, Stream, StreamTensor
+from lrconvert.artifact.record import BakeRecord
+from lrconvert.checkpoint import Model
+from lrconvert.checkpoint.adapter import Adapter, merged
+from lrconvert.checkpoint.base import refuse_quantised
+from lrconvert.checkpoint.onnx_folder import TIED_HEAD
+from lrconvert.checkpoint.source import snapshot
+from lrconvert.engines.capability import native_hf
+from lrconvert.errors import UnsupportedError, UsageError, require
+from lrconvert.recipe import Recipe, resolve
+from lrconvert.rope import RopeSpec
+from lrconvert.targets.hf.config import edited_config, json_bytes, json_in, side_files
+from lrconvert.targets.onnx.card import CARD_TEXT
+from lrconvert.targets.onnx.consumers import GENAI, MODEL_FILE, ONNX_FOLDER, config_of, genai_config
+
+if TYPE_CHECKING:
+    from lrconvert.targets.onnx.tensors import Stored
+
+# What a user asks for: the dtype of activations and plain tensors, and the bits of quantised ones.
+DTYPES: dict[str, tuple[str, int | None]] = {
+    "f32": ("F32", None),
+    "f16": ("F16", None),
+    "bf16": ("BF16", None),
+    "int8": ("F32", 8),
+    "int4": ("F32", 4),
+}
+OPSETS = range(23, 26)
+MAX_GRAPH_BYTES = 2**31 - 1  # of a protobuf message
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may ask of an ONNX folder. `double`: angles in float64, else from float32 tables; `genai_rewind`:
+    have onnxruntime-genai compute a sequence anew at the boundary, where it can."""
+
+    window: int | None = None
+    dtype: str = "f32"
+    attention: str = "gqa"
+    opset: int = 23
+    double: bool = True
+    genai_rewind: bool = False
+
+
+def plan(
+    model: Model, recipe: Recipe, output: Path, options: Options | None = None, *, adapter: Adapter | None = None
+) -> Plan:
+    """Resolve, build the graph, lay out. Touches no weights yet.
+
+    Raises `UnsupportedError` for quantised sources, `UsageError` for options that exclude each other, and what
+    `resolve` and `merged` raise.
+    """
+    options = options or Options()
+    require("onnx", "onnx", "ONNX")
+    from lrconvert.targets.onnx.graph import Choices, build
+    from lrconvert.targets.onnx.tensors import files_of, lay_out
+
+    _check(model, options)
+    computing, bits = DTYPES[options.dtype]
+    shape = model.shape
+    spec = resolve(
+        recipe,
+        family=model.called(recipe.family),
+        rotary_dim=shape.rotary_dim,
+        theta=shape.theta,
+        window=options.window,
+    )
+    if adapter is not None:  # rounded once, when it is stored
+        model = merged(model, adapter, rounded=False)
+    choices = Choices(computing, options.attention, options.opset, options.double)  # type: ignore[arg-type]
+    tensors = lay_out(model, computing, bits)
+    graph = build(model, spec, tensors, choices, producer=__version__).SerializeToString(deterministic=True)
+    if len(graph) > MAX_GRAPH_BYTES:
+        raise UnsupportedError(f"the graph has {len(graph)} bytes; an ONNX file can have {MAX_GRAPH_BYTES}")
+    streams = [_stream(model, f"{ONNX_FOLDER}/{name}", group) for name, group in files_of(tensors).items()]
+    native, _ = native_hf(model.family).fit(spec)
+    config, edits = edited_config(model, spec, native, computing)
+    texts, copies, more = side_files(model, spec)
+    generation = json_in(texts, copies, "generation_config.json")
+    genai = genai_config(model, spec, choices, generation, rewind=options.genai_rewind)
+    texts |= {
+        MODEL_FILE: graph,
+        "config.json": json_bytes(config_of(config, choices, len(streams)), "config.json"),
+        GENAI: json_bytes(genai, GENAI),
+    }
+    found = source_card(model)
+    notes = [*model.notes, *recipe.warnings(), *_notes(options, spec), *found.notes]
+    texts[CARD] = render(model, recipe, spec, CARD_TEXT, source=found, notes=notes, adapter=adapter).encode()
+    added = [] if adapter is None else [adapter.file.path]
+    tiers = ", ".join(str(tier.max_length) for tier in spec.tiers)
+    return Plan(
+        target="onnx",
+        model=model,
+        recipe=recipe,
+        spec=spec,
+        output=output,
+        record=BakeRecord(spec.window, options.dtype),
+        texts=texts,
+        copies=copies,
+        streams=streams,
+        headline=f"tiers up to {tiers}; {options.dtype}, {options.attention} attention",
+        edits=[*(edit for edit in edits if edit.key != "auto_map"), *more],
+        notes=notes,
+        options={key: value for key, value in asdict(options).items() if key not in ("window", "dtype")},
+        stamps=snapshot([*model.checkpoint.weight_files(), *copies.values(), *added]),
+    )
+
+
+def _check(model: Model, options: Options) -> None:
+    """Refuse what can't be written, before the graph is built."""
+    refuse_quantised(model, "ONNX")
+    if DTYPES[options.dtype][1] is not None:
+        require("onnxruntime", "onnx", f"--dtype {options.dtype}")
+    if options.opset not in OPSETS:
+        raise UsageError(f"--opset {options.opset}: {OPSETS[0]} to {OPSETS[-1]} are known")
+    if options.attention == "gqa" and model.shape.head_dim % 8:
+        raise UnsupportedError(
+            f"{model.reference} has heads of {model.shape.head_dim} channels; GroupQueryAttention takes multiples of 8",
+            remedy="Convert with --attention standard",
+        )
+
+
+def _stream(model: Model, name: str, tensors: list[Stored]) -> Stream:
+    """A data file. The head of a tied model, where it is quantised, is made from the embedding."""
+    from lrconvert.targets.onnx.tensors import jobs
+
+    tied = {TIED_HEAD: model.roles["embedding", None].name} if model.shape.tied else {}
+    made = [
+        StreamTensor(t.name, t.nbytes, partial(jobs, model.checkpoint, t, tied.get(t.name, t.name))) for t in tensors
+    ]
+    return Stream(name, made)
+
+
+def _notes(options: Options, spec: RopeSpec) -> list[str]:
+    """What a user of the folder has to know."""
+    notes = []
+    if options.dtype == "bf16":
+        notes.append("bf16: ONNX Runtime has no bfloat16 products on a CPU; this folder runs with CUDA")
+    if options.attention == "gqa":
+        notes.append("GroupQueryAttention can't be padded on the left: such a batch is an error; --attention standard "
+                     "serves it")  # fmt: skip
+        if DTYPES[options.dtype][0] == "F32":
+            notes.append("GroupQueryAttention has no float32 kernel on CUDA: use f16 or --attention standard there")
+    if spec.boundaries:
+        notes.append("programs that keep a cache go on with the keys that they cached before a boundary; what is exact "
+                     "is to read the sequence anew there (docs/onnx.md)")  # fmt: skip
+    if options.genai_rewind:
+        notes.append("genai_config.json names a model type for which onnxruntime-genai reads a sequence of one row "
+                     f"anew when a generated token is the {spec.boundaries[0] + 1}th: a pause as long as a prompt of "
+                     "that length; not when a prompt that is appended jumps over it")  # fmt: skip
+    return notes

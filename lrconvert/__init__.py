@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lrconvert.api.baking import Artifact, gguf, hf, onnx
     from lrconvert.api.inspecting import Inspection, inspect
     from lrconvert.api.verifying import verify
-    from lrconvert.hub.push import push
+    from lrconvert.hub.publish import push
     from lrconvert.parity.report import Report
 
 __version__ = "0.1.0"
@@ -28,7 +28,7 @@ _VERBS = {
     "hf": "lrconvert.api.baking",
     "inspect": "lrconvert.api.inspecting",
     "onnx": "lrconvert.api.baking",
-    "push": "lrconvert.hub.push",
+    "push": "lrconvert.hub.publish",
     "verify": "lrconvert.api.verifying",
 }
 __all__ = ["Artifact", "Inspection", "Report", "gguf", "hf", "inspect", "onnx", "push", "verify"]

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict
+from pathlib import Path
 from typing import IO
 
 from lrconvert.artifact.file_staging import FileStaging, check_files, replaced_files
-from lrconvert.artifact.manifest import Manifest
+from lrconvert.artifact.manifest import FILES, Manifest
 from lrconvert.artifact.plan import Plan, Stream
 from lrconvert.artifact.prefetch import Job, prefetch
 from lrconvert.artifact.redaction import source_record
@@ -22,6 +23,12 @@ from lrconvert.checkpoint.source import check_unchanged
 from lrconvert.errors import UsageError
 
 Progress = Callable[[str, int, int], None]  # what, bytes done, bytes in all
+
+
+def check_name(output: Path, *, force: bool) -> None:
+    """What can be refused before the model is opened: a folder in the output's place (exit code 2)."""
+    if output.suffix not in FILES:
+        check_output(output, force=force)
 
 
 def check_place(plan: Plan, *, force: bool) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,8 +49,11 @@ def run(
     `before` may refuse once everything else is known to be right; `describe` has more to say about the plan.
     """
     from lrconvert.api.baking import plan_bake
-    from lrconvert.artifact.bake import bake, check_place
+    from lrconvert.artifact.bake import bake, check_name, check_place
 
+    force, dry = shared["force"], shared["dry_run"]
+    if not dry:
+        check_name(shared["output"], force=force)
     plan = plan_bake(
         target,
         shared["model"],
@@ -59,7 +63,6 @@ def run(
         adapter=shared["adapter"],
         revision=shared["revision"],
     )
-    force, dry = shared["force"], shared["dry_run"]
     if not dry:
         check_place(plan, force=force)
         if before is not None:
@@ -75,7 +78,7 @@ def run(
         manifest = bake(plan, force=force, link=link, progress=progress)
     total = sum(record.size for record in manifest.files.values())
     linked = sum(record.linked for record in manifest.files.values())
-    shares = f", {linked} of them hard linked to the source (editing one edits both)" if linked else ""
+    shares = f", {linked} of them hard links to the source (editing one edits both)" if linked else ""
     out.say(f"{shared['output']}: {out.count(len(manifest.files), 'file')}, {out.size(total)}{shares}")
     if not shared["verify_too"]:
         out.hint(f"not verified yet: lrconvert verify {plan.opens}")
@@ -91,6 +94,10 @@ def show(plan: Plan, *, detailed: bool) -> None:
     spec = plan.spec
     out.say(f"{plan.model.reference} ({spec.family}): {spec.original_window} → {spec.window} tokens, {plan.headline}")
     if not detailed:
+        edited = Counter(edit.file for edit in plan.edits)
+        counted = [f"{out.count(number, 'edit')} in {name}" for name, number in edited.items()]
+        if counted:
+            out.say(f"  {', '.join(counted)} (--verbose lists them)")
         return
     for edit in plan.edits:
         out.say(f"  {edit}")

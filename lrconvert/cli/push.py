@@ -12,7 +12,7 @@ import click
 from lrconvert.cli import _output as out
 
 if TYPE_CHECKING:
-    from lrconvert.hub.push import Plan
+    from lrconvert.hub.publish import Plan
 
 
 @click.command(name="push", short_help="Publish an artifact on the Hugging Face Hub.")
@@ -30,7 +30,7 @@ def command(artifact: Path, name: str, private: bool = False, force: bool = Fals
     \b
     lrconvert push my-model me/my-model --dry-run
     """
-    from lrconvert.hub import push as hub
+    from lrconvert import hub
 
     quiet_client()
     planned = hub.plan(artifact, name, private=private, force=force, progress=out.hint)

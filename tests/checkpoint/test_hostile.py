@@ -20,10 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.pico import pico_config, write_pico
 
+from lrconvert.api.inspecting import inspect
 from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.artifact.manifest import MANIFEST, Manifest
 from lrconvert.checkpoint import Model, open_model
-from lrconvert.cli.inspect import inspect
 from lrconvert.errors import InputError, LrconvertError
 from lrconvert.recipe import parse_recipe
 from lrconvert.recipe.importing import import_recipe

@@ -272,12 +272,12 @@ def test_debug_shows_the_traceback_and_only_debug(cli: Run) -> None:
 
 
 def test_a_bug_is_1_and_asks_for_a_report(cli: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    import lrconvert.cli.inspect as command
+    from lrconvert.api import inspecting
 
-    def broken(*arguments: object) -> None:
+    def broken(*arguments: object, **options: object) -> None:
         raise ZeroDivisionError("two\nlines")
 
-    monkeypatch.setattr(command, "inspect", broken)
+    monkeypatch.setattr(inspecting, "inspect", broken)
     result = cli("inspect", "demo")
     line = one_line(result, 1)
     assert "a bug in lrconvert, ZeroDivisionError: two lines" in line and "--debug" in line
@@ -285,12 +285,12 @@ def test_a_bug_is_1_and_asks_for_a_report(cli: Run, monkeypatch: pytest.MonkeyPa
 
 
 def test_an_interruption_is_130(cli: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    import lrconvert.cli.inspect as command
+    from lrconvert.api import inspecting
 
-    def interrupted(*arguments: object) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "inspect", interrupted)
+    monkeypatch.setattr(inspecting, "inspect", interrupted)
     result = cli("inspect", "demo")
     assert result.code == 130
     assert result.err.strip() == "lrconvert: interrupted"

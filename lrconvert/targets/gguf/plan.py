@@ -33,7 +33,7 @@ from lrconvert.families import longrope_architecture
 from lrconvert.families.base import GGUF_INTERLEAVED, LAYER
 from lrconvert.recipe import Recipe, resolve
 from lrconvert.rope import RopeSpec
-from lrconvert.runtimes.llama_library import LlamaLibrary, find_library
+from lrconvert.runtimes import llama_library
 from lrconvert.targets.gguf import encode, modelfile
 from lrconvert.targets.gguf.imatrix import Imatrix, check_matrix
 from lrconvert.targets.gguf.layout import Planned, Scalar, Value, header_of, padding, split_parts
@@ -170,10 +170,10 @@ def _metadata(
     return keys, notes
 
 
-def _library(named: str | None) -> LlamaLibrary | None:
+def _library(named: str | None) -> llama_library.LlamaLibrary | None:
     """llama.cpp's library: the one named, an installed one, or None (who needs it says so)."""
     try:
-        return find_library(named)
+        return llama_library.find_library(named)
     except EnvironmentFailure:
         if named is not None:
             raise

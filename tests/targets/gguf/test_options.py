@@ -88,7 +88,7 @@ def test_a_folded_attention_factor_is_in_q_and_k_and_in_nothing_else(pico: Pico,
         np.testing.assert_array_equal(again.checkpoint.read(tensor.name), wanted)
     architecture = "phi3" if family == "phi3" else "llama"
     assert fields(path)[f"{architecture}.rope.scaling.attn_factor"] == ("FLOAT32", 1.0)
-    assert Manifest.read(path).options["folded_attention"] == recipe.tiers[-1].attention_factor
+    assert Manifest.read(path).bake.attention_scale == recipe.tiers[-1].attention_factor
 
 
 def test_parts_are_those_of_gguf_split(pico: Pico, tmp_path: Path, cli: Cli) -> None:
@@ -193,7 +193,7 @@ def test_a_dry_run_writes_nothing_and_its_sizes_are_true(
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     assert cli(*command(*plain, tmp_path / "m.gguf", *more)).code == 0
     for path in (*tmp_path.glob("m.gguf"), *tmp_path.glob("m.Modelfile")):
-        assert f"  {path.name}: {size(path.stat().st_size)}\n" in shown.out
+        assert f"  {path.name}: {size(path.stat().st_size)}, " in shown.out
 
 
 @pytest.mark.parametrize("split", [None, 100_000])

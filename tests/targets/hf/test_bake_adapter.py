@@ -116,7 +116,7 @@ def test_the_plan_says_what_is_written(tmp_path: Path) -> None:
     bake_plan(plan)
     written = {path.name: path.stat().st_size for path in plan.output.iterdir() if path.name != MANIFEST}
     assert plan.sizes == written
-    assert [name for name, _ in plan.shards] == [model.checkpoint.tensors[f"{Q1}.weight"].file.name]
+    assert [stream.name for stream in plan.streams] == [model.checkpoint.tensors[f"{Q1}.weight"].file.name]
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -319,7 +319,7 @@ def test_verify_judges_on_merged_weights(options: dict[str, Any], tmp_path: Path
 
 
 def test_verify_notices_another_adapter(tmp_path: Path, baked: Callable[..., Any], cli: Callable[..., Result]) -> None:
-    """Changed: an error. Gone: judged on the artifact's own weights, and said. --against: as it is, and said."""
+    """Changed: an error. Gone: compared with the artifact's own weights, and said. --against: as it is, and said."""
     pytest.importorskip("transformers", reason="needs lrconvert[hf]")
     base, adapter, out = baked(tmp_path)
     config = (adapter / CONFIG).read_text()
@@ -329,7 +329,7 @@ def test_verify_notices_another_adapter(tmp_path: Path, baked: Callable[..., Any
     adapter.rename(tmp_path / "gone")
     fallback = cli("verify", out, "--code", "native")
     assert fallback.code == 0, fallback.err
-    assert "can't be opened" in fallback.out and "judged on the artifact's own weights" in fallback.out
+    assert "can't be opened" in fallback.out and "compared with the artifact's own weights" in fallback.out
     against = cli("verify", out, "--code", "native", "--against", base)
     assert against.code != 0
     assert "adapter is not merged into the model given" in against.out + against.err

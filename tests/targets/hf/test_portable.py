@@ -19,8 +19,9 @@ from support.verifying import verify
 
 from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.artifact.manifest import MANIFEST, Manifest
+from lrconvert.artifact.record import BakeRecord
 from lrconvert.checkpoint import Model, fold, open_model
-from lrconvert.checkpoint.adapter import merged, open_adapter
+from lrconvert.checkpoint.adapter import Adapter, merged, open_adapter
 from lrconvert.checkpoint.source import sha256_of
 from lrconvert.errors import UnsupportedError
 from lrconvert.parity import Options, Report
@@ -47,9 +48,9 @@ def uneven(model: Model, attention: float = ATTENTION, **changes: Any) -> Recipe
     return replace(recipe, tiers=tuple(replace(tier, attention_factor=attention) for tier in recipe.tiers))
 
 
-def bake(model: Model, recipe: Recipe, output: Path, **changes: Any) -> Path:
+def bake(model: Model, recipe: Recipe, output: Path, *, adapter: Adapter | None = None, **changes: Any) -> Path:
     output = own_name(output)
-    bake_plan(hf.plan(model, recipe, output, hf.Options(portable=True, **changes)))
+    bake_plan(hf.plan(model, recipe, output, hf.Options(portable=True, **changes), adapter=adapter))
     return output
 
 
@@ -78,7 +79,7 @@ def test_it_does_what_the_recipe_asks(
     written += [config["rope_scaling"]["attention_factor"]] if family != "phi3" else []
     assert written == pytest.approx([FORMULA] * len(written), rel=1e-12)
     manifest = Manifest.read(artifact)
-    assert manifest.options["folded_attention"] == pytest.approx(ATTENTION / FORMULA)
+    assert manifest.bake.attention_scale == pytest.approx(ATTENTION / FORMULA)
     assert any("attention factor folded" in note and "1.2498" in note for note in manifest.notes)
     assert {tier["attention_factor"] for tier in manifest.recipe["tiers"]} == {ATTENTION}
 
@@ -174,7 +175,7 @@ def test_shards_without_q_and_k_stay_as_they_are(tmp_path: Path) -> None:
     model = open_model(folder)
     plan = hf.plan(model, uneven(model), tmp_path / "out", hf.Options(portable=True))
     bake_plan(plan)
-    written = {name for name, _ in plan.shards}
+    written = {stream.name for stream in plan.streams}
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     assert written == {file for name, file in index.items() if "qkv" in name}
     assert 0 < len(written) < 8
@@ -214,7 +215,7 @@ def test_the_formula_needs_no_fold(pico: Callable[..., Model], tmp_path: Path, o
     """A recipe that is portable already: weights are linked, byte for byte."""
     model = pico("llama")
     plan = hf.plan(model, recipe_for(model, even=True), tmp_path / "a", hf.Options(portable=True))
-    assert plan.shards == [] and plan.options["folded_attention"] == 1.0
+    assert plan.streams == [] and plan.record == BakeRecord(plan.spec.window, capability="portable")
     assert not any("folded" in note for note in plan.notes)
     bake_plan(plan)
     assert verify(tmp_path / "a", options=replace(options, codes=("native",))).passed
@@ -241,7 +242,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_engines_can_not_do_is_refused_or_given_up(
+def test_what_engines_can_not_do_is_refused_or_dropped(
     pico: Callable[..., Model], tmp_path: Path, options: Options, cli: Callable[..., Result], name: str
 ) -> None:
     """Exit code 4 names it; --allow-lossy bakes the rest, says it, records it and measures it."""
@@ -256,7 +257,7 @@ def test_what_engines_can_not_do_is_refused_or_given_up(
     assert not (tmp_path / "out").exists()
     baked = cli(*arguments, "--allow-lossy")
     assert baked.code == 0, baked.err
-    assert f"given up: a portable artifact {needle}" in baked.err
+    assert f"dropped: a portable artifact {needle}" in baked.err
     assert any(needle in loss for loss in json.loads((tmp_path / "out" / MANIFEST).read_text())["losses"])
     report = verify(tmp_path / "out", options=options)
     assert report.passed, report.summary

@@ -28,6 +28,7 @@ from support.pico import FAMILIES, WINDOW, pico_tensors, write_pico
 
 from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.artifact.manifest import MANIFEST, Manifest
+from lrconvert.artifact.record import BakeRecord
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.checkpoint.source import sha256_of
 from lrconvert.errors import InputError, UnsupportedError, UsageError
@@ -175,7 +176,8 @@ def test_every_edit_is_reported(tmp_path: Path, cli: Callable[..., Result]) -> N
     assert edits["rope_parameters"][1] is None
     assert edits["model_max_length"] == (64, 128)
     assert "hidden_size" not in edits
-    result = cli("hf", folder, "--recipe", write_recipe(recipe_for(model), tmp_path / "r"), "-o", tmp_path / "out")
+    recipe = write_recipe(recipe_for(model), tmp_path / "r")
+    result = cli("hf", folder, "--recipe", recipe, "-o", tmp_path / "out", "--verbose")
     for line in ("config.json: sliding_window 32 → 128", "tokenizer_config.json: model_max_length 64 → 128"):
         assert line in result.out
 
@@ -247,7 +249,7 @@ def test_a_window_cuts_the_artifact_short(
     assert config["max_position_embeddings"] == tiers[-1]
     assert config["rope_scaling"]["factor"] == tiers[-1] / 64
     manifest = Manifest.read(tmp_path / "out")
-    assert manifest.options == {"window": tiers[-1], "dtype": None}
+    assert manifest.bake == BakeRecord(tiers[-1]) and manifest.options == {}
     assert len(manifest.recipe["tiers"]) == 3
 
 
@@ -453,7 +455,7 @@ def test_conversion_rounds_as_torch_does(shards: int, dtype: str, name: str, sou
             assert torch.equal(new.get_tensor(key), old.get_tensor(key).to(wanted)), key
             assert new.get_tensor(key).dtype == wanted
     same = {np.float32: "f32", ml_dtypes.bfloat16: "bf16", np.float16: "f16"}[source] == dtype
-    assert Manifest.read(tmp_path / "out").options["dtype"] == (
+    assert Manifest.read(tmp_path / "out").bake.stored == (
         None if same else {"bf16": "BF16", "f16": "F16"}.get(dtype, "F32")
     )
     inodes = [{path.stat().st_ino for path in place.glob("*.safetensors")} for place in (folder, tmp_path / "out")]
@@ -545,7 +547,7 @@ def test_a_stored_tied_head_is_converted_too(tmp_path: Path) -> None:
 def test_shards_close_before_the_limit_and_the_index_names_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A conversion into several files: no file above the limit, an index that transformers reads."""
     limit = 40000
-    write_module = import_module("lrconvert.targets.hf.plan")  # the package's name `write` is the function
+    write_module = import_module("lrconvert.targets.hf.plan")  # the package's name `plan` is the function
     monkeypatch.setattr(write_module, "plan_shards", lambda tensors: plan_shards(tensors, limit))
     folder = write_pico(tmp_path / "model")
     bake(folder, tmp_path / "out", dtype="bf16")

@@ -5,17 +5,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import recipe_for
 
+from lrconvert.api.inspecting import inspect
 from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.checkpoint import Model
 from lrconvert.cli import run
-from lrconvert.cli.inspect import inspect, inspect_graph
 from lrconvert.rope import RopeSpec, Tier, inverse_frequencies
 from lrconvert.targets import hf, onnx
 
@@ -65,9 +65,9 @@ def folder_with(
 
 
 def words(folder: Path) -> str:
-    facts = inspect_graph(str(folder))
-    assert facts is not None
-    return " ".join(facts["rope"]["words"])
+    found = inspect(str(folder))
+    assert found.foreign
+    return " ".join(found.words)
 
 
 def tables(frequency: np.ndarray, factor: float, dtype: type = np.float32) -> list[np.ndarray]:
@@ -134,8 +134,9 @@ def test_ours_is_read_from_the_graph(pico, tmp_path: Path, capsys: pytest.Captur
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "rope_scaling": None, "longrope": None}))
         found = inspect(str(folder))
-        for ours, theirs in zip(recipe.tiers, found["rope"]["tiers"], strict=True):
-            assert {**theirs, "factors": None} == {**asdict(ours), "factors": None}
-            np.testing.assert_allclose(theirs["factors"], ours.factors, rtol=1e-14)
+        assert found.rope is not None
+        for ours, theirs in zip(recipe.tiers, found.rope.tiers, strict=True):
+            assert replace(theirs, factors=ours.factors) == ours
+            np.testing.assert_allclose(theirs.factors, ours.factors, rtol=1e-14)
         assert run(["inspect", str(folder)]) == 0
         assert ("float64" if double else "tables") in capsys.readouterr().out

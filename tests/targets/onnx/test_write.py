@@ -23,6 +23,7 @@ from support.pico import write_pico
 
 from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.artifact.manifest import MANIFEST, Manifest
+from lrconvert.artifact.record import BakeRecord
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.checkpoint.source import sha256_of
 from lrconvert.errors import InputError, LrconvertError, UnsupportedError, UsageError
@@ -94,7 +95,7 @@ def test_a_plan_knows_every_size(tmp_path: Path) -> None:
         assert {name: record.size for name, record in manifest.files.items()} == written
         assert all(record.sha256 == sha256_of(output / name) for name, record in manifest.files.items())
         assert Manifest.read(output).to_json() == manifest.to_json() and manifest.target == "onnx"
-        assert {key: manifest.options[key] for key in kind} == kind
+        assert {"dtype": manifest.bake.stored, **manifest.options}.items() >= kind.items()
 
 
 def test_side_files_come_along(tmp_path: Path) -> None:
@@ -296,9 +297,9 @@ def test_options_that_overlap_do_not_disturb_each_other(tmp_path: Path, cli: Cli
     )
     result = cli(*command(folder, recipe, tmp_path / "o", *more))
     assert result.code == 0, result.err
-    options = Manifest.read(tmp_path / "o").options
-    assert options == {"window": 8192, "dtype": "f16", "attention": "standard", "opset": 24, "double": False,
-                       "genai_rewind": True}  # fmt: skip
+    manifest = Manifest.read(tmp_path / "o")
+    assert manifest.options == {"attention": "standard", "opset": 24, "double": False, "genai_rewind": True}
+    assert manifest.bake == BakeRecord(8192, "f16")
     genai = json.loads((tmp_path / "o" / "genai_config.json").read_text())
     assert genai["model"]["type"] == "phi3" and genai["model"]["context_length"] == 8192
     # With all three tiers genai's one boundary is not enough.

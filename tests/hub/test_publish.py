@@ -526,7 +526,7 @@ def source(tmp_path: Path) -> tuple[Path, Path]:
 def test_baking_and_pushing_in_one(hub: Hub, user: User, source: tuple[Path, Path], tmp_path: Path) -> None:
     model, recipe = source
     arguments = ("hf", model, "--recipe", recipe, "-o", tmp_path / "out")
-    assert f"nothing published as {ID}" in ok(user(*arguments, "--push-to-hub", ID, "--dry-run")).err
+    assert f"nothing was published as {ID}" in ok(user(*arguments, "--push-to-hub", ID, "--dry-run")).err
     assert hub.requests == []
     ok(user(*arguments, "--push-to-hub", ID, "--private"))
     assert hub.repos[ID].private and set(published(hub)) == set(files_of(tmp_path / "out"))

@@ -26,12 +26,12 @@ import numpy as np
 from _common import RESULTS, save
 
 from lrconvert.checkpoint import Model, open_model
-from lrconvert.evals.earlier import unpack
+from lrconvert.checkpoint.tokenizer import tokenizer_of
 from lrconvert.evals.figures import difference_figure, share_figure
 from lrconvert.evals.passkey import PasskeyFormat, by_length, form_of, measure_passkey
 from lrconvert.evals.perplexity import measure_perplexity
 from lrconvert.evals.protocols import Plan
-from lrconvert.evals.subject import tokenizer_of
+from lrconvert.evals.scores import unpack
 from lrconvert.recipe import Recipe, derive_recipe, load_recipe, write_recipe
 from lrconvert.rope import longrope_attention_factor
 from lrconvert.runtimes.transformers import open_session

@@ -25,8 +25,8 @@ import numpy as np
 from _common import save
 
 from lrconvert.checkpoint import open_model
+from lrconvert.checkpoint.tokenizer import tokenizer_of
 from lrconvert.cli._common import TOKENS
-from lrconvert.evals.subject import tokenizer_of
 from lrconvert.evals.texts import Text, read_texts, sources_of
 from lrconvert.search.evaluator import TransformersEvaluator
 from lrconvert.search.journal import Journal, Record, read_journal

@@ -65,10 +65,10 @@ def perplexity(texts: tuple[str, ...], **shared: Any) -> None:
     lrconvert eval perplexity my-model --text book.txt --lengths 4k,8k,16k
     lrconvert eval perplexity my-model --text books/ --lengths 4k,64k,512k --whole --sliding-window 256k
     """
+    from lrconvert.checkpoint.tokenizer import tokenizer_of
     from lrconvert.evals.perplexity import measure_perplexity
     from lrconvert.evals.plotting import plot_perplexity
     from lrconvert.evals.protocols import Plan
-    from lrconvert.evals.subject import tokenizer_of
     from lrconvert.evals.texts import read_texts, sources_of
 
     plan = Plan(**{name: shared[name] for name in ("lengths", "judged", "windows", "whole", "step", "document_tokens")})

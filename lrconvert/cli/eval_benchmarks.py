@@ -14,8 +14,8 @@ from lrconvert.cli._common import TOKENS
 from lrconvert.cli._evals import opened_session, plotted, report, shared_options, subject_of
 
 if TYPE_CHECKING:
-    from lrconvert.evals.benchmarks import BenchmarkRow
     from lrconvert.evals.earlier import Difference
+    from lrconvert.evals.scores import BenchmarkRow
 
 
 class Names(click.ParamType):

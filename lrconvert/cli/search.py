@@ -192,7 +192,8 @@ def _plan(reference: str, output: Path, options: dict[str, Any]) -> SearchPlan:
     from lrconvert.checkpoint import open_model
     from lrconvert.checkpoint.adapter import merged, open_adapter
     from lrconvert.checkpoint.base import refuse_quantised
-    from lrconvert.evals.subject import resolved, tokenizer_of
+    from lrconvert.checkpoint.tokenizer import tokenizer_of
+    from lrconvert.evals.subject import resolved
     from lrconvert.evals.texts import read_texts, sources_of
     from lrconvert.recipe import load_recipe
     from lrconvert.search.run import SearchPlan
@@ -312,8 +313,8 @@ def _tier(model: Model, window: int, length: int, texts: list[Any], start: Recip
 
 
 def _needles(model: Model, options: dict[str, Any], lengths: Any) -> list[Document]:
+    from lrconvert.checkpoint.tokenizer import tokenizer_of
     from lrconvert.evals.passkey import PasskeyFormat, form_of
-    from lrconvert.evals.subject import tokenizer_of
     from lrconvert.search.objective import needle_documents
 
     path = model.checkpoint.path

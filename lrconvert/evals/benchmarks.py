@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ from lm_eval.evaluator import evaluate
 
 from lrconvert.checkpoint import open_checkpoint
 from lrconvert.errors import InputError, UnsupportedError
-from lrconvert.evals.earlier import pack
-from lrconvert.evals.figures import Figure, mean_figure
+from lrconvert.evals.figures import mean_figure
 from lrconvert.evals.perplexity import finite
 from lrconvert.evals.prompts import PromptTokenizer, Row
+from lrconvert.evals.scores import BenchmarkRow
 from lrconvert.evals.tasks import Asked, quiet
 from lrconvert.families.base import rope_section
 from lrconvert.runtimes.base import Session
@@ -130,24 +130,6 @@ def batches(lengths: Sequence[int], most: int, boundary: int | None = None) -> I
         batch.append(at)
     if batch:
         yield batch
-
-
-@dataclass(frozen=True)
-class BenchmarkRow:
-    """One benchmark: its score over all questions with lm-eval's standard error, every question's own score, and the
-    SHA-256 of all that was asked, which tells whether two results may be compared."""
-
-    task: str
-    metric: str
-    shots: int
-    score: Figure
-    stderr: float
-    scores: tuple[float, ...]
-    prompts_sha256: str
-
-    def to_json(self) -> dict[str, Any]:
-        """With the scores of all questions as one string."""
-        return asdict(self) | {"questions": len(self.scores), "scores": pack(self.scores)}
 
 
 def session_model(

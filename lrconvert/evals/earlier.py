@@ -6,16 +6,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from lrconvert.errors import InputError, UsageError, first_problem
 from lrconvert.evals.figures import Figure, difference_figure
-
-if TYPE_CHECKING:
-    from lrconvert.evals.benchmarks import BenchmarkRow
-    from lrconvert.evals.tasks import Asked
+from lrconvert.evals.scores import BenchmarkRow, pack, unpack
+from lrconvert.evals.tasks import Asked
 
 MAX_RESULT = 64 * 2**20  # bytes; the scores of all questions of MMLU take a thousandth
 
@@ -48,19 +46,6 @@ class Difference:
 
     difference: Figure
     stderr: float
-
-
-def pack(scores: Sequence[float]) -> str:
-    """Scores of questions as one string: in JSON a list would have a line a question."""
-    return " ".join(f"{round(score, 6):g}" for score in scores)
-
-
-def unpack(packed: str) -> list[float]:
-    """Raises `ValueError` for what is no score: all are shares, and so is what this evaluation writes."""
-    found = [float(score) for score in packed.split()]
-    if any(not 0 <= score <= 1 for score in found):  # nor nan
-        raise ValueError("a score is not between 0 and 1")
-    return found
 
 
 def read_earlier(path: Path) -> EarlierResult:

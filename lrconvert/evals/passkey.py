@@ -12,13 +12,13 @@ import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
 from lrconvert.checkpoint import read_json
+from lrconvert.checkpoint.tokenizer import Encode
 from lrconvert.data import DATA
 from lrconvert.errors import InputError
 from lrconvert.evals.figures import Figure, share_figure
 from lrconvert.evals.perplexity import finite
 from lrconvert.runtimes.base import Session
 
-Encode = Callable[[str], list[int]]
 PROTOCOL = (
     "a key of digits between sentences of noise, at depths from the start of the document to its end, asked for behind "
     "it; found when greedy decoding writes every digit"

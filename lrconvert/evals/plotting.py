@@ -12,9 +12,9 @@ from lrconvert.evals.passkey import by_length
 from lrconvert.recipe.plotting import one_axis, save
 
 if TYPE_CHECKING:
-    from lrconvert.evals.benchmarks import BenchmarkRow
     from lrconvert.evals.passkey import PasskeyRow
     from lrconvert.evals.perplexity import PerplexityRow
+    from lrconvert.evals.scores import BenchmarkRow
 
 PALE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.6, "pad": 1.5}  # behind words on a colour
 

@@ -9,15 +9,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lrconvert.artifact.manifest import Manifest, manifest_path
 from lrconvert.checkpoint import Model, locate, open_checkpoint, open_model
 from lrconvert.checkpoint.adapter import Adapter, choose_adapter, merged, open_adapter
+from lrconvert.checkpoint.onnx_folder import OnnxCheckpoint
 from lrconvert.checkpoint.rope_config import read_rope
-from lrconvert.errors import InputError, UsageError, require
-from lrconvert.evals.texts import Encode, Text
+from lrconvert.checkpoint.tokenizer import Encode, tokenizer_of
+from lrconvert.errors import UsageError, require
+from lrconvert.evals.texts import Text
 from lrconvert.parity.codes import Code, Options, codes_of, kind_of
+from lrconvert.parity.promise import promise
+from lrconvert.parity.stored import on_stored_weights
 from lrconvert.recipe import Recipe, load_recipe, parse_recipe, recipe_folder, resolve
 from lrconvert.rope import RopeSpec
 from lrconvert.runtimes.base import Session
@@ -103,6 +106,29 @@ def resolved(recipe: Recipe, model: Model, window: int | None = None) -> RopeSpe
     return resolve(recipe, family=called, rotary_dim=shape.rotary_dim, theta=shape.theta, window=window)
 
 
+def computed(subject: Subject) -> tuple[Model, RopeSpec]:
+    """The weights, and the rotation to compute on them: of an artifact its own weights under its recipe, of a model the
+    recipe that was given or the rotation of its config.
+
+    Raises `UnsupportedError` for weights that can't be read, `InputError` for a recipe of another model.
+    """
+    model = subject.model()
+    stored = model.checkpoint
+    if subject.recipe is not None and subject.given is not None:
+        return model, resolved(subject.recipe, model)
+    if stored.format != "safetensors":
+        model = on_stored_weights(model, stored)
+    if subject.recipe is not None:
+        options = Manifest.read(subject.artifact).options
+        spec = resolved(subject.recipe, model, options.get("window"))
+        made = promise(model, spec, options, subject.artifact, gguf=stored.format == "gguf")
+        return made.model, made.spec
+    found, shape = read_rope(stored.config, model.shape), model.shape
+    tiers = stored.tiers if isinstance(stored, OnnxCheckpoint) else found.tiers
+    window = tiers[-1].max_length
+    return model, RopeSpec(model.family.name, shape.rotary_dim, shape.theta, found.original_window, window, tiers)
+
+
 # --- opening ---------------------------------------------------------------------------------------------
 
 
@@ -138,7 +164,7 @@ def opened(
         if code == REFERENCE:
             from lrconvert.evals.reference import open_reference
 
-            session: Session = stack.enter_context(open_reference(subject, device=device, threads=threads))
+            session: Session = stack.enter_context(open_reference(*computed(subject), device=device, threads=threads))
         else:
             artifact = subject.artifact
             if subject.given is not None:
@@ -170,34 +196,5 @@ def baked(subject: Subject) -> Iterator[Path]:
         yield planned.output
 
 
-# --- tokenizer -------------------------------------------------------------------------------------------
-
-
 def _no_text(piece: str) -> list[int]:
     raise AssertionError("an evaluation on token ids was asked to read text")
-
-
-def tokenizer_of(artifact: Path) -> Encode:
-    """Text to ids, without special tokens."""
-    tokenizer = read_tokenizer(artifact)
-    return lambda piece: tokenizer.encode(piece, add_special_tokens=False).ids
-
-
-def read_tokenizer(artifact: Path) -> Any:
-    """The artifact's tokenizer, as the library `tokenizers` has it; it reads texts of any length.
-
-    Raises `InputError` where there is none, or a damaged one.
-    """
-    tokenizers = require("tokenizers", "hf", "an evaluation on text")
-    source: Any = open_checkpoint(artifact, tolerant=True).side_files().get("tokenizer.json")
-    if source is None:
-        raise InputError(f"{artifact}: no tokenizer.json, so no text can be read")
-    try:
-        text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source.decode()
-        json.loads(text)
-        found = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # what the library raises for a damaged file
-        raise InputError(f"{artifact}: tokenizer.json can't be used ({str(error)!r:.200})") from error
-    found.no_truncation()  # a file may ask for both, of every text
-    found.no_padding()
-    return found

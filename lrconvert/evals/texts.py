@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lrconvert.checkpoint.tokenizer import Encode
 from lrconvert.errors import InputError
 from lrconvert.evals.data_sets import PREFIX, Address, open_rows
 
-Encode = Callable[[str], list[int]]
 Source = Path | Address
 MOST_ROWS = 10_000  # of a data set that are looked at for long ones
 

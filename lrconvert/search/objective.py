@@ -20,9 +20,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from lrconvert.checkpoint.tokenizer import Encode
 from lrconvert.errors import InputError
 from lrconvert.evals.passkey import PasskeyFormat, build_document
-from lrconvert.evals.texts import Encode, Text
+from lrconvert.evals.texts import Text
 
 Kind = Literal["perplexity", "needle", "mixed"]
 PARTS: dict[Kind, dict[str, float]] = {

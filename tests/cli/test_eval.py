@@ -16,9 +16,9 @@ from conftest import Result
 from matplotlib.text import Text
 
 from lrconvert.checkpoint import locate, open_model
+from lrconvert.checkpoint.tokenizer import tokenizer_of
 from lrconvert.data import DATA
 from lrconvert.evals.passkey import PasskeyFormat
-from lrconvert.evals.subject import tokenizer_of
 from lrconvert.recipe import derive_recipe
 from lrconvert.targets import gguf
 

@@ -25,7 +25,7 @@ def model() -> Any:
 
 @cache
 def heldout() -> list[int]:
-    from lrconvert.evals.subject import tokenizer_of
+    from lrconvert.checkpoint.tokenizer import tokenizer_of
 
     return tokenizer_of(locate("demo"))((locate("demo") / "heldout.txt").read_text(encoding="utf-8"))
 

@@ -85,7 +85,7 @@ class Comparison:
             seed=seed,
             tiers=(TierPlan(self.space, self.objective(self.text), budget),),
             texts=(self.text,),
-            dtype=str(self.evaluator.dtype).removeprefix("torch."),
+            dtype=str(self.evaluator.model.dtype).removeprefix("torch."),
             name=f"{algorithm}-{seed}",
             base_model=self.options.name,
         )

@@ -117,7 +117,7 @@ rounds = [asked[:2], asked[2:3], asked[3:]] if evaluator.width == 2 else [[quest
 answers, shares = [], set()
 for questions in rounds:
     answers += evaluator.answer(objective, questions)
-    layer = evaluator.network.model.layers[0].mlp.up_proj.weight
+    layer = evaluator.model.network.model.layers[0].mlp.up_proj.weight
     shares.add((layer.to_local() if hasattr(layer, "to_local") else layer).numel() / layer.numel())
 if evaluator.leading:
     print(json.dumps([list(shares), [answer.loss for answer in answers], answers[-1].gradient]))
@@ -257,16 +257,16 @@ def test_a_document_that_does_not_fit(text: Path, cli: Run, tmp_path: Path, monk
     """Exit code 6 and the largest length that does."""
     import torch
 
-    from lrconvert.search.evaluator import TransformersEvaluator
+    from lrconvert.training.loaded import LoadedModel
 
-    real = TransformersEvaluator._losses
+    real = LoadedModel.losses
 
-    def small(self: Any, documents: Any) -> Any:
-        if len(documents[0].tokens) > 66:
+    def small(self: Any, tokens: Any, *given: Any) -> Any:
+        if tokens.shape[1] > 66:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(self, documents)
+        return real(self, tokens, *given)
 
-    monkeypatch.setattr(TransformersEvaluator, "_losses", small)
+    monkeypatch.setattr(LoadedModel, "losses", small)
     found = cli(*arguments(text, tmp_path / "found"))
     assert found.code == 6
     assert "the largest that fits has about 64" in found.err

@@ -78,7 +78,7 @@ class Table:
         window, target = self.searched.original_window, self.searched.tiers[-1].max_length
         self.lengths = tuple(window * 2**power for power in range(20) if window * 2**power <= target)
         self.texts = [np.load(path).astype(np.int64) for path in options.held_out]
-        self.plan = Plan(self.lengths, windows=options.windows, whole=True)
+        self.plan = Plan(self.lengths, excerpts=options.windows, whole=True)
         self.devices: Queue[str] = Queue()
         for device in options.devices.split(","):
             self.devices.put(device)

@@ -31,11 +31,12 @@ from lrconvert.evals.texts import Text, read_texts, sources_of
 from lrconvert.search.evaluator import TransformersEvaluator
 from lrconvert.search.journal import Journal, Record, read_journal
 from lrconvert.search.objective import Objective, build_objective
+from lrconvert.search.plan import SearchPlan, TierPlan
 from lrconvert.search.protocol import Question
-from lrconvert.search.run import Progress, Search, SearchPlan, TierPlan
+from lrconvert.search.run import Progress, Search
 from lrconvert.search.space import Candidate, Space, space_for
 
-MARKS = (16, 32, 48, 64, 96, 140, 256, 350, 500, 704)  # forward equivalents at which the best loss is told
+MARKS = (16, 32, 48, 64, 96, 140, 256, 350, 500, 704)  # forward equivalents at which the best loss is recorded
 GOAL_AT = 700
 GOAL_WITHIN = 0.002
 UNFINISHED = 75  # EX_TEMPFAIL

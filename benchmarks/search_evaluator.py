@@ -5,9 +5,9 @@
         [--dtype bfloat16] [--attention cudnn] [--rounds 5] [--name NAME] [--workers 2]
 
 The bare loop has nothing but the products of every layer and of the head, and the attention, in the shapes, the dtype
-and the kernel of the model: no norms, no rotation, no activation, no loss. Told: tokens a second of both, their ratio,
-and the share of the rate that a large product reaches on this card. `--gradient` also times an evaluation with its
-gradient, in forward passes. `--longest` evaluates one document of that length, whether it fits and its peak memory.
+and the kernel of the model: no norms, no rotation, no activation, no loss. It prints tokens a second of both, their
+ratio, and the share of the rate that a large product reaches on this card. `--gradient` also times an evaluation with
+its gradient, in forward passes. `--longest` evaluates one document of that length, whether it fits and its peak memory.
 `--workers` runs a search of the model under torchrun with one process and with so many, one thread each.
 """
 

@@ -18,7 +18,7 @@ PACKAGE = Path(lrconvert.__file__).parent
 # that fits counts.
 LEVELS: tuple[set[str], ...] = (
     {"cli", "__main__"},
-    {"search", "evals", "parity", "hub", "recipe.importing", "recipe.schema"},
+    {"search", "evals", "parity", "hub", "recipe.importing", "recipe.models", "recipe.schema"},
     {"training", "targets"},
     {"artifact", "engines", "runtimes", "reference"},
     {"checkpoint"},

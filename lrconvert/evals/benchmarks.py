@@ -73,18 +73,18 @@ class SessionModel(LM):
         return [found[pair] for pair in pairs]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """Log probability in nats of whole texts, in windows that share no judged token."""
+        """Log probability in nats of whole texts, in parts of at most the window that share no judged token."""
         rows, owners = [], []
         texts = [request.args[0] for request in requests]
         ids, prefix = self.tokenizer.encode(texts), self.tokenizer.prefix
         if prefix is None:
             raise InputError("the first token of a text is judged behind BOS or EOS; the tokenizer has neither")
         for owner, text in enumerate(texts):
-            # A window of lm-eval's has one token more than the model is fed.
-            windows = utils.get_rolling_token_windows(
+            # A part of lm-eval's has one token more than the model is fed.
+            parts = utils.get_rolling_token_windows(
                 ids[text].tolist(), prefix_token=prefix, max_seq_len=self.window - 1, context_len=1
             )
-            for context, judged in map(utils.make_disjoint_window, windows):
+            for context, judged in map(utils.make_disjoint_window, parts):
                 rows.append(Row.of([*context, *judged], len(judged)))
                 owners.append(owner)
         totals = [0.0] * len(texts)

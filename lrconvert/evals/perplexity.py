@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -20,13 +21,18 @@ Tokens = Sequence[int] | np.ndarray
 
 @dataclass(frozen=True)
 class PerplexityRow:
-    """One length: the figure, how many tokens of how many documents (or ends of contexts) it is made of, and how."""
+    """One length: the figure, over how many tokens of how many excerpts, and by which protocol."""
 
     length: int
     perplexity: Figure
     tokens: int
-    windows: int
+    excerpts: int
     protocol: str  # a name of `protocols.PROTOCOLS`
+
+    def to_json(self) -> dict[str, Any]:
+        """Results call the excerpts `windows`."""
+        values = asdict(self)
+        return {"windows" if key == "excerpts" else key: value for key, value in values.items()}
 
 
 def same_token_perplexity(session: Session, tokens: Tokens, length: int, judged: int = JUDGED) -> float:
@@ -62,8 +68,8 @@ def measure_perplexity(
             found = _losses(session, texts[context.text][context.start : context.end], context.judged)
             parts += np.array_split(found, max(1, context.judged // CLUSTER))
         figure = perplexity_figure(parts, seed)
-        windows = len({context.window for context in contexts})
-        rows.append(PerplexityRow(length, figure, sum(map(len, parts)), windows, plan.protocol(length).name))
+        excerpts = len({context.excerpt for context in contexts})
+        rows.append(PerplexityRow(length, figure, sum(map(len, parts)), excerpts, plan.protocol(length).name))
     return rows
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrconvert.evals.passkey import by_length
-from lrconvert.recipe.plotting import one_axis, save
+from lrconvert.recipe.plotting import one_axis, plain_log_scale, save
 
 if TYPE_CHECKING:
     from lrconvert.evals.passkey import PasskeyRow
@@ -27,12 +27,10 @@ def plot_perplexity(rows: Sequence[PerplexityRow], path: Path, *, title: str, pr
     bars = [[f.value - f.low for f in figures], [f.high - f.value for f in figures]]
     axis.errorbar(lengths, values, yerr=bars, marker="o", capsize=3, color="tab:blue")
     axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
+    plain_log_scale(axis, [bound for found in figures for bound in (found.low, found.high)])
     axis.set_xticks(lengths, [f"{row.length:,}\n({row.tokens:,})" for row in rows], fontsize=8)
     axis.set_xlabel("tokens of context (tokens that count)")
     axis.set_ylabel("perplexity, 95 % interval")
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("{x:g}")
     axis.grid(alpha=0.3)
     _titled(axis, title, protocol)
     save(figure, path)

@@ -33,7 +33,7 @@ class Text:
     tokens: NDArray[np.int64]
     data_set: dict[str, Any] | None = None
 
-    def described(self) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
         """As recipes, journals and reports name it."""
         found = {"name": self.name, "sha256": self.sha256, "tokens": len(self.tokens)}
         return found if self.data_set is None else {**found, "data_set": self.data_set}

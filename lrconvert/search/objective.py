@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a search minimises: losses of tokens of long documents, at one length or at several with weights.
+"""What a search minimises: losses of tokens in long documents, at one length or at several with weights.
 
 - `perplexity`: the mean loss of all tokens of a text. A document's first n tokens are a document of n tokens under the
   same set, so shorter lengths cost nothing beside the longest.

@@ -42,7 +42,7 @@ def session(subject: Subject, **options: Any) -> Iterator[Session]:
 
 def perplexities(subject: Subject, **options: Any) -> list[float]:
     with session(subject, **options) as found:
-        rows = measure_perplexity(found, [TEXT], Plan(LENGTHS, whole=True, windows=1))
+        rows = measure_perplexity(found, [TEXT], Plan(LENGTHS, whole=True, excerpts=1))
         return [row.perplexity.value for row in rows]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Short benchmarks through lm-eval, which makes the prompts and counts, over a session, which answers.
+"""Short benchmarks through lm-eval: it makes the prompts and counts, a session answers.
 
 This module imports lm-eval: `require` it first.
 """
@@ -31,16 +31,15 @@ from lrconvert.runtimes.base import Session
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}  # padding included
 PROTOCOL = (
-    "lm-eval's: every answer is scored behind the prompt; acc counts where the likeliest is right, acc_norm the "
-    "likeliest a character, truthfulqa_mc2 is the share of probability on true answers; examples are drawn anew for "
-    "every question"
+    "lm-eval's: every answer is scored behind the prompt; acc: the likeliest answer is right, acc_norm: the likeliest "
+    "per character is; truthfulqa_mc2: the share of probability on true answers; examples are drawn for each question"
 )
 
 
 @dataclass
 class Effort:
-    """What was asked of the session: requests (each once), their tokens, and how many lost the start of a prompt that
-    is longer than the window."""
+    """How much the session computed: requests (each once), their tokens, and how many prompts were cut because they
+    are longer than the window."""
 
     requests: int = 0
     tokens: int = 0
@@ -93,7 +92,7 @@ class SessionModel(LM):
         return totals
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        raise UnsupportedError("this evaluation scores given answers; it generates no text")
+        raise UnsupportedError("this evaluation scores given answers and generates no text")
 
     def _scored(self, rows: Sequence[Row]) -> list[tuple[float, bool]]:
         kept = [row.within(self.window) for row in rows]
@@ -147,7 +146,7 @@ def session_model(
 
 
 def protocol(asked: Sequence[Asked], limit: int | None) -> str:
-    """In words, what is measured and how it was asked."""
+    """What is measured and how, in words."""
     parts = [PROTOCOL]
     if shared := [found.name for found in asked if found.shots and len(found.files) == 1]:
         parts.append(f"those of {', '.join(shared)} are questions of the same file that are never asked")

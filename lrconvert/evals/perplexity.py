@@ -36,10 +36,10 @@ class PerplexityRow:
 
 
 def same_token_perplexity(session: Session, tokens: Tokens, length: int, judged: int = JUDGED) -> float:
-    """Perplexity of the document's last `judged` tokens, seen at the end of a context of `length` tokens.
+    """Perplexity of the document's last `judged` tokens at the end of a context of `length` tokens.
 
-    The judged tokens do not depend on the length, so what differs between lengths is the context alone:
-    a model that can use, or at least stand, a longer context does not get worse.
+    The judged tokens are the same at every length, so only the context differs: a model that copes with a longer
+    context does not get worse.
     """
     if length > len(tokens) or judged >= length:
         raise InputError(f"a text of {len(tokens)} tokens can't be judged at {length} with {judged} judged tokens")
@@ -54,7 +54,7 @@ def measure_perplexity(
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> list[PerplexityRow]:
-    """The plan's perplexity at every length, shortest first.
+    """Perplexity at every length of the plan, shortest first.
 
     Raises `InputError` when no text is long enough, or the model's losses are not numbers.
     """
@@ -81,7 +81,7 @@ def _losses(session: Session, tokens: Tokens, judged: int) -> np.ndarray:
 
 
 def finite(scores: Scores, length: int) -> Scores:
-    """The scores of a row. `InputError` where they are of a broken model, which prefers nothing and finds nothing."""
+    """The scores of a row. Raises `InputError` where they are not numbers: the model is broken."""
     if not np.isfinite(scores.losses).all():
         raise InputError(f"the model's losses in a context of {length} tokens are not all numbers (nan or infinity)")
     return scores

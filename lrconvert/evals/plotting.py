@@ -20,7 +20,7 @@ PALE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.6, "pad": 1.5}  # 
 
 
 def plot_perplexity(rows: Sequence[PerplexityRow], path: Path, *, title: str, protocol: str) -> None:
-    """Perplexity against length, with its 95 % interval, as a PNG that says how it was measured."""
+    """Perplexity against length, with its 95 % interval, as a PNG with the protocol in it."""
     figure, axis = one_axis()
     lengths, figures = [row.length for row in rows], [row.perplexity for row in rows]
     values = [found.value for found in figures]
@@ -58,7 +58,7 @@ def plot_passkey(rows: Sequence[PasskeyRow], path: Path, *, title: str, protocol
 
 
 def _titled(axis: Any, title: str, protocol: str) -> None:
-    """What was measured and how, above the picture."""
+    """The title and the protocol, above the picture."""
     lines = textwrap.wrap(protocol, 110)
     axis.set_title("\n".join([title, *lines]), fontsize=7, loc="left")
 

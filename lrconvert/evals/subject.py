@@ -33,8 +33,8 @@ REFERENCE = "reference"  # not code of an artifact: our implementation over its 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model or an artifact, as the user named it and where it lies. `recipe` is what it carries, or what it is to be
-    evaluated under, if that was `given` (file, folder or name)."""
+    """A model or an artifact: as the user named it, and its path. `recipe` is the one that it carries, or the one that
+    was `given` (file, folder or name) to evaluate it under."""
 
     reference: str
     artifact: Path
@@ -43,7 +43,7 @@ class Subject:
 
     @classmethod
     def of(cls, reference: str, recipe: str | None = None) -> Subject:
-        """Raises `UsageError` for a recipe to something that has one already, `InputError` for another model's."""
+        """Raises `UsageError` for a recipe on something that has one already, `InputError` for another model's."""
         artifact = locate(reference)
         if recipe is None:
             return cls(reference, artifact, _carried(artifact))
@@ -73,19 +73,19 @@ class Subject:
         return None if path is None else open_adapter(path)
 
     def model(self) -> Model:
-        """Its own weights, with the adapter of a recipe that was given."""
+        """The model with its own weights, and with the adapter of a recipe that was given."""
         model, adapter = open_model(self.artifact), self.adapter
         if adapter is None:
             return model
         return merged(model, adapter, rounded=model.checkpoint.format == "safetensors")
 
     def vocab(self) -> int | None:
-        """Tokens of the vocabulary, where the config says it."""
+        """The size of the vocabulary, if the config has it."""
         size = open_checkpoint(self.artifact, tolerant=True).config.get("vocab_size")
         return size if isinstance(size, int) else None
 
     def searched_on(self, texts: Sequence[Text]) -> list[Text]:
-        """Texts that the recipe was searched on: a figure on them flatters it."""
+        """Texts that the recipe was searched on: a figure on them is too good."""
         search = (self.recipe.provenance.search if self.recipe else None) or {}
         known = {str(value) for key, value in search.items() if "sha256" in key}
         known |= {text["sha256"] for text in search.get("texts", ()) if isinstance(text, dict) and "sha256" in text}
@@ -197,4 +197,4 @@ def baked(subject: Subject) -> Iterator[Path]:
 
 
 def _no_text(piece: str) -> list[int]:
-    raise AssertionError("an evaluation on token ids was asked to read text")
+    raise AssertionError("no text is read in an evaluation on token ids")

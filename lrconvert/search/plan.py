@@ -212,7 +212,9 @@ def _name(request: SearchRequest, model: Model) -> str:
     """The output's name, else one made of the model and the target."""
     if request.output is not None:
         return request.output.name.removesuffix(".json")
-    return f"{Path(portable_name(request.model, model.checkpoint.path)).name}-{request.target // 1024}k"
+    thousands, rest = divmod(request.target, 1024)
+    length = request.target if rest else f"{thousands}k"
+    return f"{Path(portable_name(request.model, model.checkpoint.path)).name}-{length}"
 
 
 def _beside(reference: str, output: Path | None) -> str:

@@ -90,7 +90,7 @@ def perplexity(
     """Perplexity at the end of contexts of several lengths (tokens).
 
     By default the same last `judged` tokens of `excerpts` places count at every length. `whole`: all tokens of
-    documents cut at each length. `step`: contexts that move by so many tokens over the first `document_tokens` of a
+    documents cut at each length. `step`: contexts that move by this many tokens over the first `document_tokens` of a
     document. `texts` are files, folders of .txt, token ids (.npy), or data sets (`hf:NAME…`).
 
     Raises `UsageError` for options that don't go together, `InputError` for texts that are too short or unreadable and

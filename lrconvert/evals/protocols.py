@@ -35,7 +35,7 @@ class Plan:
     """What is measured: at which lengths (tokens), of how many excerpts of the texts, and by which protocol.
 
     By default the same last `judged` tokens count at the end of contexts of every length. `whole`: all tokens of
-    documents cut at each length. `step`: contexts that move by so many tokens over documents of `document_tokens`
+    documents cut at each length. `step`: contexts that move by this many tokens over documents of `document_tokens`
     (default: the longest length). Both: whole documents up to `step`, moving contexts beyond.
 
     Raises `UsageError` for options that don't go together.
@@ -84,7 +84,7 @@ class Plan:
         return PROTOCOLS["whole" if self.whole else "same tokens"]
 
     def contexts(self, texts: Sequence[int], length: int) -> list[Context]:
-        """The passes at a length over texts of so many tokens. Raises `InputError` where all texts are too short."""
+        """The passes at a length, for texts of these numbers of tokens. Raises `InputError` where all are too short."""
         return self.protocol(length).contexts(self, texts, length)
 
     def check(self, texts: Sequence[int]) -> None:

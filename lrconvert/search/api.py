@@ -103,7 +103,7 @@ def search(
         journal: The file of all evaluations; None: beside `output`. A search that finds its journal goes on from it.
         device: cpu, cuda, cuda:1 …; None: a GPU where there is one. `dtype`: float32, bfloat16, float16; None:
             bfloat16 on a GPU. `attention`: the kernel on a GPU; None: the fastest, measured.
-        context_parallel: So many processes of torchrun share each document. `shard_weights`: all share the weights.
+        context_parallel: How many of torchrun's processes share a document. `shard_weights`: all share the weights.
         watch: Called with a `Note` or the `Progress` of a tier as they come.
 
     Raises:

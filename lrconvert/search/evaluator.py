@@ -22,7 +22,7 @@ from lrconvert.training.loaded import LoadedModel
 if TYPE_CHECKING:
     from lrconvert.checkpoint import Model
 
-BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}  # documents are batched up to so many tokens a forward pass
+BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}  # tokens in a forward pass: short documents share one
 
 
 class TransformersEvaluator:

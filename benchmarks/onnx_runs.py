@@ -28,9 +28,9 @@ import numpy as np
 from _common import RESULTS, lrconvert, run, scratch_folder
 
 from lrconvert.checkpoint import locate, open_model
+from lrconvert.checkpoint.tokenizer import tokenizer_of
 from lrconvert.evals.passkey import PasskeyFormat, measure_passkey
 from lrconvert.evals.perplexity import same_token_perplexity
-from lrconvert.evals.subject import tokenizer_of
 from lrconvert.parity.codes import Options, codes_of
 from lrconvert.runtimes.onnxruntime import OnnxSession
 

@@ -27,12 +27,12 @@ from _common import RESULTS, save
 
 from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.checkpoint import Model, open_model
-from lrconvert.evals.earlier import unpack
+from lrconvert.checkpoint.tokenizer import tokenizer_of
 from lrconvert.evals.figures import difference_figure, share_figure
 from lrconvert.evals.passkey import PasskeyFormat, by_length, form_of, measure_passkey
 from lrconvert.evals.perplexity import measure_perplexity
 from lrconvert.evals.protocols import Plan
-from lrconvert.evals.subject import tokenizer_of
+from lrconvert.evals.scores import unpack
 from lrconvert.recipe import Recipe, derive_recipe, load_recipe, write_recipe
 from lrconvert.rope import longrope_attention_factor
 from lrconvert.runtimes.transformers import open_session
@@ -79,7 +79,7 @@ class Table:
         window, target = self.searched.original_window, self.searched.tiers[-1].max_length
         self.lengths = tuple(window * 2**power for power in range(20) if window * 2**power <= target)
         self.texts = [np.load(path).astype(np.int64) for path in options.held_out]
-        self.plan = Plan(self.lengths, windows=options.windows, whole=True)
+        self.plan = Plan(self.lengths, excerpts=options.windows, whole=True)
         self.devices: Queue[str] = Queue()
         for device in options.devices.split(","):
             self.devices.put(device)

@@ -25,17 +25,18 @@ import numpy as np
 from _common import save
 
 from lrconvert.checkpoint import open_model
+from lrconvert.checkpoint.tokenizer import tokenizer_of
 from lrconvert.cli._common import TOKENS
-from lrconvert.evals.subject import tokenizer_of
 from lrconvert.evals.texts import Text, read_texts, sources_of
 from lrconvert.search.evaluator import TransformersEvaluator
 from lrconvert.search.journal import Journal, Record, read_journal
 from lrconvert.search.objective import Objective, build_objective
+from lrconvert.search.plan import SearchPlan, TierPlan
 from lrconvert.search.protocol import Question
-from lrconvert.search.run import Progress, Search, SearchPlan, TierPlan
+from lrconvert.search.run import Progress, Search
 from lrconvert.search.space import Candidate, Space, space_for
 
-MARKS = (16, 32, 48, 64, 96, 140, 256, 350, 500, 704)  # forward equivalents at which the best loss is told
+MARKS = (16, 32, 48, 64, 96, 140, 256, 350, 500, 704)  # forward equivalents at which the best loss is recorded
 GOAL_AT = 700
 GOAL_WITHIN = 0.002
 UNFINISHED = 75  # EX_TEMPFAIL
@@ -85,7 +86,7 @@ class Comparison:
             seed=seed,
             tiers=(TierPlan(self.space, self.objective(self.text), budget),),
             texts=(self.text,),
-            dtype=str(self.evaluator.dtype).removeprefix("torch."),
+            dtype=str(self.evaluator.model.dtype).removeprefix("torch."),
             name=f"{algorithm}-{seed}",
             base_model=self.options.name,
         )

@@ -5,9 +5,9 @@
         [--dtype bfloat16] [--attention cudnn] [--rounds 5] [--name NAME] [--workers 2]
 
 The bare loop has nothing but the products of every layer and of the head, and the attention, in the shapes, the dtype
-and the kernel of the model: no norms, no rotation, no activation, no loss. Told: tokens a second of both, their ratio,
-and the share of the rate that a large product reaches on this card. `--gradient` also times an evaluation with its
-gradient, in forward passes. `--longest` evaluates one document of that length, whether it fits and its peak memory.
+and the kernel of the model: no norms, no rotation, no activation, no loss. It prints tokens a second of both, their
+ratio, and the share of the rate that a large product reaches on this card. `--gradient` also times an evaluation with
+its gradient, in forward passes. `--longest` evaluates one document of that length, whether it fits and its peak memory.
 `--workers` runs a search of the model under torchrun with one process and with so many, one thread each.
 """
 
@@ -31,10 +31,12 @@ from torch.nn import functional
 from lrconvert.checkpoint import open_model
 from lrconvert.cli._common import TOKENS
 from lrconvert.families.base import ModelShape
-from lrconvert.search.evaluator import MAX_LOGITS, TransformersEvaluator
+from lrconvert.search.evaluator import TransformersEvaluator
 from lrconvert.search.objective import Document, Objective
 from lrconvert.search.protocol import Question
 from lrconvert.search.space import Candidate
+from lrconvert.training.attention import use_kernel
+from lrconvert.training.losses import MAX_LOGITS
 
 PRODUCT = 8192  # side of the matrices whose product tells the card's rate
 WORKER_OPTIONS = ["--original-window", "256", "--target", "1024", "--tier", "long", "--budget", "64"]
@@ -48,11 +50,11 @@ class BareLoop:
         query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         self.sizes = [(shape.hidden, query), (shape.hidden, key), (shape.hidden, key), (query, shape.hidden)]
         self.sizes += [(shape.hidden, shape.ffn)] * 2 + [(shape.ffn, shape.hidden)]
-        place: Any = {"dtype": evaluator.dtype, "device": evaluator.device}
+        place: Any = {"dtype": evaluator.model.dtype, "device": evaluator.model.device}
         self.weights = [torch.randn(out, into, **place) * into**-0.5 for into, out in self.sizes]
         self.inputs = {width: torch.randn(length, width, **place) for width in {into for into, _ in self.sizes}}
         self.head = torch.randn(shape.vocab, shape.hidden, **place)
-        self.rows = max(1, MAX_LOGITS[evaluator.device.type] // shape.vocab)
+        self.rows = max(1, MAX_LOGITS[evaluator.model.device.type] // shape.vocab)
         counts = (shape.heads, shape.kv_heads, shape.kv_heads)
         self.qkv = [torch.randn(1, count, length, shape.head_dim, **place) for count in counts]
 
@@ -60,7 +62,7 @@ class BareLoop:
     def run(self) -> None:
         gqa = self.shape.heads != self.shape.kv_heads
         query, key, value = self.qkv
-        with self.evaluator._kernel():
+        with use_kernel(self.evaluator.model.attention):
             for _ in range(self.shape.layers):
                 functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=gqa)
                 for (into, _), weight in zip(self.sizes, self.weights, strict=True):
@@ -90,7 +92,7 @@ def timed(evaluator: TransformersEvaluator, rounds: int, work: Callable[[], Any]
 
 
 def _wait(evaluator: TransformersEvaluator) -> None:
-    if evaluator.device.type == "cuda":
+    if evaluator.model.device.type == "cuda":
         torch.cuda.synchronize()
 
 
@@ -124,22 +126,22 @@ def measure(
         with_gradient = Question(question.candidate, gradient=True)
         slow = timed(evaluator, max(1, options.rounds // 2), lambda: evaluator.answer(objective, [with_gradient]))
         found |= {"gradient_seconds": slow, "gradient_forward_equivalents": slow / seconds}
-        if evaluator.device.type == "cuda":
+        if evaluator.model.device.type == "cuda":
             found["gradient_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            found["gradient_recomputes"] = evaluator._recompute
+            found["gradient_recomputes"] = evaluator.model.recompute
     return found
 
 
 def product_rate(evaluator: TransformersEvaluator, rounds: int) -> float:
     """Operations a second of one large product."""
-    side = PRODUCT if evaluator.device.type == "cuda" else 1024
-    matrix = torch.randn(side, side, dtype=evaluator.dtype, device=evaluator.device)
+    side = PRODUCT if evaluator.model.device.type == "cuda" else 1024
+    matrix = torch.randn(side, side, dtype=evaluator.model.dtype, device=evaluator.model.device)
     return 2.0 * side**3 / timed(evaluator, rounds, lambda: matrix @ matrix)
 
 
 def longest(evaluator: TransformersEvaluator, shape: ModelShape, length: int) -> dict[str, Any]:
     """One evaluation of one long document."""
-    cuda = evaluator.device.type == "cuda"
+    cuda = evaluator.model.device.type == "cuda"
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -31,7 +31,7 @@ import numpy as np
 from _common import save
 
 from lrconvert.search.evolution import Unseen, evolution, schedule_for
-from lrconvert.search.guided import Screening, guided, polish, ramp
+from lrconvert.search.guided import GuidedSettings, guided, polish, ramp
 from lrconvert.search.protocol import Algorithm, Answer, Question, Round
 from lrconvert.search.space import GRID, Space, space_for
 
@@ -144,11 +144,11 @@ def gradient_alone(space: Space, seed: int) -> Algorithm:
     questions = [Question(candidate, name) for name, candidate in space.seeds()]
     answers = yield questions
     known = [(question.candidate, answer.loss) for question, answer in zip(questions, answers, strict=True)]
-    yield from polish(space, known, Unseen(), replace(Screening(), steps=36, least_gain=-99.0), 1.0)
+    yield from polish(space, known, Unseen(), replace(GuidedSettings(), steps=36, least_gain=-99.0), 1.0)
 
 
 def changed(**changes: Any) -> Callable[[Space, int], Algorithm]:
-    return lambda space, seed: guided(space, seed, numbers=replace(Screening(), **changes))
+    return lambda space, seed: guided(space, seed, settings=replace(GuidedSettings(), **changes))
 
 
 SEARCHES: dict[str, Callable[[Space, int], Algorithm]] = {

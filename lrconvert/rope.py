@@ -16,12 +16,15 @@ Angles are made in float64: in float32 they are off by 7.8e-3 rad at position 25
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 import numpy as np
 from annotated_types import Ge, Gt, MinLen
 from numpy.typing import NDArray
+
+from lrconvert.errors import InputError, UnsupportedError
 
 Array = NDArray[np.float64]
 
@@ -115,7 +118,7 @@ class Tier:
     """One factor set and the longest sequence it serves.
 
     `factors` are divisors, d/2 of them; `start_tokens` is n̂; `attention_factor` multiplies cos and sin.
-    The annotations are the constraints of the recipe file, read by `recipe.py`.
+    The annotations are the constraints of the recipe file, which `recipe/file.py` reads.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -138,6 +141,50 @@ class Tier:
         return np.cos(angles) * self.attention_factor, np.sin(angles) * self.attention_factor
 
 
+def compose(own: Tier, new: Tier) -> Tier:
+    """`new` on top of `own`: a factor set found for a model that is already scaled by another one.
+
+    λ_total,i = λ_own,i · λ_new,i, because a factor divides the inverse frequency: the new set divides what the own one
+    left. Attention factors multiply as well: both scale cos and sin. The window is `new`'s.
+
+    Start tokens are unscaled in both sets only where n̂ is the same, and a tier has one n̂. So two numbers compose only
+    if one of the sets scales nothing (all λ = 1); then the other set's n̂ holds.
+
+    Raises `UnsupportedError` for two different n̂, `InputError` for sets of different sizes.
+    """
+    if len(own.factors) != len(new.factors):
+        raise InputError(f"a set of {len(new.factors)} factors can't stand on one of {len(own.factors)}")
+    starts = {tier.start_tokens for tier in (own, new) if any(factor != 1.0 for factor in tier.factors)}
+    if len(starts) > 1:
+        raise UnsupportedError(
+            f"a set with {new.start_tokens} start tokens can't stand on one with {own.start_tokens}: the result would "
+            "have two numbers of start tokens",
+            remedy=f"Use {own.start_tokens} in the new set too",
+        )
+    return Tier(
+        new.max_length,
+        tuple(before * factor for before, factor in zip(own.factors, new.factors, strict=True)),
+        starts.pop() if starts else 0,
+        own.attention_factor * new.attention_factor,
+    )
+
+
+def compose_tiers(own: Sequence[Tier], new: Sequence[Tier]) -> tuple[Tier, ...]:
+    """`compose` at every length at which either set changes; the result reaches as far as `new`.
+
+    Both are ordered by `max_length`; beyond `own`'s last tier that one still holds. Raises as `compose`.
+    """
+    lengths = sorted({tier.max_length for tier in (*own, *new) if tier.max_length <= new[-1].max_length})
+    pairs = ((serving(own, length), serving(new, length)) for length in lengths)
+    composed = (compose(before, after) for before, after in pairs)
+    return tuple(replace(tier, max_length=length) for tier, length in zip(composed, lengths, strict=True))
+
+
+def serving(tiers: Sequence[Tier], length: int) -> Tier:
+    """The tier for a sequence of `length` tokens: the first that reaches it, else the last one."""
+    return next((tier for tier in tiers if tier.max_length >= length), tiers[-1])
+
+
 @dataclass(frozen=True)
 class RopeSpec:
     """A recipe resolved against a checkpoint: all that a target, the reference or a test has to know.
@@ -155,7 +202,7 @@ class RopeSpec:
 
     def tier_for(self, length: int) -> Tier:
         """The tier that serves a sequence of `length` tokens; the last one beyond the window."""
-        return next((tier for tier in self.tiers if tier.max_length >= length), self.tiers[-1])
+        return serving(self.tiers, length)
 
     @property
     def boundaries(self) -> tuple[int, ...]:

@@ -18,7 +18,8 @@ PACKAGE = Path(lrconvert.__file__).parent
 # that fits counts.
 LEVELS: tuple[set[str], ...] = (
     {"cli", "__main__"},
-    {"search", "evals", "parity", "hub", "recipe.importing", "recipe.schema"},
+    {"api"},
+    {"search", "evals", "parity", "hub", "recipe.importing", "recipe.models", "recipe.schema"},
     {"training", "targets"},
     {"artifact", "engines", "runtimes", "reference"},
     {"checkpoint"},
@@ -81,7 +82,8 @@ def violations(root: Path) -> list[str]:
     found = [f"{top} has no level" for top in sorted(tops) if level_of(top) is None]
     for path in sorted(root.rglob("*.py")):
         module = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
-        own = level_of(module)
+        # The package itself exports the API, each verb when it is used; what others import of it is its version.
+        own = 0 if module == "__init__" else level_of(module)
         for line, name in imports_of(path, module):
             # `from lrconvert import __version__` names a value of the package itself.
             imported = name if name.partition(".")[0] in tops else "__init__"
@@ -94,6 +96,47 @@ def violations(root: Path) -> list[str]:
                 if within(module, who) and within(imported, what) and not excepted:
                     found.append(f"{where}, which {who} must not")
     return found
+
+
+def circles(root: Path) -> list[str]:
+    """Modules under `root` that import each other, directly or through others: one line a circle, the names in order.
+    Imports at any depth count, those for types included."""
+    files = {
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in sorted(root.rglob("*.py"))
+    }
+    graph: dict[str, set[str]] = {}
+    for module, path in files.items():
+        # `from lrconvert.recipe import Recipe` names a value: what is imported is the longest name that is a module.
+        named = (imported for _, imported in imports_of(path, module))
+        graph[module] = {found for name in named if (found := _longest_known(name, files)) not in (None, module)}
+    together: dict[frozenset[str], str] = {}
+    for module in graph:
+        reached = _reachable(graph, module)
+        if module in reached:
+            circle = frozenset(other for other in reached if module in _reachable(graph, other))
+            together[circle] = " <-> ".join(sorted(circle))
+    return sorted(together.values())
+
+
+def _longest_known(name: str, files: dict[str, Path]) -> str | None:
+    parts = name.split(".")
+    return next((found for end in range(len(parts), 0, -1) if (found := ".".join(parts[:end])) in files), None)
+
+
+def _reachable(graph: dict[str, set[str]], start: str) -> set[str]:
+    """Every module that `start` imports, directly or not."""
+    found: set[str] = set()
+    waiting = [start]
+    while waiting:
+        for other in graph[waiting.pop()] - found:
+            found.add(other)
+            waiting.append(other)
+    return found
+
+
+def test_no_modules_import_each_other() -> None:
+    assert circles(PACKAGE) == []
 
 
 def test_imports_point_one_way() -> None:
@@ -144,14 +187,34 @@ PLANTED = [
 ]
 
 
-@pytest.mark.parametrize(("file", "code", "expected"), PLANTED)
-def test_the_check_can_fail(file: str, code: str, expected: str | None, tmp_path: Path) -> None:
-    """A planted import is found in a copy of the package, and an allowed one is not."""
+CIRCLES = [
+    ("rope.py", "from lrconvert import recipe", "recipe.file <-> rope"),  # through recipe/__init__
+    ("evals/figures.py", "def f():\n    from lrconvert.evals.scores import pack", "evals.figures <-> evals.scores"),
+    ("evals/scores.py", "if TYPE_CHECKING:\n    from .earlier import EarlierRow", "evals.earlier <-> evals.scores"),
+    ("evals/scores.py", "from lrconvert.evals.figures import Figure", None),  # one way
+]
+
+
+def planted(tmp_path: Path, file: str, code: str) -> Path:
+    """A copy of the package in which `file` begins with `code`."""
     root = tmp_path / "lrconvert"
     shutil.copytree(PACKAGE, root, ignore=lambda folder, names: {n for n in names if n in ("data", "__pycache__")})
     path = root / file
     path.parent.mkdir(exist_ok=True)
     old = path.read_text() if path.exists() else ""
     path.write_text(code + "\n" + old.replace("from __future__ import annotations", ""))
-    found = violations(root)
+    return root
+
+
+@pytest.mark.parametrize(("file", "code", "expected"), CIRCLES)
+def test_a_circle_is_found(file: str, code: str, expected: str | None, tmp_path: Path) -> None:
+    """A planted one, at the top, inside a function, for types; and an import one way is none."""
+    found = circles(planted(tmp_path, file, code))
+    assert ([expected in text for text in found] == [True]) if expected else (found == []), found
+
+
+@pytest.mark.parametrize(("file", "code", "expected"), PLANTED)
+def test_the_check_can_fail(file: str, code: str, expected: str | None, tmp_path: Path) -> None:
+    """A planted import is found in a copy of the package, and an allowed one is not."""
+    found = violations(planted(tmp_path, file, code))
     assert ([expected in text for text in found] == [True]) if expected else (found == []), found

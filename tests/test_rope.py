@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The formulas against two peers: transformers' own, and the reference's second writing of them."""
+"""The formulas against two other implementations: transformers' own, and the reference's second writing of them."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,14 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lrconvert import rope
+from lrconvert.errors import InputError, UnsupportedError
 from lrconvert.reference import FactorSet, Rotation
 from lrconvert.rope import RopeSpec, Tier
 
 DIM, BASE, L0 = 64, 500000.0, 4096
 
 
-def peer(scaling: dict, window: int = L0, seq_len: int | None = None) -> tuple[np.ndarray, float]:
+def transformers_rope(scaling: dict, window: int = L0, seq_len: int | None = None) -> tuple[np.ndarray, float]:
     """Inverse frequencies and attention factor as transformers computes them (float32)."""
     make: Any = LlamaConfig  # both spellings of the scaling are accepted, one is typed
     config = make(
@@ -51,14 +53,14 @@ CASES = {
 def test_analytic_sets_divide_to_what_transformers_computes(kind: str) -> None:
     """PI, YaRN and Llama 3 as factor sets give transformers' inverse frequencies, to float32 rounding."""
     extra, factors, attention = CASES[kind]
-    inverse, scale = peer({"rope_type": kind, **extra})
+    inverse, scale = transformers_rope({"rope_type": kind, **extra})
     np.testing.assert_allclose(rope.inverse_frequencies(DIM, BASE) / factors, inverse, rtol=1e-6)
     assert scale == pytest.approx(attention, rel=1e-9)
 
 
 @pytest.mark.parametrize("length", [L0, 2 * L0, 5 * L0])
 def test_dynamic_ntk_equals_transformers_at_every_length(length: int) -> None:
-    inverse, _ = peer({"rope_type": "dynamic", "factor": 4.0}, seq_len=length)
+    inverse, _ = transformers_rope({"rope_type": "dynamic", "factor": 4.0}, seq_len=length)
     factors = rope.dynamic_ntk_factors(DIM, 4.0, L0, length)
     np.testing.assert_allclose(rope.inverse_frequencies(DIM, BASE) / factors, inverse, rtol=2e-6)
 
@@ -106,3 +108,50 @@ def test_a_sequence_gets_the_first_tier_that_holds_it() -> None:
     chosen = [spec.tier_for(length).max_length for length in (1, 4, 5, 8, 9, 16, 17)]
     assert chosen == [4, 4, 8, 8, 16, 16, 16]
     assert spec.boundaries == (4, 8)
+
+
+# --- composition -----------------------------------------------------------------------------------------
+
+OWN = Tier(8192, tuple(rope.yarn_factors(DIM, BASE, 2.0, L0).tolist()), attention_factor=1.1)
+NEW = Tier(32768, tuple(np.linspace(1.0, 4.0, DIM // 2).tolist()), attention_factor=1.2)
+UNSCALED = Tier(16384, (1.0,) * (DIM // 2))
+
+
+def test_composed_sets_rotate_as_one_after_the_other() -> None:
+    """λ_total = λ_own · λ_new: the angles of the new set over the frequencies that the own set left."""
+    total = rope.compose(OWN, NEW)
+    positions = np.array([0, 1, 4095, 32767])
+    left = rope.inverse_frequencies(DIM, BASE) / np.asarray(OWN.factors)
+    np.testing.assert_allclose(total.angles(positions, BASE), positions[:, None] * left / np.asarray(NEW.factors))
+    cos, _ = total.cos_sin(np.array([0]), BASE)
+    assert cos == pytest.approx(1.1 * 1.2)  # both scale cos and sin
+    assert total.max_length == NEW.max_length
+
+
+def test_an_unscaled_set_changes_nothing() -> None:
+    """Neither below nor on top; its start tokens mean nothing and are not kept."""
+    scaled = replace(NEW, start_tokens=8)
+    assert rope.compose(replace(UNSCALED, start_tokens=4), scaled) == scaled
+    assert rope.compose(scaled, UNSCALED) == replace(scaled, max_length=UNSCALED.max_length)
+
+
+def test_start_tokens_have_to_agree() -> None:
+    """Equal ones are kept; two different numbers are no single tier, and so are sets of different sizes."""
+    both = rope.compose(replace(OWN, start_tokens=4), replace(NEW, start_tokens=4))
+    assert both.start_tokens == 4
+    for own, new in ((0, 4), (4, 0), (4, 8)):
+        with pytest.raises(UnsupportedError, match=f"{new} start tokens can't stand on one with {own}"):
+            rope.compose(replace(OWN, start_tokens=own), replace(NEW, start_tokens=new))
+    with pytest.raises(InputError, match="a set of 1 factors can't stand on one of 32"):
+        rope.compose(OWN, Tier(64, (2.0,)))
+
+
+def test_tiers_compose_at_every_boundary_of_either() -> None:
+    """The own sets end at 4k and 8k, the new ones at 16k and 32k: each length has the product of what serves it."""
+    short = replace(UNSCALED, max_length=L0)
+    total = rope.compose_tiers((short, OWN), (UNSCALED, NEW))
+    assert [tier.max_length for tier in total] == [L0, 8192, 16384, 32768]
+    for length in (1, L0, L0 + 1, 8192, 8193, 16385, 32768):
+        own, new = rope.serving((short, OWN), length), rope.serving((UNSCALED, NEW), length)
+        assert rope.serving(total, length).factors == rope.compose(own, new).factors
+    assert [tier.max_length for tier in rope.compose_tiers((short, OWN), (short,))] == [L0]

@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +31,22 @@ class Tokens(click.ParamType):
 
 
 class Number(click.FloatRange):
-    """A number above `least`, neither nan nor infinity, which click's own range lets pass."""
+    """A finite number above `least`, and at most `most` where that is given."""
 
-    def __init__(self, least: float, most: float = sys.float_info.max) -> None:
+    name = "number"
+
+    def __init__(self, least: float, most: float | None = None) -> None:
         super().__init__(least, most, min_open=True)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = super().convert(value, param, ctx)
-        if math.isnan(number):
-            self.fail(f"{value!r} is not a number", param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
         return number
+
+    def _describe_range(self) -> str:
+        """For the help and for errors of click, which would show every digit of a float."""
+        return f"x>{self.min:g}" if self.max is None else f"{self.min:g}<x<={self.max:g}"
 
 
 class OutputName(click.Path):
@@ -79,5 +84,5 @@ text_option = click.option(
     multiple=True,
     metavar="TEXT",
     help="Long text: a file, a folder of .txt, token ids (.npy), or rows of a data set, "
-    "'hf:NAME[@REVISION][:[CONFIG:]SPLIT][?column=COLUMN][#ROWS]'; may be repeated.",
+    "'hf:NAME[@REVISION][:[CONFIG:]SPLIT][?column=COLUMN][#ROWS]'. May be repeated.",
 )

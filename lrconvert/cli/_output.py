@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a command says: data on stdout, the rest on stderr, progress only where somebody looks."""
+"""Output of the commands: data on stdout, everything else on stderr, progress bars only on a terminal."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def warn(text: str) -> None:
     click.echo(f"warning: {text}", err=True)
 
 
-def count(number: int, what: str) -> str:
-    """ "1 file", "2 files"."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def count(number: int, noun: str) -> str:
+    """1 file, 2 files."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def engines(verdicts: Sequence[Verdict], *, detailed: bool) -> None:
@@ -74,7 +74,7 @@ def size(count: int) -> str:
 
 @contextlib.contextmanager
 def byte_progress(quiet: bool = False) -> Iterator[Callable[[str, int, int], None] | None]:
-    """A progress bar over bytes: yields `report(what, done, total)`; None where nobody would see it."""
+    """A progress bar over bytes: yields `report(what, done, total)`; None where there is no terminal."""
     if quiet or not sys.stderr.isatty():
         yield None
         return

@@ -83,9 +83,9 @@ def _step(text: str) -> None:
 def _measure(artifact: Path | None) -> list[Measured]:
     """Perplexity and passkey of the artifact's own code, or of the unmodified model."""
     from lrconvert.checkpoint import locate
+    from lrconvert.checkpoint.tokenizer import tokenizer_of
     from lrconvert.evals.passkey import PasskeyFormat, passkey_accuracy
     from lrconvert.evals.perplexity import same_token_perplexity
-    from lrconvert.evals.subject import tokenizer_of
     from lrconvert.runtimes.transformers import open_session
 
     source = locate("demo")

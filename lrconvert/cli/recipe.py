@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lrconvert recipe`: factor sets, looked at and made."""
+"""`lrconvert recipe`: list, show, check, make and plot recipes."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,54 +21,47 @@ METHODS = ("pi", "ntk", "yarn")
 def command() -> None:
     """Factor sets: list, show, check, derive, import, plot.
 
-    RECIPE is a recipe.json, a folder that holds one, or the name of one that is shipped.
+    RECIPE is a recipe.json, a folder with one in it, or the name of a shipped recipe.
     """
 
 
 @command.command("list")
 @click.argument("folder", required=False, type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_recipes(folder: Path | None, as_json: bool) -> None:
-    """The recipes that are shipped, or those in the folders of FOLDER."""
+    """List the recipes that are shipped, or those in the folders of FOLDER."""
     from lrconvert.errors import LrconvertError
-    from lrconvert.recipe import RECIPE_FILE, load_recipe, shipped_recipes
+    from lrconvert.recipe import load_recipe, recipes_in, shipped_recipes
 
-    paths = shipped_recipes() if folder is None else {p.parent.name: p for p in sorted(folder.glob(f"*/{RECIPE_FILE}"))}
-    rows = []
-    for name, path in paths.items():
+    recipes = []
+    for name, path in (shipped_recipes() if folder is None else recipes_in(folder)).items():
         try:
             recipe = load_recipe(path)
         except LrconvertError as error:
             out.warn(str(error))
             continue
-        rows.append({
-            "name": name,
-            "family": recipe.family,
-            "original_window": recipe.original_window,
-            "window": recipe.tiers[-1].max_length,
-            "tiers": len(recipe.tiers),
-            "kind": recipe.provenance.kind,
-            "method": recipe.provenance.method,
-        })  # fmt: skip
+        recipes.append((name, recipe))
     if as_json:
-        out.data(rows)
+        out.data([{"name": name, **recipe.summary} for name, recipe in recipes])
         return
     from rich.table import Table
 
     table = Table()
     for name in ("name", "family", "original window", "window", "tiers", "made"):
         table.add_column(name)
-    for row in rows:
-        made = " ".join(filter(None, (row["kind"], row["method"])))
-        table.add_row(row["name"], row["family"], *(str(row[k]) for k in ("original_window", "window", "tiers")), made)
+    for name, recipe in recipes:
+        about = recipe.summary
+        made = " ".join(filter(None, (about["kind"], about["method"])))
+        cells = (str(about[key]) for key in ("family", "original_window", "window", "tiers"))
+        table.add_row(name, *cells, made)
     out.console().print(table)
 
 
 @command.command()
 @click.argument("recipe")
-@click.option("--json", "as_json", is_flag=True, help="The recipe file itself.")
+@click.option("--json", "as_json", is_flag=True, help="Print the recipe file.")
 def show(recipe: str, as_json: bool) -> None:
-    """What a recipe is for and how its factors run."""
+    """Show what a recipe is for, where it comes from, and its factors."""
     from lrconvert.recipe import load_recipe
     from lrconvert.recipe.plotting import sparklines
 
@@ -79,8 +72,8 @@ def show(recipe: str, as_json: bool) -> None:
     out.say(f"{loaded.name}: {loaded.family}, {loaded.rotary_dim} rotated dimensions, θ {loaded.rope_theta:g}")
     out.say(f"original window {loaded.original_window}, reaches {loaded.tiers[-1].max_length}")
     made = loaded.provenance
-    described = ", ".join(filter(None, (made.method, made.source, made.licence and f"licence {made.licence}")))
-    out.say(f"{made.kind}{': ' + described if described else ''}")
+    details = ", ".join(filter(None, (made.method, made.source, made.licence and f"licence {made.licence}")))
+    out.say(f"{made.kind}{': ' + details if details else ''}")
     for note in made.notes:
         out.say(f"note: {note}")
     for line in sparklines(loaded):
@@ -91,9 +84,9 @@ def show(recipe: str, as_json: bool) -> None:
 
 @command.command()
 @click.argument("recipe")
-@click.option("--model", help="Also check that it fits this model.")
+@click.option("--model", help="Also check that the recipe fits this model.")
 def check(recipe: str, model: str | None) -> None:
-    """Read a recipe strictly: all that is wrong with it (exit code 3), and what is unusual."""
+    """Check a recipe: report everything that is wrong (exit code 3) and everything unusual."""
     from lrconvert.recipe import load_recipe, resolve
 
     loaded = load_recipe(recipe)
@@ -105,7 +98,7 @@ def check(recipe: str, model: str | None) -> None:
         opened = open_model(model)
         called = opened.called(loaded.family)
         resolve(loaded, family=called, rotary_dim=opened.shape.rotary_dim, theta=opened.shape.theta)
-    out.say(f"{loaded.name}: good" + (f", fits {model}" if model else ""))
+    out.say(f"{loaded.name}: valid" + (f", fits {model}" if model else ""))
 
 
 @command.command()
@@ -114,66 +107,33 @@ def check(recipe: str, model: str | None) -> None:
 @click.option(
     "--factor", type=Number(0, 1e6), required=True, metavar="S", help="Extension ratio: window / original window."
 )
-@click.option("--attention-factor", type=Number(0), help="Instead of the method's own.")
-@click.option("--uniform", is_flag=True, help="One attention factor for both tiers, for code that knows only one.")
-@click.option("--original-window", type=TOKENS, help="Where the model's config is wrong about it.")
+@click.option("--attention-factor", type=Number(0), help="Attention factor; default: the method's own.")
+@click.option("--uniform", is_flag=True, help="Give both tiers one attention factor, for runtimes with one factor.")
+@click.option("--original-window", type=TOKENS, help="Override the original window of the model's config.")
 @click.option("--name", help="The recipe's name.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="RECIPE", help="Folder or .json file.")
 @force_option
 @revision_option
-def derive(
-    model: str,
-    method: str,
-    factor: float,
-    attention_factor: float | None,
-    uniform: bool,
-    original_window: int | None,
-    name: str | None,
-    output: Path | None,
-    force: bool,
-    revision: str | None,
-) -> None:
-    """An analytic recipe for MODEL; no search needed.
+def derive(model: str, output: Path | None, force: bool, **options: Any) -> None:
+    """Make an analytic recipe for MODEL; no search needed.
 
     \b
     lrconvert recipe derive demo --method yarn --factor 8 -o recipes/demo-8x
     """
-    from lrconvert.checkpoint import open_checkpoint
-    from lrconvert.checkpoint.rope_config import read_rope
-    from lrconvert.families import get_family, read_shape
-    from lrconvert.recipe import derive_recipe
+    from lrconvert.recipe.models import derive_for
 
-    checkpoint = open_checkpoint(model, revision=revision)
-    family = get_family(checkpoint.config.get("model_type"))
-    shape = read_shape(checkpoint.config, family)
-    found = read_rope(checkpoint.config, shape)
-    if found.scaled:
-        out.warn(
-            f"{model} already carries {found.kind} scaling; the recipe starts from the plain rotation and its "
-            f"original window, {found.original_window}"
-        )
-    recipe = derive_recipe(
-        method,  # type: ignore[arg-type]  # click.Choice has checked it
-        factor,
-        family=family.name,
-        rotary_dim=shape.rotary_dim,
-        theta=shape.theta,
-        original_window=original_window or found.original_window,
-        # A recipe travels: of a local path it keeps the name.
-        base_model=checkpoint.path.resolve().name.removesuffix(".gguf") if Path(model).exists() else model,
-        name=name,
-        attention_factor=attention_factor,
-        uniform=uniform,
-    )
+    recipe, notes = derive_for(model, **options)
+    for note in notes:
+        out.warn(note)
     _finish(recipe, output, force, model)
 
 
 @command.command("import")
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
-@click.option("--model", help="The model that the factors fit: fills in what the sources don't say.")
+@click.option("--model", help="The model that the factors fit; completes what the sources leave out.")
 @click.option("--family", help="The model's family, as in model_type.")
 @click.option("--theta", type=Number(1), help="The model's rope_theta.")
-@click.option("--original-window", type=TOKENS, help="The window the model was trained with.")
+@click.option("--original-window", type=TOKENS, help="The window that the model was trained with.")
 @click.option("--name", help="The recipe's name.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="RECIPE", help="Folder or .json file.")
 @force_option
@@ -187,12 +147,12 @@ def import_(
     output: Path | None,
     force: bool,
 ) -> None:
-    """A recipe from what others published; several SOURCEs become its tiers.
+    """Make a recipe from published factors; several SOURCEs become its tiers.
 
     \b
-    A SOURCE is a config.json or model with scaled RoPE (longrope, su, yarn, linear, dynamic, llama3),
+    A SOURCE is a config.json or a model with scaled RoPE (longrope, su, yarn, linear, dynamic, llama3),
     a LongRoPE CSV table (`file.csv` or `file.csv=LENGTH`), a file with short_factor and long_factor,
-    or a GGUF that carries factors.
+    or a GGUF with factors.
 
     \b
     lrconvert recipe import phi-3-mini-128k/config.json -o recipes/phi3
@@ -213,15 +173,15 @@ def import_(
     "--output",
     type=click.Path(path_type=Path),
     metavar="STEM",
-    help="Write STEM.png and STEM.svg; needs matplotlib.",
+    help="Write STEM.png and STEM.svg (needs matplotlib).",
 )
 @click.option("--journal", type=click.Path(path_type=Path), metavar="FILE",
-              help="Also draw the search that found it: STEM-search.png and STEM-search.svg.")  # fmt: skip
+              help="Also plot the search that found it: STEM-search.png and STEM-search.svg.")  # fmt: skip
 def plot(recipe: str, output: Path | None, journal: Path | None) -> None:
-    """Factors by frequency index, every tier beside PI, NTK-aware and YaRN.
+    """Plot factors by frequency index, every tier beside PI, NTK-aware and YaRN.
 
-    With the journal of a search: its loss against evaluations, and how the factors moved. Without -o, or without
-    matplotlib, lines of text.
+    With the journal of a search, also plot its loss against evaluations and how the factors moved. Without -o, or
+    without matplotlib, lines of text are printed.
     """
     from lrconvert.errors import EnvironmentFailure
     from lrconvert.recipe import load_recipe
@@ -248,7 +208,7 @@ def plot(recipe: str, output: Path | None, journal: Path | None) -> None:
 
 
 def _finish(recipe: Recipe, output: Path | None, force: bool, model: str = "MODEL") -> None:
-    """Write the recipe, or print it where no output was named."""
+    """Write the recipe, or print it without an output."""
     from lrconvert.recipe import write_recipe
 
     for text in recipe.warnings():
@@ -257,5 +217,5 @@ def _finish(recipe: Recipe, output: Path | None, force: bool, model: str = "MODE
         out.say(recipe.to_json().rstrip())
         return
     path = write_recipe(recipe, output, force=force)
-    out.say(f"{path}: {len(recipe.tiers)} tiers, up to {recipe.tiers[-1].max_length} tokens")
+    out.say(f"{path}: {out.count(len(recipe.tiers), 'tier')}, up to {recipe.tiers[-1].max_length} tokens")
     out.hint(f"next: lrconvert hf {model} --recipe {output} -o {recipe.name}")

@@ -9,7 +9,9 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,14 +30,16 @@ from lrconvert.cli._common import (
 )
 
 if TYPE_CHECKING:
-    from lrconvert.checkpoint import Model
     from lrconvert.recipe import Recipe
-    from lrconvert.search.objective import Document
-    from lrconvert.search.run import SearchPlan, TierPlan, Watch
+    from lrconvert.search.api import Watch
+    from lrconvert.search.plan import SearchPlan
+    from lrconvert.search.run import Progress
+
+PIPED_SECONDS = 60.0  # between two lines of progress where no terminal shows a bar
 
 
 class WeightedLengths(click.ParamType):
-    """Lengths with weights: 8k:0.5,64k:0.5; a length without one weighs 1."""
+    """Lengths with weights: 8k:0.5,64k:0.5. The weight is 1 where none is given."""
 
     name = "tokens:weight,…"
 
@@ -48,7 +52,7 @@ class WeightedLengths(click.ParamType):
             if not matched or not 0 < (weight := float(matched[2] or 1)) < math.inf:
                 self.fail(f"{part!r} is not a length with a weight above 0; 8k:0.5 is", param, ctx)
             if (length := TOKENS.convert(matched[1], param, ctx)) < 2:
-                self.fail("a length of 1 has no token that could be predicted", param, ctx)
+                self.fail("a length of 1 has no token to predict", param, ctx)
             found[length] = weight
         return found
 
@@ -67,279 +71,104 @@ class TierLength(click.ParamType):
 @click.option("--target", type=TOKENS, required=True, help="The window to reach, in tokens: 64k.")
 @text_option
 @click.option("-o", "--output", type=OutputName(".journal.jsonl"), required=True, metavar="RECIPE",
-              help="Folder or .json file.")  # fmt: skip
-@click.option("--algorithm", type=click.Choice(["guided", "evolution"]), default="guided", show_default=True)
-@click.option("--space", type=click.Choice(["longrope", "longrope2"]), default="longrope", show_default=True)
+              help="Folder or .json file for the recipe.")  # fmt: skip
+@click.option("--algorithm", type=click.Choice(["guided", "evolution"]), default="guided", show_default=True,
+              help="evolution is the LongRoPE paper's; guided needs fewer evaluations.")  # fmt: skip
+@click.option("--space", type=click.Choice(["longrope", "longrope2"]), default="longrope", show_default=True,
+              help="Candidates: the factor sets of the LongRoPE paper or of LongRoPE2.")  # fmt: skip
 @click.option("--objective", type=click.Choice(["perplexity", "needle", "mixed"]), default="perplexity",
-              show_default=True)  # fmt: skip
+              show_default=True, help="What to minimise: the loss of texts, of hidden keys, or of both.")  # fmt: skip
 @click.option("--lengths", type=WeightedLengths(), metavar="TOKENS:WEIGHT,…",
-              help="Lengths that count, with weights: 8k:0.5,64k:0.5; default: the target alone.")  # fmt: skip
+              help="Lengths to evaluate at, with weights: 8k:0.5,64k:0.5; default: the target alone.")  # fmt: skip
 @click.option("--documents", type=click.IntRange(1), default=1, show_default=True,
-              help="Documents of the target's length in one evaluation; the paper has 5.")  # fmt: skip
+              help="Documents of the target's length in one evaluation; the paper uses 5.")  # fmt: skip
 @click.option("--tier", "tiers", type=TierLength(), multiple=True,
-              help="Sets to search: short (original window), long (target), a length; default: both.")  # fmt: skip
+              help="Which set to search: short (original window), long (target) or a length. May be repeated; "
+              "default: short and long.")  # fmt: skip
 @click.option("--budget", type=click.IntRange(1), metavar="EVALS",
-              help="Evaluations of the long set, a quarter for a short one; default: the algorithm's.")  # fmt: skip
-@click.option("--seed", type=SEED, default=0, show_default=True)
-@click.option("--start-from", metavar="RECIPE", help="Begin with this recipe's sets; those not searched are kept.")
+              help="Evaluations for the long set; the short one gets a quarter. Default: the algorithm's.")  # fmt: skip
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of everything random.")
+@click.option("--start-from", metavar="RECIPE",
+              help="Start from this recipe's sets, and keep those that are not searched.")  # fmt: skip
 @click.option("--journal", type=click.Path(path_type=Path), metavar="FILE",
-              help="Every evaluation; default: RECIPE.journal.jsonl.")  # fmt: skip
-@click.option("--attention-factor", type=Number(0), help="Of the long set; default: LongRoPE's formula.")
-@click.option("--uniform", is_flag=True, help="The long set's attention factor for all, for code that knows only one.")
+              help="Where to record every evaluation; default: RECIPE.journal.jsonl.")  # fmt: skip
+@click.option("--attention-factor", type=Number(0),
+              help="Attention factor of the long set; default: LongRoPE's formula.")  # fmt: skip
+@click.option("--uniform", is_flag=True,
+              help="Give all sets the long set's attention factor, for runtimes with one factor.")  # fmt: skip
 @click.option("--allow-concatenate", is_flag=True, help="Join texts that are shorter than the target.")
 @click.option("--form", type=click.Path(path_type=Path), metavar="FILE",
               help="passkey.json with the sentences of needle documents.")  # fmt: skip
-@click.option("--original-window", type=TOKENS, help="Where the model's config is wrong about it.")
-@click.option("--name", help="The recipe's name.")
-@click.option("--device", help="cpu, cuda, cuda:1 …; default: a GPU where there is one.")
+@click.option("--original-window", type=TOKENS, help="Override the original window of the model's config.")
+@click.option("--name", help="The recipe's name; default: the output's.")
+@click.option("--device", help="cpu, cuda, cuda:1 …; default: a GPU if there is one.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
               help="Default: bfloat16 on a GPU, float32 on a CPU.")  # fmt: skip
 @click.option("--attention", type=click.Choice(["cudnn", "flash", "efficient", "math"]),
-              help="Attention kernel on a GPU; default: the fastest, measured.")  # fmt: skip
+              help="Attention kernel on a GPU; default: the fastest, by measurement.")  # fmt: skip
 @click.option("--context-parallel", type=click.IntRange(1), default=1, metavar="N",
-              help="So many of torchrun's processes share a document that doesn't fit one GPU.")  # fmt: skip
-@click.option("--shard-weights", is_flag=True, help="torchrun's processes share the weights (FSDP).")
-@click.option("--adapter", metavar="PATH|HUB_ID", help="Search with this LoRA adapter merged.")
-@click.option("--dry-run", is_flag=True, help="Say what would be evaluated and what it costs.")
+              help="Split each document over N of torchrun's processes.")  # fmt: skip
+@click.option("--shard-weights", is_flag=True, help="Split the weights over torchrun's processes (FSDP).")
+@click.option("--adapter", metavar="PATH|HUB_ID", help="Merge this LoRA adapter for the search.")
+@click.option("--dry-run", is_flag=True, help="Print what would be evaluated and what it costs.")
 @force_option
 @revision_option
-@click.pass_context
-def command(ctx: click.Context, model: str, output: Path, **options: Any) -> None:
+def command(model: str, output: Path, dry_run: bool, **options: Any) -> None:
     """Find factor sets for MODEL that keep its loss low up to the target window.
 
-    The journal has every evaluation: after an interruption of any kind the same command goes on.
+    Every evaluation is recorded in the journal. After an interruption the same command continues from there.
 
     \b
     lrconvert search MODEL --target 64k --text book.txt -o recipes/my-model-64k
     lrconvert search MODEL --target 64k --text books/ --algorithm evolution --documents 5 -o recipes/paper
     torchrun --nproc-per-node 8 --no-python lrconvert search MODEL --target 256k --text books/ -o recipes/long
     """
-    from lrconvert.errors import UsageError
-    from lrconvert.recipe import RECIPE_FILE, write_recipe
+    from lrconvert.recipe import check_output
+    from lrconvert.search.api import search
+    from lrconvert.search.journal import journal_path
+    from lrconvert.search.plan import SearchRequest, plan_search
 
-    leading = os.environ.get("RANK", "0") == "0"
-    target = output if output.suffix == ".json" else output / RECIPE_FILE
-    if output.suffix != ".json" and output.is_file():
-        raise UsageError(f"{output} is a file", remedy="Name a folder, or a file that ends in .json")
-    if target.exists() and not options["force"] and not options["dry_run"]:
-        raise UsageError(f"{target} exists", remedy="Choose another name, or replace it with --force")
-    plan = _plan(model, output, options)
-    if options["dry_run"]:
-        _show_cost(plan)
+    if dry_run:
+        check_output(output, force=True)
+        asked = {field.name: options[field.name] for field in fields(SearchRequest) if field.name in options}
+        _show_cost(plan_search(SearchRequest(model=model, output=output, **asked)))
         return
-    recipe = _run(plan, output, options, leading)
-    if not leading:
+    try:
+        with _watching() as watch:
+            found = search(model, output=output, watch=watch, **options)
+    except KeyboardInterrupt:
+        journal = options["journal"] or journal_path(output)
+        if journal.is_file() and os.environ.get("RANK", "0") == "0":
+            out.hint(f"\nevery evaluation so far is in {journal}. To continue, run the same command again:")
+            out.hint(shlex.join(["lrconvert", *sys.argv[1:]]))
+        raise
+    if not found.leading:
         return
+    recipe = found.recipe
     for text in recipe.warnings():
         out.warn(text)
-    path = write_recipe(recipe, output, force=options["force"])
     _summary(recipe)
-    out.say(f"{path}: {len(recipe.tiers)} tiers, up to {recipe.tiers[-1].max_length} tokens")
+    out.say(f"{found.path}: {out.count(len(recipe.tiers), 'tier')}, up to {recipe.tiers[-1].max_length} tokens")
     baked = recipe.name if output.resolve() != Path(recipe.name).resolve() else f"{recipe.name}-model"
     out.hint(f"next: {shlex.join(['lrconvert', 'hf', model, '--recipe', str(output), '-o', baked])}")
 
 
-def _run(plan: SearchPlan, output: Path, options: dict[str, Any], leading: bool) -> Recipe:
-    """Search with a journal and a progress bar; an interruption says how to go on."""
-    from lrconvert.errors import require
-    from lrconvert.search.journal import Journal
-    from lrconvert.search.run import Search, journal_path
-
-    path = options["journal"] or journal_path(output)
-    with contextlib.ExitStack() as stack:
-        if leading:
-            # Opened first: a journal of another search is said before anything is loaded.
-            journal = stack.enter_context(Journal.open(path, plan.identity))
-            found = journal.found
-            if found.torn:
-                out.warn(found.torn)
-            if found.records:
-                out.hint(f"{path}: going on after {len(found.records)} evaluations")
-        else:
-            journal, found = None, None
-        for module in ("torch", "transformers"):
-            require(module, "search", "a search")
-        from lrconvert.search.evaluator import TransformersEvaluator
-
-        attention = options["attention"]
-        if attention is None and found is not None and found.runs:
-            attention = found.runs[-1].get("attention")  # kernels differ in the fourth digit of a loss
-        evaluator = TransformersEvaluator(
-            plan.model,
-            device=options["device"],
-            dtype=plan.dtype,
-            attention=attention,
-            team=options["context_parallel"],
-            sharded=options["shard_weights"],
-        )
-        if journal is not None:
-            read = [text.data_set for text in plan.texts if text.data_set]
-            journal.begin({**evaluator.describe(), **({"data_sets": read} if read else {})})
-        watch = stack.enter_context(_progress(quiet=not leading))
-        try:
-            return Search(plan, evaluator, journal, watch).run()
-        except KeyboardInterrupt:
-            if leading:
-                command = shlex.join(["lrconvert", *sys.argv[1:]])
-                out.hint(f"\nevery evaluation so far is in {path}; the same command goes on from there: {command}")
-            raise
-
-
-# --- planning --------------------------------------------------------------------------------------------
-
-
-def _plan(reference: str, output: Path, options: dict[str, Any]) -> SearchPlan:
-    from lrconvert.checkpoint import open_model
-    from lrconvert.checkpoint.adapter import merged, open_adapter
-    from lrconvert.checkpoint.base import refuse_quantised
-    from lrconvert.evals.subject import resolved, tokenizer_of
-    from lrconvert.evals.texts import read_texts, sources_of
-    from lrconvert.recipe import load_recipe
-    from lrconvert.search.run import SearchPlan
-
-    sources = sources_of(options["texts"]) if options["objective"] != "needle" or options["texts"] else []
-    model = open_model(reference, revision=options["revision"])
-    refuse_quantised(model, "a search")
-    adapter = open_adapter(options["adapter"]) if options["adapter"] else None
-    if adapter is not None:
-        model = merged(model, adapter)
-    window = options["original_window"] or _original_window(reference, model)
-    start = load_recipe(options["start_from"]) if options["start_from"] else None
-    if start is not None:
-        resolved(start, model)
-    lengths = _tier_lengths(options["tiers"], options["lengths"] or (), window, options["target"])
-    shortest = 1 if options["allow_concatenate"] else options["target"]
-    path, vocab = model.checkpoint.path, model.shape.vocab
-    texts = read_texts(sources, lambda: tokenizer_of(path), vocab=vocab, tokens=shortest)
-    # The longest first: what is too short for it is said in its words.
-    tiers = tuple(_tier(model, window, length, texts, start, options) for length in reversed(lengths))[::-1]
-    kept = [tier for tier in start.tiers if tier.max_length not in lengths] if start else []
-    return SearchPlan(
-        model=model,
-        original_window=window,
-        algorithm=options["algorithm"],
-        seed=options["seed"],
-        tiers=tiers,
-        texts=tuple(texts),
-        dtype=options["dtype"] or ("float32" if options["dry_run"] else _default_dtype(options["device"])),
-        name=options["name"] or output.name.removesuffix(".json"),
-        # A recipe travels: of a local path it keeps the name.
-        base_model=model.checkpoint.path.resolve().name.removesuffix(".gguf")
-        if Path(reference).exists()
-        else reference,
-        kept=tuple(tier for tier in kept if tier.max_length <= options["target"]),
-        uniform=options["uniform"],
-        adapter=adapter,
-        adapter_path=None if adapter is None else _beside(adapter.reference, output),
-    )
-
-
-def _beside(reference: str, output: Path) -> str:
-    """A path relative to the recipe's folder; a Hub id is what it is."""
-    if not Path(reference).exists():
-        return reference
-    return Path(os.path.relpath(reference, output.parent if output.suffix == ".json" else output)).as_posix()
-
-
-def _default_dtype(device: str | None) -> str:
-    from lrconvert.errors import require
-
-    torch = require("torch", "search", "a search")
-    cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")
-    return "bfloat16" if cuda else "float32"
-
-
-def _original_window(reference: str, model: Model) -> int:
-    from lrconvert.checkpoint.rope_config import read_rope
-
-    found = read_rope(model.checkpoint.config, model.shape)
-    if found.scaled:
-        out.warn(
-            f"{reference} already carries {found.kind} scaling; the search starts from the plain rotation and its "
-            f"original window, {found.original_window}"
-        )
-    return found.original_window
-
-
-def _tier_lengths(tiers: tuple[str | int, ...], weighted: Iterable[int], window: int, target: int) -> list[int]:
-    """The lengths to search sets for, each once."""
-    from lrconvert.errors import UsageError
-
-    if window < 2:
-        raise UsageError(f"an original window of {window} token has nothing to extend")
-    if target <= window:
-        raise UsageError(
-            f"--target {target} is within the original window, {window}",
-            remedy="Name a longer one; --tier short searches the original window's own set",
-        )
-    if beyond := [length for length in weighted if length > target]:
-        raise UsageError(f"--lengths {beyond[0]} is beyond the target, {target}")
-    named = {"short": window, "long": target}
-    lengths = {named[tier] if isinstance(tier, str) else tier for tier in tiers or ("short", "long")}
-    if off := [length for length in lengths if not window <= length <= target]:
-        raise UsageError(f"--tier {off[0]} is not between the original window, {window}, and the target, {target}")
-    return sorted(lengths)
-
-
-def _tier(model: Model, window: int, length: int, texts: list[Any], start: Recipe | None, options: Any) -> TierPlan:
-    from lrconvert.search.objective import build_objective
-    from lrconvert.search.run import SHORT_SHARE, TierPlan, default_budget
-    from lrconvert.search.space import space_for
-
-    target, shape, factor = options["target"], model.shape, options["attention_factor"]
-    fixed = (factor, factor) if factor is not None and length > window else None
-    space = space_for(shape.rotary_dim, shape.theta, window, length, kind=options["space"], attention=fixed)
-    weights = {at: weight for at, weight in (options["lengths"] or {}).items() if at <= length} or {length: 1.0}
-    objective = build_objective(
-        options["objective"],
-        weights,
-        original_window=window,
-        texts=texts,
-        documents=options["documents"] * (target // length),  # as many tokens for every tier
-        join=options["allow_concatenate"],
-        needles=lambda lengths: _needles(model, options, lengths),
-    )
-    budget = options["budget"]
-    if budget is None:
-        budget = default_budget(options["algorithm"], length, window)
-    elif length <= window and len(options["tiers"]) != 1:
-        budget = max(1, budget // SHORT_SHARE)
-    candidates = []
-    if start is not None:
-        old = next((tier for tier in start.tiers if tier.max_length >= length), start.tiers[-1])
-        candidates = [space.make(old.factors, old.start_tokens, old.attention_factor)]
-    return TierPlan(space, objective, budget, tuple(candidates))
-
-
-def _needles(model: Model, options: dict[str, Any], lengths: Any) -> list[Document]:
-    from lrconvert.evals.passkey import PasskeyFormat, form_of
-    from lrconvert.evals.subject import tokenizer_of
-    from lrconvert.search.objective import needle_documents
-
-    path = model.checkpoint.path
-    form = PasskeyFormat.read(options["form"] or form_of(path))
-    return needle_documents(form, tokenizer_of(path), lengths, options["seed"])
-
-
-# --- saying --------------------------------------------------------------------------------------------------
+# --- output --------------------------------------------------------------------------------------------------
 
 
 def _show_cost(plan: SearchPlan) -> None:
-    """Evaluations, tokens and operations of a search, without a model in memory."""
-    import numpy as np
+    from lrconvert.search.plan import costs
 
-    shape, total = plan.model.shape, 0.0
-    parameters = sum(int(np.prod(info.shape, dtype=np.float64)) for info in plan.model.checkpoint.tensors.values())
-    for tier in plan.tiers:
-        lengths = [len(document.tokens) for document in tier.objective.documents]
-        # A product of matrices takes 2 operations a parameter and token; causal attention reads half of all pairs.
-        dense = 2.0 * parameters * sum(lengths)
-        attention = sum(2.0 * shape.layers * shape.heads * shape.head_dim * length**2 for length in lengths)
-        total += tier.budget * (dense + attention)
+    for note in plan.notes:
+        out.warn(note)
+    found = costs(plan)
+    for cost in found:
+        documents = f"{out.count(cost.documents, 'document')}, {cost.tokens:,} tokens"
         out.say(
-            f"set for {tier.length:,} tokens: {tier.budget} evaluations of {len(lengths)} documents, "
-            f"{sum(lengths):,} tokens and {(dense + attention) / 1e12:.3g} TFLOP each"
+            f"set for {cost.length:,} tokens: {out.count(cost.evaluations, 'evaluation')} of {documents} and "
+            f"{cost.operations / 1e12:.3g} TFLOP each"
         )
+    total = sum(cost.evaluations * cost.operations for cost in found)
     out.say(f"together {total / 1e15:.3g} PFLOP: {_duration(total / 200e12)} at 200 TFLOP/s")
 
 
@@ -365,23 +194,56 @@ def _summary(recipe: Recipe) -> None:
 
 
 @contextlib.contextmanager
-def _progress(quiet: bool) -> Iterator[Watch]:
-    """A bar with the best loss and the time that is left, where somebody looks."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda progress: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn
+def _watching() -> Iterator[Watch]:
+    """Shows notes, and progress: a bar on a terminal, a line now and then elsewhere."""
+    from lrconvert.search.api import Note
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[said]}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        tasks: dict[int, Any] = {}
+    with contextlib.ExitStack() as stack:
+        show: Callable[[Progress], None] | None = None
 
-        def watch(now: Any) -> None:
-            if now.length not in tasks:
-                tasks[now.length] = bar.add_task(f"{now.length:,} tokens", total=now.budget, said="")
-            left = "" if now.seconds is None else f", {_duration(now.seconds * (now.budget - now.spent))} left"
-            said = f"{now.evaluations} evaluations, best loss {now.best:.4f}{left}"
-            bar.update(tasks[now.length], completed=now.spent, said=said)
+        def watch(event: Any) -> None:
+            nonlocal show
+            if isinstance(event, Note):
+                (out.warn if event.warning else out.hint)(event.text)
+                return
+            if show is None:
+                show = stack.enter_context(_bar()) if sys.stderr.isatty() else _lines()
+            show(event)
 
         yield watch
+
+
+def _described(now: Progress) -> str:
+    left = "" if now.seconds is None else f", {_duration(now.seconds * (now.budget - now.spent))} left"
+    return f"{out.count(now.evaluations, 'evaluation')}, best loss {now.best:.4f}{left}"
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[Callable[[Progress], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[described]}"))
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[int, Any] = {}
+
+        def show(now: Progress) -> None:
+            if now.length not in tasks:
+                tasks[now.length] = bar.add_task(f"{now.length:,} tokens", total=now.budget, described="")
+            bar.update(tasks[now.length], completed=now.spent, described=_described(now))
+
+        yield show
+
+
+def _lines() -> Callable[[Progress], None]:
+    """A line every `PIPED_SECONDS`."""
+    last = time.monotonic()
+
+    def show(now: Progress) -> None:
+        nonlocal last
+        if time.monotonic() - last >= PIPED_SECONDS:
+            last = time.monotonic()
+            out.hint(f"set for {now.length:,} tokens: {_described(now)}")
+
+    return show

@@ -103,7 +103,7 @@ class Capability:
 
 CUSTOM_HF = Capability("the artifact's own modeling code", None, True, "per tier", True, True)
 NATIVE_HF = Capability("transformers' native code", 2, False, "one", False, False)
-# Phi3Config of transformers 4.57 has no place for an attention factor (formats-hf: exactly three keys).
+# Phi3Config of transformers 4.57 has no place for an attention factor (it accepts exactly three keys).
 NATIVE_HF_FORMULA = Capability("transformers' native Phi-3 code", 2, False, "formula", False, False)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Short benchmarks through lm-eval, which makes the prompts and counts, over a session, which answers.
+"""Short benchmarks through lm-eval: it makes the prompts and counts, a session answers.
 
 This module imports lm-eval: `require` it first.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +21,25 @@ from lm_eval.evaluator import evaluate
 
 from lrconvert.checkpoint import open_checkpoint
 from lrconvert.errors import InputError, UnsupportedError
-from lrconvert.evals.earlier import pack
-from lrconvert.evals.figures import Figure, mean_figure
+from lrconvert.evals.figures import mean_figure
 from lrconvert.evals.perplexity import finite
 from lrconvert.evals.prompts import PromptTokenizer, Row
+from lrconvert.evals.scores import BenchmarkRow
 from lrconvert.evals.tasks import Asked, quiet
 from lrconvert.families.base import rope_section
 from lrconvert.runtimes.base import Session
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}  # padding included
 PROTOCOL = (
-    "lm-eval's: every answer is scored behind the prompt; acc counts where the likeliest is right, acc_norm the "
-    "likeliest a character, truthfulqa_mc2 is the share of probability on true answers; examples are drawn anew for "
-    "every question"
+    "lm-eval's: every answer is scored behind the prompt; acc: the likeliest answer is right, acc_norm: the likeliest "
+    "per character is; truthfulqa_mc2: the share of probability on true answers; examples are drawn for each question"
 )
 
 
 @dataclass
 class Effort:
-    """What was asked of the session: requests (each once), their tokens, and how many lost the start of a prompt that
-    is longer than the window."""
+    """How much the session computed: requests (each once), their tokens, and how many prompts were cut because they
+    are longer than the window."""
 
     requests: int = 0
     tokens: int = 0
@@ -73,18 +72,18 @@ class SessionModel(LM):
         return [found[pair] for pair in pairs]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """Log probability in nats of whole texts, in windows that share no judged token."""
+        """Log probability in nats of whole texts, in parts of at most the window that share no judged token."""
         rows, owners = [], []
         texts = [request.args[0] for request in requests]
         ids, prefix = self.tokenizer.encode(texts), self.tokenizer.prefix
         if prefix is None:
             raise InputError("the first token of a text is judged behind BOS or EOS; the tokenizer has neither")
         for owner, text in enumerate(texts):
-            # A window of lm-eval's has one token more than the model is fed.
-            windows = utils.get_rolling_token_windows(
+            # A part of lm-eval's has one token more than the model is fed.
+            parts = utils.get_rolling_token_windows(
                 ids[text].tolist(), prefix_token=prefix, max_seq_len=self.window - 1, context_len=1
             )
-            for context, judged in map(utils.make_disjoint_window, windows):
+            for context, judged in map(utils.make_disjoint_window, parts):
                 rows.append(Row.of([*context, *judged], len(judged)))
                 owners.append(owner)
         totals = [0.0] * len(texts)
@@ -93,7 +92,7 @@ class SessionModel(LM):
         return totals
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        raise UnsupportedError("this evaluation scores given answers; it generates no text")
+        raise UnsupportedError("this evaluation scores given answers and generates no text")
 
     def _scored(self, rows: Sequence[Row]) -> list[tuple[float, bool]]:
         kept = [row.within(self.window) for row in rows]
@@ -132,24 +131,6 @@ def batches(lengths: Sequence[int], most: int, boundary: int | None = None) -> I
         yield batch
 
 
-@dataclass(frozen=True)
-class BenchmarkRow:
-    """One benchmark: its score over all questions with lm-eval's standard error, every question's own score, and the
-    SHA-256 of all that was asked, which tells whether two results may be compared."""
-
-    task: str
-    metric: str
-    shots: int
-    score: Figure
-    stderr: float
-    scores: tuple[float, ...]
-    prompts_sha256: str
-
-    def to_json(self) -> dict[str, Any]:
-        """With the scores of all questions as one string."""
-        return asdict(self) | {"questions": len(self.scores), "scores": pack(self.scores)}
-
-
 def session_model(
     session: Session, artifact: Path, batch_tokens: int, *, progress: Callable[[str], None] | None = None
 ) -> SessionModel:
@@ -165,7 +146,7 @@ def session_model(
 
 
 def protocol(asked: Sequence[Asked], limit: int | None) -> str:
-    """In words, what is measured and how it was asked."""
+    """What is measured and how, in words."""
     parts = [PROTOCOL]
     if shared := [found.name for found in asked if found.shots and len(found.files) == 1]:
         parts.append(f"those of {', '.join(shared)} are questions of the same file that are never asked")

@@ -13,7 +13,7 @@ from typing import Any
 from lrconvert.errors import EnvironmentFailure, InputError, LrconvertError, UsageError, require
 
 PREFIX = "hf:"
-ROWS = 4  # long enough rows that are taken where no number is named: as many as `--windows`
+ROWS = 4  # long enough rows that are taken where no number is named: as many as `--windows` has
 TEXT = "text"  # the column that is taken where none is named
 SPELLING = "hf:NAME[@REVISION][:[CONFIG:]SPLIT][?column=COLUMN][#ROWS]"
 _ADDRESS = re.compile(
@@ -132,7 +132,7 @@ def _texts(
 
 @contextlib.contextmanager
 def _explained(address: Address) -> Iterator[None]:
-    """What `datasets` and the Hub raise, in our words."""
+    """Turns what `datasets` and the Hub raise into our errors."""
     from huggingface_hub.errors import HfHubHTTPError
 
     # The bases are those of the Hub's HTTP library, whichever that is.

@@ -1,27 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An earlier result of the same benchmarks, and the difference from it, question by question."""
+"""An earlier result of the same benchmarks, and the differences from it, question by question."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from lrconvert.errors import InputError, UsageError, first_problem
 from lrconvert.evals.figures import Figure, difference_figure
-
-if TYPE_CHECKING:
-    from lrconvert.evals.benchmarks import BenchmarkRow
-    from lrconvert.evals.tasks import Asked
+from lrconvert.evals.scores import BenchmarkRow, pack, unpack
+from lrconvert.evals.tasks import Asked
 
 MAX_RESULT = 64 * 2**20  # bytes; the scores of all questions of MMLU take a thousandth
 
 
 class EarlierRow(BaseModel):
-    """What of a row of a result is compared."""
+    """The fields of a result's row that are compared."""
 
     task: str
     metric: str
@@ -32,7 +30,7 @@ class EarlierRow(BaseModel):
 
 
 class EarlierResult(BaseModel):
-    """What of a result's JSON is compared."""
+    """The fields of a result that are compared."""
 
     evaluation: str
     artifact: str
@@ -44,30 +42,17 @@ class EarlierResult(BaseModel):
 
 @dataclass(frozen=True)
 class Difference:
-    """This score less the earlier one, with the paired standard error."""
+    """This score minus the earlier one, with the paired standard error."""
 
     difference: Figure
     stderr: float
-
-
-def pack(scores: Sequence[float]) -> str:
-    """Scores of questions as one string: in JSON a list would have a line a question."""
-    return " ".join(f"{round(score, 6):g}" for score in scores)
-
-
-def unpack(packed: str) -> list[float]:
-    """Raises `ValueError` for what is no score: all are shares, and so is what this evaluation writes."""
-    found = [float(score) for score in packed.split()]
-    if any(not 0 <= score <= 1 for score in found):  # nor nan
-        raise ValueError("a score is not between 0 and 1")
-    return found
 
 
 def read_earlier(path: Path) -> EarlierResult:
     """The JSON that this evaluation wrote. `InputError` for anything else."""
     try:
         if path.stat().st_size > MAX_RESULT:
-            raise InputError(f"{path}: larger than any result of this evaluation")
+            raise InputError(f"{path}: larger than any result of `lrconvert eval benchmarks`")
         found = EarlierResult.model_validate_json(path.read_bytes())
         for row in found.rows:
             if len(unpack(row.scores)) != row.questions:
@@ -85,7 +70,7 @@ def read_earlier(path: Path) -> EarlierResult:
 
 
 def check_comparable(earlier: EarlierResult, asked: Sequence[Asked], files: Mapping[str, str], seed: int) -> None:
-    """Before anything is loaded: `UsageError` names everything that was asked differently then."""
+    """Before anything is loaded: raises `UsageError` with everything that differs in what was asked."""
     then = {row.task: row for row in earlier.rows}
     differing: list[tuple[str, Any, Any]] = [
         ("tasks", ", ".join(row.task for row in earlier.rows), ", ".join(found.name for found in asked)),
@@ -106,7 +91,7 @@ def check_comparable(earlier: EarlierResult, asked: Sequence[Asked], files: Mapp
 
 
 def changed_prompts(earlier: EarlierResult, rows: Sequence[BenchmarkRow]) -> UsageError | None:
-    """Why the results can't be compared after all, known when the questions were asked: the Hub's data or lm-eval
+    """Why the results can't be compared after all, known once the questions are asked: the data on the Hub or lm-eval
     changed in between."""
     then = {row.task: row for row in earlier.rows}
     if not (other := [row.task for row in rows if row.prompts_sha256 != then[row.task].prompts_sha256]):
@@ -118,7 +103,7 @@ def changed_prompts(earlier: EarlierResult, rows: Sequence[BenchmarkRow]) -> Usa
 
 
 def differences(earlier: EarlierResult, rows: Sequence[BenchmarkRow]) -> list[Difference]:
-    """Of every row; the prompts are the same (`changed_prompts`)."""
+    """One a row, for results with the same prompts (`changed_prompts`)."""
     then = {row.task: row for row in earlier.rows}
     # Both as they are stored, so that a result compared with itself differs by nothing.
     packed = [(then[row.task].scores, pack(row.scores)) for row in rows]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Passkey retrieval: a five-digit key hidden in noise, asked for at the end."""
+"""Passkey retrieval: a key of digits hidden in noise and asked for at the end."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
 from lrconvert.checkpoint import read_json
+from lrconvert.checkpoint.tokenizer import Encode
 from lrconvert.data import DATA
 from lrconvert.errors import InputError
 from lrconvert.evals.figures import Figure, share_figure
 from lrconvert.evals.perplexity import finite
 from lrconvert.runtimes.base import Session
 
-Encode = Callable[[str], list[int]]
 PROTOCOL = (
     "a key of digits between sentences of noise, at depths from the start of the document to its end, asked for behind "
     "it; found when greedy decoding writes every digit"
@@ -26,7 +26,7 @@ PROTOCOL = (
 
 
 class _Written(BaseModel, strict=True):
-    """What a passkey.json holds; other fields are passed over."""
+    """The fields of a passkey.json; others are ignored."""
 
     filler: list[str] = Field(min_length=1)
     needle: str = Field(pattern=r"\{key\}")
@@ -45,7 +45,7 @@ class PasskeyFormat:
 
     @classmethod
     def read(cls, path: Path) -> PasskeyFormat:
-        """From a model's passkey.json. `InputError` names what is missing or wrong in it."""
+        """From a passkey.json. Raises `InputError` with everything that is missing or wrong in it."""
         try:
             found = _Written.model_validate(read_json(path))
         except ValidationError as error:
@@ -55,7 +55,7 @@ class PasskeyFormat:
 
 
 def form_of(folder: Path) -> Path:
-    """The sentences that come with a model, else plain English ones."""
+    """The passkey.json of a model folder, else the one with plain English sentences."""
     own = folder / "passkey.json"
     return own if own.is_file() else DATA / "passkey.json"
 
@@ -69,16 +69,16 @@ def build_document(
     question = encode(form.question)
     answer = _answer(encode, form.question, key)
     least = len(needle) + len(question) + len(answer)
-    room = length - least
-    if room < 0:
+    noise_tokens = length - least
+    if noise_tokens < 0:
         raise InputError(f"a passkey document needs at least {least} tokens, not {length}")
     sentences = [encode(sentence) for sentence in form.filler]
     if not all(sentences) or not answer:
         raise InputError("a sentence of noise, or the key, has no tokens")
     before: list[list[int]] = []
     after: list[list[int]] = []
-    target, at_start, at_end = depth * room, 0, 0
-    while at_start + at_end < room:
+    target, at_start, at_end = depth * noise_tokens, 0, 0
+    while at_start + at_end < noise_tokens:
         sentence = sentences[rng.integers(len(sentences))]
         if at_start < target:
             before.append(sentence)
@@ -86,7 +86,7 @@ def build_document(
         else:
             after.append(sentence)
             at_end += len(sentence)
-    surplus = at_start + at_end - room
+    surplus = at_start + at_end - noise_tokens
     noise = [token for sentence in before for token in sentence]
     rest = [token for sentence in after for token in sentence]
     # Cut from the front of the document, never into the needle.
@@ -103,7 +103,7 @@ def _answer(encode: Encode, question: str, key: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Found:
-    """At one length: keys found, of how many trials."""
+    """Keys found at one length, of how many trials."""
 
     length: int
     hits: int

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -20,20 +21,25 @@ Tokens = Sequence[int] | np.ndarray
 
 @dataclass(frozen=True)
 class PerplexityRow:
-    """One length: the figure, how many tokens of how many documents (or ends of contexts) it is made of, and how."""
+    """One length: the figure, over how many tokens of how many excerpts, and by which protocol."""
 
     length: int
     perplexity: Figure
     tokens: int
-    windows: int
+    excerpts: int
     protocol: str  # a name of `protocols.PROTOCOLS`
+
+    def to_json(self) -> dict[str, Any]:
+        """Results call the excerpts `windows`."""
+        values = asdict(self)
+        return {"windows" if key == "excerpts" else key: value for key, value in values.items()}
 
 
 def same_token_perplexity(session: Session, tokens: Tokens, length: int, judged: int = JUDGED) -> float:
-    """Perplexity of the document's last `judged` tokens, seen at the end of a context of `length` tokens.
+    """Perplexity of the document's last `judged` tokens at the end of a context of `length` tokens.
 
-    The judged tokens do not depend on the length, so what differs between lengths is the context alone:
-    a model that can use, or at least stand, a longer context does not get worse.
+    The judged tokens are the same at every length, so only the context differs: a model that copes with a longer
+    context does not get worse.
     """
     if length > len(tokens) or judged >= length:
         raise InputError(f"a text of {len(tokens)} tokens can't be judged at {length} with {judged} judged tokens")
@@ -48,7 +54,7 @@ def measure_perplexity(
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> list[PerplexityRow]:
-    """The plan's perplexity at every length, shortest first.
+    """Perplexity at every length of the plan, shortest first.
 
     Raises `InputError` when no text is long enough, or the model's losses are not numbers.
     """
@@ -62,8 +68,8 @@ def measure_perplexity(
             found = _losses(session, texts[context.text][context.start : context.end], context.judged)
             parts += np.array_split(found, max(1, context.judged // CLUSTER))
         figure = perplexity_figure(parts, seed)
-        windows = len({context.window for context in contexts})
-        rows.append(PerplexityRow(length, figure, sum(map(len, parts)), windows, plan.protocol(length).name))
+        excerpts = len({context.excerpt for context in contexts})
+        rows.append(PerplexityRow(length, figure, sum(map(len, parts)), excerpts, plan.protocol(length).name))
     return rows
 
 
@@ -75,7 +81,7 @@ def _losses(session: Session, tokens: Tokens, judged: int) -> np.ndarray:
 
 
 def finite(scores: Scores, length: int) -> Scores:
-    """The scores of a row. `InputError` where they are of a broken model, which prefers nothing and finds nothing."""
+    """The scores of a row. Raises `InputError` where they are not numbers: the model is broken."""
     if not np.isfinite(scores.losses).all():
         raise InputError(f"the model's losses in a context of {length} tokens are not all numbers (nan or infinity)")
     return scores

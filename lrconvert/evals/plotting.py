@@ -9,30 +9,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrconvert.evals.passkey import by_length
-from lrconvert.recipe.plotting import one_axis, save
+from lrconvert.recipe.plotting import one_axis, plain_log_scale, save
 
 if TYPE_CHECKING:
-    from lrconvert.evals.benchmarks import BenchmarkRow
     from lrconvert.evals.passkey import PasskeyRow
     from lrconvert.evals.perplexity import PerplexityRow
+    from lrconvert.evals.scores import BenchmarkRow
 
 PALE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.6, "pad": 1.5}  # behind words on a colour
 
 
 def plot_perplexity(rows: Sequence[PerplexityRow], path: Path, *, title: str, protocol: str) -> None:
-    """Perplexity against length, with its 95 % interval, as a PNG that says how it was measured."""
+    """Perplexity against length, with its 95 % interval, as a PNG with the protocol in it."""
     figure, axis = one_axis()
     lengths, figures = [row.length for row in rows], [row.perplexity for row in rows]
     values = [found.value for found in figures]
     bars = [[f.value - f.low for f in figures], [f.high - f.value for f in figures]]
     axis.errorbar(lengths, values, yerr=bars, marker="o", capsize=3, color="tab:blue")
     axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
+    plain_log_scale(axis, [bound for found in figures for bound in (found.low, found.high)])
     axis.set_xticks(lengths, [f"{row.length:,}\n({row.tokens:,})" for row in rows], fontsize=8)
     axis.set_xlabel("tokens of context (tokens that count)")
     axis.set_ylabel("perplexity, 95 % interval")
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("{x:g}")
     axis.grid(alpha=0.3)
     _titled(axis, title, protocol)
     save(figure, path)
@@ -60,7 +58,7 @@ def plot_passkey(rows: Sequence[PasskeyRow], path: Path, *, title: str, protocol
 
 
 def _titled(axis: Any, title: str, protocol: str) -> None:
-    """What was measured and how, above the picture."""
+    """The title and the protocol, above the picture."""
     lines = textwrap.wrap(protocol, 110)
     axis.set_title("\n".join([title, *lines]), fontsize=7, loc="left")
 

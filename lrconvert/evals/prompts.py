@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from lrconvert.checkpoint import open_checkpoint
+from lrconvert.checkpoint.tokenizer import read_tokenizer
 from lrconvert.errors import InputError
-from lrconvert.evals.subject import read_tokenizer
 
 CHUNK = 1024  # texts encoded at once: what the tokenizer returns is many times larger than the ids
 

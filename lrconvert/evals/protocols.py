@@ -15,15 +15,15 @@ import numpy as np
 from lrconvert.errors import InputError, UsageError
 
 JUDGED = 1024  # tokens whose loss counts in the same-token protocol: the same ones at every length
-WINDOWS = 4
+EXCERPTS = 4
 
 
 @dataclass(frozen=True)
 class Context:
-    """One forward pass over `tokens[start:end]` of a text, the last `judged` of which count; `window` numbers the
-    places that a protocol takes (ends of contexts, documents)."""
+    """One forward pass over `tokens[start:end]` of a text, the last `judged` of which count; `excerpt` numbers the
+    parts of the texts that a protocol takes (ends of contexts, documents)."""
 
-    window: int
+    excerpt: int
     text: int
     start: int
     end: int
@@ -32,18 +32,18 @@ class Context:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked of texts: at which lengths (tokens), of how many places, and how.
+    """What is measured: at which lengths (tokens), of how many excerpts of the texts, and by which protocol.
 
-    By default the same last `judged` tokens are seen behind contexts of every length. `whole`: all tokens of documents
-    cut at each length. `step`: contexts that move by so many tokens over documents of `document_tokens` (default: the
-    longest length). Both: whole documents up to `step`, moving contexts beyond.
+    By default the same last `judged` tokens count at the end of contexts of every length. `whole`: all tokens of
+    documents cut at each length. `step`: contexts that move by this many tokens over documents of `document_tokens`
+    (default: the longest length). Both: whole documents up to `step`, moving contexts beyond.
 
-    Raises `UsageError` for what does not go together.
+    Raises `UsageError` for options that don't go together.
     """
 
     lengths: tuple[int, ...]
     judged: int | None = None  # default: JUDGED
-    windows: int = WINDOWS
+    excerpts: int = EXCERPTS
     whole: bool = False
     step: int | None = None
     document_tokens: int | None = None
@@ -51,21 +51,21 @@ class Plan:
     def __post_init__(self) -> None:
         shortest, longest = min(self.lengths), max(self.lengths)
         if shortest < 2:
-            raise UsageError("a length of 1 has no token that could be predicted", remedy="Ask for 2 or more")
+            raise UsageError("a length of 1 has no token to predict", remedy="Ask for 2 or more")
         if self.judged is not None and (self.whole or self.step):
-            raise UsageError("--judged is about the same tokens at every length; --whole and --sliding-window have all")
+            raise UsageError("--judged does not go with --whole or --sliding-window: they count all tokens")
         if self.document_tokens is not None and self.step is None:
-            raise UsageError("--document-tokens is about --sliding-window, which is not given")
+            raise UsageError("--document-tokens needs --sliding-window")
         if self.step is not None and not self.whole and self.step > shortest:
             raise UsageError(
-                f"--sliding-window {self.step} is longer than the contexts of {shortest} tokens: what lies between two "
-                "of them would not count",
-                remedy="Move by less, or add --whole to take lengths up to it as whole documents",
+                f"--sliding-window {self.step} is longer than the contexts of {shortest} tokens: tokens between two "
+                "contexts would not count",
+                remedy="Use a smaller one, or add --whole to read lengths up to it as whole documents",
             )
         if self.document_tokens is not None and self.document_tokens < longest:
             raise UsageError(
                 f"--document-tokens {self.document_tokens} is less than the longest length, {longest}",
-                remedy="A context has to fit into its document",
+                remedy="Use at least the longest length",
             )
 
     @property
@@ -75,7 +75,7 @@ class Plan:
 
     @property
     def counted(self) -> int:
-        """Tokens of a window that count in the same-token protocol."""
+        """Tokens of an excerpt that count in the same-token protocol."""
         return min(self.judged or JUDGED, min(self.lengths) - 1)
 
     def protocol(self, length: int) -> Protocol:
@@ -84,7 +84,7 @@ class Plan:
         return PROTOCOLS["whole" if self.whole else "same tokens"]
 
     def contexts(self, texts: Sequence[int], length: int) -> list[Context]:
-        """The passes at a length over texts of so many tokens. Raises `InputError` where all texts are too short."""
+        """The passes at a length, for texts of these numbers of tokens. Raises `InputError` where all are too short."""
         return self.protocol(length).contexts(self, texts, length)
 
     def check(self, texts: Sequence[int]) -> None:
@@ -95,11 +95,9 @@ class Plan:
     def sentence(self) -> str:
         """What the figures are, for a report."""
         used = {self.protocol(length).name: self.protocol(length) for length in sorted(self.lengths)}
-        said = [
-            protocol.sentence.format(counted=self.counted, step=self.step, needed=self.needed)
-            for protocol in used.values()
-        ]
-        return said[0] if len(said) == 1 else f"up to {self.step} tokens: {said[0]}; beyond: {said[1]}"
+        values = {"counted": self.counted, "step": self.step, "needed": self.needed}
+        first, *others = [protocol.sentence.format(**values) for protocol in used.values()]
+        return f"up to {self.step} tokens: {first}; beyond: {others[0]}" if others else first
 
 
 # --- protocols -------------------------------------------------------------------------------------------
@@ -115,13 +113,13 @@ class Protocol:
 
 
 def _same_tokens(plan: Plan, texts: Sequence[int], length: int) -> list[Context]:
-    ends = window_ends(texts, max(plan.lengths), plan.windows)
-    return [Context(window, text, end - length, end, plan.counted) for window, (text, end) in enumerate(ends)]
+    ends = excerpt_ends(texts, max(plan.lengths), plan.excerpts)
+    return [Context(number, text, end - length, end, plan.counted) for number, (text, end) in enumerate(ends)]
 
 
 def _whole(plan: Plan, texts: Sequence[int], length: int) -> list[Context]:
     starts = enumerate(document_starts(plan, texts))
-    return [Context(window, text, start, start + length, length - 1) for window, (text, start) in starts]
+    return [Context(number, text, start, start + length, length - 1) for number, (text, start) in starts]
 
 
 def _sliding(plan: Plan, texts: Sequence[int], length: int) -> list[Context]:
@@ -130,10 +128,10 @@ def _sliding(plan: Plan, texts: Sequence[int], length: int) -> list[Context]:
     assert plan.step is not None
     made = []
     ends = [*range(length, plan.needed, plan.step), plan.needed]
-    for window, (text, start) in enumerate(document_starts(plan, texts)):
+    for number, (text, start) in enumerate(document_starts(plan, texts)):
         for end, before in zip(ends, [1, *ends], strict=False):
             judged = min(end - before, length - 1)  # a context that shares nothing with the last one has a first token
-            made.append(Context(window, text, start + end - length, start + end, judged))
+            made.append(Context(number, text, start + end - length, start + end, judged))
     return made
 
 
@@ -142,8 +140,8 @@ PROTOCOLS = {
     for protocol in (
         Protocol(
             "same tokens",
-            "perplexity of the same last {counted} tokens of each window, seen at the end of a context of every "
-            "length: what differs between lengths is the context alone",
+            "perplexity of the same last {counted} tokens of each excerpt, at the end of a context of every length: "
+            "only the context differs between lengths",
             _same_tokens,
         ),
         Protocol(
@@ -165,12 +163,12 @@ PROTOCOLS = {
 # --- places ----------------------------------------------------------------------------------------------
 
 
-def window_ends(lengths: Sequence[int], longest: int, windows: int) -> list[tuple[int, int]]:
-    """Text and end of each window: as far apart as the texts allow, and no more of them than fit without sharing
+def excerpt_ends(lengths: Sequence[int], longest: int, excerpts: int) -> list[tuple[int, int]]:
+    """Text and end of each excerpt: as far apart as the texts allow, and no more of them than fit without sharing
     judged tokens."""
     return [
         (text, int(end))
-        for text, size, share in _shares(lengths, longest, windows)
+        for text, size, share in _shares(lengths, longest, excerpts)
         for end in np.linspace(size, longest, min(share, 1 + (size - longest) // JUDGED)).astype(int)
     ]
 
@@ -180,18 +178,18 @@ def document_starts(plan: Plan, lengths: Sequence[int]) -> list[tuple[int, int]]
     apart as it allows and without sharing tokens."""
     return [
         (text, int(start))
-        for text, size, share in _shares(lengths, plan.needed, plan.windows)
+        for text, size, share in _shares(lengths, plan.needed, plan.excerpts)
         for start in np.linspace(0, size - plan.needed, min(share, size // plan.needed)).astype(int)
     ]
 
 
-def _shares(lengths: Sequence[int], needed: int, windows: int) -> list[tuple[int, int, int]]:
-    """Text, its tokens, and how many of the `windows` it gets; of texts that are long enough."""
+def _shares(lengths: Sequence[int], needed: int, excerpts: int) -> list[tuple[int, int, int]]:
+    """Text, its tokens, and how many of the `excerpts` it gets; of texts that are long enough."""
     long_enough = [(index, length) for index, length in enumerate(lengths) if length >= needed]
     if not long_enough:
         raise InputError(
             f"the longest text has {max(lengths, default=0)} tokens; {needed} are asked for",
             remedy="Give longer texts, or ask for shorter --lengths",
         )
-    each, more = divmod(windows, len(long_enough))
+    each, more = divmod(excerpts, len(long_enough))
     return [(index, length, each + (place < more)) for place, (index, length) in enumerate(long_enough)]

@@ -10,13 +10,9 @@ from typing import Any, NoReturn
 import numpy as np
 
 from lrconvert import __version__
-from lrconvert.artifact.manifest import Manifest
 from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.base import refuse_quantised
 from lrconvert.errors import UnsupportedError, require
-from lrconvert.evals.subject import Subject, resolved
-from lrconvert.parity.expected import expected
-from lrconvert.parity.stored import on_stored_weights
 from lrconvert.rope import RopeSpec
 from lrconvert.runtimes.base import Scores
 from lrconvert.training.devices import torch_device
@@ -63,15 +59,15 @@ class ReferenceSession:
 
 
 @contextmanager
-def open_reference(subject: Subject, *, device: str = "cpu", threads: int | None = None) -> Iterator[ReferenceSession]:
-    """The reference over what is evaluated: an artifact's own weights under its recipe, a model under the recipe given,
-    or under the rotation of its config.
+def open_reference(
+    model: Model, spec: RopeSpec, *, device: str = "cpu", threads: int | None = None
+) -> Iterator[ReferenceSession]:
+    """The reference over a model under a rotation, with `threads` of PyTorch's for as long as the session lives.
 
-    Raises `UnsupportedError` for weights that can't be read, `InputError` for a recipe that is another model's.
+    Raises `UnsupportedError` for weights that can't be read.
     """
     torch = require("torch", "hf", "the reference implementation")
     torch_device(device, "hf", "the reference implementation")
-    model, spec = computed(subject)
     before = torch.get_num_threads()
     try:
         if threads is not None:
@@ -79,20 +75,3 @@ def open_reference(subject: Subject, *, device: str = "cpu", threads: int | None
         yield ReferenceSession(model, spec, device=device)
     finally:
         torch.set_num_threads(before)
-
-
-def computed(subject: Subject) -> tuple[Model, RopeSpec]:
-    """The weights, and the rotation that is to be computed on them."""
-    model = subject.model()
-    stored = model.checkpoint
-    if subject.recipe is not None and subject.given is not None:
-        return model, resolved(subject.recipe, model)
-    if stored.format != "safetensors":
-        model = on_stored_weights(model, stored)
-    if subject.recipe is not None:
-        record = Manifest.read(subject.artifact).bake
-        wanted = expected(model, resolved(subject.recipe, model, record.window), record, subject.artifact)
-        return wanted.model, wanted.spec
-    found, shape = model.rotation, model.shape
-    window = found.tiers[-1].max_length
-    return model, RopeSpec(model.family.name, shape.rotary_dim, shape.theta, found.original_window, window, found.tiers)

@@ -9,15 +9,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lrconvert.artifact.bake import bake
 from lrconvert.artifact.manifest import Manifest, manifest_path
 from lrconvert.checkpoint import Model, locate, open_checkpoint, open_model
 from lrconvert.checkpoint.adapter import Adapter, choose_adapter, merged, open_adapter
-from lrconvert.errors import InputError, UsageError, require
-from lrconvert.evals.texts import Encode, Text
+from lrconvert.checkpoint.tokenizer import Encode, tokenizer_of
+from lrconvert.errors import UsageError, require
+from lrconvert.evals.texts import Text
 from lrconvert.parity.codes import Code, Options, codes_of
+from lrconvert.parity.expected import expected
+from lrconvert.parity.stored import on_stored_weights
 from lrconvert.recipe import Recipe, load_recipe, parse_recipe, recipe_folder, resolve
 from lrconvert.rope import RopeSpec
 from lrconvert.runtimes.base import Session
@@ -30,8 +32,8 @@ REFERENCE = "reference"  # not code of an artifact: our implementation over its 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model or an artifact, as the user named it and where it lies. `recipe` is what it carries, or what it is to be
-    evaluated under, if that was `given` (file, folder or name)."""
+    """A model or an artifact: as the user named it, and its path. `recipe` is the one that it carries, or the one that
+    was `given` (file, folder or name) to evaluate it under."""
 
     reference: str
     artifact: Path
@@ -40,13 +42,13 @@ class Subject:
 
     @classmethod
     def of(cls, reference: str, recipe: str | None = None) -> Subject:
-        """Raises `UsageError` for a recipe to something that has one already, `InputError` for another model's."""
+        """Raises `UsageError` for a recipe on something that has one already, `InputError` for another model's."""
         artifact = locate(reference)
         if recipe is None:
             return cls(reference, artifact, _carried(artifact))
         chosen = load_recipe(recipe)
         model = open_model(artifact)
-        if (carried := _carried(artifact)) is not None or model.checkpoint.format == "onnx":
+        if (carried := _carried(artifact)) is not None or not model.checkpoint.convertible:
             name = "a rotation" if carried is None else f"the recipe {carried.name}"
             raise UsageError(
                 f"{reference} already carries {name}, so --recipe {recipe} can't be tried on it",
@@ -70,19 +72,19 @@ class Subject:
         return None if path is None else open_adapter(path)
 
     def model(self) -> Model:
-        """Its own weights, with the adapter of a recipe that was given."""
+        """The model with its own weights, and with the adapter of a recipe that was given."""
         model, adapter = open_model(self.artifact), self.adapter
         if adapter is None:
             return model
         return merged(model, adapter, rounded=model.checkpoint.format == "safetensors")
 
     def vocab(self) -> int | None:
-        """Tokens of the vocabulary, where the config says it."""
+        """The size of the vocabulary, if the config has it."""
         size = open_checkpoint(self.artifact, tolerant=True).config.get("vocab_size")
         return size if isinstance(size, int) else None
 
     def searched_on(self, texts: Sequence[Text]) -> list[Text]:
-        """Texts that the recipe was searched on: a figure on them flatters it."""
+        """Texts that the recipe was searched on: a figure on them is too good."""
         search = (self.recipe.provenance.search if self.recipe else None) or {}
         known = {str(value) for key, value in search.items() if "sha256" in key}
         known |= {text["sha256"] for text in search.get("texts", ()) if isinstance(text, dict) and "sha256" in text}
@@ -101,6 +103,27 @@ def resolved(recipe: Recipe, model: Model, window: int | None = None) -> RopeSpe
     """The recipe against a model. Raises `InputError` where it is another model's."""
     called, shape = model.called(recipe.family), model.shape
     return resolve(recipe, family=called, rotary_dim=shape.rotary_dim, theta=shape.theta, window=window)
+
+
+def computed(subject: Subject) -> tuple[Model, RopeSpec]:
+    """The weights, and the rotation to compute on them: of an artifact its own weights under its recipe, of a model the
+    recipe that was given or the rotation of its config.
+
+    Raises `UnsupportedError` for weights that can't be read, `InputError` for a recipe of another model.
+    """
+    model = subject.model()
+    stored = model.checkpoint
+    if subject.recipe is not None and subject.given is not None:
+        return model, resolved(subject.recipe, model)
+    if stored.format != "safetensors":
+        model = on_stored_weights(model, stored)
+    if subject.recipe is not None:
+        record = Manifest.read(subject.artifact).bake
+        wanted = expected(model, resolved(subject.recipe, model, record.window), record, subject.artifact)
+        return wanted.model, wanted.spec
+    found, shape = model.rotation, model.shape
+    window = found.tiers[-1].max_length
+    return model, RopeSpec(model.family.name, shape.rotary_dim, shape.theta, found.original_window, window, found.tiers)
 
 
 # --- opening ---------------------------------------------------------------------------------------------
@@ -138,7 +161,7 @@ def opened(
         if code == REFERENCE:
             from lrconvert.evals.reference import open_reference
 
-            session: Session = stack.enter_context(open_reference(subject, device=device, threads=threads))
+            session: Session = stack.enter_context(open_reference(*computed(subject), device=device, threads=threads))
         else:
             artifact = subject.artifact
             if subject.given is not None:
@@ -170,34 +193,5 @@ def baked(subject: Subject) -> Iterator[Path]:
         yield planned.output
 
 
-# --- tokenizer -------------------------------------------------------------------------------------------
-
-
 def _no_text(piece: str) -> list[int]:
-    raise AssertionError("an evaluation on token ids was asked to read text")
-
-
-def tokenizer_of(artifact: Path) -> Encode:
-    """Text to ids, without special tokens."""
-    tokenizer = read_tokenizer(artifact)
-    return lambda piece: tokenizer.encode(piece, add_special_tokens=False).ids
-
-
-def read_tokenizer(artifact: Path) -> Any:
-    """The artifact's tokenizer, as the library `tokenizers` has it; it reads texts of any length.
-
-    Raises `InputError` where there is none, or a damaged one.
-    """
-    tokenizers = require("tokenizers", "hf", "an evaluation on text")
-    source: Any = open_checkpoint(artifact, tolerant=True).side_files().get("tokenizer.json")
-    if source is None:
-        raise InputError(f"{artifact}: no tokenizer.json, so no text can be read")
-    try:
-        text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source.decode()
-        json.loads(text)
-        found = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # what the library raises for a damaged file
-        raise InputError(f"{artifact}: tokenizer.json can't be used ({str(error)!r:.200})") from error
-    found.no_truncation()  # a file may ask for both, of every text
-    found.no_padding()
-    return found
+    raise AssertionError("no text is read in an evaluation on token ids")

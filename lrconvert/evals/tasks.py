@@ -56,7 +56,7 @@ class Question(BaseModel):
 
 
 class Line(BaseModel, ABC):
-    """What stands on a line of a benchmark's file; other fields are passed over."""
+    """A line of a benchmark's file; other fields are ignored."""
 
     @abstractmethod
     def asked(self) -> Question:
@@ -150,7 +150,7 @@ class Asked:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the progress bars and warnings of lm-eval and what it calls; progress is told by us."""
+    """Without the progress bars and warnings of lm-eval and what it calls; we report progress ourselves."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -316,12 +316,12 @@ def _drawn(name: str, tasks: dict[str, Any], shots: int | None, limit: int | Non
     would mean all to lm-eval."""
     if generating := [task for task, found in tasks.items() if found.OUTPUT_TYPE not in SCORED]:
         raise UnsupportedError(
-            f"{name} has to generate text or asks for whole texts ({generating[0]}); what is measured here is the "
-            "likelihood of given answers"
+            f"{name} generates text or scores whole texts ({generating[0]}); only the likelihood of given answers is "
+            "measured here"
         )
     wanted, *others = sorted({_shots(name, shots, found.get_config("num_fewshot")) for found in tasks.values()})
     if others:
-        raise UsageError(f"{name}: its tasks have {wanted} to {others[-1]} shots", remedy="Ask for them one by one")
+        raise UsageError(f"{name}: its tasks have {wanted} to {others[-1]} shots", remedy="Name its tasks one by one")
     metric = _metric(name, tasks.values())
     sizes = [len(found.eval_docs) for found in tasks.values()]
     chosen = np.array(draw(sum(sizes), limit, seed))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Long texts as tokens: files, folders, token ids that were made before (`.npy`), and data sets (`hf:…`)."""
+"""Long texts as tokens: files, folders, token ids (`.npy`) and data sets (`hf:…`)."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lrconvert.checkpoint.tokenizer import Encode
 from lrconvert.errors import InputError
 from lrconvert.evals.data_sets import PREFIX, Address, open_rows
 
-Encode = Callable[[str], list[int]]
 Source = Path | Address
-MOST_ROWS = 10_000  # of a data set that are looked at for long ones
+MOST_ROWS = 10_000  # rows of a data set that are searched for long ones
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text as it was given: name and digest are recorded, tokens are what documents are cut from.
+    """A text: name and digest are recorded, documents are cut from the tokens.
 
     The digest is of the text in UTF-8, or of the .npy file; `data_set` says which row of which it is.
     """
@@ -33,16 +33,16 @@ class Text:
     tokens: NDArray[np.int64]
     data_set: dict[str, Any] | None = None
 
-    def described(self) -> dict[str, Any]:
-        """As recipes, journals and reports name it."""
+    def record(self) -> dict[str, Any]:
+        """For recipes, journals and reports."""
         found = {"name": self.name, "sha256": self.sha256, "tokens": len(self.tokens)}
         return found if self.data_set is None else {**found, "data_set": self.data_set}
 
 
 def sources_of(named: Sequence[str | Path]) -> list[Source]:
-    """What is meant: files, of a folder its .txt files by name, rows of data sets (`hf:…`, see `Address`).
+    """Files, the .txt files of folders in order, and addresses of data sets (`hf:…`).
 
-    Raises `InputError` where there is nothing, `UsageError` for an address that is none.
+    Raises `InputError` for an empty folder and for no text at all, `UsageError` for a malformed address.
     """
     found: list[Source] = []
     for name in named:
@@ -62,11 +62,10 @@ def sources_of(named: Sequence[str | Path]) -> list[Source]:
 def read_texts(
     sources: Sequence[Source], tokenizer: Callable[[], Encode], *, vocab: int | None = None, tokens: int = 1
 ) -> list[Text]:
-    """Every source's texts; of a data set the first rows that have at least so many `tokens`.
+    """The texts of every source; of a data set, the first rows with at least `tokens` tokens.
 
-    `tokenizer` is asked for only where there is text: token ids need none. Raises `InputError` for what is no text, is
-    empty, or has ids beyond the vocabulary (where that is known), and `EnvironmentFailure` where a data set can't be
-    reached.
+    `tokenizer` is called only if there is text: token ids need none. Raises `InputError` for a file that is no text or
+    empty and for ids beyond the vocabulary (if that is known), `EnvironmentFailure` where a data set can't be reached.
     """
     ids = [isinstance(source, Path) and source.suffix == ".npy" for source in sources]
     encode = _no_tokenizer if all(ids) else tokenizer()

@@ -86,8 +86,20 @@ class Recipe:
                 )
         return found
 
+    @property
+    def summary(self) -> dict[str, Any]:
+        """One line of a list of recipes."""
+        return {
+            "family": self.family,
+            "original_window": self.original_window,
+            "window": self.tiers[-1].max_length,
+            "tiers": len(self.tiers),
+            "kind": self.provenance.kind,
+            "method": self.provenance.method,
+        }
+
     def warnings(self) -> list[str]:
-        """What is unusual, but occurs in published models."""
+        """What is unusual but occurs in published models."""
         found = []
         for index, tier in enumerate(self.tiers):
             key, factors = f"tiers[{index}]", np.asarray(tier.factors)
@@ -98,7 +110,7 @@ class Recipe:
             if below.size:
                 found.append(f"{key}.factors: below 1 at index {_listed(below.tolist())}")
             if tier.start_tokens >= tier.max_length:
-                found.append(f"{key}.start_tokens: no position of this tier is ever scaled")
+                found.append(f"{key}.start_tokens: covers the whole window, so nothing is scaled")
         return found
 
     def to_json(self) -> str:
@@ -207,16 +219,28 @@ def _recipe_path(reference: str | Path) -> Path:
     return path
 
 
-def write_recipe(recipe: Recipe, output: Path, *, force: bool = False) -> Path:
-    """Write `output` (a .json file, or a folder for recipe.json), whole or not at all; the file's path.
+def check_output(output: Path, *, force: bool = False) -> Path:
+    """The file that a recipe for `output` is written to; refuses what `write_recipe` would refuse.
 
-    Raises `UsageError` for a file that exists and isn't a recipe, or that does and `force` isn't given.
+    Raises `UsageError` for a file that exists without `force`, and for a folder's name that is a file; `InputError` for
+    a file that is not a recipe: it is never replaced.
     """
+    if output.suffix != ".json" and output.is_file():
+        raise UsageError(f"{output} is a file", remedy="Name a folder, or a file that ends in .json")
     path = output if output.suffix == ".json" else output / RECIPE_FILE
     if path.exists():
         if not force:
             raise UsageError(f"{path} exists", remedy="Choose another name, or replace it with --force")
-        load_recipe(path)  # only a recipe is replaced; anything else was not written by us
+        load_recipe(path)
+    return path
+
+
+def write_recipe(recipe: Recipe, output: Path, *, force: bool = False) -> Path:
+    """Write `output` (a .json file, or a folder for recipe.json), whole or not at all; the file's path.
+
+    Raises as `check_output`, and `EnvironmentFailure` where nothing can be written.
+    """
+    path = check_output(output, force=force)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
@@ -229,7 +253,12 @@ def write_recipe(recipe: Recipe, output: Path, *, force: bool = False) -> Path:
 
 def shipped_recipes() -> dict[str, Path]:
     """Name and recipe file of every recipe that comes with lrconvert."""
-    return {path.parent.name: path for path in sorted(RECIPES.glob(f"*/{RECIPE_FILE}"))}
+    return recipes_in(RECIPES)
+
+
+def recipes_in(folder: Path) -> dict[str, Path]:
+    """Name and recipe file of every folder in `folder` that has one, in order."""
+    return {path.parent.name: path for path in sorted(folder.glob(f"*/{RECIPE_FILE}"))}
 
 
 # --- resolving -------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ _LENGTH_IN_NAME = re.compile(r"^(?:ft_[a-z0-9]+_)?(\d+)k", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Base:
-    """What tables of factors leave out about the model they belong to; None: not known."""
+    """What tables of factors leave out about their model; None: not known."""
 
     family: str | None = None
     theta: float | None = None
@@ -36,7 +36,7 @@ class Base:
 
 @dataclass(frozen=True)
 class _Piece:
-    """What one source says."""
+    """What one source holds."""
 
     base: Base
     rotary_dim: int
@@ -53,7 +53,7 @@ def import_recipe(
     """One recipe from one or more sources, and notes on what was assumed. `given` overrides the sources.
 
     A CSV source may be followed by `=LENGTH`, the window it serves. Raises `InputError` for sources that can't
-    be read or don't fit together, `UsageError` when something has to be said by an option.
+    be read or don't fit together, `UsageError` when an option is needed.
     """
     given = given or Base()
     if given.model is not None:
@@ -71,8 +71,8 @@ def import_recipe(
     ]
     if missing:
         raise UsageError(
-            f"{', '.join(sources)}: says nothing of {' and '.join(missing)}",
-            remedy="Give them, or name the model they fit with --model",
+            f"{', '.join(sources)}: does not say {' and '.join(missing)}",
+            remedy="Give these options, or name the model with --model",
         )
     assert base.family is not None and base.theta is not None and base.original_window is not None
     tiers = _ordered(pieces, base.original_window)
@@ -122,17 +122,17 @@ def _completed(given: Base) -> Base:
 
 
 def _agreed(pieces: list[_Piece], given: Base) -> Base:
-    """What all sources say of the model; `InputError` with both values where two differ."""
+    """What all sources agree on about the model. Raises `InputError` with both values where two differ."""
     values: dict[str, Any] = {}
     problems = []
     if len(widths := sorted({piece.rotary_dim for piece in pieces})) > 1:
         problems.append(f"sources rotate {' and '.join(str(width) for width in widths)} dimensions")
     for key in ("family", "theta", "original_window", "model"):
         override = getattr(given, key)
-        said = list(dict.fromkeys(v for piece in pieces if (v := getattr(piece.base, key)) is not None))
-        if override is None and len(said) > 1 and key != "model":
-            problems.append(f"sources differ in {key}: {' and '.join(str(value) for value in said)}")
-        values[key] = override if override is not None else said[0] if said else None
+        values_found = list(dict.fromkeys(v for piece in pieces if (v := getattr(piece.base, key)) is not None))
+        if override is None and len(values_found) > 1 and key != "model":
+            problems.append(f"sources differ in {key}: {' and '.join(str(value) for value in values_found)}")
+        values[key] = override if override is not None else values_found[0] if values_found else None
     if problems:
         raise InputError.collect("sources", problems)
     return Base(**values)
@@ -214,14 +214,14 @@ def _read_csv(path: Path, length: str) -> _Piece:
     elif matched:
         window = int(matched.group(1)) * 1024
     else:
-        raise UsageError(f"{path}: the name says nothing of the window it serves", remedy=f"Write {path}=LENGTH")
+        raise UsageError(f"{path}: the file name does not say which window it serves", remedy=f"Write {path}=LENGTH")
     tier = Tier(window, tuple(numbers[0]))
     notes = (f"{path.name}: serves {window} tokens; no start tokens, attention factor by LongRoPE's formula",)
     return _Piece(Base(), 2 * len(numbers[0]), (tier,), path.name, notes=notes, formula=True)
 
 
 def _read_factor_file(path: Path, values: dict[str, Any], given: Base) -> _Piece:
-    """A published set as plain data: `short_factor`, `long_factor` and what the config said beside them."""
+    """A published set as plain data: `short_factor`, `long_factor` and what its config has beside them."""
     origin = values.get("source")
     origin = origin if isinstance(origin, dict) else {}
     described = " ".join(str(origin[key]) for key in ("repo", "ref", "path") if origin.get(key)) or path.name

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recipes, looked at: factors by frequency index, as a picture or as a line of text."""
+"""Recipes as pictures and as lines of text: factors by frequency index."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from lrconvert.errors import require
 from lrconvert.recipe.derive import factor_set
 from lrconvert.recipe.file import Method, Recipe
 
+LOG_TICKS = 5.0  # ratio of highest to lowest above which ticks are 1, 2, 5, 10 …; below, evenly spaced numbers
 BARS = "▁▂▃▄▅▆▇█"
-# What every tier is shown beside, at the tier's own extension ratio.
-PEERS: dict[Method, str] = {"pi": "PI", "ntk": "NTK-aware", "yarn": "YaRN"}
+# Every tier is shown beside these, at the tier's own extension ratio.
+BASELINES: dict[Method, str] = {"pi": "PI", "ntk": "NTK-aware", "yarn": "YaRN"}
 
 
 def sparkline(values: tuple[float, ...], highest: float) -> str:
@@ -49,6 +51,20 @@ def one_axis() -> tuple[Any, Any]:
     return new_pyplot().subplots(figsize=(6.4, 4.2), layout="constrained")
 
 
+def plain_log_scale(axis: Any, values: Sequence[float]) -> None:
+    """A logarithmic y axis around `values` with plain numbers on it. Equal values get a range of a factor of 2."""
+    from matplotlib import ticker
+
+    low, high = min(values), max(values)
+    spare = max(1.05, math.sqrt(2 / (high / low)))
+    axis.set_yscale("log")
+    axis.set_ylim(low / spare, high * spare)
+    wide = high / low > LOG_TICKS
+    axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)) if wide else ticker.MaxNLocator(5, steps=[1, 2, 5]))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_locator(ticker.NullLocator())
+
+
 def save(figure: Any, path: Path) -> None:
     from matplotlib import pyplot
 
@@ -67,12 +83,12 @@ def plot_recipe(recipe: Recipe, stem: Path) -> list[Path]:
     )
     for axis, tier in zip(axes.flat, tiers, strict=False):
         ratio = tier.max_length / recipe.original_window
-        for (method, label), style in zip(PEERS.items(), (":", "--", "-."), strict=True):
+        for (method, label), style in zip(BASELINES.items(), (":", "--", "-."), strict=True):
             if ratio > 1:
-                peer = factor_set(method, recipe.rotary_dim, recipe.rope_theta, ratio, recipe.original_window)
-                axis.plot(peer, style, color="0.55", linewidth=1.2, label=label)
+                baseline = factor_set(method, recipe.rotary_dim, recipe.rope_theta, ratio, recipe.original_window)
+                axis.plot(baseline, style, color="0.55", linewidth=1.2, label=label)
         axis.plot(tier.factors, color="tab:blue", linewidth=2, label="this recipe")
-        axis.set_yscale("log")
+        plain_log_scale(axis, [value for line in axis.get_lines() for value in line.get_ydata()])
         axis.set_xlabel("frequency index (fast to slow)", fontsize=8)
         axis.grid(alpha=0.3)
         axis.set_title(

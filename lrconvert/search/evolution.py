@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The evolutionary search of LongRoPE (arXiv 2402.13753, algorithm 1), as the paper describes it.
 
-A population of PI, NTK, YaRN and mutations of them; in every generation the best are parents of mutants and crossovers;
-the best of old and new survive. All randomness comes from one seed and depends on losses only through their order.
+The population begins with PI, NTK, YaRN and mutations of them. In every generation the best have mutants and
+crossovers, and the best of old and new survive. All randomness comes from one seed and depends on losses only through
+their order.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import numpy as np
 from lrconvert.search.protocol import Algorithm, Answer, Question, Round
 from lrconvert.search.space import GRID, PAPER_SEEDS, Candidate, Space
 
-LONG_WINDOW = 256 * 1024  # beyond it the paper halves the counts
-TRIES = 100  # drawings of an offspring that nobody has seen, before the space counts as exhausted
+LONG_WINDOW = 256 * 1024  # the paper halves the counts for longer ones
+TRIES = 100  # draws of a new offspring before the space counts as exhausted
 
 Scored = tuple[float, int, Candidate]  # loss, order of evaluation (which breaks ties), candidate
 
@@ -44,7 +45,7 @@ def schedule_for(target: int) -> Schedule:
 
 
 def evolution(space: Space, seed: int, *, schedule: Schedule, start: Sequence[Candidate] = ()) -> Algorithm:
-    """The search, `start` taking part from the beginning."""
+    """The search; the candidates of `start` are evaluated first."""
     rng = np.random.default_rng(seed)
     fresh = Unseen()
     questions = [Question(fresh.take(candidate), "start") for candidate in start if fresh.knows(candidate) is False]
@@ -94,7 +95,7 @@ def ranked(old: list[Scored], questions: Round, answers: Sequence[Answer]) -> li
 
 
 class Unseen:
-    """Candidates that were asked for; hands out only others."""
+    """The candidates that were asked for. Only others are drawn."""
 
     def __init__(self) -> None:
         self._seen: set[Candidate] = set()
@@ -107,7 +108,7 @@ class Unseen:
         return candidate
 
     def draw(self, make: Callable[[], Candidate]) -> Candidate | None:
-        """A candidate from `make` that was never asked for; None where it makes no such."""
+        """A candidate from `make` that was never asked for; None where `TRIES` draws give none."""
         for _ in range(TRIES):
             candidate = make()
             if candidate not in self._seen:

@@ -2,12 +2,12 @@
 """A search that needs fewer evaluations: a Gaussian process decides which offspring are worth one.
 
 1. The analytic sets and a few smooth ramps are evaluated.
-2. A Gaussian process over ln λ learns the losses. Of some hundred offspring of the best sets it picks a handful to be
-   evaluated, and learns from them; again and again.
-3. When a round brings little, the best set follows its gradient in the slow frequencies for some steps. Fast ones are
-   left out: they turn so often in a document that their gradient is noise.
+2. A Gaussian process over ln λ learns the losses. It picks a handful among some hundred offspring of the best sets;
+   they are evaluated, the process learns from them, and so on.
+3. When a round brings little, the best set follows its gradient in the slow frequencies for some steps. Fast
+   frequencies are left out: they turn so often in a document that their gradient is noise.
 
-What else was tried, and how all of it was measured, is in docs/search.md.
+docs/search.md has what else was tried and how it was measured.
 """
 
 from __future__ import annotations
@@ -30,50 +30,52 @@ Known = list[tuple[Candidate, float]]  # what was evaluated, with its loss
 
 
 @dataclass(frozen=True)
-class Screening:
-    """The numbers of the search; those measured in docs/search.md."""
+class GuidedSettings:
+    """The numbers of the search. docs/search.md has the measurements behind the defaults."""
 
     ramps: int = 16
-    elite: int = 16  # the best, whose offspring are looked at
-    offspring: int = 400  # bred and predicted for every round
-    round: int = 8  # of them evaluated
-    caution: float = 1.0  # standard deviations below its mean at which a prediction is taken
-    apart: float = 0.03  # candidates of a round differ by so much in ln λ somewhere
+    elite: int = 16  # the best sets, which have offspring
+    offspring: int = 400  # bred and predicted in every round
+    round: int = 8  # evaluated in every round
+    caution: float = 1.0  # a prediction counts this many standard deviations below its mean
+    apart: float = 0.03  # the least difference in ln λ between candidates of a round
     noise: float = 0.12  # standard deviation of a local change in ln λ
-    # Shares of the first round's scale, its median loss less its best: some models lose nats, others hundredths.
-    stale: float = 0.03  # what a round has to bring, or else the gradient is tried
-    least_gain: float = 0.002  # what two steps of the gradient have to bring
+    # Shares of `scale_of` the first round: some models lose nats, others hundredths.
+    stale: float = 0.03  # a round that gains less is followed by the gradient
+    least_gain: float = 0.002  # two steps of the gradient that gain less are the last ones
     offset: float = 0.3  # losses are learnt as ln(loss − best + offset)
-    reach: float = 6.0  # above the best, within which losses are learnt
+    reach: float = 6.0  # losses further above the best are not learnt
     steps: int = 12  # of the gradient, at most
     step: float = 0.03  # in ln λ, at first
     slow: float = 12.5  # turns within the original window up to which the gradient is used
 
 
-def guided(space: Space, seed: int, *, start: Sequence[Candidate] = (), numbers: Screening | None = None) -> Algorithm:
-    """The search; it goes on as long as it is asked. Needs scikit-learn (`EnvironmentFailure` where it is missing)."""
+def guided(
+    space: Space, seed: int, *, start: Sequence[Candidate] = (), settings: GuidedSettings | None = None
+) -> Algorithm:
+    """The search, which goes on as long as it is answered. Needs scikit-learn (`EnvironmentFailure` without it)."""
     require("sklearn", "search", "the guided search")
-    numbers, rng, fresh = numbers or Screening(), np.random.default_rng(seed), Unseen()
+    settings, rng, fresh = settings or GuidedSettings(), np.random.default_rng(seed), Unseen()
     wanted = [("start", candidate) for candidate in start] + space.seeds()
     questions = [Question(fresh.take(c), name) for name, c in wanted if not fresh.knows(c)]
-    designs = (candidate for candidate in ramps(space, numbers.ramps, rng) if not fresh.knows(candidate))
+    designs = (candidate for candidate in ramps(space, settings.ramps, rng) if not fresh.knows(candidate))
     questions += [Question(fresh.take(candidate), "ramp") for candidate in designs]
     known = learnt([], questions, (yield questions))
     scale = scale_of(known)
     before, polished = best_of(known), None
-    while questions := screened(space, known, rng, fresh, numbers, scale):
+    while questions := propose(space, known, rng, fresh, settings, scale):
         known = learnt(known, questions, (yield questions))
         now = best_of(known)
-        if before[1] - now[1] < numbers.stale * scale and now != polished:
-            known = yield from polish(space, known, fresh, numbers, scale)
-            if now[1] - best_of(known)[1] < numbers.stale * scale:
+        if before[1] - now[1] < settings.stale * scale and now != polished:
+            known = yield from polish(space, known, fresh, settings, scale)
+            if now[1] - best_of(known)[1] < settings.stale * scale:
                 known = yield from try_start_tokens(space, known, fresh)
             now = polished = best_of(known)
         before = now
 
 
 def learnt(known: Known, questions: Round, answers: Sequence[Answer]) -> Known:
-    """What is known after a round; candidates without a loss teach nothing."""
+    """What is known after a round, without the candidates that have no loss."""
     pairs = zip(questions, answers, strict=True)
     return known + [(question.candidate, answer.loss) for question, answer in pairs if math.isfinite(answer.loss)]
 
@@ -83,7 +85,7 @@ def best_of(known: Known) -> tuple[Candidate | None, float]:
 
 
 def scale_of(known: Known) -> float:
-    """How far apart losses are, in nats: the median less the best."""
+    """The scale of the losses in nats: the median minus the best."""
     losses = [loss for _, loss in known]
     return max(float(np.median(losses)) - min(losses), 1e-6) if losses else 1.0
 
@@ -105,40 +107,40 @@ def ramp(space: Space, rise: float, bend: float, end: float, share: float) -> Ca
     return space.make(np.exp(last * (share * inner**2 * (3.0 - 2.0 * inner) + (1.0 - share) * outer)))
 
 
-# --- screening -------------------------------------------------------------------------------------------
+# --- the surrogate -------------------------------------------------------------------------------------------
 
 
-def screened(
-    space: Space, known: Known, rng: np.random.Generator, fresh: Unseen, numbers: Screening, scale: float
+def propose(
+    space: Space, known: Known, rng: np.random.Generator, fresh: Unseen, settings: GuidedSettings, scale: float
 ) -> Round:
     """A round: the most promising offspring of the best sets, no two of them alike."""
     if len(known) < 2:
         return []
-    elite = [candidate for candidate, _ in sorted(known, key=lambda entry: entry[1])[: numbers.elite]]
+    elite = [candidate for candidate, _ in sorted(known, key=lambda entry: entry[1])[: settings.elite]]
     pool = list(dict.fromkeys(elite))  # in order, as a set is not from one process to the next
-    children = dict.fromkeys(breed(space, pool, rng, numbers.noise) for _ in range(numbers.offspring))
+    children = dict.fromkeys(breed(space, pool, rng, settings.noise) for _ in range(settings.offspring))
     bred = [child for child in children if not fresh.knows(child)]
     if not bred:
         return []
-    mean, spread = Predictor(space, known, numbers.offset * scale, numbers.reach * scale).predict(bred)
+    mean, spread = Surrogate(space, known, settings.offset * scale, settings.reach * scale).predict(bred)
     chosen: Round = []
-    for index in np.argsort(mean - numbers.caution * spread, kind="stable"):
-        if all(differ(bred[index], question.candidate, numbers.apart) for question in chosen):
+    for index in np.argsort(mean - settings.caution * spread, kind="stable"):
+        if all(differ(bred[index], question.candidate, settings.apart) for question in chosen):
             chosen.append(Question(fresh.take(bred[index]), "screened"))
-        if len(chosen) == numbers.round:
+        if len(chosen) == settings.round:
             break
     return chosen
 
 
 def differ(one: Candidate, other: Candidate, apart: float) -> bool:
-    """Whether two candidates are far enough apart to be worth an evaluation each."""
+    """Whether two candidates are different enough to evaluate both."""
     ratio = np.abs(np.log(np.asarray(one.steps) / np.asarray(other.steps))).max()
     rest = (one.start_tokens, one.critical) != (other.start_tokens, other.critical)
     return bool(ratio > apart or rest or abs(one.attention_factor - other.attention_factor) > apart / 10)
 
 
 def breed(space: Space, pool: Sequence[Candidate], rng: np.random.Generator, noise: float) -> Candidate:
-    """One offspring: of two parents, or of one by a change that is smooth, local, or (seldom) drawn anew."""
+    """One offspring: of two parents, or of one parent by a smooth change, a local one or (rarely) a random redraw."""
     parent = pick(pool, rng)
     kind = rng.random()
     if kind < 0.1:
@@ -161,14 +163,14 @@ def breed(space: Space, pool: Sequence[Candidate], rng: np.random.Generator, noi
 
 
 def next_start_tokens(space: Space, start_tokens: int) -> tuple[int, ...]:
-    """The numbers of start tokens beside one."""
+    """The numbers of start tokens next to one."""
     every = space.usable_start_tokens
     at = every.index(start_tokens)
     return every[max(at - 1, 0) : at] + every[at + 1 : at + 2]
 
 
-class Predictor:
-    """A Gaussian process from what was evaluated, for ln(loss − a little less than the best)."""
+class Surrogate:
+    """A Gaussian process over the evaluated candidates, for ln(loss − best + offset)."""
 
     LENGTHS = (0.5, 0.7, 1.0, 1.4, 2.0)  # of the kernel
     NOISES = (0.01, 0.05)
@@ -213,7 +215,7 @@ class Predictor:
 
 
 def polish(
-    space: Space, known: Known, fresh: Unseen, numbers: Screening, scale: float
+    space: Space, known: Known, fresh: Unseen, settings: GuidedSettings, scale: float
 ) -> Generator[Round, Sequence[Answer], Known]:
     """Steps of Adam in ln λ of the slow frequencies from the best set on; what is known afterwards.
 
@@ -224,22 +226,22 @@ def polish(
     origin, _ = best_of(known)
     if origin is None:
         return known
-    free = slow_indices(space, origin, numbers.slow)
+    free = slow_indices(space, origin, settings.slow)
     position = np.log(np.asarray(origin.steps) / GRID)
     first, second = np.zeros(space.size), np.zeros(space.size)
     current, losses = origin, []
-    for step in range(numbers.steps):
+    for step in range(settings.steps):
         questions = [Question(fresh.take(current), "gradient", gradient=True)]
         answers = yield questions
         known = learnt(known, questions, answers)
         losses.append(answers[0].loss)
-        stuck = len(losses) > 2 and min(losses[-2:]) > min(losses[:-2]) - numbers.least_gain * scale
+        stuck = len(losses) > 2 and min(losses[-2:]) > min(losses[:-2]) - settings.least_gain * scale
         if answers[0].gradient is None or stuck:
             break
         slope = np.where(free, answers[0].gradient, 0.0)
         first, second = 0.8 * first + 0.2 * slope, 0.95 * second + 0.05 * slope**2
         direction = first / (1 - 0.8 ** (step + 1)) / (np.sqrt(second / (1 - 0.95 ** (step + 1))) + 1e-12)
-        rate = numbers.step * (0.55 + 0.45 * math.cos(math.pi * step / numbers.steps))  # down to a tenth
+        rate = settings.step * (0.55 + 0.45 * math.cos(math.pi * step / settings.steps))  # down to a tenth
         # The nearest monotone factors: sorting would move those that are not free.
         position = np.asarray(isotonic_regression(position - rate * direction))
         moved = space.make(np.exp(position), origin.start_tokens, origin.attention_factor, origin.critical)
@@ -250,7 +252,7 @@ def polish(
 
 
 def try_start_tokens(space: Space, known: Known, fresh: Unseen) -> Generator[Round, Sequence[Answer], Known]:
-    """The best set with fewer and with more start tokens: losses differ little by them, and predictions less."""
+    """Evaluate the best set with fewer and with more start tokens, whose effect is too small to predict."""
     best, _ = best_of(known)
     if best is None:
         return known

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The journal of a search: JSON lines, on the disk before the next evaluation begins.
 
-The first line says which search it is; every other line is one evaluation, or the machine on which a run of the search
-began (`run`). A search that finds its journal asks the
-same questions again and takes the answers from it, so it goes on where it was killed. A last line that was torn by the
-kill is dropped.
+The first line says which search it is. Every other line is one evaluation, or the machine on which a run of the search
+began (`run`). A search that finds its journal asks the same questions again and takes the answers from it: it goes on
+where it was killed. A last line that the kill left incomplete is dropped.
 """
 
 from __future__ import annotations
@@ -106,7 +105,7 @@ def read_journal(path: Path) -> Contents:
                 raise InputError(f"{path}: not the journal of a search") from error
             if number < len(lines):
                 raise InputError(f"{path}: line {number} is damaged ({error})") from error
-            found.torn = f"{path}: the last line ({len(line)} bytes) was not written to its end and is dropped"
+            found.torn = f"{path}: the last line ({len(line)} bytes) is incomplete and is dropped"
             break
         found.good += len(line)
     return found
@@ -164,7 +163,7 @@ class Journal:
             if found.head and (differ := differences(found.head["identity"], identity)):
                 raise InputError(
                     f"{path} is the journal of another search: {'; '.join(differ)}",
-                    remedy="Name another --journal, or remove this one to begin anew",
+                    remedy="Name another --journal, or remove this one to start again",
                 )
             file.truncate(found.good)
             file.seek(found.good)
@@ -181,7 +180,7 @@ class Journal:
         self._write(record.to_json())
 
     def begin(self, environment: dict[str, Any]) -> None:
-        """Write down where the evaluations that follow are made, and since when (seconds since 1970)."""
+        """Record the machine of the evaluations that follow, and when they began (seconds since 1970)."""
         self._write({"run": {**environment, "began": round(time.time(), 2)}})
 
     def _write(self, values: dict[str, Any]) -> None:
@@ -217,4 +216,9 @@ def _lock(file: FileIO, path: Path) -> None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UsageError(f"{path}: another process writes this journal", remedy="Wait for it to end") from error
+            raise UsageError(f"{path}: another process is writing this journal", remedy="Wait for it to end") from error
+
+
+def journal_path(output: Path) -> Path:
+    """Beside the recipe: RECIPE.journal.jsonl."""
+    return output.with_name(f"{output.name.removesuffix('.json')}.journal.jsonl")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a search minimises: losses of tokens of long documents, at one length or at several with weights.
+"""What a search minimises: losses of tokens in long documents, at one length or at several with weights.
 
 - `perplexity`: the mean loss of all tokens of a text. A document's first n tokens are a document of n tokens under the
   same set, so shorter lengths cost nothing beside the longest.
@@ -20,9 +20,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from lrconvert.checkpoint.tokenizer import Encode
 from lrconvert.errors import InputError
 from lrconvert.evals.passkey import PasskeyFormat, build_document
-from lrconvert.evals.texts import Encode, Text
+from lrconvert.evals.texts import Text
 
 Kind = Literal["perplexity", "needle", "mixed"]
 PARTS: dict[Kind, dict[str, float]] = {

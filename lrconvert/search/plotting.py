@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lrconvert.errors import InputError
-from lrconvert.recipe.plotting import new_pyplot, save_twice, sparkline
+from lrconvert.recipe.plotting import new_pyplot, plain_log_scale, save_twice, sparkline
 from lrconvert.search.journal import Record
 
 
 def journal_lines(records: Sequence[Record]) -> list[str]:
-    """A search in words: of every tier the best loss whenever it fell, thinned out, with the factors then."""
+    """A search as text: for every tier, some of the steps in which the best loss fell, with the factors then."""
     lines = []
     for length in sorted({record.tier for record in records}):
         costs, _, bests = _curve(records, length)
@@ -47,7 +47,7 @@ def plot_journal(records: Sequence[Record], stem: Path) -> list[Path]:
         for order, at in enumerate(moved, 1):
             factors = bests[at].question.candidate.factors
             right.plot(factors, color=pyplot.cm.Blues(0.15 + 0.85 * order / len(moved)), linewidth=1.2)
-        right.set_yscale("log")
+        plain_log_scale(right, [value for line in right.get_lines() for value in line.get_ydata()])
         right.set_xlabel("frequency index (fast to slow)", fontsize=8)
         right.set_ylabel("best factors λ, early to late", fontsize=8)
         for axis in (left, right):
@@ -56,7 +56,7 @@ def plot_journal(records: Sequence[Record], stem: Path) -> list[Path]:
 
 
 def _curve(records: Sequence[Record], length: int) -> tuple[list[float], list[float], list[Record]]:
-    """Of one tier's evaluations: cost so far, loss, and the best one so far, from the first with a loss on."""
+    """For each evaluation of a tier, from the first with a loss on: the cost so far, the loss, the best one so far."""
     costs: list[float] = []
     losses: list[float] = []
     bests: list[Record] = []

@@ -61,7 +61,7 @@ class Evaluator(Protocol):
     """Answers questions, in one process or in several that all see the same answers."""
 
     width: int  # questions that are answered at the same time
-    leading: bool  # whether this process writes and speaks
+    leading: bool  # whether this process writes files and messages
 
     def answer(self, objective: Objective, questions: Sequence[Question]) -> list[Answer]:
         """Answers in the order of the questions, the same in every process; at most `width` questions."""
@@ -76,5 +76,5 @@ class Evaluator(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Device, precision, kernels and versions: recorded, never compared."""
+        """Device, precision, attention kernel and versions: recorded, never compared."""
         ...

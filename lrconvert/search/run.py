@@ -1,92 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A search from end to end: tiers one after the other, every answer into the journal, the best sets into a recipe."""
+"""A plan carried out: tier after tier, every answer into the journal, the best sets into a recipe."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lrconvert import __version__
-from lrconvert.checkpoint import Model, describe_source
-from lrconvert.checkpoint.adapter import Adapter
 from lrconvert.errors import EnvironmentFailure, InputError
-from lrconvert.evals.texts import Text
 from lrconvert.recipe import SCHEMA_VERSION, Provenance, Recipe
 from lrconvert.rope import Tier
 from lrconvert.search.evolution import evolution, schedule_for
-from lrconvert.search.guided import GUIDED_BUDGET, guided
+from lrconvert.search.guided import guided
 from lrconvert.search.journal import Journal, Record, digest
-from lrconvert.search.objective import Objective
+from lrconvert.search.plan import AlgorithmName, SearchPlan, TierPlan
 from lrconvert.search.protocol import Algorithm, Answer, Evaluator, Question
-from lrconvert.search.space import Candidate, Space
-
-AlgorithmName = Literal["guided", "evolution"]
-SHORT_SHARE = 4  # tiers up to the original window get a quarter of the evaluations: what can be found lies near
-
-
-@dataclass(frozen=True)
-class TierPlan:
-    """One set to search: its space, what it is judged by, and how much that may cost (forward equivalents)."""
-
-    space: Space
-    objective: Objective
-    budget: int
-    start: tuple[Candidate, ...] = ()
-
-    @property
-    def length(self) -> int:
-        return self.space.target
-
-
-@dataclass(frozen=True)
-class SearchPlan:
-    """Everything that is decided before the first evaluation. `kept` are tiers that come from elsewhere; `adapter` is
-    what was merged into the model."""
-
-    model: Model
-    original_window: int
-    algorithm: AlgorithmName
-    seed: int
-    tiers: tuple[TierPlan, ...]
-    texts: tuple[Text, ...]
-    dtype: str
-    name: str
-    base_model: str
-    kept: tuple[Tier, ...] = ()
-    uniform: bool = False  # shorter tiers take the longest one's attention factor
-    adapter: Adapter | None = None
-    adapter_path: str | None = None  # as the recipe names it
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What makes two searches the same. The budget is no part of it: a larger one goes on with the same journal."""
-        source = describe_source(self.model)
-        model = {key: source[key] for key in ("family", "config_sha256", "weights")}
-        if self.adapter is not None:
-            model["adapter"] = {key: text for key, text in self.adapter.description.items() if key != "reference"}
-        return {
-            "model": model,
-            "original_window": self.original_window,
-            "algorithm": self.algorithm,
-            "seed": self.seed,
-            "tiers": [
-                {
-                    "space": tier.space.to_json(),
-                    "objective": tier.objective.kind,
-                    "lengths": {str(length): weight for length, weight in tier.objective.weights.items()},
-                    "documents": [[doc.part, len(doc.tokens)] for doc in tier.objective.documents],
-                    "documents_sha256": tier.objective.sha256,
-                    "start": [candidate.to_json() for candidate in tier.start],
-                }
-                for tier in self.tiers
-            ],
-            # Of a data set the commit may change while its rows stay; the text's digest would not.
-            "texts": [{"name": t.name, "sha256": t.sha256, "tokens": len(t.tokens)} for t in self.texts],
-            "dtype": self.dtype,
-        }
 
 
 @dataclass(frozen=True)
@@ -102,12 +32,6 @@ class Progress:
 
 
 Watch = Callable[[Progress], None]
-
-
-def default_budget(algorithm: AlgorithmName, target: int, original_window: int) -> int:
-    """Forward equivalents that a tier gets where none are given."""
-    full = schedule_for(target).evaluations if algorithm == "evolution" else GUIDED_BUDGET
-    return full if target > original_window else full // SHORT_SHARE
 
 
 def start_algorithm(name: AlgorithmName, plan: TierPlan, seed: int) -> Algorithm:
@@ -145,7 +69,7 @@ class Search:
         algorithm = start_algorithm(self.plan.algorithm, tier, self.plan.seed)
         spent = 0.0
         questions = next(algorithm, None)
-        # The leading process's questions count: machines may differ in the last digit of a prediction.
+        # The leading process decides: machines may differ in the last digit of a prediction.
         while questions := self.evaluator.agree(questions):
             affordable = []
             for question in questions:
@@ -201,12 +125,12 @@ class Search:
         return [record for record in self.records if record.tier == tier.length]
 
     def _check_replay(self, record: Record, number: int, question: Question) -> None:
-        """The same search asks the same; another version of the code may not."""
+        """The same search asks the same questions; another version of the code may ask others."""
         asked = (question.candidate, question.gradient)
         if (record.question.candidate, record.question.gradient) != asked:
             raise InputError(
                 f"evaluation {number} for {record.tier} tokens in the journal is not what lrconvert {__version__} asks",
-                remedy="Go on with the version that began it, or name another --journal",
+                remedy="Continue with the version that began it, or name another --journal",
             )
 
     def _check_memory(self, tier: TierPlan, answers: Sequence[Answer]) -> None:
@@ -266,7 +190,7 @@ class Search:
         plan = self.plan
         return {
             "seed": plan.seed,
-            "texts": [text.described() for text in plan.texts],
+            "texts": [text.record() for text in plan.texts],
             "dtype": plan.dtype,
             "code": f"lrconvert {__version__}",
             "journal_sha256": digest(plan.identity, self.records),
@@ -288,7 +212,7 @@ class Search:
         }
 
     def _evaluation(self, best: dict[int, Record]) -> dict[str, Any]:
-        """Losses on the texts of the search: what each set costs at each length, beside the analytic sets."""
+        """Losses on the texts of the search: of each set at each length, beside those of the analytic sets."""
         named = ("pi", "ntk", "yarn", "ntk2", "unmodified", "start")
         return {
             "protocol": "mean loss in nats a token on the documents of the search, whole sequences",
@@ -306,8 +230,3 @@ class Search:
                 for length, record in sorted(best.items())
             ],
         }
-
-
-def journal_path(output: Path) -> Path:
-    """Beside the recipe: RECIPE.journal.jsonl."""
-    return output.with_name(f"{output.name.removesuffix('.json')}.journal.jsonl")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a search may find: factor sets on a grid, within bounds, monotone; and the analytic sets it starts from.
 
-Two spaces (../docs/search.md):
+Two spaces (docs/search.md):
 
 - `longrope` (arXiv 2402.13753, section 4.1): λ_i in [1, 1.25·s] in steps of 0.01, non-decreasing in i; start tokens
   from a fixed set.
@@ -9,7 +9,7 @@ Two spaces (../docs/search.md):
   λ_i = λ_c^(i/c). The critical index itself is searched, downwards from the theoretical one, the first whose period is
   longer than the original window.
 
-Every candidate is made by `Space.make`, which projects whatever it is given into the space.
+`Space.make` makes every candidate: it projects any factors into the space.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ START_TOKENS = (0, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)
 ATTENTION_DIGITS = 3  # a searched attention factor has steps of 0.001
 PAPER_SEEDS = ("pi", "ntk", "yarn")
 ALL_SEEDS = (*PAPER_SEEDS, "ntk2")
-# Attention factors tried for a short set: from a little below 1 to what long sets of 64x have.
+# Attention factors for a short set: from a little below 1 to those of long sets at 64x.
 SHORT_ATTENTION = (0.95, 1.25)
 
 
@@ -71,7 +71,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Space:
-    """The sets for one model and one window; `attention` has the lowest and highest attention factor, equal: fixed.
+    """The candidates for one model and one window. `attention` is the lowest and the highest attention factor: equal
+    ones fix it.
 
     Raises `UsageError` for LongRoPE2's space at a window that is no extension.
     """
@@ -124,7 +125,7 @@ class Space:
 
     @property
     def usable_start_tokens(self) -> tuple[int, ...]:
-        """Those that leave most of the window scaled."""
+        """The numbers of start tokens that leave most of the window scaled."""
         return tuple(count for count in self.start_tokens if count <= self.target // 4) or (0,)
 
     # --- making candidates -------------------------------------------------------------------------------
@@ -158,7 +159,7 @@ class Space:
         return min(max(round(wanted, ATTENTION_DIGITS), low), high)
 
     def problems(self, candidate: Candidate) -> list[str]:
-        """Constraints that a candidate breaks, each in words; checked apart from how candidates are made."""
+        """The constraints that a candidate breaks, in words. Independent of how candidates are made."""
         found = []
         steps, (low, high) = candidate.steps, self.bounds
         free = steps if candidate.critical is None else steps[candidate.critical :]
@@ -208,7 +209,7 @@ class Space:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """What makes two spaces the same, for the journal."""
+        """For the journal: what makes two spaces the same."""
         return {
             "kind": self.kind,
             "target": self.target,

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `--device` names, for what computes with PyTorch in this process."""
+"""The device that computes with PyTorch in this process: its name, its memory."""
 
 from __future__ import annotations
 
+import gc
+import os
 from typing import Any
 
 from lrconvert.errors import EnvironmentFailure, UsageError, require
@@ -27,3 +29,40 @@ def torch_device(name: str, extra: str, purpose: str) -> Any:
         if device.index is not None and device.index >= count:
             raise EnvironmentFailure(f"--device {name}: the last of this machine's GPUs is cuda:{count - 1}")
     return device
+
+
+def process_device(name: str | None, purpose: str) -> Any:
+    """The `torch.device` of this process: the one named, by default a GPU where there is one.
+
+    Of the GPUs, each process that torchrun starts takes its own (`LOCAL_RANK`). Raises as `torch_device`.
+    """
+    torch = require("torch", "search", purpose)
+    device = torch_device(name or ("cuda" if torch.cuda.is_available() else "cpu"), "search", purpose)
+    if device.type == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        device = torch.device("cuda", device.index if device.index is not None else local)
+        torch.cuda.set_device(device)
+    return device
+
+
+def default_dtype(device: str | None, purpose: str) -> str:
+    """bfloat16 on a GPU, float32 elsewhere; `device` as for `process_device`."""
+    torch = require("torch", "search", purpose)
+    cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")
+    return "bfloat16" if cuda else "float32"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was short. PyTorch raises a class of its own on a GPU, and a RuntimeError on a CPU."""
+    torch = require("torch", "search", "computing with PyTorch")
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or (isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words))
+
+
+def free_memory(device: Any) -> None:
+    """Give back what nothing refers to. Call it outside of the `except` block: the exception holds the frames, and
+    they hold the tensors."""
+    gc.collect()
+    if device.type == "cuda":
+        require("torch", "search", "computing with PyTorch").cuda.empty_cache()

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model of a search: transformers' own class with our rotation in it.
+"""A checkpoint as transformers' own class, with full attention and without a scaled rotation.
 
-Every family comes with its own decoder; what is replaced is the module that makes cos and sin. Angles are made in
-float64 and only their cos and sin are rounded.
-
-Shapes: n tokens, d rotated channels.
+Every family comes with its own decoder. `rotation.replace_rotation` then puts ours into it.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,66 +17,17 @@ from torch.nn import functional
 
 from lrconvert.checkpoint.base import CheckpointView
 from lrconvert.errors import UnsupportedError
-from lrconvert.rope import Tier
 
 if TYPE_CHECKING:
     from lrconvert.checkpoint import Model
 
-TABLE_ROWS = 65536  # positions whose angles are held in float64 at once
-
-
-class Rotation(Protocol):
-    """What is tried: a factor set with its start tokens and its attention factor."""
-
-    @property
-    def factors(self) -> tuple[float, ...]: ...
-    @property
-    def start_tokens(self) -> int: ...
-    @property
-    def attention_factor(self) -> float: ...
-
-
-class TrialRope(nn.Module):
-    """cos and sin of the candidate that is set, for any decoder of transformers.
-
-    `log_factors` (float64, [d/2]) stands for the factors while a gradient is wanted; tables are float32 then, and are
-    rounded where each layer reads them, so that the layers' gradients add up in float32.
-    """
-
-    def __init__(self, base: float, rotary_dim: int) -> None:
-        super().__init__()
-        self.base, self.rotary_dim = base, rotary_dim
-        self.candidate: Rotation = Tier(2, (1.0,) * (rotary_dim // 2))
-        self.log_factors: torch.Tensor | None = None
-
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of x only dtype and device count; all rows share their positions. Two tensors [1, n, d]."""
-        given = self.log_factors
-        if given is None:
-            factors = torch.tensor(self.candidate.factors, dtype=torch.float64, device=x.device)
-            dtype = x.dtype
-        else:
-            factors, dtype = given.exp(), torch.float32
-        even = torch.arange(0, self.rotary_dim, 2, dtype=torch.float64, device=x.device)
-        plain = self.base ** (-even / self.rotary_dim)
-        parts = [self._tables(part, plain, plain / factors, dtype) for part in position_ids[0].split(TABLE_ROWS)]
-        cos, sin = (torch.cat(tables) for tables in zip(*parts, strict=True))
-        # Frequency index i turns the channels i and i + d/2.
-        return torch.cat((cos, cos), -1)[None], torch.cat((sin, sin), -1)[None]
-
-    def _tables(
-        self, positions: torch.Tensor, plain: torch.Tensor, scaled: torch.Tensor, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        where = positions.to(torch.float64)[:, None]
-        start = self.candidate.start_tokens
-        angles = where * (torch.where(where < start, plain, scaled) if start else scaled)
-        scale = self.candidate.attention_factor
-        return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
-
 
 def load_network(model: Model, dtype: torch.dtype) -> Any:
-    """The model as transformers' own class. A folder is loaded by transformers; the tensors of a GGUF file and of a
-    merged adapter, which our own reader makes, are put into a model made from the config."""
+    """The model as transformers' own class.
+
+    transformers loads a folder itself. Everything else (a GGUF file, a merged adapter) is read by our own reader, into
+    a model made from the config. Raises `UnsupportedError` where transformers has other tensors.
+    """
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -100,7 +50,7 @@ def load_network(model: Model, dtype: torch.dtype) -> Any:
 
 
 def _plain_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """A config without scaling: the rotation is ours, and a broken one would only stop transformers from loading."""
+    """A config without scaling: it is replaced anyway, and a broken one would stop transformers from loading."""
     kept = {key: value for key, value in config.items() if key not in ("rope_scaling", "auto_map")}
     section = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = section.get("rope_theta", config.get("rope_theta"))
@@ -114,7 +64,7 @@ def _plain_rope(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _full_attention(config: Any) -> Any:
-    """Every layer attends to everything, as artifacts do, whose sliding window is the target."""
+    """Every layer attends to every token, as in artifacts, whose sliding window is the target window."""
     config.sliding_window = None
     if getattr(config, "layer_types", None):
         config.layer_types = ["full_attention"] * config.num_hidden_layers
@@ -122,26 +72,27 @@ def _full_attention(config: Any) -> Any:
     return config
 
 
-def replace_rotation(decoder: Any, rope: TrialRope) -> None:
-    """Put our rotation in the place of the decoder's; every layer rounds the tables to its own dtype."""
-    if not isinstance(getattr(decoder, "rotary_emb", None), nn.Module):
-        raise UnsupportedError(f"{type(decoder).__name__} of transformers has no rotary_emb to replace")
-    decoder.rotary_emb = rope
-    dtype = next(decoder.parameters()).dtype
-
-    def round_tables(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        cos, sin = kwargs["position_embeddings"]
-        return args, {**kwargs, "position_embeddings": (cos.to(dtype), sin.to(dtype))}
-
-    for layer in decoder.layers:
-        layer.register_forward_pre_hook(round_tables, with_kwargs=True)
+@contextlib.contextmanager
+def recomputing(network: Any) -> Iterator[None]:
+    """Within, layers keep only their inputs for the backward pass and compute the rest again:
+    slower, with less memory."""
+    # Another name since transformers 5.22; the old one goes away in 6.
+    name = "activation" if hasattr(network, "activation_checkpointing_enable") else "gradient"
+    was_training = network.training
+    getattr(network, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    network.train()  # transformers recomputes in training alone
+    try:
+        yield
+    finally:
+        network.train(was_training)
+        getattr(network, f"{name}_checkpointing_disable")()
 
 
 def fuse_norms(network: nn.Module) -> int:
     """Let PyTorch's one kernel do what RMSNorm modules do in six; how many changed.
 
-    It rounds once, where transformers rounds before the weights too. A module that computes something else, with
-    weights that count from one for example, is seen by trying and left alone.
+    The kernel rounds once; transformers also rounds before it multiplies with the weights. Each module is tried first:
+    one that computes something else (1 + weight, for example) stays as it is.
     """
     changed = 0
     for module in network.modules():
@@ -159,7 +110,7 @@ def fuse_norms(network: nn.Module) -> int:
 
 
 class _FusedNorm:
-    """In the place of a module's forward; the module keeps its weight, which may be sharded meanwhile."""
+    """Replaces a module's forward. The module keeps its weight, which may be sharded later."""
 
     def __init__(self, module: nn.Module, epsilon: float) -> None:
         self._module, self._epsilon = module, epsilon

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processes of a search, which torchrun starts: who answers which question, and what several of them share.
+"""The processes that torchrun starts: who answers which question, and what several of them share.
 
-Usually every process holds the model and answers a question of its own. Of a *team* each process computes a part of
-every document (PyTorch's context parallelism); of sharded weights each holds a part (FSDP). Then all have to do the
-same at the same time, and a process without a question of its own answers the last one again.
+Usually every process holds the whole model and answers a question of its own. The processes of a *team* share a
+document: each computes a part of it (PyTorch's context parallelism). With *sharded* weights each process holds a part
+of every layer (FSDP). In both cases all do the same at the same time: a process without a question answers the last
+one again.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ class Workers:
         if self.count % team:
             raise UsageError(f"--context-parallel {team}: torchrun started {self.count} processes, no multiple of it")
         if team > 1 and device.type != "cuda":
-            raise UsageError("--context-parallel needs GPUs: PyTorch has no such attention on a CPU")
+            raise UsageError("--context-parallel needs GPUs: PyTorch's context parallelism does not run on a CPU")
         if sharded and self.count == 1:
-            raise UsageError("--shard-weights shares them among the processes of torchrun, and there is one")
+            raise UsageError("--shard-weights splits the weights among torchrun's processes, and there is one")
         if self.count > 1 and not dist.is_initialized():
-            # Answers are small and lie in main memory; only what is shared needs more than that.
+            # Answers are small and lie in main memory; only shared documents and weights need the GPUs' own network.
             shared = device.type == "cuda" and (team > 1 or sharded)
             dist.init_process_group("cpu:gloo,cuda:nccl" if shared else "gloo")
         self.rank = dist.get_rank() if self.count > 1 else 0
@@ -82,7 +83,7 @@ class Workers:
 
             whole = init_device_mesh(device.type, (self.count,))
             for layer in layers:
-                # Said, because no module above is wrapped: such a one would keep its weights after a forward pass.
+                # Explicit: without a wrapped module above, a layer would keep its whole weights after a forward pass.
                 fully_shard(layer, mesh=whole, reshard_after_forward=True)
         network.to(device)
 
@@ -90,13 +91,13 @@ class Workers:
 
     @property
     def multiple(self) -> int:
-        """What the length of a document has to be a multiple of: a process gets one part of its front and one of its
-        back, so that all have as much attention to compute."""
+        """What a document's length has to be a multiple of. A process gets one part of the front and one of the back:
+        then all compute the same amount of attention."""
         return 1 if self.team == 1 else 2 * self.team
 
     @contextlib.contextmanager
     def spread(self, *tensors: torch.Tensor) -> Iterator[None]:
-        """Within, the tensors [b, n] hold this process's part of each row, and attention asks the rest of the team."""
+        """Within, the tensors [b, n] hold this process's part of each row, and attention spans the whole team."""
         if self.team == 1:
             yield
             return

@@ -71,7 +71,7 @@ class Pico:
 
 
 def interleaved(values: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
-    """llama.cpp's order of q and k rows (formats-gguf.md): the inverse of what the reader does."""
+    """llama.cpp's order of q and k rows: the inverse of what the reader does."""
     half = values.shape[0] // heads // 2
     return values.reshape(heads, 2, half, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
 
@@ -374,7 +374,7 @@ def test_a_static_set_becomes_two_equal_sets(tmp_path: Path) -> None:
     ],
 )
 def test_a_contradictory_or_incomplete_rope_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    """llama.cpp runs most of these without a word, and wrongly (formats-gguf.md)."""
+    """llama.cpp runs most of these without a message, and wrongly."""
     pico = make_pico(tmp_path / "m.gguf", edit=rope_edit(**(GOOD | changes)))
     refused(pico.path, message)
 

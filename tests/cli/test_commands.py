@@ -362,7 +362,7 @@ def test_derive_show_check_and_list_agree(tmp_path: Path, model: Path, cli: Run)
     assert parse_recipe(printed.out) == loaded
     assert parse_recipe(cli("recipe", "show", tmp_path / "all" / "r", "--json").out) == loaded
     assert "r: llama, 16 rotated dimensions" in cli("recipe", "show", tmp_path / "all" / "r").out
-    assert cli("recipe", "check", tmp_path / "all" / "r", "--model", model).out == f"r: good, fits {model}\n"
+    assert cli("recipe", "check", tmp_path / "all" / "r", "--model", model).out == f"r: valid, fits {model}\n"
     (tmp_path / "all" / "broken").mkdir()
     (tmp_path / "all" / "broken" / "recipe.json").write_text("{}")
     listed = cli("recipe", "list", tmp_path / "all", "--json")

@@ -24,10 +24,11 @@ from support.benchmark_files import arc_line, hellaswag_line, truthfulqa_line, w
 from lrconvert.checkpoint import locate
 from lrconvert.errors import InputError, UnsupportedError, UsageError
 from lrconvert.evals import tasks
-from lrconvert.evals.benchmarks import BenchmarkRow, SessionModel, batches, measure_benchmarks, protocol, session_model
+from lrconvert.evals.benchmarks import SessionModel, batches, measure_benchmarks, protocol, session_model
 from lrconvert.evals.earlier import EarlierResult, changed_prompts, differences
 from lrconvert.evals.figures import Figure, mean_figure
 from lrconvert.evals.prompts import PromptTokenizer
+from lrconvert.evals.scores import BenchmarkRow
 from lrconvert.evals.tasks import (
     RESERVED,
     ArcLine,

@@ -23,8 +23,8 @@ from lrconvert.checkpoint import Model
 from lrconvert.errors import InputError, UnsupportedError, UsageError
 from lrconvert.evals.perplexity import measure_perplexity
 from lrconvert.evals.protocols import Plan
-from lrconvert.evals.reference import ReferenceSession, computed
-from lrconvert.evals.subject import Subject, baked, opened
+from lrconvert.evals.reference import ReferenceSession
+from lrconvert.evals.subject import Subject, baked, computed, opened
 from lrconvert.parity.mutants import late_boundary, no_attention_factor, swapped_sets
 from lrconvert.recipe import Recipe, write_recipe
 from lrconvert.runtimes.base import Session, score_by_logits
@@ -43,7 +43,7 @@ def session(subject: Subject, **options: Any) -> Iterator[Session]:
 
 def perplexities(subject: Subject, **options: Any) -> list[float]:
     with session(subject, **options) as found:
-        rows = measure_perplexity(found, [TEXT], Plan(LENGTHS, whole=True, windows=1))
+        rows = measure_perplexity(found, [TEXT], Plan(LENGTHS, whole=True, excerpts=1))
         return [row.perplexity.value for row in rows]
 
 

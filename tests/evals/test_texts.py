@@ -55,7 +55,7 @@ def test_texts_are_files_folders_and_token_ids(tmp_path: Path) -> None:
         ("b.txt", [98] * 2),
         ("ids.npy", [1, 2, 3]),
     ]
-    assert found[0].described() == {"name": "a.txt", "sha256": hashlib.sha256(b"aaa").hexdigest(), "tokens": 3}
+    assert found[0].record() == {"name": "a.txt", "sha256": hashlib.sha256(b"aaa").hexdigest(), "tokens": 3}
     assert found[2].sha256 == hashlib.sha256((tmp_path / "ids.npy").read_bytes()).hexdigest()
     assert len({text.sha256 for text in found}) == 3
 
@@ -131,7 +131,7 @@ def test_the_first_rows_that_are_long_enough_are_taken(books: Path) -> None:
     """Rows 1, 3 and 4 have 150 tokens or more; name, split, column, row and digest are recorded, no path is."""
     found = read(f"hf:{books}#2", tokens=150)
     assert [len(text.tokens) for text in found] == [200, 400]
-    told = found[1].described()
+    told = found[1].record()
     assert told == {
         "name": "books, train row 3",
         "sha256": hashlib.sha256(b"abc " * 100).hexdigest(),

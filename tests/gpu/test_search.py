@@ -25,7 +25,7 @@ def model() -> Any:
 
 @cache
 def heldout() -> list[int]:
-    from lrconvert.evals.subject import tokenizer_of
+    from lrconvert.checkpoint.tokenizer import tokenizer_of
 
     return tokenizer_of(locate("demo"))((locate("demo") / "heldout.txt").read_text(encoding="utf-8"))
 
@@ -48,7 +48,7 @@ def test_every_kernel_gives_the_loss_of_float32_on_a_cpu(kernel: str | None, mod
 
     (wanted,) = TransformersEvaluator(model, device="cpu").answer(objective(2048), [question(model)])
     evaluator = TransformersEvaluator(model, device="cuda", attention=kernel)
-    assert evaluator.attention in ((kernel,) if kernel else ("cudnn", "flash"))
+    assert evaluator.model.attention in ((kernel,) if kernel else ("cudnn", "flash"))
     (found,) = evaluator.answer(objective(2048), [question(model)])
     assert found.loss == pytest.approx(wanted.loss, abs=2e-3)
     assert evaluator.answer(objective(2048), [question(model)])[0].loss == found.loss  # again, to the last bit
@@ -74,7 +74,7 @@ def test_gradients_in_bfloat16_point_where_those_of_float32_do(model: Any) -> No
     for dtype in ("bfloat16", "float32"):
         evaluator = TransformersEvaluator(model, device="cuda", dtype=dtype)
         (answer,) = evaluator.answer(objective(), [question(model, gradient=True)])
-        evaluator._recompute = True
+        evaluator.model.recompute = True
         (again,) = evaluator.answer(objective(), [question(model, gradient=True)])
         assert answer.gradient is not None and again.gradient is not None
         kept, recomputed = (np.array(found)[slow] for found in (answer.gradient, again.gradient))

@@ -21,7 +21,7 @@ import json, sys, time
 import numpy as np
 import torch
 from lrconvert.checkpoint import locate, open_model
-from lrconvert.evals.subject import tokenizer_of
+from lrconvert.checkpoint.tokenizer import tokenizer_of
 from lrconvert.search.evaluator import TransformersEvaluator
 from lrconvert.search.objective import Document, Objective
 from lrconvert.search.protocol import Question

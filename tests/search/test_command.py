@@ -117,7 +117,7 @@ rounds = [asked[:2], asked[2:3], asked[3:]] if evaluator.width == 2 else [[quest
 answers, shares = [], set()
 for questions in rounds:
     answers += evaluator.answer(objective, questions)
-    layer = evaluator.network.model.layers[0].mlp.up_proj.weight
+    layer = evaluator.model.network.model.layers[0].mlp.up_proj.weight
     shares.add((layer.to_local() if hasattr(layer, "to_local") else layer).numel() / layer.numel())
 if evaluator.leading:
     print(json.dumps([list(shares), [answer.loss for answer in answers], answers[-1].gradient]))
@@ -229,7 +229,7 @@ def test_a_torn_line_is_said_and_made_again(text: Path, whole: Path, cli: Run, t
     journal = tmp_path / "found.journal.jsonl"
     journal.write_bytes(whole.with_name("found.journal.jsonl").read_bytes()[:-30])
     found = cli(*arguments(text, tmp_path / "found"))
-    assert found.code == 0 and "was not written to its end and is dropped" in found.err
+    assert found.code == 0 and "is incomplete and is dropped" in found.err
     assert (tmp_path / "found" / "recipe.json").read_bytes() == (whole / "recipe.json").read_bytes()
 
 
@@ -249,7 +249,7 @@ def test_an_interruption_says_how_to_go_on(
     monkeypatch.setattr(TransformersEvaluator, "answer", interrupted)
     found = cli(*arguments(text, tmp_path / "found"))
     assert found.code == 130
-    assert "every evaluation so far is in" in found.err and "the same command goes on from there" in found.err
+    assert "every evaluation so far is in" in found.err and "run the same command again:" in found.err
     assert len(read_journal(tmp_path / "found.journal.jsonl").records) == 3
 
 
@@ -257,16 +257,16 @@ def test_a_document_that_does_not_fit(text: Path, cli: Run, tmp_path: Path, monk
     """Exit code 6 and the largest length that does."""
     import torch
 
-    from lrconvert.search.evaluator import TransformersEvaluator
+    from lrconvert.training.loaded import LoadedModel
 
-    real = TransformersEvaluator._losses
+    real = LoadedModel.losses
 
-    def small(self: Any, documents: Any) -> Any:
-        if len(documents[0].tokens) > 66:
+    def small(self: Any, tokens: Any, *given: Any) -> Any:
+        if tokens.shape[1] > 66:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(self, documents)
+        return real(self, tokens, *given)
 
-    monkeypatch.setattr(TransformersEvaluator, "_losses", small)
+    monkeypatch.setattr(LoadedModel, "losses", small)
     found = cli(*arguments(text, tmp_path / "found"))
     assert found.code == 6
     assert "the largest that fits has about 64" in found.err
@@ -275,7 +275,7 @@ def test_a_document_that_does_not_fit(text: Path, cli: Run, tmp_path: Path, monk
 def test_dry_run_says_what_it_costs(text: Path, cli: Run, tmp_path: Path) -> None:
     found = cli(*arguments(text, tmp_path / "r", "--dry-run"))
     assert found.code == 0
-    assert "set for 128 tokens: 40 evaluations of 1 documents, 128 tokens" in found.out
+    assert "set for 128 tokens: 40 evaluations of 1 document, 128 tokens" in found.out
     assert "set for 32 tokens: 10 evaluations of 4 documents" in found.out
     assert "PFLOP" in found.out
     assert list(tmp_path.iterdir()) == []
@@ -312,7 +312,7 @@ def test_a_search_starts_from_a_recipe(text: Path, whole: Path, cli: Run, tmp_pa
         (["--lengths", "64k"], 2, "--lengths 65536 is beyond the target, 128"),
         (["--lengths", "64:0"], 2, "is not a length with a weight"),
         (["--lengths", "64:" + "9" * 400], 2, "is not a length with a weight"),
-        (["--lengths", "1,128"], 2, "no token that could be predicted"),
+        (["--lengths", "1,128"], 2, "no token to predict"),
         (["--original-window", "1"], 2, "nothing to extend"),
         (["--seed", "-1"], 2, "'--seed'"),
         (["--start-from", "smollm2-135m-64k"], 3, "is for another model: rope_theta"),

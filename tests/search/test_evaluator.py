@@ -23,12 +23,12 @@ from lrconvert.errors import UsageError
 from lrconvert.evals.texts import Text
 from lrconvert.reference import FactorSet, Reference, Rotation
 from lrconvert.runtimes.base import scores_of
-from lrconvert.search.evaluator import MAX_LOGITS, TransformersEvaluator, batches
+from lrconvert.search.evaluator import TransformersEvaluator, batches
 from lrconvert.search.objective import Document, Objective, build_objective
 from lrconvert.search.protocol import Answer, Question
 from lrconvert.search.space import Candidate, space_for
-from lrconvert.training import network
-from lrconvert.training.network import TrialRope, _FusedNorm, fuse_norms, load_network
+from lrconvert.training import losses as chunked
+from lrconvert.training.losses import MAX_LOGITS
 
 WINDOW, TARGET = 64, 192
 
@@ -85,7 +85,7 @@ def test_gradients_are_differences(family: str, pico: Callable[..., Model]) -> N
     with_gradient = loss_of(evaluator, objective, candidate, gradient=True)
     assert with_gradient.gradient is not None
     assert with_gradient.loss == pytest.approx(plain.loss, abs=1e-6)  # tables are float32 beside a gradient
-    evaluator._recompute = True
+    evaluator.model.recompute = True
     again = loss_of(evaluator, objective, candidate, gradient=True)
     assert again.gradient == pytest.approx(with_gradient.gradient, abs=1e-7)
     last = len(candidate.steps) - 1
@@ -105,9 +105,9 @@ def test_a_gradient_made_in_chunks_is_that_of_one_pass(
     objective, candidate = objective_for(model, documents=2), candidate_for(model)
     monkeypatch.setitem(MAX_LOGITS, "cpu", model.shape.vocab * 2 * 50)
     found = loss_of(evaluator, objective, candidate, gradient=True).gradient
-    given = evaluator.rope.log_factors = torch.tensor(candidate.factors).double().log().requires_grad_()
+    given = evaluator.model.rope.log_factors = torch.tensor(candidate.factors).double().log().requires_grad_()
     ids = torch.from_numpy(np.stack([document.tokens for document in objective.documents]))
-    logits = evaluator.network(input_ids=ids, use_cache=False).logits[:, :-1]
+    logits = evaluator.model.network(input_ids=ids, use_cache=False).logits[:, :-1]
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
     weights = torch.from_numpy(np.stack([objective.token_weights(index) for index in range(2)]))
     (wanted,) = torch.autograd.grad((losses * weights).sum(), given)
@@ -146,10 +146,21 @@ def test_no_mask_is_made(family: str, pico: Callable[..., Model]) -> None:
     def look(module: object, given: object, named: dict[str, object]) -> None:
         masks.append(named.get("attention_mask"))
 
-    evaluator._decoder.layers[0].register_forward_pre_hook(look, with_kwargs=True)
+    evaluator.model.decoder.layers[0].register_forward_pre_hook(look, with_kwargs=True)
     for gradient in (False, True):
         loss_of(evaluator, objective_for(model, documents=2), candidate_for(model), gradient=gradient)
     assert masks == [None, None]
+
+
+def watched(seen: list[int]) -> Callable[..., torch.Tensor]:
+    """`cross_entropy`, which writes down of how many tokens it made logits at once."""
+    real = chunked.cross_entropy
+
+    def watching(head: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        seen.append(hidden.shape[1])
+        return real(head, hidden, targets)
+
+    return watching
 
 
 def test_logits_are_made_in_chunks(pico: Callable[..., Model], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,18 +173,12 @@ def test_logits_are_made_in_chunks(pico: Callable[..., Model], monkeypatch: pyte
     )
     whole = loss_of(evaluator, objective, candidate, gradient=True)
     seen: list[int] = []
-    real = evaluator._cross_entropy
-
-    def watched(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        seen.append(hidden.shape[1])
-        return real(hidden, targets)
-
-    monkeypatch.setattr(evaluator, "_cross_entropy", watched)
-    monkeypatch.setattr("lrconvert.search.evaluator.MAX_LOGITS", {"cpu": 50 * model.shape.vocab})
-    chunked = loss_of(evaluator, objective, candidate, gradient=True)
+    monkeypatch.setattr(chunked, "cross_entropy", watched(seen))
+    monkeypatch.setitem(MAX_LOGITS, "cpu", 50 * model.shape.vocab)
+    found = loss_of(evaluator, objective, candidate, gradient=True)
     assert max(seen) == 50 and sum(seen) == TARGET - 1
-    assert chunked.loss == pytest.approx(whole.loss, abs=1e-6)
-    assert chunked.gradient == pytest.approx(whole.gradient, abs=1e-5)
+    assert found.loss == pytest.approx(whole.loss, abs=1e-6)
+    assert found.gradient == pytest.approx(whole.gradient, abs=1e-5)
 
 
 def test_only_judged_tokens_get_logits(pico: Callable[..., Model], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,8 +188,7 @@ def test_only_judged_tokens_get_logits(pico: Callable[..., Model], monkeypatch: 
     tokens = np.arange(TARGET) % model.shape.vocab
     objective = Objective("needle", (Document("needle", tokens, ((TARGET, 150, 155),)),), {TARGET: 1.0})
     seen: list[int] = []
-    real = evaluator._cross_entropy
-    monkeypatch.setattr(evaluator, "_cross_entropy", lambda h, t: (seen.append(h.shape[1]), real(h, t))[1])
+    monkeypatch.setattr(chunked, "cross_entropy", watched(seen))
     assert np.isfinite(loss_of(evaluator, objective, candidate_for(model)).loss)
     assert seen == [5]
 
@@ -215,16 +219,6 @@ def test_layers_of_several_kinds_attend_to_everything(pico_folder: Callable[...,
         evaluator = TransformersEvaluator(model, device="cpu")
         losses.append(loss_of(evaluator, objective_for(model), candidate_for(model)).loss)
     assert losses[0] == losses[1]
-
-
-def test_tables_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What holds for a document of millions of tokens: parts, joined, are the whole."""
-    rope = TrialRope(1e4, 8)
-    rope.candidate = Candidate((100, 110, 150, 300), 4)
-    x, positions = torch.zeros(1), torch.arange(10)[None]
-    whole = rope(x, positions)
-    monkeypatch.setattr(network, "TABLE_ROWS", 3)
-    assert all(torch.equal(one, other) for one, other in zip(rope(x, positions), whole, strict=True))
 
 
 def test_a_gguf_file_is_searched_as_its_folder(pico_folder: Callable[..., Path], tmp_path: Path) -> None:
@@ -262,18 +256,6 @@ def test_an_adapter_s_losses_are_those_of_peft(pico_folder: Callable[..., Path],
     assert abs(losses[1] - wanted) > 1e-3
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_norms_are_fused_and_strange_ones_left_alone(family: str, pico: Callable[..., Model]) -> None:
-    """Every norm of every family becomes one kernel, that of heads too; one whose weight counts from one does not."""
-    network = load_network(pico(family), torch.float32)
-    norms = [module for module in network.modules() if type(module).__name__.endswith("RMSNorm")]
-    assert len(norms) >= 2 * len(network.get_decoder().layers) + 1
-    strange = norms[0]
-    strange.forward = lambda hidden, real=strange.forward: real(hidden) * (1 + strange.weight)
-    assert fuse_norms(network) == len(norms) - 1
-    assert not isinstance(strange.forward, _FusedNorm) and isinstance(norms[1].forward, _FusedNorm)
-
-
 def test_nan_and_memory_cost_only_their_candidate(pico: Callable[..., Model], monkeypatch: pytest.MonkeyPatch) -> None:
     model = pico("llama")
     evaluator, objective, candidate = (
@@ -281,21 +263,21 @@ def test_nan_and_memory_cost_only_their_candidate(pico: Callable[..., Model], mo
         objective_for(model),
         candidate_for(model),
     )
-    real = evaluator._losses
-    monkeypatch.setattr(evaluator, "_losses", lambda documents: real(documents) * np.nan)
+    real = evaluator.model.losses
+    monkeypatch.setattr(evaluator.model, "losses", lambda *given: real(*given) * np.nan)
     answer = loss_of(evaluator, objective, candidate)
     assert np.isinf(answer.loss) and answer.error == "the loss is not a number"
 
-    def full(documents: list[Document]) -> np.ndarray[Any, Any]:
-        if len(documents[0].tokens) > 100:
+    def full(tokens: np.ndarray[Any, Any], *given: Any) -> np.ndarray[Any, Any]:
+        if tokens.shape[1] > 100:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return real(documents)
+        return real(tokens, *given)
 
-    monkeypatch.setattr(evaluator, "_losses", full)
+    monkeypatch.setattr(evaluator.model, "losses", full)
     answer = loss_of(evaluator, objective, candidate)
     assert np.isinf(answer.loss) and answer.error is not None and answer.error.startswith("out of memory")
     assert evaluator.largest_fitting(TARGET) == 96  # in steps of 12
-    monkeypatch.setattr(evaluator, "_losses", real)
+    monkeypatch.setattr(evaluator.model, "losses", real)
     assert np.isfinite(loss_of(evaluator, objective, candidate).loss)
 
 
@@ -309,14 +291,14 @@ def test_a_gradient_that_does_not_fit_is_recomputed(
         objective_for(model),
         candidate_for(model),
     )
-    real = evaluator._with_gradient
+    real = evaluator.model.losses_and_gradient
 
     def tight(*given: Any) -> Any:
-        if not evaluator._recompute:
+        if not evaluator.model.recompute:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(*given)
 
-    monkeypatch.setattr(evaluator, "_with_gradient", tight)
+    monkeypatch.setattr(evaluator.model, "losses_and_gradient", tight)
     assert loss_of(evaluator, objective, candidate, gradient=True).gradient is not None
 
 
@@ -324,10 +306,10 @@ def test_other_errors_are_not_swallowed(pico: Callable[..., Model], monkeypatch:
     model = pico("llama")
     evaluator = TransformersEvaluator(model, device="cpu")
 
-    def broken(documents: list[Document]) -> None:
+    def broken(*given: Any) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(evaluator, "_losses", broken)
+    monkeypatch.setattr(evaluator.model, "losses", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         loss_of(evaluator, objective_for(model), candidate_for(model))
 

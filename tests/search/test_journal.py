@@ -59,7 +59,7 @@ def test_a_torn_last_line_is_dropped_and_said(cut: int, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-cut])
     with Journal.open(path, IDENTITY) as journal:
         assert journal.found.records == records()[:2]
-        assert journal.found.torn is not None and "was not written to its end and is dropped" in journal.found.torn
+        assert journal.found.torn is not None and "is incomplete and is dropped" in journal.found.torn
         journal.append(records()[2])
     assert read_journal(path).records == records()
 
@@ -114,7 +114,7 @@ def test_damage_in_the_middle_is_no_torn_line(tmp_path: Path) -> None:
 
 def test_one_process_writes_at_a_time(tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
-    refused = pytest.raises(UsageError, match="another process writes this journal")
+    refused = pytest.raises(UsageError, match="another process is writing this journal")
     with Journal.open(tmp_path / "j.jsonl", IDENTITY), refused:
         Journal.open(tmp_path / "j.jsonl", IDENTITY)
 

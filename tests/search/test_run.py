@@ -24,9 +24,10 @@ from lrconvert.errors import EnvironmentFailure, InputError
 from lrconvert.evals.texts import Text
 from lrconvert.recipe import Recipe, parse_recipe
 from lrconvert.rope import Tier
-from lrconvert.search.journal import Journal, read_journal
+from lrconvert.search.journal import Journal, journal_path, read_journal
+from lrconvert.search.plan import SearchPlan, TierPlan, default_budget
 from lrconvert.search.protocol import Answer, Question
-from lrconvert.search.run import Progress, Search, SearchPlan, TierPlan, default_budget, journal_path
+from lrconvert.search.run import Progress, Search
 from lrconvert.search.space import space_for
 
 ALGORITHMS = ("guided", "evolution")
@@ -220,8 +221,8 @@ def test_budgets_and_names(tmp_path: Path) -> None:
 
 def test_importing_the_search_is_light() -> None:
     """Neither torch nor scikit-learn: only an evaluator and a running guided search need them."""
-    modules = "evolution, guided, journal, objective, protocol, run, space"
-    imports = f"from lrconvert.search import {modules}; from lrconvert import texts; import sys; "
+    modules = "api, evolution, guided, journal, objective, plan, protocol, run, space"
+    imports = f"from lrconvert.search import {modules}; from lrconvert.evals import texts; import sys; "
     code = imports + "print([m for m in HEAVY if m in sys.modules])"
     heavy = "HEAVY = ('torch', 'transformers', 'sklearn', 'scipy', 'pandas', 'matplotlib', 'datasets'); "
     environment = {**os.environ, "PYTHONPATH": str(DATA.parents[1])}

@@ -96,7 +96,7 @@ def command(model: Path, recipe: Path, output: Path, *more: object) -> tuple[obj
 
 
 def interleaved(values: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
-    """llama.cpp's order of q and k rows (formats-gguf.md)."""
+    """llama.cpp's order of q and k rows."""
     half = values.shape[0] // heads // 2
     return values.reshape(heads, 2, half, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
 

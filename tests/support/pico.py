@@ -3,7 +3,7 @@
 
 q and k are widened: a freshly initialised model attends almost uniformly and hides a wrong rotation. The
 width is chosen so that the wrong factor set moves the mean KL by far more than a hundred tolerances
-(`tests/parity/test_mutants.py` holds it).
+(the mutants of `tests/parity/test_verify.py` hold it).
 """
 
 from __future__ import annotations

@@ -303,7 +303,7 @@ def test_verify_judges_on_merged_weights(options: dict[str, Any], tmp_path: Path
     assert report.passed, report.summary
     assert {row.code for row in report.rows} >= {"native", "custom"} and not report.notes
     if options:
-        return  # bf16 weights hide one percent (formats-hf.md)
+        return  # bf16 weights hide one percent
     config = json.loads((adapter / CONFIG).read_text())
     wrong = shutil.copytree(adapter, tmp_path / "wrong")
     (wrong / CONFIG).write_text(json.dumps({**config, "lora_alpha": 1.01 * config["lora_alpha"]}))

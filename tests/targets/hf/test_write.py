@@ -69,7 +69,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def check_spelling(config: dict[str, Any], model: Model, recipe: Recipe, window: int, boundary: int) -> None:
-    """formats-hf.md section 1: what transformers 4.57 and 5.x both read right, and other engines too."""
+    """What transformers 4.57 and 5.x both read right, and other engines too."""
     short, long = recipe.tiers[0], recipe.tiers[-1]
     scaling = config["rope_scaling"]
     assert "rope_parameters" not in config

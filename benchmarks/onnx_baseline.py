@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Four other ways to ONNX beside `lrconvert onnx`, on the same longrope checkpoints; then what exporting 2.8 GB costs.
 
-    python benchmarks/onnx_peers.py --genai ENV/bin/python --optimum ENV/bin/python [--scratch DIR] [--rounds N]
+    python benchmarks/onnx_baseline.py --genai ENV/bin/python --optimum ENV/bin/python [--scratch DIR] [--rounds N]
         [--only TEXT] [--size SHAPE | --skip-size] [--large]
 
     python3 -m venv genai && genai/bin/pip install onnxruntime-genai==0.18.0 onnxruntime==1.32.0 onnx==1.23.2 \
@@ -132,7 +132,7 @@ def recipe_of(case: Case) -> Recipe:
         rope_theta=10000.0,
         rotary_dim=width,
         tiers=tiers,
-        provenance=Provenance("published", source="benchmarks/onnx_peers.py"),
+        provenance=Provenance("published", source="benchmarks/onnx_baseline.py"),
     )
 
 
@@ -195,7 +195,7 @@ _NUMBERED = {"f32": "fp32", "f16": "fp16"}
 
 
 def tools(genai: Path, optimum: Path) -> dict[str, Command]:
-    """The peers: environment of the genai builder, and of optimum and mobius."""
+    """The baselines: environment of the genai builder, and of optimum and mobius."""
 
     def builder(source: Path, output: Path, dtype: str) -> list[str | Path]:
         asked = ("-i", source, "-o", output, "-p", _NUMBERED[dtype], "-e", "cpu", "-c", output.parent / "cache")
@@ -222,11 +222,11 @@ def versions(genai: Path, optimum: Path) -> dict[str, dict[str, str]]:
         "genai builder, torch dynamo": (genai, ("onnxruntime-genai", "onnxscript", "torch", "transformers")),
         "optimum, mobius": (optimum, ("optimum-onnx", "mobius-onnx", "torch", "transformers")),
     }
-    told = {
+    listed = {
         name: subprocess.run([python, "-c", code, *packages], capture_output=True, check=True).stdout
         for name, (python, packages) in asked.items()
     }
-    return {name: json.loads(text) for name, text in told.items()}
+    return {name: json.loads(text) for name, text in listed.items()}
 
 
 # --- costs ----------------------------------------------------------------------------------------------------------
@@ -320,7 +320,7 @@ def referred(model: Model, recipe: Recipe, rows: Sequence[np.ndarray]) -> list[n
     return [reference.logits(row, keep=np.arange(len(row) - COMPARED, len(row))) for row in rows]
 
 
-def judged(case: Case, scratch: Path, peers: dict[str, Command]) -> dict[str, dict[str, Any]]:
+def judged(case: Case, scratch: Path, baselines: dict[str, Command]) -> dict[str, dict[str, Any]]:
     """Every tool on one checkpoint: what it cost, and how far its answers are from the recipe's."""
     folder = scratch / case.name.replace(", ", "-").replace(" ", "-")
     recipe = recipe_of(case)
@@ -330,7 +330,7 @@ def judged(case: Case, scratch: Path, peers: dict[str, Command]) -> dict[str, di
     model = open_model(str(source), tolerant=True)
     expected = referred(model, recipe, rows)
     found = {}
-    for name, command in {"lrconvert": ours(written), **peers}.items():
+    for name, command in {"lrconvert": ours(written), **baselines}.items():
         output = folder / name.replace(" ", "-")
         shutil.rmtree(output, ignore_errors=True)
         cost = watched(command(source, output, "f32"))
@@ -358,7 +358,7 @@ def is_right(values: dict[str, Any]) -> bool:
 
 
 def right_on_llama(results: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
-    """Peers that were right on every Llama without a stated attention factor, which is what part 2 exports."""
+    """Baselines that were right on every Llama without a stated attention factor, which is what part 2 exports."""
     llamas = [found for name, found in results.items() if name.startswith("llama") and "attention" not in name]
     return [tool for tool in next(iter(results.values()))
             if tool != "lrconvert" and llamas and all(is_right(found[tool]) for found in llamas)]  # fmt: skip
@@ -367,8 +367,8 @@ def right_on_llama(results: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
 # --- part 2: what exporting costs -----------------------------------------------------------------------------------
 
 
-def rounds_of(shape: str, scratch: Path, peers: dict[str, Command], rounds: int) -> dict[str, Any]:
-    """Ours, a copy of what it wrote, and the peers, in turns; the first round warms the page cache."""
+def rounds_of(shape: str, scratch: Path, baselines: dict[str, Command], rounds: int) -> dict[str, Any]:
+    """Ours, a copy of what it wrote, and the baselines, in turns; the first round warms the page cache."""
     folder = scratch / shape.replace(" ", "-")
     source = write_checkpoint(folder / "source", shape)
     copy_tokenizer(source)
@@ -379,7 +379,7 @@ def rounds_of(shape: str, scratch: Path, peers: dict[str, Command], rounds: int)
     kept, output, copy = folder / "kept", folder / "output", folder / "copy"
     export = ours(recipe)
     needed(export(source, kept, "f16"))
-    costs: dict[str, list[Cost]] = {"lrconvert": [], **{name: [] for name in peers}}
+    costs: dict[str, list[Cost]] = {"lrconvert": [], **{name: [] for name in baselines}}
     copies: list[float] = []
     same = True
     for _ in range(rounds):
@@ -393,7 +393,7 @@ def rounds_of(shape: str, scratch: Path, peers: dict[str, Command], rounds: int)
         shutil.rmtree(output)
         copies.append(copy_with_fsync(kept / "onnx", copy))
         shutil.rmtree(copy)
-        for name, command in peers.items():
+        for name, command in baselines.items():
             costs[name].append(needed(command(longrope, output, "f16")))
             shutil.rmtree(output)
             shutil.rmtree(folder / "cache", ignore_errors=True)
@@ -412,7 +412,7 @@ def rounds_of(shape: str, scratch: Path, peers: dict[str, Command], rounds: int)
     }
     wall = {name: median([cost.wall for cost in made]) for name, made in costs.items()}
     found["ratio_to_copy"] = round(wall["lrconvert"] / median(copies), 2)
-    found["times_faster"] = {name: round(wall[name] / wall["lrconvert"], 2) for name in peers}
+    found["times_faster"] = {name: round(wall[name] / wall["lrconvert"], 2) for name in baselines}
     shutil.rmtree(folder)
     return found
 
@@ -424,7 +424,7 @@ def largest_mb(source: Path) -> float:
 
 
 def with_longrope(source: Path, recipe: Path, output: Path) -> Path:
-    """The same weights with the recipe in config.json, as the peers read it."""
+    """The same weights with the recipe in config.json, as the baselines read it."""
     needed(lrconvert("hf", source, "--recipe", recipe, "-o", output))
     config = json.loads((output / "config.json").read_text())
     for key in ("auto_map", "longrope"):
@@ -457,7 +457,7 @@ def missed(results: dict[str, dict[str, dict[str, Any]]], cost: dict[str, Any], 
         if cost["ratio_to_copy"] > COPY_ALLOWED:
             found.append(f"{cost['ratio_to_copy']}x of a copy")
         if cost["times_faster"] and min(cost["times_faster"].values()) < SPEEDUP_NEEDED:
-            found.append(f"{min(cost['times_faster'].values())}x faster than the fastest right peer")
+            found.append(f"{min(cost['times_faster'].values())}x faster than the fastest right baseline")
         if not cost["same_bytes_again"]:
             found.append("a second run gave other bytes")
     memories = [{**cost, **cost["tools"]["lrconvert"]}] if cost else []
@@ -527,8 +527,8 @@ def keep(
         for key in ("date", "command", "versions", "tool_versions", "machine")
     ]
     text = ["# Ways to ONNX", "", *facts, "", ABOUT.strip(), "", *table(results), ""]
-    if said := refusals(results):
-        text += ["Last words of those that refuse:", "", *said, ""]
+    if refused := refusals(results):
+        text += ["Last words of those that refuse:", "", *refused, ""]
     if cost:
         ratio = f"{cost['ratio_to_copy']}x of a copy with fsync"
         text += [f"## A Llama of {cost['shape']} in f16", ""]
@@ -551,17 +551,17 @@ def main() -> None:
     parser.add_argument("--skip-size", action="store_true", help="leave part 2 out")
     parser.add_argument("--large", action="store_true", help="our memory at 14 GB as well")
     arguments = parser.parse_args()
-    peers = tools(arguments.genai, arguments.optimum)
+    baselines = tools(arguments.genai, arguments.optimum)
     results = {}
     with scratch_folder(arguments.scratch) as scratch:
         for case in CASES:
             if (arguments.only or "") in case.name:
-                results[case.name] = judged(case, scratch, peers)
+                results[case.name] = judged(case, scratch, baselines)
                 made = {case.name: results[case.name]}
                 print("\n".join([*table(made), *refusals(made)]), flush=True)
         cost: dict[str, Any] = {}
         if not arguments.skip_size:
-            right = {name: peers[name] for name in right_on_llama(results)}
+            right = {name: baselines[name] for name in right_on_llama(results)}
             cost = {"shape": arguments.size, **rounds_of(arguments.size, scratch, right, arguments.rounds)}
             print(json.dumps(cost, indent=1), flush=True)
         large = at_14_gb(scratch) if arguments.large else {}

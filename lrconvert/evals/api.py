@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`lrconvert.evaluate`: perplexity, passkey retrieval and short benchmarks of a model or an artifact.
+
+    evaluate.perplexity("my-model", lengths=[4096, 16384], texts=["book.txt"])
+    evaluate.passkey("my-model.gguf", lengths=[4096])
+    evaluate.benchmarks("my-model", tasks=["hellaswag"], limit=200)
+
+Each returns an `Evaluation`: rows with figures and their 95 % intervals, and how they were measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from lrconvert import __version__
+from lrconvert.checkpoint.tokenizer import Encode, tokenizer_of
+from lrconvert.errors import UsageError, require
+from lrconvert.evals.passkey import PROTOCOL, PasskeyFormat, by_length, form_of, measure_passkey
+from lrconvert.evals.perplexity import measure_perplexity
+from lrconvert.evals.protocols import EXCERPTS, Plan
+from lrconvert.evals.subject import Say, Subject, opened
+from lrconvert.evals.texts import read_texts, sources_of
+from lrconvert.runtimes.base import Session
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from lrconvert.evals.earlier import Difference
+
+
+class Options(TypedDict, total=False):
+    """What every evaluation takes.
+
+    recipe: Evaluate a plain model under this recipe, without baking it.
+    code: Which code of the artifact runs: native, custom, or reference for our own implementation; default: its own.
+    device: cpu, cuda, cuda:1 …; default: cpu. dtype: float32 (default), bfloat16, float16.
+    threads: Threads of the runtime. library: libllama for a GGUF.
+    seed: Of everything that is random; default: 0.
+    output: A stem: STEM.json and the picture STEM.png are written.
+    say: Called with what is going on.
+    """
+
+    recipe: str | None
+    code: str | None
+    device: str
+    dtype: str
+    threads: int | None
+    library: str | None
+    seed: int
+    output: str | Path | None
+    say: Say | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A finished evaluation: `rows` (PerplexityRow, PasskeyRow or BenchmarkRow), how they were measured, and `result`,
+    all of it as it stands in STEM.json.
+
+    `incomparable` is why an earlier result could not be compared after all; then there are no `differences`.
+    """
+
+    kind: str
+    protocol: str
+    title: str
+    rows: tuple[Any, ...]
+    result: dict[str, Any]
+    warnings: tuple[str, ...] = ()
+    differences: tuple[Difference, ...] = ()
+    incomparable: UsageError | None = None
+
+
+def perplexity(
+    artifact: str | Path,
+    *,
+    lengths: Sequence[int],
+    texts: Sequence[str | Path],
+    judged: int | None = None,
+    excerpts: int = EXCERPTS,
+    whole: bool = False,
+    step: int | None = None,
+    document_tokens: int | None = None,
+    **options: Unpack[Options],
+) -> Evaluation:
+    """Perplexity at the end of contexts of several lengths (tokens).
+
+    By default the same last `judged` tokens of `excerpts` places count at every length. `whole`: all tokens of
+    documents cut at each length. `step`: contexts that move by this many tokens over the first `document_tokens` of a
+    document. `texts` are files, folders of .txt, token ids (.npy), or data sets (`hf:NAME…`).
+
+    Raises `UsageError` for options that don't go together, `InputError` for texts that are too short or unreadable and
+    for a model whose losses are not numbers, and as `Subject.of` and `opened`.
+    """
+    run = _Run.of(artifact, options)
+    plan = Plan(tuple(lengths), judged, excerpts, whole, step, document_tokens)
+    sources, subject = sources_of(texts), run.subject
+    read = read_texts(sources, lambda: tokenizer_of(subject.artifact), vocab=subject.vocab(), tokens=plan.needed)
+    plan.check([len(text.tokens) for text in read])
+    for text in subject.searched_on(read):
+        run.warn(f"{text.name}: the recipe was searched on this text, so the figure is too good")
+    with run.session(text=False) as (session, _):
+        tokens = [text.tokens for text in read]
+        rows = measure_perplexity(session, tokens, plan, seed=run.seed, progress=run.say)
+    found = {"texts": [text.record() for text in read], "rows": [row.to_json() for row in rows]}
+    evaluation = run.evaluation("perplexity", plan.sentence, rows, found)
+
+    def plot(path: Path) -> None:
+        from lrconvert.evals.plotting import plot_perplexity
+
+        plot_perplexity(rows, path, title=evaluation.title, protocol=plan.sentence)
+
+    return run.saved(evaluation, plot)
+
+
+def passkey(
+    artifact: str | Path,
+    *,
+    lengths: Sequence[int],
+    depths: int = 10,
+    trials: int = 1,
+    form: Path | None = None,
+    **options: Unpack[Options],
+) -> Evaluation:
+    """How often a key of digits, hidden in a text of each length (tokens), is found when it is asked for at the end.
+
+    The key stands at `depths` depths from start to end, in `trials` documents each. `form` is a passkey.json with the
+    sentences; None: the model's own, or plain English ones.
+
+    Raises `InputError` for a `form` that is damaged and a length that is too short, and as `Subject.of` and `opened`.
+    """
+    run = _Run.of(artifact, options)
+    path = form or form_of(run.subject.artifact)
+    sentences = PasskeyFormat.read(path)
+    with run.session() as (session, encode):
+        asked = {"depths": depths, "trials": trials, "seed": run.seed, "progress": run.say}
+        rows = measure_passkey(session, sentences, encode, lengths, **asked)
+    found = {
+        "form": {"name": path.name, "sha256": sha256(path.read_bytes()).hexdigest()},
+        "lengths": [total.to_json() for total in by_length(rows)],
+        "rows": [row.to_json() for row in rows],
+    }
+    evaluation = run.evaluation("passkey", PROTOCOL, rows, found)
+
+    def plot(path: Path) -> None:
+        from lrconvert.evals.plotting import plot_passkey
+
+        plot_passkey(rows, path, title=evaluation.title, protocol=PROTOCOL)
+
+    return run.saved(evaluation, plot)
+
+
+def benchmarks(
+    artifact: str | Path,
+    *,
+    tasks: Sequence[str],
+    data: Path | None = None,
+    shots: int | None = None,
+    limit: int | None = None,
+    batch_tokens: int | None = None,
+    against: Path | None = None,
+    **options: Unpack[Options],
+) -> Evaluation:
+    """Scores on short benchmarks, through lm-eval.
+
+    `tasks` are arc_challenge, hellaswag, mmlu, truthfulqa_mc2, or without `data` any of lm-eval's. `data` is a folder
+    of JSON lines; None: lm-eval's own data, from the Hub. `shots` examples stand before each question; None: the
+    LongRoPE paper's number. `limit` questions of each task are drawn; None: all. `against` is the JSON of an earlier
+    result: the differences from it are measured question by question.
+
+    Raises `UsageError` for unknown tasks and for an earlier result of other questions, `InputError` for damaged files,
+    `UnsupportedError` for a task that generates text, `EnvironmentFailure` where lm-eval is missing or the Hub can't be
+    reached, and as `Subject.of` and `opened`.
+    """
+    run = _Run.of(artifact, options)  # before lm-eval is imported, which takes seconds: it may be refused
+    lm_eval = require("lm_eval", "eval", "an evaluation on benchmarks")
+    from lrconvert.evals.benchmarks import BATCH_TOKENS, measure_benchmarks, protocol, session_model
+    from lrconvert.evals.earlier import changed_prompts, check_comparable, differences, read_earlier
+    from lrconvert.evals.tasks import prepare
+
+    earlier = None if against is None else read_earlier(against)
+    run.say("questions")
+    asked = prepare(tasks, folder=data, shots=shots, limit=limit, seed=run.seed)
+    files = {name: digest for benchmark in asked for name, digest in benchmark.files.items()}
+    if earlier is not None:
+        check_comparable(earlier, asked, files, run.seed)
+    if shots and (fixed := [found.name for found in asked if found.shots != shots]):
+        run.warn(f"--shots does not apply to {', '.join(fixed)}, which has examples of its own")
+    with run.session() as (session, _):
+        most = batch_tokens or BATCH_TOKENS["cuda" if run.device.startswith("cuda") else "cpu"]
+        model = session_model(session, run.subject.artifact, most, progress=run.say)
+        rows = measure_benchmarks(model, asked, run.seed)
+    found: dict[str, Any] = {
+        "lm_eval": lm_eval.__version__,
+        "files": files,
+        "window": model.window,
+        **asdict(model.effort),
+        "rows": [row.to_json() for row in rows],
+    }
+    incomparable = changed_prompts(earlier, rows) if earlier else None
+    changes = differences(earlier, rows) if earlier and not incomparable else []
+    if earlier and earlier.truncated != model.effort.truncated:
+        run.warn(f"{earlier.truncated} prompts were cut at its window then, {model.effort.truncated} now")
+    if changes and earlier:
+        found["against"] = {"artifact": earlier.artifact, "rows": [asdict(change) for change in changes]}
+
+    def plot(path: Path) -> None:
+        from lrconvert.evals.plotting import plot_benchmarks
+
+        plot_benchmarks(rows, path)
+
+    evaluation = run.evaluation("benchmarks", protocol(asked, limit), rows, found, changes, incomparable)
+    return run.saved(evaluation, plot)
+
+
+@dataclass
+class _Run:
+    """What an evaluation is of, and how it is computed and kept."""
+
+    subject: Subject
+    code: str | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
+    threads: int | None = None
+    library: str | None = None
+    seed: int = 0
+    output: Path | None = None
+    say: Say = lambda what: None
+    warnings: list[str] = field(default_factory=list)
+    info: dict[str, Any] = field(default_factory=dict)  # the runtime's
+
+    @classmethod
+    def of(cls, artifact: str | Path, options: Options) -> _Run:
+        given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
+        subject = Subject.of(str(artifact), given.pop("recipe", None))
+        output = given.pop("output", None)
+        return cls(subject, output=None if output is None else Path(output), **given)
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+    @contextlib.contextmanager
+    def session(self, *, text: bool = True) -> Iterator[tuple[Session, Encode]]:
+        """A session on the artifact and its tokenizer, which no one needs without `text`."""
+        if self.output is not None:
+            require("matplotlib", "plot", "the picture that -o writes")  # an error before anything is computed
+        with opened(
+            self.subject,
+            code=self.code,
+            device=self.device,
+            dtype=self.dtype,
+            threads=self.threads,
+            library=self.library,
+            progress=contextlib.nullcontext(self.say),
+            text=text,
+        ) as (session, encode, _):
+            yield session, encode
+            self.info = session.info
+
+    def evaluation(
+        self,
+        kind: str,
+        protocol: str,
+        rows: Sequence[Any],
+        found: dict[str, Any],
+        changes: Sequence[Difference] = (),
+        incomparable: UsageError | None = None,
+    ) -> Evaluation:
+        name, recipe = Path(self.subject.reference).name, self.subject.recipe
+        under = "" if recipe is None else f" under {recipe.name}"
+        result = {
+            "lrconvert": __version__,
+            "artifact": name,
+            "recipe": None if recipe is None else recipe.name,
+            "seed": self.seed,
+            "runtime": self.info,
+            "evaluation": kind,
+            "protocol": protocol,
+            **found,
+        }
+        title = f"{name}{under}: {kind}, seed {self.seed}"
+        warnings = tuple(self.warnings)
+        return Evaluation(kind, protocol, title, tuple(rows), result, warnings, tuple(changes), incomparable)
+
+    def saved(self, evaluation: Evaluation, plot: Callable[[Path], None]) -> Evaluation:
+        """STEM.json and STEM.png, where they are asked for."""
+        if self.output is not None:
+            path = self.output.with_name(self.output.name + ".json")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(evaluation.result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            plot(self.output.with_name(self.output.name + ".png"))
+        return evaluation

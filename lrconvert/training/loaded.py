@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model in memory: losses of tokens under a rotation, and their gradient in ln λ.
+
+Shapes: b documents, n tokens, c hidden channels, d rotated channels. Of a team (`processes`) every process has its part
+of the n.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lrconvert.training.attention import PROBE_TOKENS, check_kernel, choose_kernel, use_kernel
+from lrconvert.training.devices import default_dtype, free_memory, is_out_of_memory, process_device
+from lrconvert.training.losses import chunked_gradient, chunked_losses, chunks
+from lrconvert.training.network import fuse_norms, load_network, recomputing
+from lrconvert.training.processes import Workers
+from lrconvert.training.rotation import Rotation, TrialRope, replace_rotation
+
+if TYPE_CHECKING:
+    from lrconvert.checkpoint import Model
+
+Tokens = NDArray[np.int64]
+
+
+class LoadedModel:
+    """A checkpoint's network on this process's device, with frozen weights and a rotation that can be exchanged.
+
+    `device` and `dtype` default to what `devices` says, `attention` names one of `attention.KERNELS`: on a GPU the
+    fastest is the default, a CPU has its own. `team` and `sharded` are those of `Workers`. `purpose` is what an error
+    says that the model is for.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        attention: str | None = None,
+        team: int = 1,
+        sharded: bool = False,
+        purpose: str = "a search",
+    ) -> None:
+        check_kernel(attention)
+        self.device: torch.device = process_device(device, purpose)
+        self.workers = Workers(self.device, team=team, sharded=sharded)
+        self.dtype: torch.dtype = getattr(torch, dtype or default_dtype(self.device.type, purpose))
+        self.vocab = model.shape.vocab
+        self.rope = TrialRope(model.shape.theta, model.shape.rotary_dim)
+        self.network = load_network(model, self.dtype).eval()
+        self.network.requires_grad_(False)
+        self.decoder, self.head = self.network.get_decoder(), self.network.get_output_embeddings()
+        replace_rotation(self.decoder, self.rope)
+        fuse_norms(self.network)
+        self.workers.place(self.network, self.decoder.layers, self.device)
+        self.recompute = False  # activations in a backward pass
+        self.attention: str | None = None
+        if self.device.type == "cuda":  # the same in every process, or a loss would depend on who computes it
+            self.attention = self.workers.agree(choose_kernel(attention, self._time_kernel))
+
+    @property
+    def rotation(self) -> Rotation:
+        """What the model is rotated with; any value with factors, start tokens and an attention factor."""
+        return self.rope.rotation
+
+    @rotation.setter
+    def rotation(self, rotation: Rotation) -> None:
+        self.rope.rotation = rotation
+
+    # --- losses ------------------------------------------------------------------------------------------
+
+    def losses(self, tokens: Tokens, judged: tuple[int, int] | None = None) -> NDArray[np.float32]:
+        """Losses in nats of documents [b, n] of equal length: [b, n − 1], entry t of token t + 1.
+
+        Only entries within `judged` (first, end) are computed, the others are zero; None: all.
+        """
+        ids, positions, targets = self._tensors(tokens)
+        # Not inference_mode: FSDP keeps buffers that it makes here, and a gradient needs them later.
+        with torch.no_grad(), use_kernel(self.attention), self.workers.spread(ids, positions, targets):
+            hidden = self.hidden(ids, positions)
+            found = chunked_losses(self.head, hidden, targets, self._parts(targets, judged))
+            return self._numbers(found, tokens)
+
+    def losses_and_gradient(
+        self, tokens: Tokens, weights: NDArray[np.float64], judged: tuple[int, int] | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+        """Losses as `losses`, and d Σ weights·losses / d ln λ_i, shape [d/2]; `weights` [b, n − 1].
+
+        The gradient at the hidden states is made in chunks, then taken back through the decoder at once. Weights are
+        multiplied by n meanwhile: float16 would lose numbers as small as 1/n.
+        """
+        ids, positions, targets = self._tensors(tokens)
+        count = tokens.shape[1]
+        padded = np.pad(weights * count, ((0, 0), (0, ids.shape[1] - weights.shape[1])))
+        scaled = torch.as_tensor(padded, dtype=torch.float32, device=self.device)
+        log_factors = torch.tensor(self.rotation.factors, dtype=torch.float64, device=self.device).log()
+        self.rope.log_factors = log_factors.requires_grad_()
+        memory = recomputing(self.network) if self.recompute else contextlib.nullcontext()
+        try:
+            with use_kernel(self.attention), memory, self.workers.spread(ids, positions, targets, scaled):
+                hidden = self.hidden(ids, positions)
+                found, upstream = chunked_gradient(self.head, hidden, targets, scaled, self._parts(targets, judged))
+                (gradient,) = torch.autograd.grad(hidden, log_factors, upstream)
+                losses = self._numbers(found, tokens)
+        finally:
+            self.rope.log_factors = None
+        return losses, (self.workers.total(gradient) / count).cpu().numpy()
+
+    def hidden(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The decoder's last hidden states, [b, n, c].
+
+        A mask of ones lets transformers leave causality to the attention kernel. Without any it looks for packed
+        documents, and transformers 4.57 then makes a mask of n × n.
+        """
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        given = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
+        return self.decoder(**given, use_cache=False).last_hidden_state
+
+    def _tensors(self, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens, their positions, and the token that each predicts: [b, n], n rounded up to what a team can share.
+        The padding stands at the end, where no token sees it."""
+        padding = -tokens.shape[1] % self.workers.multiple
+        ids = torch.from_numpy(np.pad(tokens, ((0, 0), (0, padding)))).to(self.device)
+        positions = torch.arange(ids.shape[1], device=self.device).repeat(len(tokens), 1)
+        return ids, positions, ids.roll(-1, dims=1)
+
+    def _parts(self, targets: torch.Tensor, judged: tuple[int, int] | None) -> list[slice]:
+        """Chunks of the judged tokens. The members of a team have parts from here and there, and judge all."""
+        rows, count = targets.shape
+        first, end = judged if judged is not None and self.workers.team == 1 else (0, count)
+        return chunks(first, end, vocab=self.vocab, rows=rows, device=self.device)
+
+    def _numbers(self, losses: torch.Tensor, tokens: Tokens) -> NDArray[np.float32]:
+        """[b, n − 1]: without the last token, which predicts nothing, and without the padding."""
+        return self.workers.whole(losses)[:, : tokens.shape[1] - 1].cpu().numpy()
+
+    # --- the machine -------------------------------------------------------------------------------------
+
+    def largest_fitting(self, length: int) -> int:
+        """The longest document, in sixteenths of `length`, whose losses fit the memory; 0 when none does."""
+        step = max(length // 16, 2)
+        least, most = 0, 16
+        while most - least > 1:
+            middle = (least + most) // 2
+            if self._fits(middle * step):
+                least = middle
+            else:
+                most = middle
+        return least * step
+
+    def free(self) -> None:
+        """Give back memory after an error; outside of its `except` block."""
+        free_memory(self.device)
+
+    def describe(self) -> dict[str, Any]:
+        """Device, precision, attention kernel and versions."""
+        import transformers
+
+        cuda = self.device.type == "cuda"
+        return {
+            "device": torch.cuda.get_device_name(self.device) if cuda else self.device.type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "attention": self.attention,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+
+    def _any_tokens(self, length: int) -> Tokens:
+        return (np.arange(length, dtype=np.int64) % self.vocab)[None]
+
+    def _fits(self, length: int) -> bool:
+        try:
+            self.losses(self._any_tokens(length))
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        else:
+            return True
+        self.free()
+        return False
+
+    def _time_kernel(self, name: str) -> float | None:
+        """Seconds of the faster of two forward passes after a first one; None where the kernel refuses."""
+        before, self.attention = self.attention, name
+        tokens, times = self._any_tokens(PROBE_TOKENS), []
+        try:
+            for _ in range(3):
+                torch.cuda.synchronize(self.device)
+                started = time.perf_counter()
+                self.losses(tokens, (0, 1))
+                torch.cuda.synchronize(self.device)
+                times.append(time.perf_counter() - started)
+        except RuntimeError:  # no such kernel for this card, dtype or shape; out of memory is one too
+            times = []
+        finally:
+            self.attention = before
+        if not times:
+            self.free()
+            return None
+        return min(times[1:])

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses of tokens from hidden states, a chunk at a time: the logits of a long document never exist at once.
+
+Shapes: b documents, n tokens, c hidden channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch.nn import functional
+
+MAX_LOGITS = {"cpu": 2**23, "cuda": 2**28}  # entries held at once: 1 GiB of float32 on a GPU
+Head = Callable[[torch.Tensor], torch.Tensor]  # hidden states to logits
+
+
+def chunks(first: int, end: int, *, vocab: int, rows: int, device: torch.device) -> list[slice]:
+    """The tokens `first` … `end` of `rows` documents in parts whose logits fit `MAX_LOGITS`."""
+    size = max(1, MAX_LOGITS[device.type] // (vocab * rows))
+    return [slice(start, min(start + size, end)) for start in range(first, end, size)]
+
+
+def cross_entropy(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Loss in nats of each target, [b, n], from hidden states [b, n, c]."""
+    # Widened inside the kernel: a float32 copy of the logits would be half of its memory traffic.
+    log_probabilities = functional.log_softmax(head(hidden), dim=-1, dtype=torch.float32)
+    return -log_probabilities.gather(-1, targets[..., None])[..., 0]
+
+
+def chunked_losses(head: Head, hidden: torch.Tensor, targets: torch.Tensor, parts: Iterable[slice]) -> torch.Tensor:
+    """Losses of the tokens in `parts`, zero elsewhere: float32, [b, n]."""
+    losses = torch.zeros(targets.shape, device=hidden.device)
+    for part in parts:
+        losses[:, part] = cross_entropy(head, hidden[:, part], targets[:, part])
+    return losses
+
+
+def chunked_gradient(
+    head: Head, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, parts: Iterable[slice]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses as `chunked_losses`, and d Σ weights·losses / d hidden, [b, n, c]: what goes back through the decoder.
+
+    Each chunk's gradient is made with its logits, which are then forgotten.
+    """
+    losses = torch.zeros(targets.shape, device=hidden.device)
+    upstream = torch.zeros_like(hidden)
+    for part in parts:
+        own = hidden[:, part].detach().requires_grad_()
+        found = cross_entropy(head, own, targets[:, part])
+        (upstream[:, part],) = torch.autograd.grad((found * weights[:, part]).sum(), own)
+        losses[:, part] = found.detach()
+    return losses, upstream

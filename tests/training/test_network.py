@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint as transformers' own class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from support.pico import FAMILIES
+
+from lrconvert.checkpoint import Model
+from lrconvert.training.network import _FusedNorm, fuse_norms, load_network
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_norms_are_fused_and_strange_ones_left_alone(family: str, pico: Callable[..., Model]) -> None:
+    """Every norm of every family becomes one kernel, that of heads too; one whose weight counts from one does not."""
+    network = load_network(pico(family), torch.float32)
+    norms = [module for module in network.modules() if type(module).__name__.endswith("RMSNorm")]
+    assert len(norms) >= 2 * len(network.get_decoder().layers) + 1
+    strange = norms[0]
+    strange.forward = lambda hidden, real=strange.forward: real(hidden) * (1 + strange.weight)
+    assert fuse_norms(network) == len(norms) - 1
+    assert not isinstance(strange.forward, _FusedNorm) and isinstance(norms[1].forward, _FusedNorm)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the code of each runtime can express of a recipe, and what remains of one that asks for more.
 
-One row per piece of code that rotates. A target that writes for such code projects the recipe first and
-says what was lost; parity judges the code against the projection, and measures the loss beside it.
+One row per piece of code that rotates. A target that writes for such code fits the recipe to it first and says
+what was dropped; parity compares the code with the fitted recipe, and measures what dropping cost beside it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from lrconvert.rope import RopeSpec, Tier, longrope_attention_factor
 
 # Attention factors closer than this are the same: both were rounded once, from the same formula.
 SAME = 1e-9
+
+Tiers = tuple[Tier, ...]
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,66 @@ class Capability:
     switches: bool
     once: bool = False
     context_step: int = 0
+
+    def fit(self, spec: RopeSpec) -> tuple[RopeSpec, list[str]]:
+        """The closest spec that this code can express, and what was dropped, in words."""
+        tiers, dropped = spec.tiers, list[str]()
+        for step in (self._limit_tiers, self._drop_start_tokens, self._choose_once, self._fix_attention):
+            tiers, words = step(spec, tiers)
+            dropped += words
+        return replace(spec, tiers=tiers), dropped
+
+    def round_boundaries(self, spec: RopeSpec) -> RopeSpec:
+        """The spec that code with a `context_step` computes. A tier serves the contexts of its length, and a sequence
+        needs a context as long as itself or longer. So a boundary that is no multiple of the step falls to the next
+        lower one, and below the first step there is no short set at all."""
+        step = self.context_step
+        if not step:
+            return spec
+        head = [replace(tier, max_length=tier.max_length // step * step) for tier in spec.tiers[:-1]]
+        return replace(spec, tiers=(*(tier for tier in head if tier.max_length), spec.tiers[-1]))
+
+    # The steps of `fit`: each returns the tiers that are left, and what it dropped.
+
+    def _limit_tiers(self, spec: RopeSpec, tiers: Tiers) -> tuple[Tiers, list[str]]:
+        if self.tiers is None or len(tiers) <= self.tiers:
+            return tiers, []
+        first, last = tiers[0], tiers[-1]
+        words = (
+            f"{self.name} knows {self.tiers} tiers: sequences of {first.max_length + 1} to "
+            f"{tiers[-2].max_length} tokens use the factors of {last.max_length}"
+        )
+        return (first, last), [words]
+
+    def _drop_start_tokens(self, spec: RopeSpec, tiers: Tiers) -> tuple[Tiers, list[str]]:
+        if self.start_tokens:
+            return tiers, []
+        scaled = [tier for tier in tiers if tier.start_tokens > 1]
+        counts = ", ".join(f"{tier.start_tokens} (up to {tier.max_length})" for tier in scaled)
+        words = [f"{self.name} knows no start tokens: the first {counts} positions are scaled too"] if scaled else []
+        return tuple(replace(tier, start_tokens=0) for tier in tiers), words
+
+    def _choose_once(self, spec: RopeSpec, tiers: Tiers) -> tuple[Tiers, list[str]]:
+        if not self.once or len(tiers) == 1:
+            return tiers, []
+        first, last = tiers[0], tiers[-1]
+        words = (
+            f"{self.name} chooses one factor set for all lengths: sequences of up to "
+            f"{first.max_length} tokens use the factors of {last.max_length}"
+        )
+        return (last,), [words] if first.factors != last.factors else []
+
+    def _fix_attention(self, spec: RopeSpec, tiers: Tiers) -> tuple[Tiers, list[str]]:
+        if self.attention == "per tier":
+            return tiers, []
+        if self.attention == "one":
+            wanted, rule = tiers[-1].attention_factor, "knows one attention factor"  # a recipe is for the long tier
+        else:
+            wanted, rule = formula_attention_factor(spec), "computes its attention factor"
+        differ = [tier for tier in tiers if abs(tier.attention_factor - wanted) > SAME * wanted]
+        listed = ", ".join(f"{tier.attention_factor:.6g} (up to {tier.max_length})" for tier in differ)
+        words = [f"{self.name} {rule}: {wanted:.6g} is used instead of {listed}"] if differ else []
+        return tuple(replace(tier, attention_factor=wanted) for tier in tiers), words
 
 
 CUSTOM_HF = Capability("the artifact's own modeling code", None, True, "per tier", True, True)
@@ -62,71 +124,20 @@ ONNX = Capability("the graph's rotary function", None, True, "per tier", True, T
 PORTABLE = Capability("a portable artifact", 2, False, "one", True, True)
 
 
-def project(spec: RopeSpec, capability: Capability) -> tuple[RopeSpec, list[str]]:
-    """The nearest that `capability` can express, and what was lost, in words. Nothing lost: same spec."""
-    losses: list[str] = []
-    tiers = spec.tiers
-    if capability.tiers is not None and len(tiers) > capability.tiers:
-        first, last = tiers[0], tiers[-1]
-        losses.append(
-            f"{capability.name} knows {capability.tiers} tiers: sequences of {first.max_length + 1} to "
-            f"{tiers[-2].max_length} tokens use the factors of {last.max_length}"
-        )
-        tiers = (first, last)
-    if not capability.start_tokens and (lost := [t for t in tiers if t.start_tokens > 1]):
-        counts = ", ".join(f"{tier.start_tokens} (up to {tier.max_length})" for tier in lost)
-        losses.append(f"{capability.name} knows no start tokens: the first {counts} positions are scaled too")
-    if not capability.start_tokens:
-        tiers = tuple(replace(tier, start_tokens=0) for tier in tiers)
-    if capability.once and len(tiers) > 1:
-        if tiers[0].factors != tiers[-1].factors:
-            losses.append(
-                f"{capability.name} chooses one factor set for all lengths: sequences of up to "
-                f"{tiers[0].max_length} tokens use the factors of {tiers[-1].max_length}"
-            )
-        tiers = tiers[-1:]
-    wanted = _attention(spec, tiers, capability)
-    if wanted is not None:
-        differ = [t for t in tiers if abs(t.attention_factor - wanted) > SAME * wanted]
-        if differ:
-            listed = ", ".join(f"{t.attention_factor:.6g} (up to {t.max_length})" for t in differ)
-            rule = "knows one attention factor" if capability.attention == "one" else "computes its attention factor"
-            losses.append(f"{capability.name} {rule}: {wanted:.6g} is used instead of {listed}")
-        tiers = tuple(replace(tier, attention_factor=wanted) for tier in tiers)
-    return replace(spec, tiers=tiers), losses
+# --- attention factors -----------------------------------------------------------------------------------
 
 
-def by_context(spec: RopeSpec, capability: Capability) -> RopeSpec:
-    """The spec that code with a `context_step` computes: a tier serves the contexts of its length, and a sequence
-    needs a context that is as long as it or longer. So a boundary that is no multiple of the step falls to the
-    next lower one, and below the first step there is no short set at all."""
-    step = capability.context_step
-    if not step:
-        return spec
-    head = [replace(tier, max_length=tier.max_length // step * step) for tier in spec.tiers[:-1]]
-    return replace(spec, tiers=(*(tier for tier in head if tier.max_length), spec.tiers[-1]))
-
-
-def folded_attention(spec: RopeSpec, scale: float) -> RopeSpec:
-    """What remains to be rotated where the weights carry `scale` of every attention factor already."""
+def divide_attention(spec: RopeSpec, scale: float) -> RopeSpec:
+    """What remains to be rotated where the weights already carry `scale` of every attention factor."""
     return replace(spec, tiers=tuple(replace(t, attention_factor=t.attention_factor / scale) for t in spec.tiers))
 
 
-def formula_attention(spec: RopeSpec) -> float:
+def formula_attention_factor(spec: RopeSpec) -> float:
     """The attention factor of LongRoPE's formula for a config with this window and these sets."""
-    boundary = switch_length(spec, spec.tiers)
+    boundary = switch_length(spec)
     return longrope_attention_factor(spec.window / boundary, boundary)
 
 
-def _attention(spec: RopeSpec, tiers: tuple[Tier, ...], capability: Capability) -> float | None:
-    """The one factor that `capability` will use, or None when each tier keeps its own."""
-    if capability.attention == "per tier":
-        return None
-    if capability.attention == "one":
-        return tiers[-1].attention_factor  # the extension is what the recipe is for
-    return formula_attention(spec)
-
-
-def switch_length(spec: RopeSpec, tiers: tuple[Tier, ...]) -> int:
+def switch_length(spec: RopeSpec) -> int:
     """The longest sequence of the short set, in code that has a short and a long one."""
-    return tiers[0].max_length if len(tiers) > 1 else spec.original_window
+    return spec.tiers[0].max_length if len(spec.tiers) > 1 else spec.original_window

@@ -22,7 +22,6 @@ from lrconvert.engines.capability import (
     NATIVE_HF_FORMULA,
     VLLM,
     Capability,
-    project,
     switch_length,
 )
 from lrconvert.rope import RopeSpec
@@ -335,7 +334,7 @@ def _assess(rows: Sequence[Engine], spec: RopeSpec, family: str, config: Mapping
     if engine is None:
         return Verdict(rows[0].name, rows[0].version, "unknown", (f"nobody has looked at {family} there",))
     rule = engine.rule
-    values = {"boundary": switch_length(spec, spec.tiers), "window": spec.window}
+    values = {"boundary": switch_length(spec), "window": spec.window}
     matters = rule.always or len({tier.factors for tier in (spec.tiers[0], spec.tiers[-1])}) > 1
     missing = [need for need in engine.needs if config is not None and not any(_has(config, k) for k in need.keys)]
     refusals = [_lacks(need) for need in missing if need.otherwise == "refuses"]
@@ -345,7 +344,7 @@ def _assess(rows: Sequence[Engine], spec: RopeSpec, family: str, config: Mapping
     why = [rule.breaks.format(**values)] if rule.breaks and matters else []
     why += [_lacks(need) for need in missing]
     if not rule.always:  # what a program can't express is no news where it expresses nothing
-        why += project(spec, replace(engine.capability, name="it", once=False))[1]
+        why += replace(engine.capability, name="it", once=False).fit(spec)[1]
     limits = tuple(text.format(**values) for text in rule.limits) if matters else ()
     return Verdict(engine.name, engine.version, "differs" if why else "right", tuple(why), limits)
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from lrconvert.engines.capability import by_context, project
 from lrconvert.errors import InputError
 from lrconvert.parity.cases import DECODED, Case, build_cases, kept, stream
 from lrconvert.parity.codes import Code, Options
@@ -44,8 +43,8 @@ def ask_code(run: Run, code: Code, spec: RopeSpec, judge: Judge, dtype: str) -> 
     """Every case for one code, into the report. `dtype` is what its products are computed in (`tolerances`)."""
     artifact, options, report = run.artifact, run.options, run.report
     capability = code.capability(judge.model.family)
-    projected, losses = project(spec, capability)
-    projected = by_context(projected, capability)
+    projected, losses = capability.fit(spec)
+    projected = capability.round_boundaries(projected)
     edges = spec.boundaries[:1] if capability.once else None
     cases = list(build_cases(projected, capability, options.budget, asking=code.asking, edges=edges))
     run.say(f"{code.name} code: reference")

@@ -16,7 +16,7 @@ from typing import Any
 from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.base import numpy_dtype
 from lrconvert.checkpoint.fold import folded
-from lrconvert.engines.capability import LLAMA_CPP, LLAMA_CPP_STATIC, PORTABLE, folded_attention, project
+from lrconvert.engines.capability import LLAMA_CPP, LLAMA_CPP_STATIC, PORTABLE, divide_attention
 from lrconvert.parity.cases import Budget, Case
 from lrconvert.parity.judge import Judge
 from lrconvert.parity.measures import compare
@@ -48,9 +48,9 @@ def promise(model: Model, spec: RopeSpec, options: Mapping[str, Any], artifact: 
         return _promise_of_gguf(model, spec, options, artifact)
     if not options.get("portable"):
         return Promise(spec, spec, [], spec, model, None)
-    kept, given_up = project(spec, PORTABLE)
+    kept, given_up = PORTABLE.fit(spec)
     scale = float(options["folded_attention"])
-    promised = folded_attention(kept, scale)
+    promised = divide_attention(kept, scale)
     if scale == 1.0 or model.checkpoint.path.resolve() == artifact.resolve():
         return Promise(spec, kept, given_up, promised, model, None)
     rounded = options.get("dtype") is None  # else the judge rounds to what is stored
@@ -59,12 +59,12 @@ def promise(model: Model, spec: RopeSpec, options: Mapping[str, Any], artifact: 
 
 def _promise_of_gguf(model: Model, spec: RopeSpec, options: Mapping[str, Any], artifact: Path) -> Promise:
     """Two sets for llama.cpp to choose from, or one, with all of the attention factor in the weights or none."""
-    kept, given_up = project(spec, LLAMA_CPP)
+    kept, given_up = LLAMA_CPP.fit(spec)
     if options.get("static_long"):
-        kept, more = project(kept, LLAMA_CPP_STATIC)
+        kept, more = LLAMA_CPP_STATIC.fit(kept)
         given_up += more
     scale = float(options.get("folded_attention", 1.0))
-    promised = folded_attention(kept, scale)
+    promised = divide_attention(kept, scale)
     if scale == 1.0 or model.checkpoint.path.resolve() == artifact.resolve():
         return Promise(spec, kept, given_up, promised, model, None)
     return Promise(spec, kept, given_up, promised, folded(model, scale, rounded=False), model, scale)

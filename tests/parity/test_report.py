@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from lrconvert.engines.capability import CUSTOM_HF, NATIVE_HF, NATIVE_HF_FORMULA, project
+from lrconvert.engines.capability import CUSTOM_HF, NATIVE_HF, NATIVE_HF_FORMULA
 from lrconvert.parity.cases import CPU, DECODED, build_cases, kept, stream
 from lrconvert.parity.measures import compare, merge
 from lrconvert.parity.report import Report, Row
@@ -105,15 +105,15 @@ def test_streams_are_prefixes_of_each_other_and_rows_differ() -> None:
 
 def test_projection_says_all_that_is_lost_and_nothing_else() -> None:
     exact = spec(64, 128, 256, start=8, attention=(1.0, 1.1, 1.2))
-    assert project(exact, CUSTOM_HF) == (exact, [])
-    native, losses = project(exact, NATIVE_HF)
+    assert CUSTOM_HF.fit(exact) == (exact, [])
+    native, losses = NATIVE_HF.fit(exact)
     assert [tier.max_length for tier in native.tiers] == [64, 256]
     assert [tier.attention_factor for tier in native.tiers] == [1.2, 1.2]
     assert all(tier.start_tokens == 0 for tier in native.tiers)
     assert len(losses) == 3
     plain = spec(64, 256, attention=(1.2, 1.2))
-    assert project(plain, NATIVE_HF) == (plain, [])
-    formula, losses = project(plain, NATIVE_HF_FORMULA)
+    assert NATIVE_HF.fit(plain) == (plain, [])
+    formula, losses = NATIVE_HF_FORMULA.fit(plain)
     assert formula.tiers[1].attention_factor == longrope_attention_factor(4, 64)
     assert len(losses) == 1
 

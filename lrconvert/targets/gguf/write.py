@@ -27,7 +27,7 @@ from lrconvert.checkpoint.base import CheckpointView, refuse_quantised
 from lrconvert.checkpoint.fold import folded
 from lrconvert.checkpoint.gguf import PERMUTED, GgufCheckpoint
 from lrconvert.checkpoint.source import check_unchanged, snapshot
-from lrconvert.engines.capability import LLAMA_CPP, LLAMA_CPP_STATIC, folded_attention, project
+from lrconvert.engines.capability import LLAMA_CPP, LLAMA_CPP_STATIC, divide_attention
 from lrconvert.errors import UnsupportedError, UsageError
 from lrconvert.families import longrope_architecture
 from lrconvert.families.base import GGUF_INTERLEAVED, LAYER
@@ -146,7 +146,7 @@ def plan(
     )
     kept, given_up = _kept(spec, options)
     scale = kept.tiers[-1].attention_factor if options.fold else 1.0
-    written = folded_attention(kept, scale)
+    written = divide_attention(kept, scale)
     source = model.checkpoint if isinstance(model.checkpoint, GgufCheckpoint) else None
     scheme = _scheme(model, options, rewritten=adapter is not None or scale != 1.0)
     _check_options(options, scheme, is_gguf=source is not None)
@@ -253,14 +253,14 @@ def _check_shape(model: Model, architecture: str) -> None:
 
 def _kept(spec: RopeSpec, options: Options) -> tuple[RopeSpec, list[str]]:
     """What llama.cpp can express of the spec, and what is given up; refused unless the user allows that."""
-    kept, losses = project(spec, LLAMA_CPP)
+    kept, losses = LLAMA_CPP.fit(spec)
     if losses and not options.lossy:
         advice = "bake to hf, whose own code is exact, or give this up with --allow-lossy"
         if any("attention factor" in loss for loss in losses):
             advice = f"`recipe derive --uniform` makes one attention factor for both sets; or {advice}"
         raise UnsupportedError("; ".join(losses), remedy=advice[0].upper() + advice[1:])
     if options.static:
-        kept, more = project(kept, LLAMA_CPP_STATIC)
+        kept, more = LLAMA_CPP_STATIC.fit(kept)
         losses += more
     return kept, losses
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from lrconvert.engines.capability import PORTABLE, SAME, folded_attention, formula_attention, project
+from lrconvert.engines.capability import PORTABLE, SAME, divide_attention, formula_attention_factor
 from lrconvert.errors import UnsupportedError
 from lrconvert.rope import RopeSpec
 
@@ -14,12 +14,12 @@ def make_portable(spec: RopeSpec, *, lossy: bool = False) -> tuple[RopeSpec, flo
     With the recipe's attention factor a and the engines' f, the scale is a/f and the spec's factor f. Raises
     `UnsupportedError` (exit code 4) that names all that engines can't do, unless `lossy`.
     """
-    kept, losses = project(spec, PORTABLE)
+    kept, losses = PORTABLE.fit(spec)
     if losses and not lossy:
         raise UnsupportedError(
             f"--portable: {'; '.join(losses)}",
             remedy="Bake without --portable for the artifact's own code, or give this up with --allow-lossy",
         )
-    scale = kept.tiers[-1].attention_factor / formula_attention(kept)
+    scale = kept.tiers[-1].attention_factor / formula_attention_factor(kept)
     scale = 1.0 if abs(scale - 1.0) <= SAME else scale
-    return folded_attention(kept, scale), scale, losses
+    return divide_attention(kept, scale), scale, losses

@@ -21,8 +21,8 @@ AUTO_MAP = {"AutoModelForCausalLM": "modeling_longrope.LongRopeForCausalLM"}
 
 
 def native_keys(native: RopeSpec, family: Family) -> dict[str, Any]:
-    """The top-level config keys for native code, from what native code can express (`expressible`)."""
-    boundary = switch_length(native, native.tiers)
+    """The top-level config keys for native code, from what native code can express (`Capability.fit`)."""
+    boundary = switch_length(native)
     short, long = native.tiers[0], native.tiers[-1]
     lists = {"short_factor": list(short.factors), "long_factor": list(long.factors)}
     if family.hf_three_key_scaling:

@@ -18,7 +18,7 @@ from lrconvert.checkpoint.adapter import Adapter, merged
 from lrconvert.checkpoint.base import FLOAT_DTYPES, refuse_quantised
 from lrconvert.checkpoint.fold import folded
 from lrconvert.checkpoint.source import check_unchanged, snapshot
-from lrconvert.engines.capability import native_hf, project
+from lrconvert.engines.capability import native_hf
 from lrconvert.recipe import Recipe, resolve
 from lrconvert.rope import RopeSpec
 from lrconvert.targets.hf.config import Edit, edited_config, json_bytes, json_in, side_files
@@ -83,7 +83,7 @@ def plan(
     scale, given_up = 1.0, []
     if portable:
         spec, scale, given_up = make_portable(spec, lossy=lossy)
-    native, losses = project(spec, native_hf(family))
+    native, losses = native_hf(family).fit(spec)
     stored = _stored_dtype(model, dtype)
     if adapter is not None:  # with a dtype of its own, the artifact's one rounding is the writer's
         model = merged(model, adapter, rounded=stored is None and scale == 1.0)

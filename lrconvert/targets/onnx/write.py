@@ -19,7 +19,7 @@ from lrconvert.checkpoint import Checkpoint, Model
 from lrconvert.checkpoint.adapter import Adapter, merged
 from lrconvert.checkpoint.base import refuse_quantised
 from lrconvert.checkpoint.source import check_unchanged, snapshot
-from lrconvert.engines.capability import native_hf, project
+from lrconvert.engines.capability import native_hf
 from lrconvert.errors import UnsupportedError, UsageError, require
 from lrconvert.recipe import Recipe, resolve
 from lrconvert.rope import RopeSpec
@@ -116,7 +116,7 @@ def plan(model: Model, recipe: Recipe, output: Path, options: Options, *, adapte
     if len(graph) > MAX_GRAPH_BYTES:
         raise UnsupportedError(f"the graph has {len(graph)} bytes; an ONNX file can have {MAX_GRAPH_BYTES}")
     data = {f"{ONNX_FOLDER}/{name}": group for name, group in files_of(tensors).items()}
-    native, _ = project(spec, native_hf(model.family))
+    native, _ = native_hf(model.family).fit(spec)
     config, edits = edited_config(model, spec, native, computing)
     texts, kept, more = side_files(model, spec)
     edits = [*(edit for edit in edits if edit.key != "auto_map"), *more]

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lrconvert.cli import _output as out
-from lrconvert.cli._common import SEED, OutputName
+from lrconvert.cli._common import SEED, OutputName, Registered
+from lrconvert.runtimes import backend_choices
 
 if TYPE_CHECKING:
     from lrconvert.evals.subject import Subject
@@ -25,7 +26,7 @@ def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--recipe", metavar="RECIPE", help="Evaluate a plain model under this recipe, without baking it."),
         click.option(
             "--code",
-            type=click.Choice(["native", "custom", "reference"]),
+            type=Registered(lambda: [*backend_choices(), "reference"]),
             help="Of a folder native or custom, default: its own; of all: our reference implementation.",
         ),
         click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1 …"),

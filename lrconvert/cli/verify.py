@@ -8,6 +8,8 @@ from pathlib import Path
 import click
 
 from lrconvert.cli import _output as out
+from lrconvert.cli._common import Registered
+from lrconvert.runtimes import RUNTIMES, backend_choices, runtime_for
 
 
 @click.command(name="verify", short_help="Compare an artifact with the reference implementation.")
@@ -23,11 +25,11 @@ from lrconvert.cli import _output as out
     help="What the artifact computes in; the reference stays in float64 (float32 on a GPU).",
 )
 @click.option(
-    "--code", "codes", type=click.Choice(["native", "custom"]), multiple=True, help="Only this code; may be repeated."
+    "--code", "codes", type=Registered(backend_choices), multiple=True, help="Only this code; may be repeated."
 )
 @click.option(
     "--runtime",
-    type=click.Choice(["transformers", "mlx", "llama.cpp", "onnxruntime", "vllm"]),
+    type=Registered(lambda: RUNTIMES),
     help="What runs the artifact; default: transformers, llama.cpp for a GGUF, onnxruntime for "
     "an ONNX folder. mlx-lm and vLLM live in "
     "environments of their own: name one with --python.",
@@ -65,19 +67,24 @@ def command(
     \b
     lrconvert verify my-model --runtime vllm --python vllm-env/bin/python
     """
-    from lrconvert.errors import ParityError, UsageError, require
-    from lrconvert.parity import Options, kind_of, own_runtime, verify
+    from lrconvert.errors import ParityError, require
+    from lrconvert.parity import Options, kind_of, verify
 
-    kind = kind_of(artifact)
-    if codes and (kind != "hf" or runtime not in (None, "transformers")):
-        asked = runtime or own_runtime(kind)
-        raise UsageError(f"--code chooses among what transformers runs; --runtime {asked} has one code")
-    if kind == "onnx":
-        for module in ("onnx", "onnxruntime"):
-            require(module, "onnx", "verify")
-    for module in ("torch", "transformers") if kind == "hf" else ("torch",):
-        require(module, "hf", "verify")
-    options = Options(device, dtype, codes or None, full, python, threads, runtime=runtime, library=library, kv=kv)
+    chosen = runtime_for(kind_of(artifact), runtime)
+    chosen.check(codes)
+    chosen.require("verify")
+    require("torch", "hf", "verify")
+    options = Options(
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        python=python,
+        library=library,
+        kv=kv,
+        runtime=runtime,
+        backends=codes or None,
+        full=full,
+    )
     with out.spinner(quiet=as_json) as progress:
         report = verify(artifact, against=against, recipe=recipe, options=options, progress=progress)
     if junit is not None:

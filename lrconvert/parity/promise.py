@@ -18,11 +18,12 @@ from lrconvert.checkpoint.base import numpy_dtype
 from lrconvert.checkpoint.fold import folded
 from lrconvert.engines.capability import LLAMA_CPP, LLAMA_CPP_STATIC, PORTABLE, divide_attention
 from lrconvert.parity.cases import Budget, Case
-from lrconvert.parity.judge import Judge
 from lrconvert.parity.measures import compare
+from lrconvert.parity.reference_runner import ReferenceRunner
 from lrconvert.parity.report import Row, judged
-from lrconvert.parity.tolerances import tolerance_for
+from lrconvert.parity.tolerances import PORTABLE as PORTABLE_TOLERANCES
 from lrconvert.rope import RopeSpec
+from lrconvert.runtimes.tolerances import tolerance_for
 
 CODE = "portable"
 
@@ -70,7 +71,7 @@ def _promise_of_gguf(model: Model, spec: RopeSpec, options: Mapping[str, Any], a
     return Promise(spec, kept, given_up, promised, folded(model, scale, rounded=False), model, scale)
 
 
-def lost(name: str, exact: RopeSpec, projected: RopeSpec, judge: Judge, budget: Budget) -> list[Row]:
+def lost(name: str, exact: RopeSpec, projected: RopeSpec, judge: ReferenceRunner, budget: Budget) -> list[Row]:
     """What a projection costs, by the reference alone, at the end of every tier that it changes."""
     changed = [tier.max_length for tier in exact.tiers if tier != projected.tier_for(tier.max_length)]
     cases = [end_case("lost", length, budget) for length in changed]
@@ -84,12 +85,16 @@ def lost(name: str, exact: RopeSpec, projected: RopeSpec, judge: Judge, budget: 
     return rows
 
 
-def fold_rows(made: Promise, judge: Judge, *, stored_dtype: str | None, device: str, budget: Budget) -> list[Row]:
+def fold_rows(
+    made: Promise, judge: ReferenceRunner, *, stored_dtype: str | None, device: str, budget: Budget
+) -> list[Row]:
     """Is the folded attention factor the recipe's, and what does rounding the scaled weights cost? `judge` has
     them as they are stored."""
     if made.source is None:
         return lost(CODE, made.recipe, made.kept, judge, budget) if made.given_up else []
-    plain = Judge(folded(made.source, 1.0, rounded=stored_dtype is None), device=device, stored_dtype=stored_dtype)
+    plain = ReferenceRunner(
+        folded(made.source, 1.0, rounded=stored_dtype is None), device=device, stored_dtype=stored_dtype
+    )
     reason = f"scaled weights rounded to {numpy_dtype(stored_dtype or made.source.dtype).name}, against unscaled ones"
     rows = exact_fold_rows(made, device=device, budget=budget)
     for length, ours, theirs in _at_ends(made, plain, judge, budget):
@@ -102,20 +107,24 @@ def fold_rows(made: Promise, judge: Judge, *, stored_dtype: str | None, device: 
 def exact_fold_rows(made: Promise, *, device: str, budget: Budget) -> list[Row]:
     """Reference against reference, without rounding: do the scaled weights undo what their code leaves out?"""
     assert made.source is not None
-    unscaled, scaled = (Judge(folded(made.source, scale, rounded=False), device=device) for scale in (1.0, made.scale))
+    unscaled, scaled = (
+        ReferenceRunner(folded(made.source, scale, rounded=False), device=device) for scale in (1.0, made.scale)
+    )
     return [
         judged(
             CODE,
             f"folded attention factor at {length}",
             length,
             compare(ours, theirs),
-            tolerance_for(CODE, scaled.dtype, length),
+            tolerance_for(PORTABLE_TOLERANCES, scaled.dtype, length, name=CODE),
         )
         for length, ours, theirs in _at_ends(made, unscaled, scaled, budget)
     ]
 
 
-def _at_ends(made: Promise, unscaled: Judge, scaled: Judge, budget: Budget) -> Iterator[tuple[int, Any, Any]]:
+def _at_ends(
+    made: Promise, unscaled: ReferenceRunner, scaled: ReferenceRunner, budget: Budget
+) -> Iterator[tuple[int, Any, Any]]:
     """At the end of every tier: its length, and what the unscaled and the scaled weights answer."""
     cases = [end_case("", tier.max_length, budget) for tier in made.kept.tiers]
     unscaled.prepare(made.kept, cases)

@@ -17,13 +17,14 @@ from lrconvert.checkpoint.source import sha256_of
 from lrconvert.engines.capability import LLAMA_CPP_STATIC
 from lrconvert.errors import InputError, LrconvertError, UnsupportedError, UsageError
 from lrconvert.parity import stored as stored_rows
-from lrconvert.parity.asking import Progress, Run, ask_code
-from lrconvert.parity.codes import Code, Options, codes_of, kind_of, own_runtime
+from lrconvert.parity.asking import Progress, Run, ask_backend
 from lrconvert.parity.config_checks import check_config
-from lrconvert.parity.judge import Judge
+from lrconvert.parity.options import Options, chosen_backends, kind_of, own_runtime
 from lrconvert.parity.promise import Promise, exact_fold_rows, fold_rows, lost, promise
+from lrconvert.parity.reference_runner import ReferenceRunner
 from lrconvert.parity.report import Report, Row
 from lrconvert.recipe import Recipe, load_recipe, parse_recipe, resolve
+from lrconvert.runtimes.backend import Backend
 
 
 def verify(
@@ -42,7 +43,7 @@ def verify(
     kind = kind_of(artifact)
     if not (artifact.is_file() if kind == "gguf" else artifact.is_dir()):
         raise InputError(f"{artifact}: no such artifact")
-    codes = codes_of(artifact, options)
+    backends = chosen_backends(artifact, options)
     manifest = Manifest.read(artifact) if manifest_path(artifact).is_file() or against is None else None
     if manifest is None and recipe is None:
         raise UsageError("--against needs --recipe where the artifact has no manifest")
@@ -68,7 +69,7 @@ def verify(
         say("checksums")
         report.rows += _integrity(artifact.parent if kind == "gguf" else artifact, manifest)
     run = Run(artifact, options, report, say)
-    {"hf": _verify_hf, "gguf": _verify_gguf, "onnx": _verify_onnx}[kind](run, manifest, made, codes)
+    {"hf": _verify_hf, "gguf": _verify_gguf, "onnx": _verify_onnx}[kind](run, manifest, made, backends)
     if manifest is not None and recipe is None:
         engine = None if options.runtime in (None, own_runtime(kind)) else options.runtime
         manifest.parity = _recorded(manifest.parity, report.to_json(), engine)
@@ -76,23 +77,23 @@ def verify(
     return report
 
 
-def _verify_hf(run: Run, manifest: Manifest | None, made: Promise, codes: list[Code]) -> None:
+def _verify_hf(run: Run, manifest: Manifest | None, made: Promise, backends: list[Backend]) -> None:
     artifact, options, report = run.artifact, run.options, run.report
     stored = manifest.options.get("dtype") if manifest else None
-    judge = Judge(made.model, device=options.device, stored_dtype=stored)
+    judge = ReferenceRunner(made.model, device=options.device, stored_dtype=stored)
     report.reference = f"reference in {judge.dtype} on {options.device}"
     report.rows += check_config(read_json(artifact / "config.json"), artifact, made.model.family.hf_class)
     if made.spec != made.recipe:
         run.say("what the weights carry: reference")
         report.rows += fold_rows(made, judge, stored_dtype=stored, device=options.device, budget=options.budget)
-    for code in codes:
-        ask_code(run, code, made.spec, judge, options.dtype)
+    for backend in backends:
+        ask_backend(run, backend, made.spec, judge, options.dtype)
 
 
-def _verify_gguf(run: Run, manifest: Manifest | None, made: Promise, codes: list[Code]) -> None:
+def _verify_gguf(run: Run, manifest: Manifest | None, made: Promise, backends: list[Backend]) -> None:
     """llama.cpp is judged on the weights in the file; that they are the model's is checked beside it."""
     artifact, options, report, say = run.artifact, run.options, run.report, run.say
-    original = Judge(made.source or made.model, device=options.device)
+    original = ReferenceRunner(made.source or made.model, device=options.device)
     report.reference = f"reference in {original.dtype} on {options.device}"
     try:
         stored = GgufCheckpoint(artifact, tolerant=True)
@@ -105,7 +106,7 @@ def _verify_gguf(run: Run, manifest: Manifest | None, made: Promise, codes: list
     say("weights")
     rows, exact = stored_rows.check_weights(stored, made.model)
     report.rows += rows
-    judge = original if exact and made.source is None else Judge(model, device=options.device)
+    judge = original if exact and made.source is None else ReferenceRunner(model, device=options.device)
     if made.given_up:
         say("what was given up: reference")
         report.rows += lost("llama.cpp", made.recipe, made.kept, original, options.budget)
@@ -116,19 +117,19 @@ def _verify_gguf(run: Run, manifest: Manifest | None, made: Promise, codes: list
         say("quantisation: reference")
         report.rows += stored_rows.quantisation("llama.cpp", original, made.kept, judge, made.spec, options.budget)
     dtype = stored_rows.computing(stored)
-    for code in codes:
+    for backend in backends:
         if static:
-            code = replace(code, capability=lambda family: LLAMA_CPP_STATIC)
-        ask_code(run, code, made.spec, judge, dtype)
+            backend = replace(backend, capability=lambda family: LLAMA_CPP_STATIC)
+        ask_backend(run, backend, made.spec, judge, dtype)
 
 
-def _verify_onnx(run: Run, manifest: Manifest | None, made: Promise, codes: list[Code]) -> None:
+def _verify_onnx(run: Run, manifest: Manifest | None, made: Promise, backends: list[Backend]) -> None:
     """ONNX Runtime is judged on the weights in the folder, as llama.cpp on those of a file."""
     artifact, options, report, say = run.artifact, run.options, run.report, run.say
     stored = OnnxCheckpoint(artifact)
     kind = stored.computing
     refuse_device(kind, stored.attention, options.device)
-    original = Judge(made.model, device=options.device)
+    original = ReferenceRunner(made.model, device=options.device)
     report.reference = f"reference in {original.dtype} on {options.device}"
     try:
         model = stored_rows.on_stored_weights(made.model, stored)
@@ -138,13 +139,13 @@ def _verify_onnx(run: Run, manifest: Manifest | None, made: Promise, codes: list
     say("weights")
     rows, exact = stored_rows.check_weights(stored, made.model)
     report.rows += rows
-    judge = original if exact else Judge(model, device=options.device)
+    judge = original if exact else ReferenceRunner(model, device=options.device)
     if not exact:
         say("rounding: reference")
         report.rows += stored_rows.quantisation("onnxruntime", original, made.kept, judge, made.spec, options.budget)
-    for code in codes:
-        asking = replace(code.asking, padded=stored.attention == "standard")
-        ask_code(run, replace(code, asking=asking), made.spec, judge, kind)
+    for backend in backends:
+        accepts = replace(backend.accepts, padded=stored.attention == "standard")
+        ask_backend(run, replace(backend, accepts=accepts), made.spec, judge, kind)
 
 
 def refuse_device(kind: str, attention: str, device: str) -> None:

@@ -143,7 +143,9 @@ class GgmlRunner(ReferenceRunner):
 
 def with_its_angles(artifact: Path, model: Model, spec: RopeSpec, interpreter: Interpreter) -> float:
     """Mean KL at the window's end between the reference turned by float32 angles and the file in llama.cpp."""
-    case = Case("far end", "forward", (spec.window,), spread=True, run=True, context=spec.tiers[0].max_length + 512)
+    case = Case(
+        "far end", "forward", (spec.window,), spread=True, consecutive=True, context=spec.tiers[0].max_length + 512
+    )
     positions = case.positions()
     tokens = stream(model.shape.vocab, len(positions)).tolist()
     with open_session(artifact, interpreter=interpreter) as session:

@@ -40,11 +40,11 @@ class Registered(click.Choice):
         super().__init__(())
 
     @property
-    def choices(self) -> tuple[str, ...]:  # type: ignore[override]
+    def choices(self) -> tuple[str, ...]:
         return tuple(self._names())
 
     @choices.setter
-    def choices(self, value: object) -> None:
+    def choices(self, value: object) -> None:  # type: ignore[override]
         """click sets what it was given; the registry has the names."""
 
 

@@ -21,7 +21,7 @@ from lrconvert.parity.options import Options
 from lrconvert.parity.promise import lost
 from lrconvert.parity.reference_runner import ReferenceRunner, kept_of_batch
 from lrconvert.parity.report import Report, Row, judged
-from lrconvert.parity.tokens import tokenisation_of
+from lrconvert.parity.tokens import token_rows
 from lrconvert.rope import RopeSpec
 from lrconvert.runtimes.answers import Answer, AnswersCached, AnswersShift
 from lrconvert.runtimes.backend import Backend
@@ -33,7 +33,7 @@ CHECKS: dict[Answer, tuple[str, Callable[[Opened], Iterable[Row]]]] = {
     "graph": ("the graph itself", graph_rows),
     "rotary": ("the rotary function alone", rotary_rows),
     "placements": ("where operators ran", placement_rows),
-    "tokens": ("tokenisation", lambda opened: tokenisation_of(opened.reference.model.checkpoint, opened.session)),
+    "tokens": ("tokenisation", token_rows),
 }
 
 

@@ -20,6 +20,7 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 from lrconvert.checkpoint import Checkpoint, read_json
 from lrconvert.checkpoint.gguf_tokenizer import MAX_PIECE, PRE_TOKENIZERS, SPACE, PreTokenizer
 from lrconvert.errors import InputError, LrconvertError
+from lrconvert.parity.opened import Opened
 from lrconvert.parity.report import Row
 from lrconvert.runtimes.answers import AnswersTokens
 
@@ -88,6 +89,12 @@ def tokenisation_of(model: Checkpoint, session: AnswersTokens) -> list[Row]:
     except LrconvertError as error:
         return [Row(TOKENIZER, "strings", "skipped", reason=f"no tokenizer to compare with: {error.message}")]
     return tokenisation(side_files, session)
+
+
+def token_rows(opened: Opened) -> list[Row]:
+    """`tokenisation_of` the model that an artifact was made from."""
+    session: AnswersTokens = opened.answering("tokens")
+    return tokenisation_of(opened.reference.model.checkpoint, session)
 
 
 def tokenisation(side_files: Mapping[str, Path | bytes], session: AnswersTokens) -> list[Row]:
@@ -366,4 +373,4 @@ LIMITS = (
 )
 
 
-__all__ = ["STRINGS", "tokenisation", "tokenisation_of"]
+__all__ = ["STRINGS", "token_rows", "tokenisation", "tokenisation_of"]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The llama.cpp runtime: a GGUF file in a compiled llama.cpp that is on the machine, on its CPU or a GPU.
 
-llama.cpp chooses the factor set once per context, by the tokens that a sequence has room for there (padded to
-256), not by the tokens that it holds: `context` asks for one side of the original window or the other.
+llama.cpp chooses the factor set once per context, by the tokens that a sequence's context can hold (padded to 256),
+not by the tokens that it holds: `context` asks for one side of the original window or the other.
 """
 
 from __future__ import annotations

@@ -117,11 +117,12 @@ def test_names_cost_no_imports() -> None:
 
 def test_sessions_have_what_they_answer() -> None:
     """Each answer is a protocol, whose methods the session has; whatever is checked by it is an answer."""
+    protocols: dict[str, type] = {**PROTOCOLS}
     answers = {LlamaSession: LlamaSession.answers, OnnxSession: ANSWERS | {"placements"}}
     for session, named in answers.items():
         assert named <= set(PROTOCOLS)
         for answer in named:
-            assert issubclass(session, PROTOCOLS[answer]), (session, answer)
+            assert issubclass(session, protocols[answer]), (session, answer)
     assert set(CHECKS) < set(PROTOCOLS)
     assert {"contexts", "cached", "shift"} == set(PROTOCOLS) - set(CHECKS)
     assert "shift" in MEASURED

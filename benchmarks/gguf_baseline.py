@@ -29,8 +29,8 @@ from lrconvert.checkpoint import Model, open_model
 from lrconvert.families import get_family
 from lrconvert.parity import Options, verify
 from lrconvert.parity.cases import Case, kept, stream
-from lrconvert.parity.judge import Judge
 from lrconvert.parity.measures import compare
+from lrconvert.parity.reference_runner import ReferenceRunner
 from lrconvert.recipe import Recipe, resolve, write_recipe
 from lrconvert.recipe.importing import Base, import_recipe
 from lrconvert.reference import FactorSet, Rotation
@@ -132,7 +132,7 @@ class GgmlRotation(Rotation):
         return (angles.cos() * chosen.magnitude).to(dtype), (angles.sin() * chosen.magnitude).to(dtype)
 
 
-class GgmlJudge(Judge):
+class GgmlRunner(ReferenceRunner):
     """The reference, turned by llama.cpp's angles."""
 
     def _rotate_like(self, spec: RopeSpec) -> None:
@@ -143,14 +143,16 @@ class GgmlJudge(Judge):
 
 def with_its_angles(artifact: Path, model: Model, spec: RopeSpec, interpreter: Interpreter) -> float:
     """Mean KL at the window's end between the reference turned by float32 angles and the file in llama.cpp."""
-    case = Case("far end", "forward", (spec.window,), spread=True, run=True, context=spec.tiers[0].max_length + 512)
+    case = Case(
+        "far end", "forward", (spec.window,), spread=True, consecutive=True, context=spec.tiers[0].max_length + 512
+    )
     positions = case.positions()
     tokens = stream(model.shape.vocab, len(positions)).tolist()
     with open_session(artifact, interpreter=interpreter) as session:
         (answer,) = session.logits(
             [tokens], positions=positions.tolist(), keep=kept(len(tokens)).tolist(), context=case.context
         )
-    return compare(GgmlJudge(model).forward(spec, case), answer).kl_mean
+    return compare(GgmlRunner(model).forward(spec, case), answer).kl_mean
 
 
 def judged(artifact: Path, model: Path, recipe: Recipe, options: Options) -> dict[str, Any]:

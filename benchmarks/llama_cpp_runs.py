@@ -143,6 +143,8 @@ def _strip(source: Path, output: Path) -> None:
 class InContext:
     """A session of llama.cpp whose contexts have a size of their own, whatever the length of a prompt."""
 
+    answers: frozenset[str] = frozenset()
+
     def __init__(self, session: LlamaSession, context: int) -> None:
         self._session, self._context, self.info = session, context, session.info
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -31,8 +31,7 @@ from lrconvert.checkpoint import locate, open_model
 from lrconvert.checkpoint.tokenizer import tokenizer_of
 from lrconvert.evals.passkey import PasskeyFormat, measure_passkey
 from lrconvert.evals.perplexity import same_token_perplexity
-from lrconvert.parity.codes import Options, codes_of
-from lrconvert.runtimes.onnxruntime import OnnxSession
+from lrconvert.parity.options import Options, chosen_backends
 
 JUDGED, NEW, BEFORE = 512, 24, 6
 # The embedded model knows this form; others are asked in plain English, with the key where they know digits best.
@@ -76,9 +75,9 @@ def measure(arguments: argparse.Namespace, folder: Path, dtype: str) -> dict[str
     options = Options(device=arguments.device, dtype="float32" if exact else "bfloat16")
     result: dict[str, Any] = {"attention": attention, "versions": {}}
     with ExitStack() as stack:
-        sessions = {
-            "onnxruntime": stack.enter_context(codes_of(onnx, options)[-1].open(onnx, options)),
-            "transformers": stack.enter_context(codes_of(hf, options)[-1].open(hf, options)),
+        sessions: dict[str, Any] = {
+            "onnxruntime": stack.enter_context(closing(chosen_backends(onnx, options)[-1].open(onnx, options))),
+            "transformers": stack.enter_context(closing(chosen_backends(hf, options)[-1].open(hf, options))),
         }
         for runtime, session in sessions.items():
             result["versions"] |= {key: value for key, value in session.info.items() if key not in ("class", "dtype")}
@@ -93,7 +92,7 @@ def measure(arguments: argparse.Namespace, folder: Path, dtype: str) -> dict[str
             }
             prompt = tokens[: window - BEFORE]
             result[f"tokens, {runtime}"] = session.generate(prompt, NEW)[0]
-            if isinstance(session, OnnxSession):
+            if "cached" in session.answers:
                 result["tokens, cached keys"] = session.generate(prompt, NEW, policy="cached")[0]
     result["trials"] = arguments.trials
     return result

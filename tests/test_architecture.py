@@ -37,13 +37,9 @@ FORBIDDEN: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("reference", "engines", ()),
     ("families", "rope", ()),
     ("search", "parity", ()),
+    ("runtimes", "artifact", ()),
     # These run where lrconvert is not installed.
-    ("runtimes.transformers_worker", "", ()),
-    ("runtimes.mlx_worker", "", ()),
-    ("runtimes.vllm_worker", "", ()),
-    ("runtimes.llama_cpp_worker", "", ()),
-    ("runtimes.onnxruntime_worker", "", ()),
-    ("runtimes.worker_loop", "", ()),
+    *((f"runtimes.{path.stem}", "", ()) for path in sorted((PACKAGE / "runtimes").glob("*worker*.py"))),
     ("targets.hf.modeling_longrope", "", ()),
 )
 

@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lrconvert.errors import UsageError, require
+from lrconvert.errors import require
 from lrconvert.parity import Options, Report
 from lrconvert.parity import verify as compare
 from lrconvert.recipe import Recipe
+from lrconvert.runtimes import runtime_for
 from lrconvert.targets import target_of
 
 
@@ -38,14 +39,20 @@ def verify(
     """
     path = Path(artifact)
     target = target_of(path)
-    runtime_name = runtime or target.runtime
-    if codes and runtime_name != "transformers":
-        raise UsageError(f"--code chooses among what transformers runs; --runtime {runtime_name} has one code")
+    chosen = runtime_for(target.name, runtime)
+    chosen.check(codes)
+    chosen.require("verify")
     for module, extra in (*target.needs, ("torch", "hf")):
         require(module, extra, "verify")
-    if runtime_name == "transformers":
-        require("transformers", "hf", "verify")
     options = Options(
-        device, dtype, tuple(codes) or None, full, python, threads, runtime=runtime, library=library, kv=kv
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        python=python,
+        library=library,
+        kv=kv,
+        runtime=runtime,
+        backends=tuple(codes) or None,
+        full=full,
     )
     return compare(path, target, against=against, recipe=recipe, options=options, progress=progress)

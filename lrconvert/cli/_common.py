@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,22 @@ class Tokens(click.ParamType):
         if not matched or int(matched.group(1)) == 0:
             self.fail(f"{value!r} is not a number of tokens; 65536, 64k and 2m are", param, ctx)
         return int(matched.group(1)) * _SUFFIX[matched.group(2)]
+
+
+class Registered(click.Choice):
+    """One of the names in a registry, looked up when they are needed: it may have grown by then."""
+
+    def __init__(self, names: Callable[[], Iterable[str]]) -> None:
+        self._names = names
+        super().__init__(())
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        return tuple(self._names())
+
+    @choices.setter
+    def choices(self, value: object) -> None:  # type: ignore[override]
+        """click sets what it was given; the registry has the names."""
 
 
 class Number(click.FloatRange):

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lrconvert.cli import _output as out
-from lrconvert.cli._common import SEED, OutputName
+from lrconvert.cli._common import SEED, OutputName, Registered
+from lrconvert.runtimes import backend_choices
 
 if TYPE_CHECKING:
     from lrconvert.evals.api import Evaluation
@@ -26,7 +27,7 @@ def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--recipe", metavar="RECIPE", help="Evaluate a plain model under this recipe."),
         click.option(
             "--code",
-            type=click.Choice(["native", "custom", "reference"]),
+            type=Registered(lambda: [*backend_choices(), "reference"]),
             help="Run this code: native or custom (folders), or our reference implementation. "
             "Default: the artifact's own.",
         ),

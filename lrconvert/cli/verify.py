@@ -8,6 +8,8 @@ from pathlib import Path
 import click
 
 from lrconvert.cli import _output as out
+from lrconvert.cli._common import Registered
+from lrconvert.runtimes import RUNTIMES, backend_choices
 
 
 @click.command(name="verify", short_help="Compare an artifact with the reference implementation.")
@@ -23,11 +25,11 @@ from lrconvert.cli import _output as out
     help="What the artifact computes in; the reference stays in float64 (float32 on a GPU).",
 )
 @click.option(
-    "--code", "codes", type=click.Choice(["native", "custom"]), multiple=True, help="Only this code; may be repeated."
+    "--code", "codes", type=Registered(backend_choices), multiple=True, help="Only this code; may be repeated."
 )
 @click.option(
     "--runtime",
-    type=click.Choice(["transformers", "mlx", "llama.cpp", "onnxruntime", "vllm"]),
+    type=Registered(lambda: RUNTIMES),
     help="What runs the artifact; default: transformers, llama.cpp for a GGUF, onnxruntime for "
     "an ONNX folder. mlx-lm and vLLM live in "
     "environments of their own: name one with --python.",

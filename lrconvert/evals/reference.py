@@ -24,6 +24,8 @@ class ReferenceSession:
     A row's length chooses its tier. Attention is full, whatever sliding window a config has, as in artifacts.
     """
 
+    answers: frozenset[str] = frozenset()
+
     def __init__(self, model: Model, spec: RopeSpec, *, device: str = "cpu") -> None:
         torch = require("torch", "hf", "the reference implementation")
         refuse_quantised(model, "the reference implementation")

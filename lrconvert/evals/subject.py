@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +15,14 @@ from lrconvert.artifact.manifest import Manifest, manifest_path
 from lrconvert.checkpoint import Model, locate, open_checkpoint, open_model
 from lrconvert.checkpoint.adapter import Adapter, choose_adapter, merged, open_adapter
 from lrconvert.checkpoint.tokenizer import Encode, tokenizer_of
-from lrconvert.errors import UsageError, require
+from lrconvert.errors import UsageError
 from lrconvert.evals.texts import Text
-from lrconvert.parity.codes import Code, Options, codes_of
 from lrconvert.parity.expected import expected
 from lrconvert.parity.stored import on_stored_weights
 from lrconvert.recipe import Recipe, load_recipe, parse_recipe, recipe_folder, resolve
 from lrconvert.rope import RopeSpec
+from lrconvert.runtimes import runtime_for
+from lrconvert.runtimes.backend import Backend, OpenOptions, Runtime
 from lrconvert.runtimes.base import Session
 from lrconvert.targets import hf, target_of
 from lrconvert.training.devices import torch_device
@@ -148,12 +149,13 @@ def opened(
     """
     if code == REFERENCE and dtype != "float32":
         raise UsageError("the reference computes in float64, on a GPU in float32", remedy="Leave --dtype out")
-    folder = subject.given is not None or target_of(subject.artifact).name == "hf"
-    for module in ("torch", "transformers") if folder and code != REFERENCE else ():
-        require(module, "hf", "an evaluation in transformers")
-    if folder and device.startswith("cuda"):
-        torch_device(device, "hf", "an evaluation in transformers")
-    options = Options(device=device, dtype=dtype, threads=threads, library=library)
+    runtime = runtime_for("hf" if subject.given is not None else target_of(subject.artifact).name)
+    purpose = f"an evaluation in {runtime.name}"
+    if code != REFERENCE:
+        runtime.require(purpose)
+    if runtime.uses_torch and device.startswith("cuda"):
+        torch_device(device, "hf", purpose)
+    options = OpenOptions(device=device, dtype=dtype, threads=threads, library=library)
     with ExitStack() as stack:
         say = stack.enter_context(progress)
         say("loading")
@@ -167,15 +169,17 @@ def opened(
             if subject.given is not None:
                 say("baking")
                 artifact = stack.enter_context(baked(subject))
-            session = stack.enter_context(_code_of(subject, artifact, options, code).open(artifact, options))
+            backend = _backend_of(subject, artifact, runtime, code)
+            session = stack.enter_context(closing(backend.open(artifact, options)))
         yield session, encode, say
 
 
-def _code_of(subject: Subject, artifact: Path, options: Options, name: str | None) -> Code:
-    there = codes_of(artifact, target_of(artifact), options)
-    if able := [code for code in there if name in (None, code.name)]:
+def _backend_of(subject: Subject, artifact: Path, runtime: Runtime, name: str | None) -> Backend:
+    """The one of that name, by default the last that the artifact has: its own code before native code."""
+    there = runtime.backends_of(artifact)
+    if able := [backend for backend in there if name in (None, backend.name)]:
         return able[-1]
-    names = ", ".join([*(code.name for code in there), REFERENCE])
+    names = ", ".join([*(backend.name for backend in there), REFERENCE])
     raise UsageError(f"{subject.reference} has no {name} code", remedy=f"What can be asked: {names}")
 
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asking a piece of code every case, and holding its answers against the reference's."""
+"""Asking a backend every case, and holding its answers against the reference's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,28 @@ import numpy as np
 from lrconvert.artifact.checks import Row
 from lrconvert.errors import InputError
 from lrconvert.parity.cases import DECODED, Case, build_cases, kept, stream
-from lrconvert.parity.codes import Code, Options
 from lrconvert.parity.expected import lost
-from lrconvert.parity.graph import graph_rows
-from lrconvert.parity.judge import Judge, kept_of_batch
+from lrconvert.parity.graph import graph_rows, placement_rows, rotary_rows
+from lrconvert.parity.hypotheses import closest_hypothesis
 from lrconvert.parity.measures import Measures, compare, merge
-from lrconvert.parity.nearest import nearest
+from lrconvert.parity.opened import Opened
+from lrconvert.parity.options import Options
+from lrconvert.parity.reference_runner import ReferenceRunner, kept_of_batch
 from lrconvert.parity.report import Report, judged
-from lrconvert.parity.tokens import tokenisation_of
-from lrconvert.parity.tolerances import Tolerance, tolerance_for
+from lrconvert.parity.tokens import token_rows
 from lrconvert.rope import RopeSpec
-from lrconvert.runtimes.base import Session
-from lrconvert.runtimes.llama_cpp import LlamaSession
-from lrconvert.runtimes.onnxruntime import OnnxSession
+from lrconvert.runtimes.answers import Answer, AnswersCached, AnswersShift
+from lrconvert.runtimes.backend import Backend
 
 Progress = Callable[[str], None]
+
+# What some sessions answer besides the cases: how progress calls it, and the rows that come of it.
+CHECKS: dict[Answer, tuple[str, Callable[[Opened], Iterable[Row]]]] = {
+    "graph": ("the graph itself", graph_rows),
+    "rotary": ("the rotary function alone", rotary_rows),
+    "placements": ("where operators ran", placement_rows),
+    "tokens": ("tokenisation", token_rows),
+}
 
 
 @dataclass(frozen=True)
@@ -40,111 +48,133 @@ class Run:
     say: Progress
 
 
-def ask_code(run: Run, code: Code, spec: RopeSpec, judge: Judge, dtype: str) -> None:
-    """Every case for one code, into the report. `dtype` is what its products are computed in (`tolerances`)."""
-    artifact, options, report = run.artifact, run.options, run.report
-    capability = code.capability(judge.model.family)
-    projected, losses = capability.fit(spec)
-    projected = capability.round_boundaries(projected)
-    edges = spec.boundaries[:1] if capability.once else None
-    cases = list(build_cases(projected, capability, options.budget, asking=code.asking, edges=edges))
-    run.say(f"{code.name} code: reference")
-    judge.prepare(projected, [case for case in cases if not case.skipped])
-    run.say(f"{code.name} code: loading")
+def ask_backend(run: Run, backend: Backend, spec: RopeSpec, reference: ReferenceRunner, dtype: str) -> None:
+    """Every case for one backend, into the report. `dtype` is what its products are computed in (its tolerances)."""
+    options, report = run.options, run.report
+    capability = backend.capability(reference.model.family)
+    fitted, dropped = capability.fit(spec)
+    fitted = capability.round_boundaries(fitted)
+    boundaries = spec.boundaries[:1] if capability.once else None
+    cases = list(build_cases(fitted, capability, options.budget, accepts=backend.accepts, boundaries=boundaries))
+    run.say(f"{backend.name} code: reference")
+    reference.prepare(fitted, [case for case in cases if not case.skipped])
+    run.say(f"{backend.name} code: loading")
     try:
-        session = code.open(artifact, options)
+        session = backend.open(run.artifact, replace(options, longest=options.budget.dense))
     except InputError as error:
-        report.rows.append(Row(code.name, "loads", "fail", reason=error.message))
+        report.rows.append(Row(backend.name, "loads", "fail", reason=error.message))
         return
-    with session:
-        report.runtimes[code.name] = session.info
-        for case in cases:
-            run.say(f"{code.name} code: {case.name}")
-            report.rows += _rows(code, case, projected, judge, session, dtype)
-        if isinstance(session, OnnxSession):
-            run.say(f"{code.name} code: the graph itself")
-            report.rows += graph_rows(artifact, session, projected, judge, device=options.device)
-        if isinstance(session, LlamaSession):
-            run.say(f"{code.name} code: tokenisation")
-            report.rows += tokenisation_of(judge.model.checkpoint, session)
-        if code.coarse(dtype):
-            run.say(f"{code.name} code: is the recipe nearest?")
-            contexts = isinstance(session, LlamaSession)
-            try:
-                report.rows += nearest(
-                    code.name, projected, judge, lambda case: _logits(case, judge, session), contexts=contexts
-                )
-            except InputError as error:
-                report.rows.append(Row(code.name, "nearest to the recipe", "fail", reason=error.message))
-    for loss in losses:
-        report.losses.append(loss)
-    if losses:
-        run.say(f"{code.name} code: what it can't express")
-        report.rows += lost(code.name, spec, projected, judge, options.budget)
+    with closing(session):
+        report.runtimes[backend.name] = session.info
+        _ask(run, Opened(run.artifact, backend, session, fitted, reference, dtype), cases)
+    report.losses += dropped
+    if dropped:
+        run.say(f"{backend.name} code: what it can't express")
+        report.rows += lost(backend.name, spec, fitted, reference, options.budget)
 
 
-def _rows(code: Code, case: Case, spec: RopeSpec, judge: Judge, session: Session, dtype: str) -> list[Row]:
-    if case.skipped:
-        return [Row(code.name, case.name, "skipped", length=case.length, reason=case.skipped)]
-    tolerance = tolerance_for(code.name, dtype, case.length)
+def _ask(run: Run, opened: Opened, cases: Iterable[Case]) -> None:
+    """The cases, what else the session answers, and whether the recipe explains its answers best."""
+    rows = run.report.rows
+    for case in cases:
+        run.say(f"{opened.name} code: {case.name}")
+        rows += _case_rows(case, opened)
+    for answer, (what, check) in CHECKS.items():
+        if answer in opened.session.answers:
+            run.say(f"{opened.name} code: {what}")
+            rows += check(opened)
+    if not opened.backend.is_exact(opened.dtype):
+        run.say(f"{opened.name} code: is the recipe the closest hypothesis?")
+        try:
+            rows += closest_hypothesis(opened, lambda case: _forward(case, opened))
+        except InputError as error:
+            rows.append(Row(opened.name, "closest hypothesis", "fail", reason=error.message))
+
+
+# --- cases -----------------------------------------------------------------------------------------------
+
+
+def _case_rows(case: Case, opened: Opened) -> list[Row]:
+    skipped = case.skipped
+    if case.answer is not None and case.answer not in opened.session.answers:
+        skipped = f"its sessions don't answer it ({case.answer})"
+    if skipped:
+        return [Row(opened.name, case.name, "skipped", length=case.length, reason=skipped)]
+    tolerance = opened.backend.tolerance(opened.dtype, case.length)
     try:
         if case.cached:
-            return _cached_rows(code, case, spec, judge, session, tolerance)
-        measures = _ask(case, spec, judge, session)
+            same, exact = _decode_cached(case, opened)
+            cost = "what a cache costs that is kept across the boundary, against the exact answer"
+            return [
+                judged(opened.name, case.name, case.length, same, tolerance),
+                Row(
+                    opened.name, f"{case.name}, against exact", "known", length=case.length, reason=cost, **vars(exact)
+                ),
+            ]
+        measures = MEASURED[case.kind](case, opened)
     except InputError as error:
-        return [Row(code.name, case.name, "fail", length=case.length, reason=error.message)]
-    return [judged(code.name, case.name, case.length, measures, tolerance, known=case.known)]
+        return [Row(opened.name, case.name, "fail", length=case.length, reason=error.message)]
+    return [judged(opened.name, case.name, case.length, measures, tolerance, known=case.known)]
 
 
-def _cached_rows(
-    code: Code, case: Case, spec: RopeSpec, judge: Judge, session: Session, tolerance: Tolerance
-) -> list[Row]:
-    """Decoding with keys from before a boundary: against the reference that keeps them too, and what that costs."""
-    assert isinstance(session, OnnxSession)
-    prompt = stream(judge.model.shape.vocab, case.lengths[0])
-    tokens, answers = session.generate(prompt.tolist(), DECODED, policy="cached")
-    same, exact = (compare(judge.decoded(spec, prompt, tokens, cached=kept), answers) for kept in (True, False))
-    cost = "what a cache costs that is kept across the boundary, against the exact answer"
-    return [
-        judged(code.name, case.name, case.length, same, tolerance),
-        Row(code.name, f"{case.name}, against exact", "known", length=case.length, reason=cost, **vars(exact)),
-    ]
+def _measure_forward(case: Case, opened: Opened) -> Measures:
+    return compare(opened.reference.forward(opened.spec, case), _forward(case, opened))
 
 
-def _ask(case: Case, spec: RopeSpec, judge: Judge, session: Session) -> Measures:
-    vocabulary = judge.model.shape.vocab
-    room = _room(case)
-    if case.kind == "shift":
-        assert isinstance(session, LlamaSession)
-        tokens = stream(vocabulary, case.lengths[0] + DECODED).tolist()
-        read, more = tokens[: case.lengths[0]], tokens[case.lengths[0] :]
-        return compare(judge.shifted(spec, case), session.shifted(read, case.dropped, more, **room))
-    if case.kind == "decode":
-        prompt = stream(vocabulary, case.lengths[0])
-        tokens, answers = session.generate(prompt.tolist(), DECODED, **room)
-        return compare(judge.decoded(spec, prompt, tokens, context=case.context), answers)
-    if case.kind == "batch":
-        rows = [stream(vocabulary, length, row).tolist() for row, length in enumerate(case.lengths)]
-        count = len(kept_of_batch(case, 0))
-        answered = session.logits(rows, keep=list(range(-count, 0)), **room)
-        parts = [compare(judge.forward(spec, case, row), answer) for row, answer in enumerate(answered)]
-        return merge(parts, [count] * len(parts))
-    return compare(judge.forward(spec, case), _logits(case, judge, session))
-
-
-def _logits(case: Case, judge: Judge, session: Session) -> np.ndarray:
+def _forward(case: Case, opened: Opened) -> np.ndarray:
     """What the artifact answers to a forward case."""
     positions = case.positions() if case.spread else None
-    tokens = stream(judge.model.shape.vocab, case.length if positions is None else len(positions))
-    (answer,) = session.logits(
+    tokens = stream(opened.vocabulary, case.length if positions is None else len(positions))
+    (answer,) = opened.session.logits(
         [tokens.tolist()],
         positions=None if positions is None else positions.tolist(),
         keep=kept(len(tokens)).tolist(),
-        **_room(case),
+        **_context(case),
     )
     return answer
 
 
-def _room(case: Case) -> dict[str, Any]:
-    """What code with contexts is asked besides; others know none."""
+def _measure_batch(case: Case, opened: Opened) -> Measures:
+    rows = [stream(opened.vocabulary, length, row).tolist() for row, length in enumerate(case.lengths)]
+    count = len(kept_of_batch(case, 0))
+    answered = opened.session.logits(rows, keep=list(range(-count, 0)), **_context(case))
+    reference, spec = opened.reference, opened.spec
+    parts = [compare(reference.forward(spec, case, row), answer) for row, answer in enumerate(answered)]
+    return merge(parts, [count] * len(parts))
+
+
+def _measure_decode(case: Case, opened: Opened) -> Measures:
+    prompt = stream(opened.vocabulary, case.lengths[0])
+    tokens, answers = opened.session.generate(prompt.tolist(), DECODED, **_context(case))
+    return compare(opened.reference.decoded(opened.spec, prompt, tokens, context=case.context), answers)
+
+
+def _decode_cached(case: Case, opened: Opened) -> tuple[Measures, Measures]:
+    """Decoding with keys from before a boundary: against the reference that keeps them too, and the exact one."""
+    session: AnswersCached = opened.answering("cached")
+    prompt = stream(opened.vocabulary, case.lengths[0])
+    tokens, answers = session.generate(prompt.tolist(), DECODED, policy="cached")
+    reference, spec = opened.reference, opened.spec
+    same, exact = (compare(reference.decoded(spec, prompt, tokens, cached=kept), answers) for kept in (True, False))
+    return same, exact
+
+
+def _measure_shift(case: Case, opened: Opened) -> Measures:
+    session: AnswersShift = opened.answering("shift")
+    tokens = stream(opened.vocabulary, case.lengths[0] + DECODED).tolist()
+    read, more = tokens[: case.lengths[0]], tokens[case.lengths[0] :]
+    answers = session.shifted(read, case.dropped, more, **_context(case))
+    return compare(opened.reference.shifted(opened.spec, case), answers)
+
+
+MEASURED: dict[str, Callable[[Case, Opened], Measures]] = {
+    "forward": _measure_forward,
+    "batch": _measure_batch,
+    "decode": _measure_decode,
+    "shift": _measure_shift,
+}
+
+
+def _context(case: Case) -> dict[str, Any]:
+    """What only sessions that answer "contexts" are asked besides."""
     return {} if case.context is None else {"context": case.context}

@@ -16,6 +16,8 @@ import numpy as np
 
 from lrconvert.engines.capability import Capability
 from lrconvert.rope import RopeSpec
+from lrconvert.runtimes.answers import Answer
+from lrconvert.runtimes.backend import ANYTHING, Accepts
 
 SEED = 20240221  # the day LongRoPE was published
 SPREAD_TOKENS = 512  # tokens of a case that is spread over its length
@@ -32,20 +34,6 @@ class Budget:
     decode: int
 
 
-@dataclass(frozen=True)
-class Asking:
-    """What a runtime can be asked. Tokens at `any` positions, or only at a `run` of consecutive ones wherever it
-    starts, or only whole prompts (`none`), one at a time: no tokens spread over a length, no batch. `reserved`:
-    tokens of the window that a prompt may not take; `padded`: rows of a batch may differ in length; `caches`: asked
-    to, it goes on with keys that were cached for another tier."""
-
-    positions: Literal["any", "run", "none"] = "any"
-    reserved: int = 0
-    padded: bool = True
-    caches: bool = False
-
-
-ANYTHING = Asking()
 CPU = Budget(dense=4224, decode=8320)
 GPU = Budget(dense=65600, decode=65600)
 # In float32 transformers' attention keeps the whole matrix of scores: 144 GiB for 9 heads at 64k.
@@ -55,14 +43,14 @@ GPU_FLOAT32 = Budget(dense=33000, decode=33000)
 @dataclass(frozen=True)
 class Case:
     """One question. `lengths`: tokens of each row, for `decode` the length of the prompt, for `shift` of what is
-    read before the oldest quarter is forgotten. `context`: tokens that a sequence has room for, in code that
+    read before the oldest quarter is forgotten. `context`: the size of a sequence's context in tokens, in code that
     chooses a tier by that."""
 
     name: str
     kind: Literal["forward", "batch", "decode", "shift"]
     lengths: tuple[int, ...]
     spread: bool = False
-    run: bool = False  # spread, but as consecutive positions that end at the length
+    consecutive: bool = False  # spread, but as consecutive positions that end at the length
     context: int | None = None
     cached: bool = False  # keys from before a boundary are kept, as they were rotated then
     # What the code is known to get wrong, whatever the recipe: measured and shown, not judged.
@@ -75,6 +63,13 @@ class Case:
         return self.lengths[0] + (DECODED - 1 if self.kind in ("decode", "shift") else 0)
 
     @property
+    def answer(self) -> Answer | None:
+        """What a session has to answer besides logits."""
+        if self.kind == "shift":
+            return "shift"
+        return "cached" if self.cached else "contexts" if self.context is not None else None
+
+    @property
     def dropped(self) -> int:
         """Tokens that a `shift` forgets."""
         return self.lengths[0] // 4
@@ -82,7 +77,7 @@ class Case:
     def positions(self) -> np.ndarray:
         """Positions of a spread case: three eighths dense at each end, the rest evenly between."""
         length, edge = self.lengths[0], SPREAD_TOKENS * 3 // 8
-        if self.run:
+        if self.consecutive:
             return np.arange(length - SPREAD_TOKENS, length)
         middle = np.linspace(edge, length - edge - 1, SPREAD_TOKENS - 2 * edge + 2)[1:-1]
         return np.concatenate([
@@ -108,30 +103,30 @@ def build_cases(
     capability: Capability,
     budget: Budget,
     *,
-    asking: Asking = ANYTHING,
-    edges: Sequence[int] | None = None,
+    accepts: Accepts = ANYTHING,
+    boundaries: Sequence[int] | None = None,
 ) -> Iterator[Case]:
-    """The cases for a recipe in one piece of code. `edges`: the boundaries to ask around, by default those of
+    """The cases for a recipe in one piece of code. `boundaries`: those to ask around, by default those of
     `spec`; code that chooses once has none of its own, and must not change anything at the recipe's."""
-    edges = spec.boundaries if edges is None else edges
-    cases = list(_lengths(spec, budget, asking, edges))
-    if asking.positions != "none":
-        cases += _batches(spec, capability, asking)
-    for boundary in edges:
-        cases += _decodes(boundary, capability, budget, asking)
+    boundaries = spec.boundaries if boundaries is None else boundaries
+    cases = list(_lengths(spec, budget, accepts, boundaries))
+    if accepts.positions != "none":
+        cases += _batches(spec, capability, accepts)
+    for boundary in boundaries:
+        cases += _decodes(boundary, capability, budget, accepts)
     if capability.context_step:
-        yield from (replace(case, context=_room(case, spec)) for case in cases)
+        yield from (replace(case, context=_context_of(case, spec)) for case in cases)
         yield from _contexts(spec)
         return
     yield from cases
-    if not edges and spec.window > 4 * DECODED:
+    if not boundaries and spec.window > 4 * DECODED:
         yield Case("decode", "decode", (min(spec.window // 2, 256),))
 
 
-def _room(case: Case, spec: RopeSpec) -> int:
-    """The room of a context that is as large as the case needs, or of one that gets the same tier and has room for
-    the tokens of a run."""
-    if case.run:
+def _context_of(case: Case, spec: RopeSpec) -> int:
+    """The size of a context that is as large as the case needs; for consecutive positions far out, of one that gets the
+    same tier and holds their tokens."""
+    if case.consecutive:
         return min(case.length, (spec.boundaries[-1] if spec.boundaries else 0) + SPREAD_TOKENS)
     return max(case.lengths) + (DECODED if case.kind == "decode" else 0)
 
@@ -151,38 +146,40 @@ def _contexts(spec: RopeSpec) -> Iterator[Case]:
         yield Case("after a context shift", "shift", (read,), context=far)
 
 
-def _lengths(spec: RopeSpec, budget: Budget, asking: Asking, edges: Sequence[int]) -> Iterator[Case]:
+def _lengths(spec: RopeSpec, budget: Budget, accepts: Accepts, boundaries: Sequence[int]) -> Iterator[Case]:
     asked: dict[int, str] = {}
-    end, dense = spec.window - asking.reserved, max(budget.dense, SPREAD_TOKENS)
-    for boundary in edges:
+    end, dense = spec.window - accepts.reserved, max(budget.dense, SPREAD_TOKENS)
+    for boundary in boundaries:
         for length, name in (
             (boundary - 1, f"below {boundary}"),
             (boundary, f"at {boundary}"),
             (boundary + 1, f"one past {boundary}"),
         ):
             asked.setdefault(length, name)
-    if not edges:
+    if not boundaries:
         asked.setdefault(min(64, spec.window), "short")
     counts = sorted({tier.start_tokens for tier in spec.tiers if tier.start_tokens > 1})
     for count in counts:
         if count + 1 <= spec.window:
             asked.setdefault(count + 1, f"one past {count} start tokens")
     asked.setdefault(end, "far end")
-    if end > dense and asking.positions == "none":
+    if end > dense and accepts.positions == "none":
         asked.setdefault(dense, f"at {dense}")
     for length, name in sorted(asked.items()):
         spread = length > dense
-        if spread and asking.positions == "none":
+        if spread and accepts.positions == "none":
             skipped = f"{length} consecutive tokens are beyond this device's budget; use --full"
             yield Case(name, "forward", (length,), skipped=skipped)
         elif length <= end:
-            yield Case(name, "forward", (length,), spread=spread, run=spread and asking.positions == "run")
+            yield Case(
+                name, "forward", (length,), spread=spread, consecutive=spread and accepts.positions == "consecutive"
+            )
 
 
-def _batches(spec: RopeSpec, capability: Capability, asking: Asking) -> Iterator[Case]:
+def _batches(spec: RopeSpec, capability: Capability, accepts: Accepts) -> Iterator[Case]:
     """Left padding within the first tier, and with rows on both sides of the first boundary."""
     within = min(spec.tiers[0].max_length, 256)
-    if not asking.padded:
+    if not accepts.padded:
         yield Case("batch", "batch", (within,) * 3)
         return
     name = "several sequences" if capability.context_step else "batch, left-padded"
@@ -193,13 +190,13 @@ def _batches(spec: RopeSpec, capability: Capability, asking: Asking) -> Iterator
         yield Case("batch across the boundary", "batch", (short + 3, short - 3), known=known)
 
 
-def _decodes(boundary: int, capability: Capability, budget: Budget, asking: Asking) -> Iterator[Case]:
+def _decodes(boundary: int, capability: Capability, budget: Budget, accepts: Accepts) -> Iterator[Case]:
     known = None if capability.switches else "keys cached before the boundary keep the short set"
     skipped = None
     if boundary > budget.decode:
         skipped = f"a prompt of {boundary} tokens is beyond this device's budget; use --device cuda or --full"
     prompt, name = (boundary - AROUND,), f"decode across {boundary}"
-    if not asking.caches:
+    if not accepts.cached_keys:
         yield Case(name, "decode", prompt, known=known, skipped=skipped)
         return
     yield Case(f"{name}, read anew", "decode", prompt, skipped=skipped)

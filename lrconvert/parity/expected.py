@@ -21,11 +21,12 @@ from lrconvert.checkpoint.fold import folded
 from lrconvert.engines.capability import NAMED, divide_attention, static
 from lrconvert.errors import InputError
 from lrconvert.parity.cases import Budget, Case
-from lrconvert.parity.judge import Judge
 from lrconvert.parity.measures import compare
+from lrconvert.parity.reference_runner import ReferenceRunner
 from lrconvert.parity.report import judged
-from lrconvert.parity.tolerances import tolerance_for
+from lrconvert.parity.tolerances import PORTABLE as PORTABLE_TOLERANCES
 from lrconvert.rope import RopeSpec
+from lrconvert.runtimes.tolerances import tolerance_for
 
 CODE = "portable"
 
@@ -72,27 +73,27 @@ def expected(model: Model, spec: RopeSpec, record: BakeRecord, artifact: Path) -
     return Expected(spec, kept, dropped, computed, folded(model, scale, rounded=rounded), model, scale)
 
 
-def lost(name: str, exact: RopeSpec, projected: RopeSpec, judge: Judge, budget: Budget) -> list[Row]:
-    """What a projection costs, by the reference alone, at the end of every tier that it changes."""
-    changed = [tier.max_length for tier in exact.tiers if tier != projected.tier_for(tier.max_length)]
+def lost(name: str, exact: RopeSpec, fitted: RopeSpec, reference: ReferenceRunner, budget: Budget) -> list[Row]:
+    """What fitting a recipe to code costs, by the reference alone, at the end of every tier that it changes."""
+    changed = [tier.max_length for tier in exact.tiers if tier != fitted.tier_for(tier.max_length)]
     cases = [end_case("lost", length, budget) for length in changed]
-    judge.prepare(exact, cases)
-    judge.prepare(projected, cases)
+    reference.prepare(exact, cases)
+    reference.prepare(fitted, cases)
     reason = "what the recipe asks and this code can't express"
     rows = []
     for case in cases:
-        measures = compare(judge.forward(exact, case), judge.forward(projected, case))
+        measures = compare(reference.forward(exact, case), reference.forward(fitted, case))
         rows.append(Row(name, case.name, "known", length=case.length, reason=reason, **vars(measures)))
     return rows
 
 
-def rounding_rows(wanted: Expected, judge: Judge, plain: Judge, budget: Budget) -> list[Row]:
-    """What rounding the scaled weights costs: `judge` has them as they are stored, `plain` the unscaled ones."""
+def rounding_rows(wanted: Expected, rounded: ReferenceRunner, plain: ReferenceRunner, budget: Budget) -> list[Row]:
+    """What rounding the scaled weights costs: `rounded` has them as they are stored, `plain` the unscaled ones."""
     assert wanted.source is not None
     stored = plain.stored_dtype or wanted.source.dtype
     reason = f"scaled weights rounded to {numpy_dtype(stored).name}, against unscaled ones"
     rows = []
-    for length, ours, theirs in _at_ends(wanted, plain, judge, budget):
+    for length, ours, theirs in _at_ends(wanted, plain, rounded, budget):
         measures = compare(ours, theirs)
         case = f"rounding of the fold at {length}"
         rows.append(Row(CODE, case, "known", length=length, reason=reason, **vars(measures)))
@@ -103,7 +104,7 @@ def exact_fold_rows(wanted: Expected, *, device: str, budget: Budget) -> list[Ro
     """Reference against reference, without rounding: do the scaled weights undo what their code leaves out?"""
     assert wanted.source is not None
     unscaled, scaled = (
-        Judge(folded(wanted.source, scale, rounded=False), device=device) for scale in (1.0, wanted.scale)
+        ReferenceRunner(folded(wanted.source, scale, rounded=False), device=device) for scale in (1.0, wanted.scale)
     )
     return [
         judged(
@@ -111,13 +112,15 @@ def exact_fold_rows(wanted: Expected, *, device: str, budget: Budget) -> list[Ro
             f"folded attention factor at {length}",
             length,
             compare(ours, theirs),
-            tolerance_for(CODE, scaled.dtype, length),
+            tolerance_for(PORTABLE_TOLERANCES, scaled.dtype, length, name=CODE),
         )
         for length, ours, theirs in _at_ends(wanted, unscaled, scaled, budget)
     ]
 
 
-def _at_ends(wanted: Expected, unscaled: Judge, scaled: Judge, budget: Budget) -> Iterator[tuple[int, Any, Any]]:
+def _at_ends(
+    wanted: Expected, unscaled: ReferenceRunner, scaled: ReferenceRunner, budget: Budget
+) -> Iterator[tuple[int, Any, Any]]:
     """At the end of every tier: its length, and what the unscaled and the scaled weights answer."""
     cases = [end_case("", tier.max_length, budget) for tier in wanted.kept.tiers]
     unscaled.prepare(wanted.kept, cases)

@@ -14,12 +14,12 @@ from lrconvert.artifact.checks import Row
 from lrconvert.checkpoint.onnx_folder import GRAPH, OnnxCheckpoint
 from lrconvert.errors import InputError, require
 from lrconvert.parity.cases import stream
-from lrconvert.parity.judge import Judge
 from lrconvert.parity.measures import compare
+from lrconvert.parity.opened import Opened
 from lrconvert.parity.report import judged
-from lrconvert.parity.tolerances import COS_SIN_ERROR, tolerance_for
+from lrconvert.parity.tolerances import COS_SIN_ERROR
 from lrconvert.rope import RopeSpec
-from lrconvert.runtimes.onnxruntime import OnnxSession
+from lrconvert.runtimes.answers import AnswersGraph, AnswersPlacements, AnswersRotary
 
 CODE = "graph"
 EVALUATOR = "onnx.reference"
@@ -30,16 +30,14 @@ MOST_PARAMETERS = 2 * 10**8
 EVALUATED = 48
 
 
-def graph_rows(artifact: Path, session: OnnxSession, spec: RopeSpec, judge: Judge, *, device: str) -> list[Row]:
-    """All of it, for an artifact that is loaded and has answered its cases."""
-    stored = OnnxCheckpoint(artifact)
+def graph_rows(opened: Opened) -> list[Row]:
+    """The graph as a file, and evaluated by a second implementation of its operators."""
+    stored = OnnxCheckpoint(opened.artifact)
     return [
-        *_well_formed(artifact),
-        *_tiers(stored, spec),
-        *_function(stored, session, spec, judge),
-        *_evaluated(stored, session, spec, judge),
-        *_padding(stored, session, judge),
-        *(_placements(session) if device != "cpu" else ()),
+        *_well_formed(opened.artifact),
+        *_tiers(stored, opened.spec),
+        *_evaluated(stored, opened),
+        *(() if opened.backend.accepts.padded else _padding(opened)),
     ]
 
 
@@ -81,13 +79,15 @@ def _tiers(stored: OnnxCheckpoint, spec: RopeSpec) -> Iterator[Row]:
         yield Row(CODE, problem.partition(":")[0], "fail", reason=problem)
 
 
-def _function(stored: OnnxCheckpoint, session: OnnxSession, spec: RopeSpec, judge: Judge) -> Iterator[Row]:
-    """The function alone against the reference's float64, by ONNX Runtime and by onnx.reference."""
+def rotary_rows(opened: Opened) -> Iterator[Row]:
+    """The function alone against the reference's float64, by the runtime and by onnx.reference."""
+    session: AnswersRotary = opened.answering("rotary")
+    stored, spec = OnnxCheckpoint(opened.artifact), opened.spec
     starts = [t.start_tokens for t in spec.tiers]
     for end in sorted({*(p for p in POSITIONS if p <= spec.window or stored.double), spec.window, *spec.boundaries}):
         near = {0, 1, *(place for start in starts for place in (start - 1, start, start + 1))}
         positions = sorted({*(p for p in near if 0 <= p < end), *range(max(0, end - DENSE), end)})
-        expected = judge.cos_sin(spec, np.array(positions))
+        expected = opened.reference.cos_sin(spec, np.array(positions))
         for evaluator in (False, True):
             name = f"cos and sin at {end}{f', by {EVALUATOR}' if evaluator else ''}"
             try:
@@ -104,12 +104,13 @@ def _function(stored: OnnxCheckpoint, session: OnnxSession, spec: RopeSpec, judg
             yield Row(CODE, name, "pass" if good else "fail", length=end, reason="" if good else reason)
 
 
-def _evaluated(stored: OnnxCheckpoint, session: OnnxSession, spec: RopeSpec, judge: Judge) -> Iterator[Row]:
+def _evaluated(stored: OnnxCheckpoint, opened: Opened) -> Iterator[Row]:
     """The whole graph in onnx.reference, where it consists of standard operators."""
     count = sum(math.prod(info.shape) for info in stored.tensors.values())
     if stored.attention != "standard" or not stored.kinds <= {"F32", "F16"} or count > MOST_PARAMETERS:
         return
-    tokens = stream(judge.model.shape.vocab, min(EVALUATED, spec.tiers[0].max_length))
+    session: AnswersGraph = opened.answering("graph")
+    tokens = stream(opened.vocabulary, min(EVALUATED, opened.spec.tiers[0].max_length))
     keep = np.arange(len(tokens))
     name = f"the whole graph by {EVALUATOR}"
     try:
@@ -117,20 +118,18 @@ def _evaluated(stored: OnnxCheckpoint, session: OnnxSession, spec: RopeSpec, jud
     except InputError as error:
         yield Row(CODE, name, "fail", length=len(tokens), reason=error.message)
         return
-    expected = judge.answer(spec, tokens, len(tokens), keep)
+    expected = opened.reference.answer(opened.spec, tokens, len(tokens), keep)
     dtype = "F16" if "F16" in stored.kinds else "F32"
-    tolerance = tolerance_for("onnxruntime", dtype, len(tokens))
+    tolerance = opened.backend.tolerance(dtype, len(tokens))
     yield judged(CODE, name, len(tokens), compare(expected, answer), tolerance)
 
 
-def _padding(stored: OnnxCheckpoint, session: OnnxSession, judge: Judge) -> Iterator[Row]:
+def _padding(opened: Opened) -> Iterator[Row]:
     """A batch padded on the left: an error, or no number, where attention would take padding for tokens."""
-    if stored.attention == "standard":
-        return
-    rows = [stream(judge.model.shape.vocab, length).tolist() for length in (8, 5)]
+    rows = [stream(opened.vocabulary, length).tolist() for length in (8, 5)]
     name = "left-padded batch is refused"
     try:
-        answers = session.logits(rows, keep=[-1])
+        answers = opened.session.logits(rows, keep=[-1])
     except InputError:
         yield Row(CODE, name, "pass")
     else:
@@ -139,8 +138,9 @@ def _padding(stored: OnnxCheckpoint, session: OnnxSession, judge: Judge) -> Iter
         yield Row(CODE, name, "pass" if refused else "fail", reason=reason)
 
 
-def _placements(session: OnnxSession) -> Iterator[Row]:
+def placement_rows(opened: Opened) -> Iterator[Row]:
     """A node that falls back to the CPU is right and slow, and says nothing of the GPU."""
+    session: AnswersPlacements = opened.answering("placements")
     found, name = session.on_cpu(), "all products on the GPU"
     reason = f"on the CPU: {', '.join(found[:5])}" if found else ""
     yield Row(CODE, name, "fail" if found else "pass", reason=reason)

@@ -21,8 +21,8 @@ from lrconvert.checkpoint.onnx_folder import TIED_HEAD
 from lrconvert.errors import InputError
 from lrconvert.parity.cases import Budget
 from lrconvert.parity.expected import end_case
-from lrconvert.parity.judge import Judge
 from lrconvert.parity.measures import compare
+from lrconvert.parity.reference_runner import ReferenceRunner
 from lrconvert.parity.tolerances import weight_error
 from lrconvert.rope import RopeSpec, Tier
 
@@ -113,7 +113,7 @@ def check_weights(stored: Checkpoint, model: Model) -> tuple[list[Row], bool]:
 
 
 def quantisation(
-    name: str, original: Judge, kept: RopeSpec, stored: Judge, promised: RopeSpec, budget: Budget
+    name: str, original: ReferenceRunner, kept: RopeSpec, stored: ReferenceRunner, promised: RopeSpec, budget: Budget
 ) -> list[Row]:
     """What the stored types cost by themselves, reference against reference, at the end of every tier: with the
     recipe's factors, and without any."""

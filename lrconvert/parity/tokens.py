@@ -21,7 +21,8 @@ from lrconvert.artifact.checks import Row
 from lrconvert.checkpoint import Checkpoint, read_json
 from lrconvert.checkpoint.gguf_tokenizer import MAX_PIECE, PRE_TOKENIZERS, SPACE, PreTokenizer
 from lrconvert.errors import InputError, LrconvertError
-from lrconvert.runtimes.llama_cpp import LlamaSession
+from lrconvert.parity.opened import Opened
+from lrconvert.runtimes.answers import AnswersTokens
 
 TOKENIZER = "tokenizer"
 MAX_TOKENIZER_BYTES = 48 * 2**20
@@ -80,7 +81,7 @@ SHOWN = 60  # characters of a text in a message, and a tenth of that in tokens
 Json = dict[str, Any]
 
 
-def tokenisation_of(model: Checkpoint, session: LlamaSession) -> list[Row]:
+def tokenisation_of(model: Checkpoint, session: AnswersTokens) -> list[Row]:
     """`tokenisation` with the tokenizer of a checkpoint, which may be one that can't be had: a GGUF's is rebuilt, and
     names of pre-tokenizers that aren't known are refused."""
     try:
@@ -90,7 +91,13 @@ def tokenisation_of(model: Checkpoint, session: LlamaSession) -> list[Row]:
     return tokenisation(side_files, session)
 
 
-def tokenisation(side_files: Mapping[str, Path | bytes], session: LlamaSession) -> list[Row]:
+def token_rows(opened: Opened) -> list[Row]:
+    """`tokenisation_of` the model that an artifact was made from."""
+    session: AnswersTokens = opened.answering("tokens")
+    return tokenisation_of(opened.reference.model.checkpoint, session)
+
+
+def tokenisation(side_files: Mapping[str, Path | bytes], session: AnswersTokens) -> list[Row]:
     """Awkward texts through llama.cpp and through the model's tokenizer.json.
 
     A row that passes for the texts that are equal, one that is `known` for those that llama.cpp can't do, and one
@@ -366,4 +373,4 @@ LIMITS = (
 )
 
 
-__all__ = ["STRINGS", "tokenisation", "tokenisation_of"]
+__all__ = ["STRINGS", "token_rows", "tokenisation", "tokenisation_of"]

@@ -23,12 +23,13 @@ from lrconvert.checkpoint.source import sha256_of
 from lrconvert.engines.capability import static
 from lrconvert.errors import InputError, LrconvertError, UsageError
 from lrconvert.parity import stored as stored_rows
-from lrconvert.parity.asking import Progress, Run, ask_code
-from lrconvert.parity.codes import Code, Options, codes_of
+from lrconvert.parity.asking import Progress, Run, ask_backend
 from lrconvert.parity.expected import Expected, exact_fold_rows, expected, lost, rounding_rows
-from lrconvert.parity.judge import Judge
+from lrconvert.parity.options import Options, chosen_backends
+from lrconvert.parity.reference_runner import ReferenceRunner
 from lrconvert.parity.report import Report
 from lrconvert.recipe import Recipe, load_recipe, parse_recipe, resolve
+from lrconvert.runtimes.backend import Backend
 
 
 def verify(
@@ -47,7 +48,7 @@ def verify(
     options, say = options or Options(), progress or (lambda what: None)
     if not artifact.exists():
         raise InputError(f"{artifact}: no such artifact")
-    codes = codes_of(artifact, target, options)
+    backends = chosen_backends(artifact, target.name, options)
     manifest = Manifest.read(artifact) if manifest_path(artifact).is_file() or against is None else None
     if manifest is None and recipe is None:
         raise UsageError("--against needs --recipe where the artifact has no manifest")
@@ -73,7 +74,7 @@ def verify(
     if manifest is not None:
         say("checksums")
         report.rows += _integrity(manifest_path(artifact).parent, manifest)
-    _compare(run, target, wanted, record, codes)
+    _compare(run, target, wanted, record, backends)
     if manifest is not None and recipe is None:
         engine = None if options.runtime in (None, target.runtime) else options.runtime
         manifest.parity = _recorded(manifest.parity, report.to_json(), engine)
@@ -88,13 +89,13 @@ def verify(
 class _References:
     """The reference over the weights that the code computes with, and over those of the model, unscaled."""
 
-    stored: Judge
-    plain: Judge
+    stored: ReferenceRunner
+    plain: ReferenceRunner
     exact: bool = True  # the artifact's weights are the model's, bit by bit
     computing: str | None = None  # what products are computed in, where the file decides that
 
 
-def _compare(run: Run, target: Target, wanted: Expected, record: BakeRecord, codes: list[Code]) -> None:
+def _compare(run: Run, target: Target, wanted: Expected, record: BakeRecord, backends: list[Backend]) -> None:
     """Every row that needs the reference, into the report."""
     report, options = run.report, run.options
     stored = _opened(run, target, wanted)
@@ -104,13 +105,13 @@ def _compare(run: Run, target: Target, wanted: Expected, record: BakeRecord, cod
     references = _on_model(run, wanted, record) if stored is None else _on_stored(run, wanted, stored)
     report.reference = f"reference in {references.stored.dtype} on {options.device}"
     _bake_rows(run, target, wanted, record, references)
-    for code in codes:
+    for backend in backends:
         if record.static:
-            own = code.capability
-            code = replace(code, capability=lambda family, own=own: static(own(family)))
+            own = backend.capability
+            backend = replace(backend, capability=lambda family, own=own: static(own(family)))
         if stored is not None and not stored.takes_padding:
-            code = replace(code, asking=replace(code.asking, padded=False))
-        ask_code(run, code, wanted.spec, references.stored, references.computing or options.dtype)
+            backend = replace(backend, accepts=replace(backend.accepts, padded=False))
+        ask_backend(run, backend, wanted.spec, references.stored, references.computing or options.dtype)
 
 
 def _opened(run: Run, target: Target, wanted: Expected) -> Checkpoint | None:
@@ -129,11 +130,11 @@ def _opened(run: Run, target: Target, wanted: Expected) -> Checkpoint | None:
 def _on_model(run: Run, wanted: Expected, record: BakeRecord) -> _References:
     """Weights that stay what they were, or are rounded once to the stored dtype."""
     device, dtype = run.options.device, record.stored
-    stored = Judge(wanted.model, device=device, stored_dtype=dtype)
+    stored = ReferenceRunner(wanted.model, device=device, stored_dtype=dtype)
     if wanted.source is None:
         return _References(stored, stored)
     unscaled = folded(wanted.source, 1.0, rounded=dtype is None)
-    return _References(stored, Judge(unscaled, device=device, stored_dtype=dtype))
+    return _References(stored, ReferenceRunner(unscaled, device=device, stored_dtype=dtype))
 
 
 def _on_stored(run: Run, wanted: Expected, stored: Checkpoint) -> _References:
@@ -141,11 +142,11 @@ def _on_stored(run: Run, wanted: Expected, stored: Checkpoint) -> _References:
     run.say("weights")
     rows, exact = stored_rows.check_weights(stored, wanted.model)
     run.report.rows += rows
-    plain = Judge(wanted.source or wanted.model, device=run.options.device)
+    plain = ReferenceRunner(wanted.source or wanted.model, device=run.options.device)
     if exact and wanted.source is None:
         return _References(plain, plain, exact, stored.computing)
     model = stored_rows.on_stored_weights(wanted.model, stored)
-    return _References(Judge(model, device=run.options.device), plain, exact, stored.computing)
+    return _References(ReferenceRunner(model, device=run.options.device), plain, exact, stored.computing)
 
 
 def _bake_rows(run: Run, target: Target, wanted: Expected, record: BakeRecord, references: _References) -> None:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a runtime is to lrconvert: something in a process of its own that answers logits.
 
-A runtime is one file here with an `open_session`, and a worker script that runs in a fresh interpreter with
-nothing of lrconvert in it: it loads the artifact as a user's program would. Parent and worker speak JSON
-lines; arrays travel as .npy files in a folder that goes away with the session.
+A worker script runs in a fresh interpreter with nothing of lrconvert in it: it loads the artifact as a user's program
+would. Parent and worker speak JSON lines; arrays travel as .npy files in a folder that goes away with the session.
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ class Session(Protocol):
     """An artifact, loaded. Logits are float64 arrays here, whatever the runtime computed in."""
 
     info: dict[str, Any]  # versions, device, dtype, class: what answered
+    answers: frozenset[str]  # what else can be asked of it (`runtimes.answers`)
 
     def logits(
         self,
@@ -138,6 +138,8 @@ class Interpreter:
 
 class WorkerSession(contextlib.AbstractContextManager["WorkerSession"]):
     """An artifact loaded by a worker: a `Session` over an `Interpreter`, its own unless one is given."""
+
+    answers: frozenset[str] = frozenset()
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The llama.cpp runtime: a GGUF file in a compiled llama.cpp that is on the machine, on its CPU or a GPU.
 
-llama.cpp chooses the factor set once per context, by the tokens that a sequence has room for there (padded to
-256), not by the tokens that it holds: `context` asks for one side of the original window or the other.
+llama.cpp chooses the factor set once per context, by the tokens that a sequence's context can hold (padded to 256),
+not by the tokens that it holds: `context` asks for one side of the original window or the other.
 """
 
 from __future__ import annotations
@@ -14,20 +14,26 @@ from typing import Any
 
 import numpy as np
 
+from lrconvert.engines.capability import LLAMA_CPP
 from lrconvert.errors import EnvironmentFailure
+from lrconvert.runtimes.backend import Accepts, Backend, OpenOptions, Runtime
 from lrconvert.runtimes.base import Interpreter, WorkerSession
 from lrconvert.runtimes.llama_library import REMEDY, LlamaLibrary, find_library
+from lrconvert.runtimes.tolerances import ANY, Tolerance
 
 WORKER = Path(__file__).with_name("llama_cpp_worker.py")
 MOST_THREADS = 8
+ALL_LAYERS = 999
+GPU_BATCH = 33000  # tokens of a call on a GPU, where nobody says how long prompts get
 
 
 class LlamaSession(WorkerSession):
-    """A GGUF file, loaded. `context` is the room of a sequence in tokens; by default what the request needs.
+    """A GGUF file, loaded. `context` is the size of a sequence's context in tokens, by default what the request needs.
 
-    `n_ctx_seq` is the room that llama.cpp made of it in the last answer: the number that chose the factor set.
+    `n_ctx_seq` is the size that llama.cpp made of it in the last answer: the number that chose the factor set.
     """
 
+    answers = frozenset({"contexts", "shift", "tokens"})
     n_ctx_seq: int | None = None
 
     def __init__(
@@ -136,3 +142,72 @@ def usable_threads(wanted: int | None = None) -> int:
 
 def _integers(values: Sequence[int]) -> list[int]:
     return [int(value) for value in values]
+
+
+# --- the registry's row ----------------------------------------------------------------------------------
+
+
+def _open(artifact: Path, options: OpenOptions) -> LlamaSession:
+    on_gpu = options.device != "cpu"
+    return open_session(
+        artifact,
+        library=find_library(options.library),
+        threads=options.threads,
+        gpu_layers=ALL_LAYERS if on_gpu else 0,
+        kv=options.kv,
+        n_batch=options.longest or GPU_BATCH if on_gpu else None,
+        python=options.python,
+        interpreter=options.interpreter,
+    )
+
+
+def _tolerances() -> tuple[Tolerance, ...]:
+    """llama.cpp on the weights of the file, a float32 cache and no flash attention."""
+    rounded = "activations are {} in products with {} weights: {}; float32 angles come on top"
+    outliers = "{} on SmolLM2-135M, whose activations have outliers, 2.2e-4 on the embedded model"
+    measured = "float32 throughout, angles too (5.4e-8 below 4k, 1.0e-2 at 2M on pico models, CPU and GPU)"
+    # float32 angles: up to a length, the mean and the largest KL.
+    angles = (
+        (8192, 1e-6, 1e-4),
+        (32768, 3e-5, 3e-3),
+        (131072, 5e-4, 5e-2),
+        (262144, 2e-3, 0.2),
+        (524288, 7e-3, 0.5),
+        (1048576, 3e-2, 2.0),
+        (ANY, 1e-1, 5.0),
+    )
+    # What a type of weights adds. Whether a small mistake hides in such noise is for `parity.hypotheses` to say, by
+    # far; these bounds see gross ones.
+    types = (
+        ("F32", 0.0, 0.0, measured),
+        ("F16", 5e-4, 5e-2, rounded.format("rounded to float16", "F16", "7.0e-5 on a pico model")),
+        ("BF16", 1e-2, 0.5, rounded.format("rounded to bfloat16", "BF16", "5.3e-4 on a pico model")),
+        ("Q8_0", 5e-2, 2.0, rounded.format("quantised to 8 bits", "Q8_0", outliers.format("2.1e-2"))),
+        (
+            "quantised",
+            3e-1,
+            5.0,
+            rounded.format("quantised to 8 bits", "quantised", outliers.format("1.4e-1 in Q4_1")),
+        ),
+    )
+    return tuple(
+        Tolerance(dtype, up_to, added_mean + kl_mean, added_max + kl_max, reason)
+        for dtype, added_mean, added_max, reason in types
+        for up_to, kl_mean, kl_max in angles
+    )
+
+
+RUNTIME = Runtime(
+    name="llama.cpp",
+    runs=("gguf",),
+    backends=(
+        Backend(
+            name="llama.cpp",
+            capability=lambda family: LLAMA_CPP,
+            open=_open,
+            accepts=Accepts("consecutive"),
+            exact_types=("F32",),
+            tolerances=_tolerances(),
+        ),
+    ),
+)

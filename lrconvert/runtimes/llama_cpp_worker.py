@@ -361,13 +361,13 @@ class Context:
         params = self.lib.llama_context_default_params()
         params.n_ctx, params.n_seq_max = sequences * tokens, sequences
         params.n_batch = params.n_ubatch = worker.n_batch
-        # Of what a call can answer: left at its default, room for n_batch times the vocabulary is made.
+        # How many logits a call can answer: by default memory for n_batch times the vocabulary is taken.
         params.n_outputs_max = max(sequences, min(outputs, worker.n_batch))
         params.n_threads = params.n_threads_batch = worker.threads
         params.type_k = params.type_v = KV_TYPES[worker.kv]
         params.flash_attn_type = 0
         params.offload_kqv = params.op_offload = worker.on_gpu
-        params.kv_unified = False  # the set is chosen by the tokens a sequence has room for
+        params.kv_unified = False  # the set is chosen by the size of a sequence's own context
         self.lib.lines.clear()
         self.context = self.lib.llama_init_from_model(worker.model, params)
         if not self.context:
@@ -416,7 +416,7 @@ class Context:
             self.lib.llama_memory_seq_add(memory, 0, drop, -1, -drop)
 
 
-def check_room(needed, context):
+def check_capacity(needed, context):
     if needed > context.n_ctx_seq:
         raise ValueError(f"{needed} tokens, and the context holds {context.n_ctx_seq}: ask for a larger one")
 
@@ -517,9 +517,9 @@ class Worker:
         entries = []
         for sequence, row in enumerate(rows):
             entries += entries_of(row, checked_positions(request["positions"], row), sequence, set(kept[sequence]))
-        room = request.get("context") or longest
-        with Context(self, room, sequences=len(rows), outputs=sum(map(len, kept))) as context:
-            check_room(longest, context)
+        capacity = request.get("context") or longest
+        with Context(self, capacity, sequences=len(rows), outputs=sum(map(len, kept))) as context:
+            check_capacity(longest, context)
             made = iter(context.decode(entries))
             answers = []
             for row, wanted in zip(rows, kept, strict=True):
@@ -531,7 +531,7 @@ class Worker:
         """Greedy, a token a call."""
         prompt, count = request["prompt"], request["new_tokens"]
         with Context(self, request.get("context") or len(prompt) + count) as context:
-            check_room(len(prompt) + count - 1, context)  # what is chosen last is not read
+            check_capacity(len(prompt) + count - 1, context)  # what is chosen last is not read
             tokens, rows = [], context.decode(entries_of(prompt, range(len(prompt)), 0, {len(prompt) - 1}))
             for position in range(len(prompt), len(prompt) + count):
                 tokens.append(int(rows[-1].argmax()))
@@ -545,7 +545,7 @@ class Worker:
         if not 0 < drop < len(tokens):
             raise ValueError(f"{drop} of {len(tokens)} tokens can't be forgotten: at least one goes and one stays")
         with Context(self, request.get("context") or len(tokens) + len(more)) as context:
-            check_room(max(len(tokens), len(tokens) - drop + len(more)), context)
+            check_capacity(max(len(tokens), len(tokens) - drop + len(more)), context)
             context.decode(entries_of(tokens, range(len(tokens)), 0, ()))
             context.forget(drop, move=move)
             rows = []
@@ -559,13 +559,13 @@ class Worker:
         return {"tokens": [self.tokens_of(text.encode(), request["add_special"]) for text in request["texts"]]}
 
     def tokens_of(self, text, add_special):
-        room = len(text) + 2  # a token a byte, a start and an end
+        capacity = len(text) + 2  # a token a byte, a start and an end
         while True:
-            buffer = (c_int32 * room)()
-            count = self.lib.llama_tokenize(self.vocab, text, len(text), buffer, room, add_special, True)
+            buffer = (c_int32 * capacity)()
+            count = self.lib.llama_tokenize(self.vocab, text, len(text), buffer, capacity, add_special, True)
             if count >= 0:
                 return list(buffer[:count])
-            room = -count
+            capacity = -count
 
 
 def is_of(buffer, device):

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lrconvert.engines.capability import MLX
+from lrconvert.runtimes.backend import Accepts, Backend, OpenOptions, Runtime
 from lrconvert.runtimes.base import Interpreter, WorkerSession
+from lrconvert.runtimes.tolerances import BF16_ENGINE, engine_tolerances
 
 WORKER = Path(__file__).with_name("mlx_worker.py")
 
@@ -16,3 +19,22 @@ def open_session(
     """Load the artifact. `python` names an interpreter that has mlx-lm; `interpreter` is one that already runs."""
     options = {"artifact": str(artifact.resolve()), "dtype": dtype}
     return WorkerSession(WORKER, options, python=python, interpreter=interpreter)
+
+
+def _open(artifact: Path, options: OpenOptions) -> WorkerSession:
+    return open_session(artifact, dtype=options.dtype, python=options.python, interpreter=options.interpreter)
+
+
+RUNTIME = Runtime(
+    name="mlx",
+    runs=("hf",),
+    backends=(
+        Backend(
+            name="mlx",
+            capability=lambda family: MLX,
+            open=_open,
+            accepts=Accepts("none"),
+            tolerances=engine_tolerances("9e-11 on pico models, 1.6e-9 on the embedded model at 4k", BF16_ENGINE),
+        ),
+    ),
+)

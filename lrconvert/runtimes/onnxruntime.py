@@ -14,11 +14,16 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lrconvert.checkpoint.onnx_folder import OnnxCheckpoint
+from lrconvert.engines.capability import ONNX
+from lrconvert.runtimes.backend import Accepts, Backend, OpenOptions, Runtime
 from lrconvert.runtimes.base import Interpreter, WorkerSession
+from lrconvert.runtimes.tolerances import ANY, Tolerance
 
 WORKER = Path(__file__).with_name("onnxruntime_worker.py")
 
 Policy = Literal["exact", "cached"]
+ANSWERS = frozenset({"cached", "rotary", "graph"})
 
 
 class OnnxSession(WorkerSession):
@@ -33,6 +38,7 @@ class OnnxSession(WorkerSession):
         interpreter: Interpreter | None = None,
     ) -> None:
         self.boundaries = tuple(boundaries)
+        self.answers = ANSWERS | ({"placements"} if options["placements"] else set())
         super().__init__(WORKER, options, python=python, interpreter=interpreter)
 
     def __enter__(self) -> OnnxSession:
@@ -89,3 +95,58 @@ def open_session(
         "placements": device != "cpu",
     }
     return OnnxSession(options, boundaries=boundaries, python=python, interpreter=interpreter)
+
+
+# --- the registry's row ----------------------------------------------------------------------------------
+
+
+def _open(artifact: Path, options: OpenOptions) -> OnnxSession:
+    stored = OnnxCheckpoint(artifact)
+    return open_session(
+        artifact,
+        boundaries=[tier.max_length for tier in stored.tiers[:-1]],
+        heads=stored.heads,
+        fused=stored.attention == "gqa",
+        device=options.device,
+        dtype=", ".join(sorted(stored.kinds)),
+        threads=options.threads,
+        python=options.python,
+        interpreter=options.interpreter,
+    )
+
+
+_EXACT = "cos and sin are rounded once, to float32: 2e-12 on the embedded model, at any position"
+_HALF = "float16 products and caches, cos and sin rounded to float16 (2.4e-4): {}"
+_HALF_FAR = (
+    "6.9e-4 on SmolLM2-135M after 65,536 tokens, where rounding the weights to float16 is 5.8e-4 by itself "
+    "(without factors), and 3.1e-5 on a pico model at 2M; a forgotten attention factor is 4.7e-2"
+)
+_QUANTISED = (
+    "activations are rounded to 8 bits in all products: 2.5e-4 on the embedded model, 5.5e-3 on SmolLM2-135M, "
+    "5.7e-3 on a widened pico model, where attention to one key too few is more than 2e-2"
+)
+# On the weights of the folder, angles in float64 or from tables: no float32 row depends on the length.
+TOLERANCES = (
+    Tolerance("F32", ANY, 1e-9, 1e-7, _EXACT),
+    Tolerance("F16", 16384, 1e-4, 1e-2, _HALF.format("2.4e-6 on the embedded model, 7.6e-5 on SmolLM2")),
+    Tolerance("F16", ANY, 2e-3, 1e-1, _HALF.format(_HALF_FAR)),
+    Tolerance("BF16", ANY, 2e-2, 5e-1, "bfloat16 products: 2.1e-3 on a pico model (CUDA)"),
+    Tolerance("INT8", ANY, 2e-2, 1.0, _QUANTISED),
+    Tolerance("INT4", ANY, 2e-2, 1.0, _QUANTISED),
+)
+
+RUNTIME = Runtime(
+    name="onnxruntime",
+    runs=("onnx",),
+    backends=(
+        Backend(
+            name="onnxruntime",
+            capability=lambda family: ONNX,
+            open=_open,
+            accepts=Accepts(cached_keys=True),
+            exact_types=("F32", "F16", "BF16"),
+            tolerances=TOLERANCES,
+        ),
+    ),
+    needs=(("onnx", "onnx"), ("onnxruntime", "onnx")),
+)

@@ -51,6 +51,8 @@ HARNESS = Path(harness_tasks.__file__).parent
 class Judge:
     """A session that finds a text as likely as it is told, and remembers what it was asked."""
 
+    answers: frozenset[str] = frozenset()
+
     def __init__(self, likelihood: Callable[[str], float]) -> None:
         self.info: dict[str, Any] = {}
         self.tokenizer = PromptTokenizer.of(DEMO)

@@ -139,7 +139,7 @@ def test_every_family_and_type(
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_mutants_are_caught_there_too(options: Options, record: Record, tmp_path: Path, mutant: str, kind: str) -> None:
-    """On the trained demo model, in every type: what bounds and the nearest reference can still see."""
+    """On the trained demo model, in every type: what bounds and the closest hypothesis can still see."""
     model = open_model("demo")
     right = yarn(model, 8)
     wrong = RECIPE_MUTANTS[mutant](right)

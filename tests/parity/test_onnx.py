@@ -327,7 +327,7 @@ def test_every_mutant_is_caught(
     assert rows_of(report, "graph", "fail"), "the graph's own tiers tell"
     caught = rows_of(report, verdict="fail")
     assert caught, f"{mutant} passed in {kind}"
-    if "INT8" not in kind:  # whose noise leaves it to `nearest`
+    if "INT8" not in kind:  # whose noise leaves it to `hypotheses`
         assert max((row.kl_mean or 0) / (row.bound or 1) for row in caught.values()) > (FAR if "F32" in kind else 1)
 
 

@@ -15,8 +15,9 @@ from lrconvert.engines.capability import CUSTOM_HF, NATIVE_HF, NATIVE_HF_FORMULA
 from lrconvert.parity.cases import CPU, DECODED, build_cases, kept, stream
 from lrconvert.parity.measures import compare, merge
 from lrconvert.parity.report import Report
-from lrconvert.parity.tolerances import TOLERANCES, tolerance_for
+from lrconvert.parity.tolerances import PORTABLE
 from lrconvert.rope import RopeSpec, Tier, longrope_attention_factor
+from lrconvert.runtimes import RUNTIMES, get_runtime
 
 
 def spec(*lengths: int, start: int = 0, attention: tuple[float, ...] | None = None) -> RopeSpec:
@@ -123,13 +124,15 @@ def test_projection_says_all_that_is_lost_and_nothing_else() -> None:
 
 
 def test_every_tolerance_has_a_reason_and_every_length_a_tolerance() -> None:
-    assert all(len(row.reason) > 20 and 0 < row.kl_mean < row.kl_max for row in TOLERANCES)
-    for code in ("native", "custom"):
-        for dtype in ("float32", "bfloat16", "float16"):
-            bounds = [tolerance_for(code, dtype, n).kl_mean for n in (1, 4096, 32768, 2**18, 2**19, 2**21)]
-            assert bounds == sorted(bounds)
-    with pytest.raises(KeyError):
-        tolerance_for("custom", "int8", 1)
+    backends = {backend.name: backend for name in RUNTIMES for backend in get_runtime(name).backends}
+    for row in (*PORTABLE, *(row for backend in backends.values() for row in backend.tolerances)):
+        assert len(row.reason) > 20 and 0 < row.kl_mean < row.kl_max, row
+    for backend in backends.values():
+        for dtype in {row.dtype for row in backend.tolerances}:
+            bounds = [backend.tolerance(dtype, n).kl_mean for n in (1, 4096, 32768, 2**18, 2**19, 2**21)]
+            assert bounds == sorted(bounds), (backend.name, dtype)
+    with pytest.raises(KeyError, match="no tolerance for custom in int8"):
+        backends["custom"].tolerance("int8", 1)
 
 
 def report(*rows: Row) -> Report:

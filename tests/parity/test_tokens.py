@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from lrconvert.checkpoint import open_model
 from lrconvert.parity.tokens import STRINGS, tokenisation, tokenisation_of
 from lrconvert.recipe import load_recipe
 from lrconvert.runtimes.base import Interpreter
-from lrconvert.runtimes.llama_cpp import WORKER, LlamaSession, open_session
+from lrconvert.runtimes.llama_cpp import WORKER, open_session
 from lrconvert.targets import gguf
 from lrconvert.targets.gguf.vocabulary import vocabulary
 
@@ -221,15 +221,15 @@ def test_another_vocabulary_fails(ask: Ask) -> None:
 # --- nothing to compare -----------------------------------------------------------------------------------
 
 
-class Unasked(LlamaSession):
+class Unasked:
     """Answers what it was given, without llama.cpp."""
 
-    def __init__(self, answers: Callable[[str], list[int]] | None = None) -> None:
-        self.answers = answers
+    def __init__(self, encode: Callable[[str], list[int]] | None = None) -> None:
+        self.encode = encode
 
-    def tokenise(self, texts: Any, *, add_special: bool = False) -> list[list[int]]:
-        assert self.answers is not None, "asked for nothing"
-        return [self.answers(text) for text in texts]
+    def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
+        assert self.encode is not None, "asked for nothing"
+        return [self.encode(text) for text in texts]
 
 
 def test_a_model_without_tokenizer_json_is_skipped() -> None:

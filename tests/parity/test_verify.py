@@ -133,7 +133,7 @@ def artifact(pico: Callable[..., Model], tmp_path: Path) -> Path:
 
 @pytest.fixture
 def quick(options: Options) -> Options:
-    return replace(options, codes=("custom",))
+    return replace(options, backends=("custom",))
 
 
 @pytest.mark.parametrize("damage", ["missing", "longer", "changed"])

@@ -17,8 +17,8 @@ from support.onnx_files import DATA, GRAPH, Array, export, recipe_with
 
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.errors import EnvironmentFailure, InputError
-from lrconvert.parity.judge import Judge
 from lrconvert.parity.measures import compare
+from lrconvert.parity.reference_runner import ReferenceRunner
 from lrconvert.recipe import Recipe, resolve
 from lrconvert.rope import RopeSpec
 from lrconvert.runtimes.base import Interpreter
@@ -99,7 +99,7 @@ def test_exact_generation_is_a_fresh_pass_at_every_step(family: str, attention: 
 def test_cached_generation_keeps_the_keys_that_it_has(family: str, attention: str, opened: Open, pico: Pico) -> None:
     """Equal to the reference with cached keys, equal to exact up to the boundary, and another answer after it."""
     model = pico(family)
-    judge, spec, prompt = Judge(model), spec_of(model), tokens(61)
+    judge, spec, prompt = ReferenceRunner(model), spec_of(model), tokens(61)
     with opened(family, attention=attention) as session:
         made, answers = session.generate(prompt, 72, policy="cached")
         other, exact = session.generate(prompt, 72, policy="exact")
@@ -141,7 +141,7 @@ def test_one_token_is_generated_without_a_second_call(opened: Open) -> None:
 def test_kept_indices_and_positions_are_those_asked_for(opened: Open, pico: Pico) -> None:
     """From either end, in any order; positions far apart count as they are."""
     model = pico("llama")
-    judge, spec = Judge(model), spec_of(model)
+    judge, spec = ReferenceRunner(model), spec_of(model)
     row = tokens(100)
     whole = judge.answer(spec, row, 100, np.arange(100))
     with opened() as session:
@@ -339,7 +339,7 @@ def test_the_whole_graph_in_both_implementations(opened: Open, pico: Pico) -> No
             row = tokens(70)
             (fast,) = session.logits([row], keep=range(70))
             slow = session.evaluated(row, range(70))
-        wanted = Judge(model).answer(spec_of(model), row, 70, np.arange(70))
+        wanted = ReferenceRunner(model).answer(spec_of(model), row, 70, np.arange(70))
         assert compare(wanted, fast).kl_mean < EXACT and compare(wanted, slow).kl_mean < EXACT
 
 
@@ -350,7 +350,7 @@ def test_the_tier_is_chosen_by_the_graph_not_by_the_session(
     model = open_model(pico_folder("llama"))
     recipe = recipe_with(model, (64, 256))
     artifact = export(model, recipe, tmp_path / "a")
-    spec, judge = spec_of(model, recipe), Judge(model)
+    spec, judge = spec_of(model, recipe), ReferenceRunner(model)
     with open_session(artifact, boundaries=(7,), heads=4, fused=True, threads=1, interpreter=interpreter) as session:
         for count in (64, 65):
             (found,) = session.logits([tokens(count)], keep=[-1])

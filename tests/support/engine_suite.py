@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,9 +104,12 @@ def check_mutant(model: Model, output: Path, options: Options, mutant: str) -> N
 
 def check_questions_it_can_not_answer(model: Model, output: Path, options: Options) -> None:
     """Positions of one's own are refused, not ignored."""
-    from lrconvert.parity.codes import codes_of
+    from lrconvert.parity.options import chosen_backends
 
     artifact = bake(model, recipe_for(model, even=True), output)
-    (code,) = codes_of(artifact, options)
-    with code.open(artifact, options) as session, pytest.raises(InputError, match="no positions but those of a whole"):
+    (backend,) = chosen_backends(artifact, options)
+    with (
+        closing(backend.open(artifact, options)) as session,
+        pytest.raises(InputError, match="no positions but those of a whole"),
+    ):
         session.logits([[1, 2, 3]], positions=[0, 1, 5], keep=[0])

@@ -16,6 +16,8 @@ VOCAB = 4096
 class Oracle:
     """A session that knows what comes next (or, `blind`, prefers token 0 always; `slips`: at the last place asked)."""
 
+    answers: frozenset[str] = frozenset()
+
     def __init__(self, *, blind: bool = False, slips: bool = False, sharpness: float = 20.0) -> None:
         self.info: dict[str, Any] = {}
         self.blind, self.slips, self.sharpness = blind, slips, sharpness

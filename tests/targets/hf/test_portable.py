@@ -147,7 +147,7 @@ def test_a_wrong_fold_is_caught_twice(
     with monkeypatch.context() as patched:
         patched.setattr(fold, "row_scales", wrong)
         artifact = bake(model, uneven(model), tmp_path / "a", dtype=dtype)
-        same_mistake = verify(artifact, options=replace(options, codes=()))
+        same_mistake = verify(artifact, options=replace(options, backends=()))
     assert [row.verdict for row in same_mistake.rows if row.code == "portable"] == ["fail", "fail", "known", "known"]
     report = verify(artifact, options=options)
     for code in ("native", "custom"):
@@ -218,7 +218,7 @@ def test_the_formula_needs_no_fold(pico: Callable[..., Model], tmp_path: Path, o
     assert plan.streams == [] and plan.record == BakeRecord(plan.spec.window, capability="portable")
     assert not any("folded" in note for note in plan.notes)
     bake_plan(plan)
-    assert verify(tmp_path / "a", options=replace(options, codes=("native",))).passed
+    assert verify(tmp_path / "a", options=replace(options, backends=("native",))).passed
 
 
 def test_an_artifact_outlives_its_source(pico_folder: Callable[..., Path], tmp_path: Path, options: Options) -> None:
@@ -227,11 +227,11 @@ def test_an_artifact_outlives_its_source(pico_folder: Callable[..., Path], tmp_p
     model = open_model(source)
     artifact = bake(model, uneven(model), tmp_path / "a")
     (source / "config.json").unlink()
-    report = verify(artifact, options=replace(options, codes=("native",)))
+    report = verify(artifact, options=replace(options, backends=("native",)))
     assert report.passed, report.summary
     assert any("own weights" in note for note in report.notes)
     assert folded_rows(report) == {}
-    assert verify(artifact, against=str(artifact), options=replace(options, codes=("native",))).passed
+    assert verify(artifact, against=str(artifact), options=replace(options, backends=("native",))).passed
 
 
 REFUSED = {

@@ -14,7 +14,7 @@ from lrconvert.parity.cases import DECODED, Case, kept, stream
 from lrconvert.rope import RopeSpec, Tier
 
 
-class Judge:
+class ReferenceRunner:
     """The reference implementation over a model, asked case by case."""
 
     def __init__(self, model: Model, *, device: str = "cpu", stored_dtype: str | None = None) -> None:

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does the recipe explain an artifact's answers better than any likely mistake does?
+
+Where products are imprecise (8-bit activations), their noise has a KL like that of a small rope error: a bound alone
+would let a forgotten attention factor of 1.06 pass. Noise is the same distance from every hypothesis, an error is not.
+So the answer is compared with the reference under the recipe and under each mistake, and the recipe has to be closest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from lrconvert.parity.cases import Case
+from lrconvert.parity.measures import compare
+from lrconvert.parity.opened import Opened
+from lrconvert.parity.report import Row
+from lrconvert.rope import RopeSpec, Tier
+
+TOKENS = 1024
+# A mistake whose own effect is a smaller part of the noise can't be told apart by so many tokens (nor does it matter).
+SMALLEST_EFFECT = 0.3
+
+Answer = Callable[[Case], np.ndarray]
+
+
+def closest_hypothesis(opened: Opened, answer: Answer) -> list[Row]:
+    """A row for every tier. `answer` asks the artifact."""
+    contexts = "contexts" in opened.session.answers  # the size of a context chooses its tier, not a length
+    return [_row(_case(opened.spec, tier, contexts), tier, opened, answer) for tier in opened.spec.tiers]
+
+
+def _case(spec: RopeSpec, tier: Tier, contexts: bool) -> Case:
+    boundary = spec.tiers[0].max_length
+    length = boundary if tier is spec.tiers[0] else boundary + 1
+    if len(spec.tiers) == 1:  # any length will do, and the longest may not fit
+        length = min(TOKENS, length)
+    if contexts:
+        return Case(f"closest hypothesis, context of {length}", "forward", (min(TOKENS, length),), context=length)
+    length = min(TOKENS, length) if tier is spec.tiers[0] else length
+    return Case(f"closest hypothesis at {length}", "forward", (length,), spread=length > TOKENS)
+
+
+def _row(case: Case, tier: Tier, opened: Opened, answer: Answer) -> Row:
+    name, spec, reference = opened.name, opened.spec, opened.reference
+    found, right = answer(case), reference.forward(spec, case)
+    measures = compare(right, found)
+    distances: dict[str, float] = {}
+    for what, mistake in _mistakes(spec, tier):
+        wrong = reference.forward(mistake, case)
+        if compare(right, wrong).kl_mean >= SMALLEST_EFFECT * measures.kl_mean:
+            distances[what] = compare(wrong, found).kl_mean
+    if not distances:
+        reason = "no mistake would show beside the noise of these types"
+        return Row(name, case.name, "known", length=case.length, reason=reason, **vars(measures))
+    closest = min(distances, key=lambda what: distances[what])
+    passed = measures.kl_mean < distances[closest]
+    reason = "" if passed else f"it answers as with {closest} (KL {distances[closest]:.1e}), not as the recipe says"
+    verdict = "pass" if passed else "fail"
+    return Row(name, case.name, verdict, length=case.length, bound=distances[closest], reason=reason, **vars(measures))
+
+
+def _mistakes(spec: RopeSpec, tier: Tier) -> Iterator[tuple[str, RopeSpec]]:
+    """What else the artifact might compute in a context of this tier."""
+    plain = Tier(tier.max_length, (1.0,) * len(tier.factors))
+    others = [other for other in spec.tiers if other.factors != tier.factors]
+    changed = {
+        "no attention factor": replace(tier, attention_factor=1.0),
+        "the attention factor twice": replace(tier, attention_factor=tier.attention_factor**2),
+        "plain RoPE": plain,
+        "factors as multipliers": replace(tier, factors=tuple(1 / factor for factor in tier.factors)),
+        **{f"the factors of {other.max_length}": replace(tier, factors=other.factors) for other in others},
+    }
+    for what, mistake in changed.items():
+        if mistake != tier:
+            yield what, replace(spec, tiers=tuple(mistake if other is tier else other for other in spec.tiers))

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An artifact that a backend has loaded, with what its answers are compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lrconvert.parity.reference_runner import ReferenceRunner
+from lrconvert.rope import RopeSpec
+from lrconvert.runtimes.backend import Backend
+from lrconvert.runtimes.base import Session
+
+
+@dataclass(frozen=True)
+class Opened:
+    """`spec` is what the backend can express of the recipe; `dtype` is what its products are computed in, as its
+    tolerances call it."""
+
+    artifact: Path
+    backend: Backend
+    session: Session
+    spec: RopeSpec
+    reference: ReferenceRunner
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        return self.backend.name
+
+    @property
+    def vocabulary(self) -> int:
+        return self.reference.model.shape.vocab
+
+    def answering(self, what: str) -> Any:
+        """The session as the protocol that an answer stands for (`runtimes.answers`)."""
+        assert what in self.session.answers, f"{self.name} answers no {what}"
+        return self.session

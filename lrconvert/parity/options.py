@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How an artifact is verified: how its sessions are opened, and what is asked of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lrconvert.parity.cases import CPU, GPU, GPU_FLOAT32, Budget
+from lrconvert.runtimes import runtime_for
+from lrconvert.runtimes.backend import Backend, OpenOptions
+
+UNLIMITED = Budget(dense=2**31, decode=2**31)
+
+
+@dataclass(frozen=True)
+class Options(OpenOptions):
+    """How to verify. `runtime`: a name of the registry, by default the target's own; `backends`: names of those to ask,
+    None for all that the artifact has; `full`: nothing is spread over a length or skipped."""
+
+    runtime: str | None = None
+    backends: tuple[str, ...] | None = None
+    full: bool = False
+
+    @property
+    def budget(self) -> Budget:
+        if self.full:
+            return UNLIMITED
+        if self.device == "cpu":
+            return CPU
+        return GPU_FLOAT32 if self.dtype == "float32" else GPU
+
+
+def chosen_backends(artifact: Path, target: str, options: Options) -> list[Backend]:
+    """The backends to ask. `UsageError` for a runtime that does not run such artifacts."""
+    return runtime_for(target, options.runtime).backends_of(artifact, options.backends)

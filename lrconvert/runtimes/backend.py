@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a runtime says of itself: its backends, what each can express, which prompts it accepts, how exact it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lrconvert.checkpoint.base import read_json
+from lrconvert.engines.capability import Capability
+from lrconvert.errors import UsageError, require
+from lrconvert.families import Family
+from lrconvert.runtimes.base import Interpreter, Session
+from lrconvert.runtimes.tolerances import Tolerance, tolerance_for
+
+
+@dataclass(frozen=True)
+class OpenOptions:
+    """How to open a session. A runtime reads what concerns it.
+
+    `device`: cpu, cuda, cuda:1 …; `dtype`: what is computed in, where the artifact leaves that open; `python`: the
+    interpreter that runs the worker; `interpreter`: one that runs already, shared by several sessions; `library`: where
+    libllama lies; `kv`: the type of llama.cpp's cache; `longest`: tokens of the longest prompt to expect.
+    """
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    threads: int | None = None
+    python: str | None = None
+    interpreter: Interpreter | None = None
+    library: str | None = None
+    kv: str = "f32"
+    longest: int | None = None
+
+
+@dataclass(frozen=True)
+class Accepts:
+    """Which prompts a backend accepts.
+
+    `positions`: tokens at any positions, at consecutive ones wherever they start, or whole prompts only, one at a time
+    ("none": no tokens spread over a length, no batch). `reserved`: tokens of the window that a prompt may not take.
+    `padded`: rows of a batch may differ in length. `cached_keys`: decoding can go on with keys that were cached for
+    another tier (its sessions answer "cached").
+    """
+
+    positions: Literal["any", "consecutive", "none"] = "any"
+    reserved: int = 0
+    padded: bool = True
+    cached_keys: bool = False
+
+
+ANYTHING = Accepts()
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A piece of code of a runtime that computes the rotation.
+
+    `needs_key`: a key of config.json without which an artifact has no such code. `exact_types`: compute types whose
+    rounding is so small that a bound sees every mistake; None: all. `tolerances`: rows by compute type and length, the
+    first that fits counts; each bound is chosen against the mistakes that it has to catch.
+    """
+
+    name: str
+    capability: Callable[[Family], Capability]
+    open: Callable[[Path, OpenOptions], Session]
+    tolerances: tuple[Tolerance, ...]
+    accepts: Accepts = ANYTHING
+    needs_key: str | None = None
+    exact_types: tuple[str, ...] | None = None
+
+    def is_exact(self, dtype: str) -> bool:
+        """Whether rounding in this compute type hides no mistake from a bound."""
+        return self.exact_types is None or dtype in self.exact_types
+
+    def tolerance(self, dtype: str, length: int) -> Tolerance:
+        """How far from the reference a case of `length` tokens may be. `KeyError` for a type without a row."""
+        return tolerance_for(self.tolerances, dtype, length, name=self.name)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A program that runs artifacts.
+
+    `runs`: names of targets; `needs`: modules that this environment must have, each with the extra that brings it
+    (none for a program in an environment of its own, which `OpenOptions.python` names).
+    """
+
+    name: str
+    runs: tuple[str, ...]
+    backends: tuple[Backend, ...]
+    needs: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def uses_torch(self) -> bool:
+        """Whether a device is one of PyTorch's, in this environment."""
+        return any(module == "torch" for module, _ in self.needs)
+
+    def require(self, purpose: str) -> None:
+        """`EnvironmentFailure` where a module is missing."""
+        for module, extra in self.needs:
+            require(module, extra, purpose)
+
+    def check(self, names: Iterable[str]) -> None:
+        """`UsageError` where one of `names` is no backend of this runtime."""
+        own = [backend.name for backend in self.backends]
+        for name in names:
+            if len(own) == 1:
+                raise UsageError(f"--code chooses among a runtime's backends; --runtime {self.name} has one code")
+            if name not in own:
+                raise UsageError(f"--runtime {self.name} has no {name} code", remedy=f"It has: {', '.join(own)}")
+
+    def backends_of(self, artifact: Path, names: Collection[str] | None = None) -> list[Backend]:
+        """Those that an artifact has, of `names` unless that is None. `UsageError` for a name that isn't one,
+        `InputError` for a config that can't be read where a backend depends on it."""
+        self.check(names or ())
+        config = read_json(artifact / "config.json") if any(backend.needs_key for backend in self.backends) else {}
+        there = [backend for backend in self.backends if backend.needs_key is None or backend.needs_key in config]
+        return [backend for backend in there if names is None or backend.name in names]

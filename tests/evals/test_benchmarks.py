@@ -371,7 +371,7 @@ def test_a_limit_draws_from_all_tasks_of_a_group() -> None:
     assert asked.tasks["mmlu_1"].set == {"num_fewshot": 5}
     assert [at + 3 for at in asked.drawn["mmlu_1"]] == draw(505, 5, 0)
     assert _drawn("mmlu", leaves, 2, None, 0).drawn is None
-    with pytest.raises(UnsupportedError, match="gsm8k has to generate"):
+    with pytest.raises(UnsupportedError, match="gsm8k generates text or scores whole texts"):
         _drawn("gsm8k", {"gsm8k": Leaf(9, "generate_until")}, None, None, 0)
     zero = Leaf(9, own=0)
     assert _drawn("own", {"own": zero}, 3, None, 0).shots == 0

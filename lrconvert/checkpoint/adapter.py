@@ -35,9 +35,9 @@ from lrconvert.checkpoint.base import (
     CheckpointView,
     Model,
     TensorInfo,
+    build_model,
     numpy_dtype,
     refuse_quantised,
-    understand,
 )
 from lrconvert.checkpoint.source import describe_source, sha256_of
 from lrconvert.checkpoint.tensor_file import TensorFile, other_dtypes
@@ -242,7 +242,7 @@ def merged(model: Model, adapter: Adapter, *, rounded: bool = True) -> Model:
     plan = _Matching(model, adapter)
     changes, untied, tie_note = plan.changes()
     checkpoint = MergedCheckpoint(model.checkpoint, adapter, changes, untied=untied, rounded=rounded)
-    result = understand(model.reference, checkpoint)
+    result = build_model(model.reference, checkpoint)
     notes = [*model.notes, *tie_note]
     named = adapter.config.base
     if named and named.rstrip("/").rpartition("/")[2] != model.reference.rstrip("/").rpartition("/")[2]:

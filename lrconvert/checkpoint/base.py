@@ -16,6 +16,8 @@ import numpy as np
 
 from lrconvert.errors import InputError, UnsupportedError
 from lrconvert.families import ExpectedTensor, Family, ModelShape, expected_tensors, get_family, read_shape
+from lrconvert.recipe import Recipe, resolve
+from lrconvert.rope import RopeSpec
 
 # The largest indexes, of a hundred thousand tensors, are about 10 MB; parsed, a file can be 20 times its size.
 MAX_JSON_BYTES = 32 * 2**20
@@ -92,7 +94,7 @@ class CheckpointView(Checkpoint):
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint understood: its family, its shape, and every tensor's role."""
+    """A checkpoint matched with its family: the shape, and every tensor's role."""
 
     reference: str  # as the user named it
     checkpoint: Checkpoint
@@ -109,9 +111,17 @@ class Model:
             counts[info.dtype] = counts.get(info.dtype, 0) + int(np.prod(info.shape, dtype=np.float64))
         return max(counts, key=lambda name: counts[name])
 
-    def called(self, name: str) -> str:
+    def family_name(self, name: str) -> str:
         """The family's name; `name` where the weights may be of that family too (a GGUF of Mistral says llama)."""
         return name if name in self.checkpoint.families else self.family.name
+
+    def resolve(self, recipe: Recipe, window: int | None = None) -> RopeSpec:
+        """The recipe against this model; `window` (tokens) may cut it short.
+
+        Raises `InputError` when the recipe is for another model and `UsageError` for a window that it does not reach.
+        """
+        family, shape = self.family_name(recipe.family), self.shape
+        return resolve(recipe, family=family, rotary_dim=shape.rotary_dim, theta=shape.theta, window=window)
 
     def tensor(self, role: str, layer: int | None = None) -> np.ndarray[Any, Any] | None:
         """The tensor of a role, or None where this model has none."""
@@ -119,8 +129,8 @@ class Model:
         return None if expected is None else self.checkpoint.read(expected.name)
 
 
-def understand(reference: str, checkpoint: Checkpoint) -> Model:
-    """Match every tensor with its family's table.
+def build_model(reference: str, checkpoint: Checkpoint) -> Model:
+    """The model of a checkpoint: every tensor matched with its family's table.
 
     Raises `UnsupportedError` for a family that isn't known and `InputError` that lists all tensors that are
     missing, unknown, or of another shape or dtype than the config promises.

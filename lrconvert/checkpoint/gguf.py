@@ -187,7 +187,7 @@ def _fits(family: Family, stored: dict[str, GgufTensor]) -> bool:
 
 
 def _translate(family: Family, stored: Any) -> Iterator[tuple[str, tuple[GgufTensor, TensorRow | None]]]:
-    """Hugging Face name, tensor and row. What no row names keeps its own name: `understand` lists it."""
+    """Hugging Face name, tensor and row. What no row names keeps its own name: `build_model` lists it."""
     rows = {row.gguf: row for row in family.rows}
     for tensor in stored:
         if tensor.name in ROPE_TENSORS:

@@ -192,7 +192,7 @@ def _plan(reference: str, output: Path, options: dict[str, Any]) -> SearchPlan:
     from lrconvert.checkpoint import open_model
     from lrconvert.checkpoint.adapter import merged, open_adapter
     from lrconvert.checkpoint.base import refuse_quantised
-    from lrconvert.evals.subject import resolved, tokenizer_of
+    from lrconvert.evals.subject import tokenizer_of
     from lrconvert.evals.texts import read_texts, sources_of
     from lrconvert.recipe import load_recipe
     from lrconvert.search.run import SearchPlan
@@ -206,7 +206,7 @@ def _plan(reference: str, output: Path, options: dict[str, Any]) -> SearchPlan:
     window = options["original_window"] or _original_window(reference, model)
     start = load_recipe(options["start_from"]) if options["start_from"] else None
     if start is not None:
-        resolved(start, model)
+        model.resolve(start)
     lengths = _tier_lengths(options["tiers"], options["lengths"] or (), window, options["target"])
     shortest = 1 if options["allow_concatenate"] else options["target"]
     path, vocab = model.checkpoint.path, model.shape.vocab

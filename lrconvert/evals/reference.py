@@ -16,7 +16,7 @@ from lrconvert.checkpoint.base import refuse_quantised
 from lrconvert.checkpoint.onnx_folder import OnnxCheckpoint
 from lrconvert.checkpoint.rope_config import read_rope
 from lrconvert.errors import UnsupportedError, require
-from lrconvert.evals.subject import Subject, resolved
+from lrconvert.evals.subject import Subject
 from lrconvert.parity.promise import promise
 from lrconvert.parity.stored import on_stored_weights
 from lrconvert.rope import RopeSpec
@@ -88,12 +88,12 @@ def computed(subject: Subject) -> tuple[Model, RopeSpec]:
     model = subject.model()
     stored = model.checkpoint
     if subject.recipe is not None and subject.given is not None:
-        return model, resolved(subject.recipe, model)
+        return model, model.resolve(subject.recipe)
     if stored.format != "safetensors":
         model = on_stored_weights(model, stored)
     if subject.recipe is not None:
         options = Manifest.read(subject.artifact).options
-        spec = resolved(subject.recipe, model, options.get("window"))
+        spec = model.resolve(subject.recipe, options.get("window"))
         made = promise(model, spec, options, subject.artifact, gguf=stored.format == "gguf")
         return made.model, made.spec
     found, shape = read_rope(stored.config, model.shape), model.shape

@@ -18,8 +18,7 @@ from lrconvert.checkpoint.rope_config import read_rope
 from lrconvert.errors import InputError, UsageError, require
 from lrconvert.evals.texts import Encode, Text
 from lrconvert.parity.codes import Code, Options, codes_of, kind_of
-from lrconvert.recipe import Recipe, load_recipe, parse_recipe, recipe_folder, resolve
-from lrconvert.rope import RopeSpec
+from lrconvert.recipe import Recipe, load_recipe, parse_recipe, recipe_folder
 from lrconvert.runtimes.base import Session
 from lrconvert.targets import hf
 from lrconvert.training.devices import torch_device
@@ -58,7 +57,7 @@ class Subject:
                 f"{reference} already carries {found.kind} scaling, so --recipe {recipe} can't be tried on it",
                 remedy=f"Bake it to replace that scaling: lrconvert hf {reference} --recipe {recipe}",
             )
-        resolved(chosen, model)
+        model.resolve(chosen)
         return cls(reference, artifact, chosen, recipe)
 
     @property
@@ -95,12 +94,6 @@ def _carried(artifact: Path) -> Recipe | None:
     if not path.is_file():
         return None
     return parse_recipe(json.dumps(Manifest.read(artifact).recipe), path.name)
-
-
-def resolved(recipe: Recipe, model: Model, window: int | None = None) -> RopeSpec:
-    """The recipe against a model. Raises `InputError` where it is another model's."""
-    called, shape = model.called(recipe.family), model.shape
-    return resolve(recipe, family=called, rotary_dim=shape.rotary_dim, theta=shape.theta, window=window)
 
 
 # --- opening ---------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from lrconvert.parity.config_checks import check_config
 from lrconvert.parity.judge import Judge
 from lrconvert.parity.promise import Promise, exact_fold_rows, fold_rows, lost, promise
 from lrconvert.parity.report import Report, Row
-from lrconvert.recipe import Recipe, load_recipe, parse_recipe, resolve
+from lrconvert.recipe import Recipe, load_recipe, parse_recipe
 
 
 def verify(
@@ -49,13 +49,7 @@ def verify(
     model, notes = _source(artifact, manifest, against)
     chosen = _recipe(artifact, manifest, recipe)
     window = manifest.options.get("window") if manifest and recipe is None else None
-    spec = resolve(
-        chosen,
-        family=model.called(chosen.family),
-        rotary_dim=model.shape.rotary_dim,
-        theta=model.shape.theta,
-        window=window,
-    )
+    spec = model.resolve(chosen, window)
     made = promise(model, spec, manifest.options if manifest else {}, artifact, gguf=kind == "gguf")
     report = Report(
         artifact=artifact.name or str(artifact),

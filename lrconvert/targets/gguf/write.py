@@ -31,7 +31,7 @@ from lrconvert.engines.capability import LLAMA_CPP, LLAMA_CPP_STATIC, folded_att
 from lrconvert.errors import UnsupportedError, UsageError
 from lrconvert.families import longrope_architecture
 from lrconvert.families.base import GGUF_INTERLEAVED, LAYER
-from lrconvert.recipe import Recipe, resolve
+from lrconvert.recipe import Recipe
 from lrconvert.rope import RopeSpec
 from lrconvert.runtimes.llama_library import LlamaLibrary
 from lrconvert.targets.gguf import encode, modelfile
@@ -130,20 +130,14 @@ def plan(
     """Resolve, choose types, lay out. Touches no weights yet.
 
     Raises `UnsupportedError` for a family whose C++ ignores factors and for what the recipe asks beyond llama.cpp
-    (unless `lossy`), and what `resolve`, `merged`, `get_scheme` and `vocabulary` raise.
+    (unless `lossy`), and what `Model.resolve`, `merged`, `get_scheme` and `vocabulary` raise.
     """
     _check_name(output)
     architecture = longrope_architecture(model.family)
     refuse_quantised(model, "GGUF")
     shape = model.shape
     _check_shape(model, architecture)
-    spec = resolve(
-        recipe,
-        family=model.called(recipe.family),
-        rotary_dim=shape.rotary_dim,
-        theta=shape.theta,
-        window=options.window,
-    )
+    spec = model.resolve(recipe, options.window)
     kept, given_up = _kept(spec, options)
     scale = kept.tiers[-1].attention_factor if options.fold else 1.0
     written = folded_attention(kept, scale)

@@ -19,7 +19,7 @@ from lrconvert.checkpoint.base import FLOAT_DTYPES, refuse_quantised
 from lrconvert.checkpoint.fold import folded
 from lrconvert.checkpoint.source import check_unchanged, snapshot
 from lrconvert.engines.capability import native_hf, project
-from lrconvert.recipe import Recipe, resolve
+from lrconvert.recipe import Recipe
 from lrconvert.rope import RopeSpec
 from lrconvert.targets.hf.config import Edit, edited_config, json_bytes, json_in, side_files
 from lrconvert.targets.hf.portable import make_portable
@@ -73,13 +73,12 @@ def plan(
     portable: bool = False,
     lossy: bool = False,
 ) -> Plan:
-    """Resolve, edit and lay out. Raises what `resolve`, `merged` and `make_portable` raise; touches no weights yet.
+    """Resolve, edit and lay out; touches no weights yet. Raises what `Model.resolve`, `merged` and `make_portable` do.
 
     `portable`: bake what other engines get right too; `lossy`: give up what they can't do.
     """
-    shape, family = model.shape, model.family
-    called = model.called(recipe.family)
-    spec = resolve(recipe, family=called, rotary_dim=shape.rotary_dim, theta=shape.theta, window=window)
+    family = model.family
+    spec = model.resolve(recipe, window)
     scale, given_up = 1.0, []
     if portable:
         spec, scale, given_up = make_portable(spec, lossy=lossy)

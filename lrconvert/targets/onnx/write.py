@@ -21,7 +21,7 @@ from lrconvert.checkpoint.base import refuse_quantised
 from lrconvert.checkpoint.source import check_unchanged, snapshot
 from lrconvert.engines.capability import native_hf, project
 from lrconvert.errors import UnsupportedError, UsageError, require
-from lrconvert.recipe import Recipe, resolve
+from lrconvert.recipe import Recipe
 from lrconvert.rope import RopeSpec
 from lrconvert.targets.hf.config import Edit, edited_config, json_bytes, json_in, side_files
 from lrconvert.targets.onnx.consumers import GENAI, MODEL_FILE, ONNX_FOLDER, config_of, genai_config
@@ -83,7 +83,7 @@ def plan(model: Model, recipe: Recipe, output: Path, options: Options, *, adapte
     """Resolve, build the graph, lay out. Touches no weights yet.
 
     Raises `UnsupportedError` for quantised sources, `UsageError` for options that exclude each other, and what
-    `resolve` and `merged` raise.
+    `Model.resolve` and `merged` raise.
     """
     require("onnx", "onnx", "ONNX")
     from lrconvert.targets.onnx.graph import Choices, build
@@ -101,13 +101,7 @@ def plan(model: Model, recipe: Recipe, output: Path, options: Options, *, adapte
             f"{model.reference} has heads of {shape.head_dim} channels; GroupQueryAttention takes multiples of 8",
             remedy="Convert with --attention standard",
         )
-    spec = resolve(
-        recipe,
-        family=model.called(recipe.family),
-        rotary_dim=shape.rotary_dim,
-        theta=shape.theta,
-        window=options.window,
-    )
+    spec = model.resolve(recipe, options.window)
     if adapter is not None:  # rounded once, when it is stored
         model = merged(model, adapter, rounded=False)
     choices = Choices(computing, options.attention, options.opset, options.double)  # type: ignore[arg-type]

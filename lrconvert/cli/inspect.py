@@ -116,7 +116,7 @@ def assess_found(found: FoundRope, model: Model) -> list[dict[str, Any]]:
     from lrconvert.engines.table import assess
     from lrconvert.rope import RopeSpec
 
-    if not found.scaled or model.checkpoint.format == "onnx":
+    if not found.scaled or model.checkpoint.tiers:
         return []
     shape = model.shape
     spec = RopeSpec(
@@ -127,13 +127,13 @@ def assess_found(found: FoundRope, model: Model) -> list[dict[str, Any]]:
         found.tiers[-1].max_length,
         found.tiers,
     )
-    config = model.checkpoint.config if found.kind in LONGROPE_KINDS and model.checkpoint.format != "gguf" else None
+    config = model.checkpoint.config if found.kind in LONGROPE_KINDS and model.checkpoint.gguf is None else None
     return [{**verdict.to_json(), "text": str(verdict)} for verdict in assess(spec, model.family.name, config)]
 
 
 def targets_of(model: Model) -> dict[str, str | None]:
     """Every target with the reason why it can't be written, None where it can."""
-    if model.checkpoint.format == "onnx":
+    if model.checkpoint.tiers:
         return {}
     from lrconvert.errors import UnsupportedError
     from lrconvert.families import longrope_architecture
@@ -169,17 +169,12 @@ def inspect(reference: str, revision: str | None = None) -> dict[str, Any]:
 
     from lrconvert.artifact.manifest import Manifest, manifest_path
     from lrconvert.checkpoint import open_model
-    from lrconvert.checkpoint.onnx_folder import OnnxCheckpoint
-    from lrconvert.checkpoint.rope_config import FoundRope, read_rope
     from lrconvert.recipe import Provenance, Recipe
     from lrconvert.recipe.plotting import sparklines
 
     model = open_model(reference, revision=revision, tolerant=True)
     checkpoint, shape = model.checkpoint, model.shape
-    if isinstance(checkpoint, OnnxCheckpoint):  # the graph is what computes, whatever config.json says
-        found = FoundRope("lrconvert", checkpoint.tiers[0].max_length, checkpoint.tiers)
-    else:
-        found = read_rope(checkpoint.config, shape)
+    found = model.rope
     recipe = Recipe(
         schema_version=1,
         name="found",

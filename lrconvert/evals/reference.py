@@ -13,8 +13,6 @@ from lrconvert import __version__
 from lrconvert.artifact.manifest import Manifest
 from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.base import refuse_quantised
-from lrconvert.checkpoint.onnx_folder import OnnxCheckpoint
-from lrconvert.checkpoint.rope_config import read_rope
 from lrconvert.errors import UnsupportedError, require
 from lrconvert.evals.subject import Subject
 from lrconvert.parity.promise import promise
@@ -89,14 +87,13 @@ def computed(subject: Subject) -> tuple[Model, RopeSpec]:
     stored = model.checkpoint
     if subject.recipe is not None and subject.given is not None:
         return model, model.resolve(subject.recipe)
-    if stored.format != "safetensors":
+    if not stored.native:
         model = on_stored_weights(model, stored)
     if subject.recipe is not None:
         options = Manifest.read(subject.artifact).options
         spec = model.resolve(subject.recipe, options.get("window"))
-        made = promise(model, spec, options, subject.artifact, gguf=stored.format == "gguf")
+        made = promise(model, spec, options, subject.artifact, gguf=stored.gguf is not None)
         return made.model, made.spec
-    found, shape = read_rope(stored.config, model.shape), model.shape
-    tiers = stored.tiers if isinstance(stored, OnnxCheckpoint) else found.tiers
-    window = tiers[-1].max_length
-    return model, RopeSpec(model.family.name, shape.rotary_dim, shape.theta, found.original_window, window, tiers)
+    found, shape = model.rope, model.shape
+    window = found.tiers[-1].max_length
+    return model, RopeSpec(model.family.name, shape.rotary_dim, shape.theta, found.original_window, window, found.tiers)

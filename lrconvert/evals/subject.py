@@ -14,7 +14,6 @@ from typing import Any
 from lrconvert.artifact.manifest import Manifest, manifest_path
 from lrconvert.checkpoint import Model, locate, open_checkpoint, open_model
 from lrconvert.checkpoint.adapter import Adapter, choose_adapter, merged, open_adapter
-from lrconvert.checkpoint.rope_config import read_rope
 from lrconvert.errors import InputError, UsageError, require
 from lrconvert.evals.texts import Encode, Text
 from lrconvert.parity.codes import Code, Options, codes_of, kind_of
@@ -45,13 +44,13 @@ class Subject:
             return cls(reference, artifact, _carried(artifact))
         chosen = load_recipe(recipe)
         model = open_model(artifact)
-        if (carried := _carried(artifact)) is not None or model.checkpoint.format == "onnx":
+        if (carried := _carried(artifact)) is not None or model.checkpoint.tiers:
             name = "a rotation" if carried is None else f"the recipe {carried.name}"
             raise UsageError(
                 f"{reference} already carries {name}, so --recipe {recipe} can't be tried on it",
                 remedy="Leave --recipe out, or name the model that it was made of",
             )
-        found = read_rope(model.checkpoint.config, model.shape)
+        found = model.rope
         if found.scaled:
             raise UsageError(
                 f"{reference} already carries {found.kind} scaling, so --recipe {recipe} can't be tried on it",
@@ -73,7 +72,7 @@ class Subject:
         model, adapter = open_model(self.artifact), self.adapter
         if adapter is None:
             return model
-        return merged(model, adapter, rounded=model.checkpoint.format == "safetensors")
+        return merged(model, adapter, rounded=model.checkpoint.native)
 
     def vocab(self) -> int | None:
         """Tokens of the vocabulary, where the config says it."""

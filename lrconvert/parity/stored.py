@@ -12,11 +12,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lrconvert.checkpoint import Checkpoint, Model
+from lrconvert.checkpoint.base import CheckpointView
 from lrconvert.checkpoint.gguf import GgufCheckpoint
 from lrconvert.checkpoint.gguf_config import LONG, SHORT, STATIC
 from lrconvert.checkpoint.onnx_folder import TIED_HEAD
@@ -33,19 +33,12 @@ METADATA, WEIGHTS = "metadata", "weights"
 FLOAT32 = 1e-6  # metadata and factors are float32: one rounding
 
 
-class StoredWeights(Checkpoint):
+class StoredWeights(CheckpointView):
     """The weights of a file, for a model whose config and tokenizer are believed more than the file's."""
 
     def __init__(self, model: Model, stored: Checkpoint) -> None:
-        self._stored, self._source = stored, model.checkpoint
-        self.path, self.format, self.config = stored.path, stored.format, model.checkpoint.config
-        self.tensors = stored.tensors
-
-    def read(self, name: str) -> np.ndarray[Any, Any]:
-        return self._stored.read(name)
-
-    def weight_files(self) -> list[Path]:
-        return self._stored.weight_files()
+        super().__init__(stored)
+        self._source, self.config = model.checkpoint, model.checkpoint.config
 
     def side_files(self) -> dict[str, Path | bytes]:
         return self._source.side_files()
@@ -127,11 +120,10 @@ def _rope(stored: GgufCheckpoint, spec: RopeSpec, static: bool) -> Iterator[str]
             yield f"{prefix}{key} is {found!r:.60}; the recipe needs {value:g}"
     alone = static and STATIC in stored.stored  # phi3 has no such tensor: two equal sets do the same
     for name, tier in ({STATIC: last} if alone else {SHORT: first, LONG: last}).items():
-        tensor = stored.stored.get(name)
-        if tensor is None:
+        values = stored.factors(name)
+        if values is None:
             yield f"{name} is missing"
             continue
-        values = stored.rows(tensor, 0, 1).reshape(-1)
         if values.shape != (len(tier.factors),) or not np.allclose(values, tier.factors, rtol=FLOAT32, atol=0):
             yield f"{name} holds other factors than the recipe's"
 

@@ -23,9 +23,9 @@ from lrconvert.artifact.prefetch import made_ahead
 from lrconvert.artifact.redaction import described
 from lrconvert.checkpoint import Checkpoint, Model
 from lrconvert.checkpoint.adapter import Adapter, merged
-from lrconvert.checkpoint.base import CheckpointView, refuse_quantised
+from lrconvert.checkpoint.base import refuse_quantised
 from lrconvert.checkpoint.fold import folded
-from lrconvert.checkpoint.gguf import PERMUTED, GgufCheckpoint
+from lrconvert.checkpoint.gguf import PERMUTED
 from lrconvert.checkpoint.source import check_unchanged, snapshot
 from lrconvert.engines.capability import LLAMA_CPP, LLAMA_CPP_STATIC, folded_attention, project
 from lrconvert.errors import UnsupportedError, UsageError
@@ -141,7 +141,7 @@ def plan(
     kept, given_up = _kept(spec, options)
     scale = kept.tiers[-1].attention_factor if options.fold else 1.0
     written = folded_attention(kept, scale)
-    source = model.checkpoint if isinstance(model.checkpoint, GgufCheckpoint) else None
+    source, problems = model.checkpoint.gguf, model.checkpoint.rope_problems
     scheme = _scheme(model, options, rewritten=adapter is not None or scale != 1.0)
     _check_options(options, scheme, is_gguf=source is not None)
     if adapter is not None:
@@ -167,8 +167,8 @@ def plan(
                 f"written as the {architecture} architecture, rows of q and k permuted: {source.architecture} of "
                 "llama.cpp ignores rope factors"
             )
-        if source.rope_problems:
-            notes.append(f"repaired: {'; '.join(source.rope_problems)}")
+        if problems:
+            notes.append(f"repaired: {'; '.join(problems)}")
     else:
         words = vocabulary(model.checkpoint.side_files(), model.checkpoint.config, pre=options.tokenizer_pre)
         card = source_card(model)
@@ -261,10 +261,9 @@ def _kept(spec: RopeSpec, options: Options) -> tuple[RopeSpec, list[str]]:
 
 def _scheme(model: Model, options: Options, *, rewritten: bool) -> Scheme | None:
     """The scheme to write, None where every stored byte stays."""
-    is_gguf = model.checkpoint.format == "gguf"
     if options.type is not None:
         return get_scheme(options.type)
-    if is_gguf and not rewritten:
+    if model.checkpoint.gguf is not None and not rewritten:
         return None
     if (own := _OWN_TYPE.get(model.dtype)) is None:
         raise UsageError(
@@ -280,9 +279,7 @@ def _tensors(model: Model, architecture: str, scheme: Scheme | None, imatrix: Im
     rows = {row.role: row for row in model.family.rows}
     facts = MixFacts(architecture, shape.layers, shape.heads, shape.kv_heads, shape.tied, imatrix is not None)
     heads = {"heads": shape.heads, "kv": shape.kv_heads}
-    base = model.checkpoint
-    while isinstance(base, CheckpointView):
-        base = base.base
+    checkpoint = model.checkpoint
     found = []
     for (role, layer), tensor in model.roles.items():
         if role == "lm_head" and shape.tied:
@@ -290,17 +287,18 @@ def _tensors(model: Model, architecture: str, scheme: Scheme | None, imatrix: Im
         name = rows[role].gguf.replace(LAYER, str(layer))
         permuted = heads[PERMUTED[role]] if interleave and role in PERMUTED else None
         if scheme is None:
-            assert isinstance(base, GgufCheckpoint)
-            kind = base.stored_as(tensor.name).type
-            moves = permuted is not None and base.permuted_heads(tensor.name) is None
+            stored = checkpoint.encoded(tensor.name)
+            assert stored is not None
+            kind = GGMLQuantizationType[stored.type]
+            moves = permuted is not None and not stored.interleaved
             if moves and len(tensor.shape) == 1 and not is_plain(kind):
                 kind = GGMLQuantizationType.F32  # a bias whose blocks hold values that move apart
         else:
             kind = tensor_type(scheme, name, tensor.shape, facts)
         found.append(Source(Planned(name, kind, tensor.shape), tensor.name, permuted))
-    if isinstance(base, GgufCheckpoint):
-        order = {name: place for place, name in enumerate(base.stored)}
-        found.sort(key=lambda source: order.get(source.planned.name, len(order)))
+    if checkpoint.gguf is not None:  # in the order of its file
+        order = {name: place for place, name in enumerate(checkpoint.tensors)}
+        found.sort(key=lambda source: order[source.name])
     return found
 
 

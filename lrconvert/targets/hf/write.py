@@ -131,7 +131,7 @@ def plan(
 
 def _stored_dtype(model: Model, dtype: str | None) -> str | None:
     """The dtype that weights have to be written in, None when they stay byte for byte."""
-    if model.checkpoint.format == "gguf":
+    if not model.checkpoint.native:
         own = model.dtype if model.dtype in FLOAT_DTYPES else "BF16"
         return DTYPES[dtype] if dtype else own
     if dtype is None:

@@ -31,7 +31,7 @@ from lrconvert.parity import Options, verify
 from lrconvert.parity.cases import Case, kept, stream
 from lrconvert.parity.measures import compare
 from lrconvert.parity.reference_runner import ReferenceRunner
-from lrconvert.recipe import Recipe, resolve, write_recipe
+from lrconvert.recipe import Recipe, write_recipe
 from lrconvert.recipe.importing import Base, import_recipe
 from lrconvert.reference import FactorSet, Rotation
 from lrconvert.rope import RopeSpec
@@ -180,16 +180,15 @@ def convert(published: Published, factors: Path, scratch: Path, python: Path, op
         "lrconvert": (ours, lrconvert("gguf", model, "--recipe", baked, "--type", "f32", "-o", ours, "--force")),
         "stock, repaired": (repaired, lrconvert("gguf", theirs, "--recipe", baked, "-o", repaired, "--force")),
     }
-    understood = open_model(str(model), tolerant=True)
-    shape = understood.shape
-    spec = resolve(recipe, family=recipe.family, rotary_dim=shape.rotary_dim, theta=shape.theta)
+    opened = open_model(str(model), tolerant=True)
+    spec = opened.resolve(recipe)
     assert options.interpreter is not None
     found = {}
     for name, (artifact, command) in commands.items():
         cost = run(command)  # raises unless the exit code is 0
         found[name] = {"seconds": round(cost.wall, 2), "peak_rss_mb": round(cost.rss / 1e6, 1)}
         found[name] |= judged(artifact, model, recipe, options)
-        found[name]["kl_mean_its_angles"] = with_its_angles(artifact, understood, spec, options.interpreter)
+        found[name]["kl_mean_its_angles"] = with_its_angles(artifact, opened, spec, options.interpreter)
     window, attention = recipe.tiers[-1].max_length, recipe.tiers[-1].attention_factor
     return {"factors": published.files, "window": window, "attention_factor": attention, "files": found}
 

@@ -115,7 +115,7 @@ def inspect(model: str | Path, *, revision: str | None = None) -> Inspection:
         sparklines=sparklines(recipe) if rotation.scaled else [],
         engines=_engines(opened, rotation),
         notes=[*opened.notes, *rotation.notes, *(recipe.warnings() if rotation.scaled else [])],
-        targets={t.name: t.refuses(opened) for t in reversed(all_targets())} if checkpoint.convertible else {},
+        targets={t.name: t.refuses(opened) for t in reversed(all_targets())} if checkpoint.tiers is None else {},
         manifest=_origin(checkpoint),
     )
 
@@ -136,11 +136,12 @@ def _as_recipe(model: Model, rotation: FoundRope) -> Recipe:
 
 def _engines(model: Model, rotation: FoundRope) -> list[Verdict]:
     """What engines make of the rotation; of the config's keys too, where they are longrope's."""
-    if not rotation.scaled or not model.checkpoint.convertible:
+    if not rotation.scaled or model.checkpoint.tiers:
         return []
     shape, window = model.shape, rotation.tiers[-1].max_length
     spec = RopeSpec(model.family.name, shape.rotary_dim, shape.theta, rotation.original_window, window, rotation.tiers)
-    config = model.checkpoint.engine_config if rotation.kind in LONGROPE_KINDS else None
+    readable = rotation.kind in LONGROPE_KINDS and model.checkpoint.gguf is None
+    config = model.checkpoint.config if readable else None
     return assess(spec, model.family.name, config)
 
 

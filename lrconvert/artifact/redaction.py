@@ -11,7 +11,7 @@ from typing import Any
 
 from lrconvert.artifact.manifest import Manifest
 from lrconvert.checkpoint import Model, read_json
-from lrconvert.checkpoint.adapter import MergedCheckpoint, describe
+from lrconvert.checkpoint.adapter import describe
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NAME = r"[^\s\\/:*?\"'<>|,;()\[\]{}`]+"
@@ -29,8 +29,8 @@ def source_record(model: Model) -> dict[str, Any]:
     """What a manifest says of the model and its adapter, with the commits of what came from the Hub."""
     source, checkpoint = describe(model), model.checkpoint
     commits = {"revision": hub_revision(model.reference, checkpoint.path)}
-    if isinstance(checkpoint, MergedCheckpoint):
-        commits["adapter_revision"] = hub_revision(checkpoint.adapter.reference, checkpoint.adapter.path)
+    if (adapter := checkpoint.adapter) is not None:
+        commits["adapter_revision"] = hub_revision(adapter.reference, adapter.path)
     return source | {key: commit for key, commit in commits.items() if commit}
 
 

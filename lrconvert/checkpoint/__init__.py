@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lrconvert.checkpoint.base import Checkpoint, Model, TensorInfo, read_json, understand
+from lrconvert.checkpoint.base import Checkpoint, Model, TensorInfo, build_model, read_json
 from lrconvert.checkpoint.folder import FolderCheckpoint
 from lrconvert.checkpoint.source import describe_source
 from lrconvert.data import DATA
@@ -18,12 +18,12 @@ __all__ = [
     "Checkpoint",
     "Model",
     "TensorInfo",
+    "build_model",
     "describe_source",
     "locate",
     "open_checkpoint",
     "open_model",
     "read_json",
-    "understand",
 ]
 
 DEMO = "demo"
@@ -34,9 +34,9 @@ _NOT_DOWNLOADED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpa
 
 
 def open_model(reference: str | Path, *, revision: str | None = None, tolerant: bool = False) -> Model:
-    """Open and understand the model that `reference` names (`locate`). `tolerant`: also a GGUF file whose rope
+    """Open the model that `reference` names (`locate`). `tolerant`: also a GGUF file whose rope
     scaling is broken, as an unscaled model with `rope_problems`."""
-    return understand(str(reference), open_checkpoint(reference, revision=revision, tolerant=tolerant))
+    return build_model(str(reference), open_checkpoint(reference, revision=revision, tolerant=tolerant))
 
 
 def open_checkpoint(reference: str | Path, *, revision: str | None = None, tolerant: bool = False) -> Checkpoint:

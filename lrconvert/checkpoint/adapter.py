@@ -19,7 +19,7 @@ changes the shared tensor. Here the tie is broken: lm_head.weight becomes a tens
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -35,10 +35,11 @@ from lrconvert.checkpoint.base import (
     CheckpointView,
     Model,
     TensorInfo,
+    build_model,
     numpy_dtype,
     refuse_quantised,
-    understand,
 )
+from lrconvert.checkpoint.blocks import Array, Block
 from lrconvert.checkpoint.source import describe_source, sha256_of
 from lrconvert.checkpoint.tensor_file import TensorFile, other_dtypes
 from lrconvert.errors import InputError, UnsupportedError, UsageError
@@ -46,20 +47,10 @@ from lrconvert.errors import InputError, UnsupportedError, UsageError
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
-BLOCK_VALUES = 2**18  # of a tensor, merged at once: 1 MB in float32
-
-Array = np.ndarray[Any, Any]
-Part = Callable[[], Array]  # computes a block of rows
 _PART_OF = re.compile(
     r"(?P<module>.+)\.(?:lora_(?P<pair>[AB])\.weight|lora_embedding_(?P<embedding>[AB])"
     r"|(?P<magnitude>lora_magnitude_vector)(?:\.weight)?|base_layer\.(?P<base>weight|bias))"
 )
-
-
-def row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Starts and ends of the blocks in which the rows of a tensor are worked on."""
-    step = max(1, BLOCK_VALUES // max(1, int(np.prod(shape[1:], dtype=np.int64))))
-    return ((start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
 @dataclass(frozen=True)
@@ -137,31 +128,33 @@ class Change:
 class MergedCheckpoint(CheckpointView):
     """A checkpoint in which an adapter's changes are made when a tensor is read."""
 
+    adapter: Adapter
+
     def __init__(
         self, base: Checkpoint, adapter: Adapter, changes: Mapping[str, Change], *, untied: bool, rounded: bool
     ) -> None:
         """`rounded`: a changed tensor has its base's dtype; else it stays in float32 for the reader to round."""
-        super().__init__(base)
+        super().__init__(base, changes)
         self.adapter, self._changes, self._rounded = adapter, changes, rounded
         if untied:  # the last file is the one to grow
             like, last = base.tensors[EMBEDDING], list(base.tensors.values())[-1]
             added = replace(like, name=LM_HEAD, file=last.file)
             self.tensors = base.tensors if LM_HEAD in base.tensors else {**base.tensors, LM_HEAD: added}
             self.config = {**base.config, "tie_word_embeddings": False}
-        self.touched = frozenset(changes)
-        self._files: dict[Path, TensorFile] = {}
 
-    def read(self, name: str) -> Array:
-        if name not in self.touched:
-            return self.base.read(name)
-        return np.concatenate([part() for part in self.parts(name)])
+    def blocks(self, name: str) -> Iterator[Block]:
+        if (change := self._changes.get(name)) is None:
+            return self.base.blocks(name)
+        work = self._work(name, change)
+        start = self.base.blocks(change.start) if change.saved is None else self.adapter.file.blocks(change.saved)
+        return (replace(block, read=partial(work.block, block)) for block in start)
 
-    def parts(self, name: str) -> Iterator[Part]:
-        change, file = self._changes[name], self.adapter.file
+    def _work(self, name: str, change: Change) -> _Work:
+        file = self.adapter.file
         stored = self.base.tensors[change.start].dtype
-        own = numpy_dtype(stored if stored in FLOAT_DTYPES else "F32")  # what `read` of the base gives
+        own = numpy_dtype(stored if stored in FLOAT_DTYPES else "F32")  # what the base gives
         wide = np.float64 if stored == "F64" else np.float32
-        work = _Work(name, self._rows_of(change), wide, own if self._rounded else np.dtype(wide))
+        work = _Work(name, wide, own if self._rounded else np.dtype(wide))
         if change.left is not None and change.right is not None:
             left, right = (file.read(key).astype(wide) for key in (change.left, change.right))
             if change.embedding:
@@ -169,19 +162,7 @@ class MergedCheckpoint(CheckpointView):
             work = replace(work, left=left, right=right, scale=change.scale)
         if change.magnitude is not None:
             work = replace(work, magnitude=file.read(change.magnitude).astype(wide))
-        return (partial(work.block, start, stop) for start, stop in row_blocks(self.tensors[name].shape))
-
-    def _rows_of(self, change: Change) -> Callable[[int, int], Array]:
-        """A function that reads rows of what a change starts from."""
-        if change.saved is not None:
-            return partial(self.adapter.file.rows, change.saved)
-        if self.format != "safetensors":
-            whole = self.base.read(change.start)
-            return lambda start, stop: whole[start:stop]
-        path = self.base.tensors[change.start].file
-        if path not in self._files:
-            self._files[path] = TensorFile(path)
-        return partial(self._files[path].rows, change.start)
+        return work
 
 
 @dataclass(frozen=True)
@@ -189,7 +170,6 @@ class _Work:
     """A tensor being merged: left [rows, r] · right [r, columns] · scale is added to the rows read."""
 
     name: str
-    rows: Callable[[int, int], Array]
     wide: type[np.floating[Any]]
     dtype: np.dtype[Any]
     left: Array | None = None
@@ -197,8 +177,8 @@ class _Work:
     scale: float = 0.0
     magnitude: Array | None = None
 
-    def block(self, start: int, stop: int) -> Array:
-        weight = self.rows(start, stop)
+    def block(self, block: Block) -> Array:
+        weight, start, stop = block.read(), block.start, block.stop
         if self.left is None and weight.dtype == self.dtype:
             return weight
         weight = weight.astype(self.wide)
@@ -242,7 +222,7 @@ def merged(model: Model, adapter: Adapter, *, rounded: bool = True) -> Model:
     plan = _Matching(model, adapter)
     changes, untied, tie_note = plan.changes()
     checkpoint = MergedCheckpoint(model.checkpoint, adapter, changes, untied=untied, rounded=rounded)
-    result = understand(model.reference, checkpoint)
+    result = build_model(model.reference, checkpoint)
     notes = [*model.notes, *tie_note]
     named = adapter.config.base
     if named and named.rstrip("/").rpartition("/")[2] != model.reference.rstrip("/").rpartition("/")[2]:
@@ -351,9 +331,9 @@ class _Matching:
         file = self.adapter.file
         if one == other:
             return True
-        shape = file.tensors[one].shape
+        pairs = zip(file.blocks(one), file.blocks(other), strict=True)
         return file.tensors[one].dtype == file.tensors[other].dtype and all(
-            file.rows(one, *rows).tobytes() == file.rows(other, *rows).tobytes() for rows in row_blocks(shape)
+            ours.read().tobytes() == theirs.read().tobytes() for ours, theirs in pairs
         )
 
 

@@ -6,23 +6,30 @@ from __future__ import annotations
 import json
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lrconvert.checkpoint.blocks import Array, Block
 from lrconvert.checkpoint.rope_config import FoundRope, read_rope
 from lrconvert.errors import InputError, UnsupportedError
 from lrconvert.families import ExpectedTensor, Family, ModelShape, expected_tensors, get_family, read_shape
+from lrconvert.recipe import Recipe, resolve
+from lrconvert.rope import RopeSpec, Tier
+
+if TYPE_CHECKING:
+    from lrconvert.checkpoint.adapter import Adapter
+    from lrconvert.checkpoint.gguf_header import GgufHeader
 
 # The largest indexes, of a hundred thousand tensors, are about 10 MB; parsed, a file can be 20 times its size.
 MAX_JSON_BYTES = 32 * 2**20
 MAX_JSON_DEPTH = 64
 
-# Names of the dtypes as safetensors spells them, with the dtype of the arrays that `Checkpoint.read` gives.
+# Names of the dtypes as safetensors spells them, as arrays come in.
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
@@ -35,6 +42,18 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     return np.dtype({"F64": np.float64, "F32": np.float32, "F16": np.float16}[name])
 
 
+def cast_block(values: Array, dtype: str, name: str, source: Path) -> Array:
+    """A block in another dtype (safetensors name). What float16 can't hold is an error: `InputError` for values that
+    are not finite, `UnsupportedError` for those beyond its range."""
+    with np.errstate(over="ignore"):
+        cast = values.astype(numpy_dtype(dtype), copy=False)
+    if dtype == "F16" and values.dtype != cast.dtype and not np.isfinite(cast).all():
+        if not np.isfinite(values.astype(np.float32)).all():
+            raise InputError(f"{source}: {name} holds values that are not finite")
+        raise UnsupportedError(f"{name} holds values beyond float16's range", remedy="Use --dtype bf16 or f32")
+    return np.ascontiguousarray(cast)
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """Where a tensor lies and what it is: known without reading it."""
@@ -43,34 +62,64 @@ class TensorInfo:
     dtype: str  # as safetensors spells it; for GGUF the quantisation type, as ggml spells it
     shape: tuple[int, ...]
     file: Path
+    nbytes: int = 0  # in the file
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A tensor's bytes as a GGUF stores them. Rows are the file's, along the last dimension: a vector is one row."""
+
+    type: str  # as ggml spells it
+    interleaved: bool  # rows of a head lie in llama.cpp's order: channel i and i + d/2 side by side
+    read: Callable[[int, int], Array]  # rows from start to stop as uint8 [rows, bytes of a row], in any thread
 
 
 class Checkpoint(ABC):
-    """A model on disk, opened. Nothing but headers is in memory until `read`."""
+    """A model on disk, opened. Nothing but headers is in memory until a block is read.
+
+    What a user of weights has to know is said by what holds of them; `format` is a word for people and manifests.
+    """
 
     path: Path  # the folder or file
     config: dict[str, Any]
     tensors: Mapping[str, TensorInfo]
-    format: str  # "safetensors" or "gguf"
+    format: str  # "safetensors", "gguf", "onnx"
     quantised_with: str | None = None  # the method of `quantization_config`: weights are opaque then
     families: tuple[str, ...] = ()  # all whose weights these may be, where the file does not say
     computing: str | None = None  # what code computes products over these weights in, where the file decides that
-    convertible: bool = True  # False for what is the end of the road
     takes_padding: bool = True  # whether rows of a batch may be padded on the left, where the file decides that
     rope_problems: tuple[str, ...] = ()  # why the rope scaling of a file that was opened all the same means nothing
+    native: bool = False  # the weight files are what transformers loads, and an artifact may keep them as they are
+    dequantises: bool = False  # tensors of other types than floats are read as float32
+    tiers: tuple[Tier, ...] | None = None  # what the checkpoint's own code computes, whatever its config says
+    gguf: GgufHeader | None = None  # of a GGUF: metadata that a GGUF made from it carries on
+    touched: frozenset[str] = frozenset()  # names of tensors that differ from what the files hold
+    adapter: Adapter | None = None  # merged into what is read
 
     @abstractmethod
-    def read(self, name: str) -> np.ndarray[Any, Any]:
-        """One tensor, dequantised if need be, as F64, F32, F16 or BF16 (ml_dtypes)."""
+    def blocks(self, name: str) -> Iterator[Block]:
+        """One tensor as blocks of rows, in order and without gaps. There is at least one; a vector is one.
 
-    @property
-    def engine_config(self) -> Mapping[str, Any] | None:
-        """The config.json that other engines read with these weights; None where they read none."""
-        return self.config
+        Their arrays are F64, F32, F16 or BF16 (ml_dtypes): the stored dtype, or float32 where it was quantised. A view
+        that says `rounded=False` gives wider ones of what it changes.
+        """
 
-    def rotation(self, shape: ModelShape) -> FoundRope:
-        """The rotation that code computes over these weights. `InputError` where it means nothing."""
-        return read_rope(self.config, shape)
+    def read(self, name: str) -> Array:
+        """One tensor whole, in the dtype of its blocks."""
+        shape = self.tensors[name].shape
+        whole: Array | None = None
+        for block in self.blocks(name):
+            rows = block.read()
+            if not shape or block.rows == shape[0]:
+                return rows.reshape(shape)
+            whole = np.empty(shape, rows.dtype) if whole is None else whole
+            whole[block.start : block.stop] = rows
+        assert whole is not None
+        return whole
+
+    def encoded(self, name: str) -> Encoded | None:
+        """The tensor as it is stored, where that is a type of GGUF; None elsewhere, and where a view changes it."""
+        return None
 
     @abstractmethod
     def weight_files(self) -> list[Path]:
@@ -83,18 +132,27 @@ class Checkpoint(ABC):
 
 
 class CheckpointView(Checkpoint):
-    """Another checkpoint, some of whose tensors are changed as they are read; its files are the base's."""
+    """Another checkpoint, some of whose tensors are changed as they are read; its files are the base's.
 
-    touched: frozenset[str]  # names of the tensors that differ from what the files hold
+    A view says in `touched` which ones, and makes their blocks in `blocks`; all else it leaves to its base.
+    """
 
-    def __init__(self, base: Checkpoint) -> None:
-        self.base = base
+    def __init__(self, base: Checkpoint, touched: Iterable[str] = ()) -> None:
+        self.base, self.touched = base, base.touched | frozenset(touched)
         self.path, self.format, self.config, self.tensors = base.path, base.format, base.config, base.tensors
-        self.quantised_with, self.families = base.quantised_with, base.families
+        self.quantised_with, self.families, self.rope_problems = base.quantised_with, base.families, base.rope_problems
+        self.native, self.dequantises = base.native, base.dequantises
+        self.gguf, self.adapter = base.gguf, base.adapter
 
-    @abstractmethod
-    def parts(self, name: str) -> Iterator[Callable[[], np.ndarray[Any, Any]]]:
-        """A touched tensor in blocks of rows, in order, each as a function that computes it (in any thread)."""
+    @property
+    def tiers(self) -> tuple[Tier, ...] | None:  # type: ignore[override]
+        return self.base.tiers
+
+    def blocks(self, name: str) -> Iterator[Block]:
+        return self.base.blocks(name)
+
+    def encoded(self, name: str) -> Encoded | None:
+        return None if name in self.touched else self.base.encoded(name)
 
     def weight_files(self) -> list[Path]:
         return self.base.weight_files()
@@ -105,7 +163,7 @@ class CheckpointView(Checkpoint):
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint understood: its family, its shape, and every tensor's role."""
+    """A checkpoint matched with its family: the shape, and every tensor's role."""
 
     reference: str  # as the user named it
     checkpoint: Checkpoint
@@ -115,11 +173,6 @@ class Model:
     roles: Mapping[tuple[str, int | None], ExpectedTensor] = field(default_factory=dict, repr=False)
 
     @cached_property
-    def rotation(self) -> FoundRope:
-        """The model's own rotation."""
-        return self.checkpoint.rotation(self.shape)
-
-    @cached_property
     def dtype(self) -> str:
         """The dtype that most weights have."""
         counts: dict[str, int] = {}
@@ -127,18 +180,36 @@ class Model:
             counts[info.dtype] = counts.get(info.dtype, 0) + int(np.prod(info.shape, dtype=np.float64))
         return max(counts, key=lambda name: counts[name])
 
-    def called(self, name: str) -> str:
+    def family_name(self, name: str) -> str:
         """The family's name; `name` where the weights may be of that family too (a GGUF of Mistral says llama)."""
         return name if name in self.checkpoint.families else self.family.name
 
-    def tensor(self, role: str, layer: int | None = None) -> np.ndarray[Any, Any] | None:
+    def resolve(self, recipe: Recipe, window: int | None = None) -> RopeSpec:
+        """The recipe against this model; `window` (tokens) may cut it short.
+
+        Raises `InputError` when the recipe is for another model and `UsageError` for a window that it does not reach.
+        """
+        family, shape = self.family_name(recipe.family), self.shape
+        return resolve(recipe, family=family, rotary_dim=shape.rotary_dim, theta=shape.theta, window=window)
+
+    @cached_property
+    def rotation(self) -> FoundRope:
+        """The rotation that the model has: what its own code computes, else what its config means.
+
+        Raises `InputError` for a config that means none.
+        """
+        if tiers := self.checkpoint.tiers:
+            return FoundRope("lrconvert", tiers[0].max_length, tiers)
+        return read_rope(self.checkpoint.config, self.shape)
+
+    def tensor(self, role: str, layer: int | None = None) -> Array | None:
         """The tensor of a role, or None where this model has none."""
         expected = self.roles.get((role, layer))
         return None if expected is None else self.checkpoint.read(expected.name)
 
 
-def understand(reference: str, checkpoint: Checkpoint) -> Model:
-    """Match every tensor with its family's table.
+def build_model(reference: str, checkpoint: Checkpoint) -> Model:
+    """The model of a checkpoint: every tensor matched with its family's table.
 
     Raises `UnsupportedError` for a family that isn't known and `InputError` that lists all tensors that are
     missing, unknown, or of another shape or dtype than the config promises.
@@ -160,7 +231,7 @@ def understand(reference: str, checkpoint: Checkpoint) -> Model:
     for name, tensor in expected.items():
         if name in found and found[name].shape != tensor.shape:
             problems.append(f"{name} has shape {list(found[name].shape)}; the config needs {list(tensor.shape)}")
-        elif name in found and checkpoint.format == "safetensors" and found[name].dtype not in FLOAT_DTYPES:
+        elif name in found and not checkpoint.dequantises and found[name].dtype not in FLOAT_DTYPES:
             problems.append(f"{name} is {found[name].dtype}; one of {', '.join(FLOAT_DTYPES)} is needed")
     if problems:
         raise InputError.collect(checkpoint.path, problems)

@@ -1,49 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tensor of any checkpoint in blocks of rows, each a function that some thread may call, in the dtype asked for."""
+"""A tensor in blocks of rows: what a checkpoint hands out, so that nobody holds a large tensor whole."""
 
 from __future__ import annotations
 
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from lrconvert.checkpoint.adapter import Part, row_blocks
-from lrconvert.checkpoint.base import Checkpoint, CheckpointView, numpy_dtype
-from lrconvert.checkpoint.tensor_file import TensorFile
-from lrconvert.errors import InputError, UnsupportedError
+BLOCK_VALUES = 2**18  # of a tensor, read at once: 1 MB in float32
+
+Array = np.ndarray[Any, Any]
 
 
-class BlockReader:
-    """Reads blocks of rows: from the file where it holds them as they are, else through the view that changes them."""
+@dataclass(frozen=True)
+class Block:
+    """Rows `start` to `stop` of a tensor. `read` makes the array, in any thread and as often as it is called."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
-        self._files: dict[Path, TensorFile] = {}
+    start: int
+    stop: int
+    read: Callable[[], Array]
 
-    def parts(self, name: str, shape: tuple[int, ...]) -> list[Part]:
-        """The blocks of a tensor in order, as the checkpoint stores them or wider (what a view has changed)."""
-        source = self.checkpoint
-        if isinstance(source, CheckpointView):
-            if name in source.touched:
-                return list(source.parts(name))
-            source = source.base
-        if source.format != "safetensors":
-            return [partial(source.read, name)]
-        path = source.tensors[name].file
-        if path not in self._files:
-            self._files[path] = TensorFile(path)
-        return [partial(self._files[path].rows, name, start, stop) for start, stop in row_blocks(shape)]
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
 
 
-def cast_block(values: np.ndarray[Any, Any], dtype: str, name: str, source: Path) -> np.ndarray[Any, Any]:
-    """A block in another dtype (safetensors name). What float16 can't hold is an error: `InputError` for values that
-    are not finite, `UnsupportedError` for those beyond its range."""
-    with np.errstate(over="ignore"):
-        cast = values.astype(numpy_dtype(dtype), copy=False)
-    if dtype == "F16" and values.dtype != cast.dtype and not np.isfinite(cast).all():
-        if not np.isfinite(values.astype(np.float32)).all():
-            raise InputError(f"{source}: {name} holds values that are not finite")
-        raise UnsupportedError(f"{name} holds values beyond float16's range", remedy="Use --dtype bf16 or f32")
-    return np.ascontiguousarray(cast)
+def row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Start and stop of every block of a tensor, in order; at least one. A vector is one block, a scalar one row."""
+    if len(shape) < 2:
+        return iter([(0, shape[0] if shape else 1)])
+    step = max(1, BLOCK_VALUES // max(1, int(np.prod(shape[1:], dtype=np.int64))))
+    return ((start, min(start + step, shape[0])) for start in range(0, max(1, shape[0]), step))
+
+
+def rows_of(blocks: Sequence[Block], start: int, stop: int) -> Array:
+    """Rows `start` to `stop` of a tensor. A block that reaches beyond them is read whole."""
+    needed = [block for block in blocks if block.start < stop and start < block.stop]
+    pieces = [block.read()[max(0, start - block.start) : stop - block.start] for block in needed]
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)

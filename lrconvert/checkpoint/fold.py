@@ -15,14 +15,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lrconvert.checkpoint.adapter import Array, Part, row_blocks
 from lrconvert.checkpoint.base import FLOAT_DTYPES, Checkpoint, CheckpointView, Model, numpy_dtype, refuse_quantised
-from lrconvert.checkpoint.tensor_file import TensorFile
+from lrconvert.checkpoint.blocks import Array, Block
 
 
 class FoldedCheckpoint(CheckpointView):
@@ -31,46 +29,25 @@ class FoldedCheckpoint(CheckpointView):
     def __init__(self, base: Checkpoint, scales: Mapping[str, Array], *, rounded: bool) -> None:
         """`scales`: a factor for every row of a tensor. `rounded`: what is read has the stored dtype; else what
         changed stays wider for the reader to round."""
-        super().__init__(base)
+        super().__init__(base, scales)
         self._scales, self._rounded = scales, rounded
-        self.touched = frozenset(scales) | (base.touched if isinstance(base, CheckpointView) else frozenset())
-        self._files: dict[Path, TensorFile] = {}
 
-    def read(self, name: str) -> Array:
-        whole = np.concatenate([part() for part in self.parts(name)]) if name in self._scales else self.base.read(name)
-        stored = self.tensors[name].dtype
-        return whole.astype(numpy_dtype(stored), copy=False) if self._rounded and stored in FLOAT_DTYPES else whole
-
-    def parts(self, name: str) -> Iterator[Part]:
-        if name not in self._scales:
-            assert isinstance(self.base, CheckpointView)
-            return self.base.parts(name)
-        scales, blocks = self._scales[name], row_blocks(self.tensors[name].shape)
-        return (
-            partial(_scaled, part, scales[start:stop])
-            for part, (start, stop) in zip(self._base_parts(name), blocks, strict=True)
-        )
-
-    def _base_parts(self, name: str) -> Iterator[Part]:
-        base = self.base
-        if isinstance(base, CheckpointView):
-            if name in base.touched:
-                return base.parts(name)
-            base = base.base
-        blocks = row_blocks(self.tensors[name].shape)
-        if base.format != "safetensors":
-            whole = base.read(name)
-            return (partial(whole.__getitem__, slice(*block)) for block in blocks)
-        path = base.tensors[name].file
-        if path not in self._files:
-            self._files[path] = TensorFile(path)
-        return (partial(self._files[path].rows, name, *block) for block in blocks)
+    def blocks(self, name: str) -> Iterator[Block]:
+        scales, stored = self._scales.get(name), self.tensors[name].dtype
+        dtype = numpy_dtype(stored) if self._rounded and stored in FLOAT_DTYPES else None
+        found = self.base.blocks(name)
+        if scales is None and dtype is None:
+            return found
+        return (replace(block, read=partial(_scaled, block, scales, dtype)) for block in found)
 
 
-def _scaled(part: Part, scales: Array) -> Array:
-    """In float64, so that the only rounding is that of the stored dtype."""
-    values = part()
-    return values.astype(np.float64) * scales.reshape(-1, *(1 for _ in values.shape[1:]))
+def _scaled(block: Block, scales: Array | None, dtype: np.dtype[Any] | None) -> Array:
+    """In float64, so that the only rounding is that to `dtype`; as wide as it gets where that is None."""
+    values = block.read()
+    if scales is not None:
+        own = scales[block.start : block.stop].reshape(-1, *(1 for _ in values.shape[1:]))
+        values = values.astype(np.float64) * own
+    return values if dtype is None else values.astype(dtype, copy=False)
 
 
 def folded(model: Model, scale: float, *, rounded: bool = True) -> Model:

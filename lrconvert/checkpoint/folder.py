@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Hugging Face folder with safetensors: one file, or shards and their index.
 
-The safetensors library checks the headers (size, JSON, offsets that tile the file) and maps the files;
-what it can't know, that index and shards agree, is checked here.
+The safetensors library checks the headers (size, JSON, offsets that tile the file); what it can't know, that
+index and shards agree, is checked here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from lrconvert.checkpoint.base import Checkpoint, TensorInfo, read_json
+from lrconvert.checkpoint.blocks import Block
+from lrconvert.checkpoint.tensor_file import TensorFile
 from lrconvert.errors import InputError
 
 CONFIG = "config.json"
@@ -47,6 +46,7 @@ class FolderCheckpoint(Checkpoint):
     """Safetensors in a folder. Raises `InputError` for anything that isn't whole and consistent."""
 
     format = "safetensors"
+    native = True
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -58,7 +58,7 @@ class FolderCheckpoint(Checkpoint):
         # One whole file wins over an index beside it, as in transformers.
         sharded = (path / INDEX).exists() and not (path / SINGLE).is_file()
         self._weight_map = self._read_index() if sharded else None
-        self._handles: dict[Path, Any] = {}
+        self._files: dict[Path, TensorFile] = {}
 
     def _read_index(self) -> dict[str, str]:
         path = self.path / INDEX
@@ -103,12 +103,10 @@ class FolderCheckpoint(Checkpoint):
         found: dict[str, TensorInfo] = {}
         problems = []
         for shard in self.shards:
-            handle = self._open(shard)
-            for name in handle.keys():  # noqa: SIM118 (a handle is no mapping)
+            for name, info in self._file(shard).tensors.items():
                 if name in found:
                     problems.append(f"{name} is in {found[name].file.name} and in {shard.name}")
-                part = handle.get_slice(name)
-                found[name] = TensorInfo(name, part.get_dtype(), tuple(part.get_shape()), shard)
+                found[name] = info
         if self._weight_map is not None:
             for name, shard in self._weight_map.items():
                 if name not in found:
@@ -120,20 +118,13 @@ class FolderCheckpoint(Checkpoint):
             raise InputError.collect(self.path, problems)
         return found
 
-    def _open(self, shard: Path) -> Any:
-        from safetensors import SafetensorError, safe_open
+    def _file(self, shard: Path) -> TensorFile:
+        if shard not in self._files:
+            self._files[shard] = TensorFile(shard)
+        return self._files[shard]
 
-        if shard not in self._handles:
-            try:
-                self._handles[shard] = safe_open(shard, framework="numpy").__enter__()
-            except (SafetensorError, OSError, ValueError) as error:
-                raise InputError(f"{shard}: not a whole safetensors file ({error})") from error
-        return self._handles[shard]
-
-    def read(self, name: str) -> np.ndarray[Any, Any]:
-        import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors asks for by name)
-
-        return self._open(self.tensors[name].file).get_tensor(name)
+    def blocks(self, name: str) -> Iterator[Block]:
+        return self._file(self.tensors[name].file).blocks(name)
 
     def weight_files(self) -> list[Path]:
         index = [self.path / INDEX] if self._weight_map is not None else []

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A GGUF file, or the parts of a split one, as a checkpoint: Hugging Face names, shapes and row order.
 
-Tensors are read from the file one by one, not mapped: the pages of a mapping count as our memory, and a file
+Tensors are read from the file by rows, not mapped: the pages of a mapping count as our memory, and a file
 that shrinks under a mapping kills the process.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from lrconvert.checkpoint.base import FLOAT_DTYPES, Checkpoint, TensorInfo, numpy_dtype
+from lrconvert.checkpoint.base import FLOAT_DTYPES, Checkpoint, Encoded, TensorInfo, numpy_dtype
+from lrconvert.checkpoint.blocks import Array, Block, row_blocks
 from lrconvert.checkpoint.gguf_config import ROPE_TENSORS, build_config
 from lrconvert.checkpoint.gguf_header import GgufHeader, GgufTensor, read_header
 from lrconvert.checkpoint.gguf_tokenizer import side_files
@@ -27,11 +29,10 @@ from lrconvert.families.base import GGUF_INTERLEAVED, LAYER
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _LAYER = re.compile(r"blk\.(0|[1-9]\d{0,4})\.")
 PERMUTED = {"q": "heads", "q_bias": "heads", "k": "kv", "k_bias": "kv"}  # rows by role, where interleaved
-_CHUNK_BYTES = 16 * 2**20  # of dequantised values, beside the tensor itself
 
 
 class GgufCheckpoint(Checkpoint):
-    """A GGUF checkpoint. Opening it reads headers and rope factors; a weight is read by `read`.
+    """A GGUF checkpoint. Opening it reads headers and rope factors, no weights.
 
     A file whose rope metadata are incomplete or contradictory is refused, since every runtime would compute
     something else than its maker meant. `tolerant` opens it as an unscaled model and keeps the `rope_problems`,
@@ -39,58 +40,50 @@ class GgufCheckpoint(Checkpoint):
     """
 
     format = "gguf"
+    dequantises = True
 
     def __init__(self, path: Path, *, tolerant: bool = False) -> None:
         self.path = path
         self.headers = _read_parts(path)
+        self.gguf = self.headers[0]
         self.metadata = self.headers[0].metadata
         self.stored = _all_tensors(path, self.headers)  # under the file's own names, rope factors too
         self.architecture = _architecture(self.headers[0])
         self.family, self.families = _families(path, self.architecture, self.stored)
         self.interleaved = self.architecture in GGUF_INTERLEAVED
-        self.config, rope_problems = build_config(
-            self.headers[0], self.architecture, self.family, self.stored, _read_plain
-        )
+        self.config, rope_problems = build_config(self.headers[0], self.architecture, self.family, self.stored, _whole)
         if rope_problems and not tolerant:
             raise InputError.collect(path, rope_problems)
         self.rope_problems = tuple(rope_problems)
         self._sources = dict(_translate(self.family, self.stored.values()))
         self.tensors = {
-            name: TensorInfo(name, tensor.type.name, tensor.shape, tensor.file)
+            name: TensorInfo(name, tensor.type.name, tensor.shape, tensor.file, tensor.nbytes)
             for name, (tensor, _) in self._sources.items()
         }
         _check_types(path, self.stored.values())
 
-    def read(self, name: str) -> np.ndarray[Any, Any]:
-        """One tensor under its Hugging Face name: float32 where it was quantised, else as it is stored."""
-        tensor = self.stored_as(name)
-        values = _read_plain(tensor) if tensor.type.name in FLOAT_DTYPES else _dequantise(tensor).reshape(tensor.shape)
-        heads = self.permuted_heads(name)
-        return values if heads is None else _unpermute(values, heads, tensor)
+    def blocks(self, name: str) -> Iterator[Block]:
+        tensor, heads = self._sources[name][0], self._interleaved_heads(name)
+        order = None if heads is None else _file_rows(tensor, heads)
+        ranges = row_blocks(tensor.shape)
+        return (Block(start, stop, partial(_rows, tensor, start, stop, order)) for start, stop in ranges)
 
-    def rows(self, tensor: GgufTensor, start: int, stop: int) -> np.ndarray[Any, Any]:
-        """Rows of a stored tensor in the file's own order: float32 where it was quantised, else as it is stored."""
-        if tensor.type.name in FLOAT_DTYPES:
-            width = tensor.nbytes // _rows_of(tensor)
-            dtype = numpy_dtype(tensor.type.name)
-            return _read_bytes(tensor, dtype, start * width, (stop - start) * width).reshape(stop - start, -1)
-        return _dequantise(tensor, start, stop)
+    def encoded(self, name: str) -> Encoded:
+        tensor = self._sources[name][0]
+        interleaved = self._interleaved_heads(name) is not None
+        return Encoded(tensor.type.name, interleaved, partial(_read_rows, tensor))
 
-    def stored_as(self, name: str) -> GgufTensor:
-        """Where the tensor of this Hugging Face name lies, under its own name and type."""
-        return self._sources[name][0]
+    def factors(self, name: str) -> Array | None:
+        """A set of rope factors, under the file's own name; None where there is none."""
+        tensor = self.stored.get(name)
+        return None if tensor is None else _whole(tensor)
 
-    def permuted_heads(self, name: str) -> int | None:
-        """How many heads' rows are interleaved in the tensor of this name; None where none are."""
+    def _interleaved_heads(self, name: str) -> int | None:
+        """How many heads' rows are interleaved in the tensor of this Hugging Face name; None where none are."""
         row = self._sources[name][1]
         if not self.interleaved or row is None or row.role not in PERMUTED:
             return None
         return self.config["num_attention_heads" if PERMUTED[row.role] == "heads" else "num_key_value_heads"]
-
-    @property
-    def engine_config(self) -> None:
-        """A config made from metadata: nobody else reads it."""
-        return None
 
     @property
     def computing(self) -> str:  # type: ignore[override]
@@ -199,7 +192,7 @@ def _fits(family: Family, stored: dict[str, GgufTensor]) -> bool:
 
 
 def _translate(family: Family, stored: Any) -> Iterator[tuple[str, tuple[GgufTensor, TensorRow | None]]]:
-    """Hugging Face name, tensor and row. What no row names keeps its own name: `understand` lists it."""
+    """Hugging Face name, tensor and row. What no row names keeps its own name: `build_model` lists it."""
     rows = {row.gguf: row for row in family.rows}
     for tensor in stored:
         if tensor.name in ROPE_TENSORS:
@@ -231,45 +224,55 @@ def _check_types(path: Path, stored: Any) -> None:
         raise UnsupportedError(f"{path}: quantisations that gguf-py can't dequantise: {listed}")
 
 
-def _read_bytes(tensor: GgufTensor, dtype: np.dtype[Any], start: int, nbytes: int) -> np.ndarray[Any, Any]:
-    count = nbytes // dtype.itemsize
+def _read_rows(tensor: GgufTensor, start: int, stop: int) -> Array:
+    """Rows along the last dimension as the bytes that stand in the file, [rows, bytes of a row]."""
+    width = tensor.nbytes // int(np.prod(tensor.shape[:-1], dtype=np.int64))
+    count = (stop - start) * width
     try:
-        values = np.fromfile(tensor.file, dtype, count=count, offset=tensor.offset + start)
+        data = np.fromfile(tensor.file, np.uint8, count, offset=tensor.offset + start * width)
     except OSError as error:
         raise InputError(f"{tensor.file}: can't be read ({error.strerror or error})") from error
-    if values.size != count:
+    if data.size != count:
         raise InputError(f"{tensor.file}: shrank while {tensor.name} was read")
-    return values
+    return data.reshape(-1, width)
 
 
-def _read_plain(tensor: GgufTensor) -> np.ndarray[Any, Any]:
-    return _read_bytes(tensor, numpy_dtype(tensor.type.name), 0, tensor.nbytes).reshape(tensor.shape)
+def _rows(tensor: GgufTensor, start: int, stop: int, order: Array | None) -> Array:
+    """Rows along the first dimension, decoded; `order`: the file's row for each of the tensor's."""
+    inner = tensor.shape[1:]
+    if not inner:  # a vector is read whole: a quantised type has blocks of its values
+        values = _decoded(tensor, _read_rows(tensor, 0, 1))[0]
+        return values if order is None else values[order]
+    each = int(np.prod(inner[:-1], dtype=np.int64))
+    if order is None:
+        rows = _read_rows(tensor, start * each, stop * each)
+    else:
+        wanted = order[start:stop]
+        first, last = int(wanted.min()), int(wanted.max()) + 1
+        rows = _read_rows(tensor, first * each, last * each).reshape(last - first, -1)[wanted - first]
+    return _decoded(tensor, rows.reshape((stop - start) * each, -1)).reshape(-1, *inner)
 
 
-def _dequantise_rows(rows: np.ndarray[Any, Any], kind: GGMLQuantizationType) -> np.ndarray[Any, Any]:
+def _whole(tensor: GgufTensor) -> Array:
+    """A small tensor in the file's own order."""
+    return np.concatenate([_rows(tensor, start, stop, None) for start, stop in row_blocks(tensor.shape)])
+
+
+def _decoded(tensor: GgufTensor, rows: Array) -> Array:
+    """The values of rows of bytes: float32 where the type is quantised, else as they are stored."""
+    if tensor.type.name in FLOAT_DTYPES:
+        return rows.view(numpy_dtype(tensor.type.name))
+    return _dequantise_rows(rows, tensor.type)
+
+
+def _dequantise_rows(rows: Array, kind: GGMLQuantizationType) -> Array:
     with np.errstate(all="ignore"):  # damaged scales make infinities; no reason for a warning here
         return dequantize(rows, kind)
 
 
-def _rows_of(tensor: GgufTensor) -> int:
-    return int(np.prod(tensor.shape[:-1], dtype=np.int64))
-
-
-def _dequantise(tensor: GgufTensor, first: int = 0, last: int | None = None) -> np.ndarray[Any, Any]:
-    """float32 values of rows, shape [rows, columns], a few at a time: gguf-py alone would hold the tensor twice."""
-    columns, row_bytes = tensor.shape[-1], tensor.nbytes // _rows_of(tensor)
-    values = np.empty(((last or _rows_of(tensor)) - first, columns), np.float32)
-    step = max(1, _CHUNK_BYTES // (4 * columns))
-    for start in range(0, len(values), step):
-        count = min(step, len(values) - start)
-        raw = _read_bytes(tensor, np.dtype(np.uint8), (first + start) * row_bytes, count * row_bytes)
-        values[start : start + count] = _dequantise_rows(raw.reshape(count, row_bytes), tensor.type)
-    return values
-
-
-def _unpermute(values: np.ndarray[Any, Any], heads: int, tensor: GgufTensor) -> np.ndarray[Any, Any]:
-    """Undo llama.cpp's interleaving of a head's rows: pairs (2i, 2i+1) back to (i, i + d/2)."""
-    rows = values.shape[0]
+def _file_rows(tensor: GgufTensor, heads: int) -> Array:
+    """Where llama.cpp's interleaving put each row of a head: row i of a half at 2i, of the other at 2i + 1."""
+    rows = tensor.shape[0]
     if rows % (2 * heads):
         raise InputError(f"{tensor.file}: {tensor.name} has {rows} rows; a multiple of 2 x {heads} heads is needed")
-    return values.reshape(heads, rows // heads // 2, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
+    return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)

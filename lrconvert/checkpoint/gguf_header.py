@@ -64,6 +64,10 @@ class GgufHeader:
     tensors: dict[str, GgufTensor]
     spans: dict[str, tuple[int, int]]  # first and last byte (exclusive) of every value, its type in front
 
+    @property
+    def architecture(self) -> str:
+        return str(self.metadata.get("general.architecture"))
+
     def raw(self, key: str) -> bytes:
         """A value with its type in front, as it stands in the file."""
         start, stop = self.spans[key]

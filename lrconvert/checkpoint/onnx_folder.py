@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lrconvert.checkpoint.base import Checkpoint, TensorInfo, numpy_dtype, read_json
+from lrconvert.checkpoint.blocks import Array, Block, row_blocks
 from lrconvert.checkpoint.folder import CONFIG, side_files_of
-from lrconvert.checkpoint.rope_config import FoundRope
 from lrconvert.errors import InputError, require
-from lrconvert.families import ModelShape
 from lrconvert.rope import Tier
 
 GRAPH = "onnx/model.onnx"
@@ -108,7 +107,7 @@ class OnnxCheckpoint(Checkpoint):
     """The folder. Raises `InputError` where the graph is not one of ours or does not fit its data files."""
 
     format = "onnx"
-    convertible = False
+    dequantises = True
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -150,7 +149,7 @@ class OnnxCheckpoint(Checkpoint):
         return max((a.i for a in attributes if a.name in ("num_heads", "q_num_heads")), default=1)
 
     @cached_property
-    def tiers(self) -> tuple[Tier, ...]:
+    def tiers(self) -> tuple[Tier, ...]:  # type: ignore[override]
         """The tiers in the graph, which is what is computed whatever config.json says."""
         try:
             arrays = {a.name: _numbers(a.t) for a in self.call.attribute if a.name in TIER_ATTRIBUTES}
@@ -164,10 +163,6 @@ class OnnxCheckpoint(Checkpoint):
             )
         except (KeyError, ValueError, TypeError) as error:
             raise InputError(f"{self.path / GRAPH}: {COS_SIN} has no readable tiers ({error})") from error
-
-    def rotation(self, shape: ModelShape) -> FoundRope:
-        """The graph's own, whatever config.json says."""
-        return FoundRope("lrconvert", self.tiers[0].max_length, self.tiers)
 
     @property
     def takes_padding(self) -> bool:  # type: ignore[override]
@@ -241,10 +236,11 @@ class OnnxCheckpoint(Checkpoint):
                 continue
             plain = name.removesuffix(PACKED)
             if plain == name:
-                found[name] = TensorInfo(name, place.dtype, place.shape, place.file)
+                found[name] = TensorInfo(name, place.dtype, place.shape, place.file, place.nbytes)
             elif plain in self._blocks:
                 bits, _, columns = self._blocks[plain]
-                found[plain] = TensorInfo(plain, f"INT{bits}", (place.shape[0], columns), place.file)
+                size = place.nbytes + self._external[plain + SCALES].nbytes
+                found[plain] = TensorInfo(plain, f"INT{bits}", (place.shape[0], columns), place.file, size)
         return found
 
     @cached_property
@@ -260,19 +256,28 @@ class OnnxCheckpoint(Checkpoint):
             return quantised[0]
         return next((kind for kind in ("BF16", "F16") if kind in self.kinds), "F32")
 
-    def _raw(self, name: str) -> np.ndarray[Any, Any]:
+    def blocks(self, name: str) -> Iterator[Block]:
+        read = partial(self._raw if name in self._external else self._dequantised, name)
+        return (Block(*rows, partial(read, *rows)) for rows in row_blocks(self.tensors[name].shape))
+
+    def _raw(self, name: str, start: int, stop: int) -> Array:
+        """Rows of an initializer as they are stored."""
         place = self._external[name]
         dtype = np.dtype(np.uint8) if place.dtype == "U8" else numpy_dtype(place.dtype)
-        values = np.fromfile(place.file, dtype, place.nbytes // dtype.itemsize, offset=place.offset)
-        if values.nbytes != place.nbytes:
+        inner = place.shape[1:]
+        width = int(np.prod(inner, dtype=np.int64))
+        count = (stop - start) * width
+        try:
+            values = np.fromfile(place.file, dtype, count, offset=place.offset + start * width * dtype.itemsize)
+        except OSError as error:
+            raise InputError(f"{place.file}: can't be read ({error.strerror or error})") from error
+        if values.size != count:
             raise InputError(f"{place.file}: shrank while {name} was read")
-        return values.reshape(place.shape)
+        return values.reshape(stop - start, *inner)
 
-    def read(self, name: str) -> np.ndarray[Any, Any]:
-        if name in self._external:
-            return self._raw(name)
+    def _dequantised(self, name: str, start: int, stop: int) -> Array:
         bits, block, columns = self._blocks[name]
-        packed, scales = self._raw(name + PACKED), self._raw(name + SCALES)
+        packed, scales = (self._raw(name + part, start, stop) for part in (PACKED, SCALES))
         if bits == 4:  # two values a byte, the first one in the low half
             packed = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:2], block)
         values = (packed.astype(np.float32) - 2 ** (bits - 1)) * scales[..., None]

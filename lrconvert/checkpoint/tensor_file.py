@@ -8,12 +8,15 @@ kills the process; plain reads do neither. The safetensors library checks the he
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lrconvert.checkpoint.base import FLOAT_DTYPES, TensorInfo, numpy_dtype
+from lrconvert.checkpoint.blocks import Array, Block, row_blocks
 from lrconvert.errors import InputError
 
 
@@ -23,26 +26,29 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.tensors: dict[str, TensorInfo] = {}
-        self.nbytes: dict[str, int] = {}
         self._offsets: dict[str, int] = {}
         header, data = _checked_header(path)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            self.tensors[name] = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), path)
             start, stop = entry["data_offsets"]
-            self._offsets[name], self.nbytes[name] = data + start, stop - start
+            self.tensors[name] = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), path, stop - start)
+            self._offsets[name] = data + start
 
-    def read(self, name: str) -> np.ndarray[Any, Any]:
-        """One tensor whole; its dtype has to be one of `FLOAT_DTYPES`."""
+    def blocks(self, name: str) -> Iterator[Block]:
+        """One tensor by rows; its dtype has to be one of `FLOAT_DTYPES`."""
+        ranges = row_blocks(self.tensors[name].shape)
+        return (Block(start, stop, partial(self._rows, name, start, stop)) for start, stop in ranges)
+
+    def read(self, name: str) -> Array:
+        """One tensor whole, of such a dtype."""
         shape = self.tensors[name].shape
         return self._values(name, 0, int(np.prod(shape, dtype=np.int64))).reshape(shape)
 
-    def rows(self, name: str, start: int, stop: int) -> np.ndarray[Any, Any]:
-        """Rows `start` to `stop` of a tensor with at least one dimension."""
+    def _rows(self, name: str, start: int, stop: int) -> Array:
         inner = self.tensors[name].shape[1:]
         width = int(np.prod(inner, dtype=np.int64))
         return self._values(name, start * width, (stop - start) * width).reshape(stop - start, *inner)
 
-    def _values(self, name: str, first: int, count: int) -> np.ndarray[Any, Any]:
+    def _values(self, name: str, first: int, count: int) -> Array:
         dtype = numpy_dtype(self.tensors[name].dtype)
         try:
             values = np.fromfile(self.path, dtype, count, offset=self._offsets[name] + first * dtype.itemsize)

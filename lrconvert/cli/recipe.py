@@ -87,7 +87,7 @@ def show(recipe: str, as_json: bool) -> None:
 @click.option("--model", help="Also check that the recipe fits this model.")
 def check(recipe: str, model: str | None) -> None:
     """Check a recipe: report everything that is wrong (exit code 3) and everything unusual."""
-    from lrconvert.recipe import load_recipe, resolve
+    from lrconvert.recipe import load_recipe
 
     loaded = load_recipe(recipe)
     for text in loaded.warnings():
@@ -95,9 +95,7 @@ def check(recipe: str, model: str | None) -> None:
     if model is not None:
         from lrconvert.checkpoint import open_model
 
-        opened = open_model(model)
-        called = opened.called(loaded.family)
-        resolve(loaded, family=called, rotary_dim=opened.shape.rotary_dim, theta=opened.shape.theta)
+        open_model(model).resolve(loaded)
     out.say(f"{loaded.name}: valid" + (f", fits {model}" if model else ""))
 
 

@@ -19,7 +19,7 @@ from lrconvert.errors import UsageError
 from lrconvert.evals.texts import Text
 from lrconvert.parity.expected import expected
 from lrconvert.parity.stored import on_stored_weights
-from lrconvert.recipe import Recipe, load_recipe, parse_recipe, recipe_folder, resolve
+from lrconvert.recipe import Recipe, load_recipe, parse_recipe, recipe_folder
 from lrconvert.rope import RopeSpec
 from lrconvert.runtimes import runtime_for
 from lrconvert.runtimes.backend import Backend, OpenOptions, Runtime
@@ -49,7 +49,7 @@ class Subject:
             return cls(reference, artifact, _carried(artifact))
         chosen = load_recipe(recipe)
         model = open_model(artifact)
-        if (carried := _carried(artifact)) is not None or not model.checkpoint.convertible:
+        if (carried := _carried(artifact)) is not None or model.checkpoint.tiers:
             name = "a rotation" if carried is None else f"the recipe {carried.name}"
             raise UsageError(
                 f"{reference} already carries {name}, so --recipe {recipe} can't be tried on it",
@@ -61,7 +61,7 @@ class Subject:
                 f"{reference} already carries {found.kind} scaling, so --recipe {recipe} can't be tried on it",
                 remedy=f"Bake it to replace that scaling: lrconvert hf {reference} --recipe {recipe}",
             )
-        resolved(chosen, model)
+        model.resolve(chosen)
         return cls(reference, artifact, chosen, recipe)
 
     @property
@@ -77,7 +77,7 @@ class Subject:
         model, adapter = open_model(self.artifact), self.adapter
         if adapter is None:
             return model
-        return merged(model, adapter, rounded=model.checkpoint.format == "safetensors")
+        return merged(model, adapter, rounded=model.checkpoint.native)
 
     def vocab(self) -> int | None:
         """The size of the vocabulary, if the config has it."""
@@ -100,12 +100,6 @@ def _carried(artifact: Path) -> Recipe | None:
     return parse_recipe(json.dumps(Manifest.read(artifact).recipe), path.name)
 
 
-def resolved(recipe: Recipe, model: Model, window: int | None = None) -> RopeSpec:
-    """The recipe against a model. Raises `InputError` where it is another model's."""
-    called, shape = model.called(recipe.family), model.shape
-    return resolve(recipe, family=called, rotary_dim=shape.rotary_dim, theta=shape.theta, window=window)
-
-
 def computed(subject: Subject) -> tuple[Model, RopeSpec]:
     """The weights, and the rotation to compute on them: of an artifact its own weights under its recipe, of a model the
     recipe that was given or the rotation of its config.
@@ -115,12 +109,12 @@ def computed(subject: Subject) -> tuple[Model, RopeSpec]:
     model = subject.model()
     stored = model.checkpoint
     if subject.recipe is not None and subject.given is not None:
-        return model, resolved(subject.recipe, model)
-    if stored.format != "safetensors":
+        return model, model.resolve(subject.recipe)
+    if not stored.native:
         model = on_stored_weights(model, stored)
     if subject.recipe is not None:
         record = Manifest.read(subject.artifact).bake
-        wanted = expected(model, resolved(subject.recipe, model, record.window), record, subject.artifact)
+        wanted = expected(model, model.resolve(subject.recipe, record.window), record, subject.artifact)
         return wanted.model, wanted.spec
     found, shape = model.rotation, model.shape
     window = found.tiers[-1].max_length

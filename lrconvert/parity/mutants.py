@@ -8,13 +8,13 @@ not exist for a recipe (no start tokens to drop).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
-import numpy as np
-
-from lrconvert.checkpoint import Checkpoint, Model
+from lrconvert.checkpoint import Model
+from lrconvert.checkpoint.base import CheckpointView
+from lrconvert.checkpoint.blocks import Array, Block
 from lrconvert.recipe import Recipe
 from lrconvert.rope import Tier
 
@@ -83,38 +83,31 @@ RECIPE_MUTANTS: dict[str, Callable[[Recipe], Recipe | None]] = {
 }
 
 
-class InterleavedCheckpoint(Checkpoint):
+class InterleavedCheckpoint(CheckpointView):
     """A checkpoint whose q and k rows are in llama.cpp's order: what a forgotten permutation leaves."""
 
-    format = "gguf"  # makes targets write the weights anew
-
     def __init__(self, model: Model) -> None:
-        self._inner, self._shape = model.checkpoint, model.shape
-        self.path, self.config, self.tensors = self._inner.path, self._inner.config, self._inner.tensors
-        self._wrong = {
-            tensor.name: model.shape.heads if role == "q" else model.shape.kv_heads
-            for (role, _), tensor in model.roles.items()
-            if role in ("q", "k")
-        }
-        self._fused = {tensor.name for (role, _), tensor in model.roles.items() if role == "qkv"}
+        shape = model.shape
+        heads = {"q": [shape.heads], "k": [shape.kv_heads], "qkv": [shape.heads, shape.kv_heads]}
+        self._heads = {tensor.name: heads[role] for (role, _), tensor in model.roles.items() if role in heads}
+        self._rows = shape.head_dim
+        super().__init__(model.checkpoint, self._heads)
 
-    def read(self, name: str) -> np.ndarray[Any, Any]:
-        array = self._inner.read(name)
-        if name in self._wrong:
-            return _interleave(array, self._wrong[name])
-        if name in self._fused:
-            width = self._shape.heads * self._shape.head_dim
-            return np.concatenate([_interleave(array[:width], self._shape.heads), array[width:]])
+    def blocks(self, name: str) -> Iterator[Block]:
+        if name not in self._heads:
+            return super().blocks(name)
+        return iter([Block(0, self.tensors[name].shape[0], partial(self._interleaved, name))])
+
+    def _interleaved(self, name: str) -> Array:
+        array, start = self.base.read(name).copy(), 0
+        for heads in self._heads[name]:
+            stop = start + heads * self._rows
+            array[start:stop] = _interleave(array[start:stop], heads)
+            start = stop
         return array
 
-    def weight_files(self) -> list[Any]:
-        return self._inner.weight_files()
 
-    def side_files(self) -> dict[str, Any]:
-        return self._inner.side_files()
-
-
-def _interleave(array: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
+def _interleave(array: Array, heads: int) -> Array:
     rows, columns = array.shape
     return array.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lrconvert.artifact.checks import Row
 from lrconvert.checkpoint import Checkpoint, Model
+from lrconvert.checkpoint.base import CheckpointView
 from lrconvert.checkpoint.onnx_folder import TIED_HEAD
 from lrconvert.errors import InputError
 from lrconvert.parity.cases import Budget
@@ -29,19 +29,12 @@ from lrconvert.rope import RopeSpec, Tier
 WEIGHTS = "weights"
 
 
-class StoredWeights(Checkpoint):
+class StoredWeights(CheckpointView):
     """The weights of a file, for a model whose config and tokenizer are believed more than the file's."""
 
     def __init__(self, model: Model, stored: Checkpoint) -> None:
-        self._stored, self._source = stored, model.checkpoint
-        self.path, self.format, self.config = stored.path, stored.format, model.checkpoint.config
-        self.tensors = stored.tensors
-
-    def read(self, name: str) -> np.ndarray[Any, Any]:
-        return self._stored.read(name)
-
-    def weight_files(self) -> list[Path]:
-        return self._stored.weight_files()
+        super().__init__(stored)
+        self._source, self.config = model.checkpoint, model.checkpoint.config
 
     def side_files(self) -> dict[str, Path | bytes]:
         return self._source.side_files()

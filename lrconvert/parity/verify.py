@@ -28,7 +28,7 @@ from lrconvert.parity.expected import Expected, exact_fold_rows, expected, lost,
 from lrconvert.parity.options import Options, chosen_backends
 from lrconvert.parity.reference_runner import ReferenceRunner
 from lrconvert.parity.report import Report
-from lrconvert.recipe import Recipe, load_recipe, parse_recipe, resolve
+from lrconvert.recipe import Recipe, load_recipe, parse_recipe
 from lrconvert.runtimes.backend import Backend
 
 
@@ -54,13 +54,7 @@ def verify(
         raise UsageError("--against needs --recipe where the artifact has no manifest")
     model, notes = _source(artifact, target, manifest, against)
     chosen = _recipe(artifact, manifest, recipe)
-    spec = resolve(
-        chosen,
-        family=model.called(chosen.family),
-        rotary_dim=model.shape.rotary_dim,
-        theta=model.shape.theta,
-        window=manifest.bake.window if manifest and recipe is None else None,
-    )
+    spec = model.resolve(chosen, manifest.bake.window if manifest and recipe is None else None)
     record = manifest.bake if manifest else target.record(spec.window)
     wanted = expected(model, spec, record, artifact)
     report = Report(

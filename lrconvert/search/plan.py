@@ -17,7 +17,6 @@ from lrconvert.checkpoint.base import refuse_quantised
 from lrconvert.checkpoint.tokenizer import tokenizer_of
 from lrconvert.errors import UsageError
 from lrconvert.evals.passkey import PasskeyFormat, form_of
-from lrconvert.evals.subject import resolved
 from lrconvert.evals.texts import Text, read_texts, sources_of
 from lrconvert.recipe import Recipe, load_recipe
 from lrconvert.recipe.models import portable_name, scaled_note
@@ -149,7 +148,7 @@ def plan_search(request: SearchRequest) -> SearchPlan:
     window, notes = _original_window(request, model)
     start = load_recipe(request.start_from) if request.start_from else None
     if start is not None:
-        resolved(start, model)
+        model.resolve(start)
     lengths = tier_lengths(request.tiers, request.lengths or (), window, request.target)
     texts = read_texts(
         sources,

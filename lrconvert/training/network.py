@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lrconvert.checkpoint.base import CheckpointView
 from lrconvert.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ def load_network(model: Model, dtype: torch.dtype) -> Any:
     checkpoint = model.checkpoint
     config = _full_attention(transformers.AutoConfig.for_model(**_plain_rope(checkpoint.config)))
     kind = transformers.AutoModelForCausalLM
-    if checkpoint.format == "safetensors" and not isinstance(checkpoint, CheckpointView):
+    if checkpoint.native and not checkpoint.touched:
         return kind.from_pretrained(str(checkpoint.path), config=config, dtype=dtype, attn_implementation="sdpa")
     network = kind.from_config(config, dtype=dtype, attn_implementation="sdpa")
     weights = {

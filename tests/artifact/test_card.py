@@ -19,7 +19,7 @@ from lrconvert.artifact.card import CARD, MAX_CARD_BYTES, SourceCard, refreshed,
 from lrconvert.artifact.manifest import MANIFEST, FileRecord, Manifest
 from lrconvert.artifact.redaction import hub_revision, local_name, public_manifest, without_paths
 from lrconvert.checkpoint import Model, open_model
-from lrconvert.recipe import Provenance, Recipe, resolve
+from lrconvert.recipe import Provenance, Recipe
 from lrconvert.targets import hf
 from lrconvert.targets.hf.card import CARD_TEXT
 
@@ -53,9 +53,7 @@ def card_of(folder: Path, output: Path, recipe: Recipe | None = None) -> str:
 
 
 def rendered(model: Model, recipe: Recipe, **options: Any) -> str:
-    shape = model.shape
-    spec = resolve(recipe, family=model.family.name, rotary_dim=shape.rotary_dim, theta=shape.theta)
-    return render(model, recipe, spec, CARD_TEXT, **{"source": SourceCard(), **options})
+    return render(model, recipe, model.resolve(recipe), CARD_TEXT, **{"source": SourceCard(), **options})
 
 
 # --- metadata ----------------------------------------------------------------------------------------------

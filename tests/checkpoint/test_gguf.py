@@ -203,7 +203,7 @@ def test_a_large_tensor_is_dequantised_in_pieces(tmp_path: Path, monkeypatch: py
     """The same values however few rows go at a time, down to one."""
     pico = make_pico(tmp_path / "m.gguf", kind=Ggml.Q8_0)
     whole = GgufCheckpoint(pico.path).read("lm_head.weight")
-    monkeypatch.setattr("lrconvert.checkpoint.gguf._CHUNK_BYTES", 1)
+    monkeypatch.setattr("lrconvert.checkpoint.blocks.BLOCK_VALUES", 1)
     np.testing.assert_array_equal(GgufCheckpoint(pico.path).read("lm_head.weight"), whole)
 
 

@@ -20,7 +20,7 @@ from lrconvert.engines import table as engines
 from lrconvert.engines.table import ENGINES, Verdict, assess
 from lrconvert.families import get_family
 from lrconvert.parity.verify import _recorded
-from lrconvert.recipe import resolve, write_recipe
+from lrconvert.recipe import write_recipe
 from lrconvert.rope import RopeSpec, Tier, longrope_attention_factor
 from lrconvert.targets.hf.config import edited_config
 
@@ -111,12 +111,7 @@ def test_families_have_their_own_facts() -> None:
 def test_the_config_that_is_written_has_every_key(family: str, pico: Callable[..., Model]) -> None:
     """And one without any of them is found out."""
     model = pico(family)
-    made = resolve(
-        recipe_for(model, even=True),
-        family=family,
-        rotary_dim=model.shape.rotary_dim,
-        theta=model.shape.theta,
-    )
+    made = model.resolve(recipe_for(model, even=True))
     config, _ = edited_config(model, made, made, None)
     assert [verdict.outcome for verdict in assess(made, family, config)] == [
         verdict.outcome for verdict in assess(made, family)

@@ -19,7 +19,7 @@ from lrconvert.checkpoint import Model, open_model
 from lrconvert.errors import EnvironmentFailure, InputError
 from lrconvert.parity.measures import compare
 from lrconvert.parity.reference_runner import ReferenceRunner
-from lrconvert.recipe import Recipe, resolve
+from lrconvert.recipe import Recipe
 from lrconvert.rope import RopeSpec
 from lrconvert.runtimes.base import Interpreter
 from lrconvert.runtimes.onnxruntime import WORKER, OnnxSession, open_session
@@ -68,9 +68,7 @@ def opened(folder: Callable[..., Path], interpreter: Interpreter) -> Open:
 
 
 def spec_of(model: Model, recipe: Recipe | None = None) -> RopeSpec:
-    recipe = recipe or recipe_for(model, tiers=3, start_tokens=12)
-    shape = model.shape
-    return resolve(recipe, family=model.family.name, rotary_dim=shape.rotary_dim, theta=shape.theta, window=None)
+    return model.resolve(recipe or recipe_for(model, tiers=3, start_tokens=12))
 
 
 def tokens(count: int, seed: int = 5) -> list[int]:

@@ -20,8 +20,8 @@ from lrconvert import __version__
 from lrconvert.artifact.card import SourceCard
 from lrconvert.artifact.redaction import local_name
 from lrconvert.checkpoint import Model
-from lrconvert.checkpoint.gguf import GgufCheckpoint
 from lrconvert.checkpoint.gguf_config import LONG, MAX_INTEGER, SHORT, STATIC
+from lrconvert.checkpoint.gguf_header import GgufHeader
 from lrconvert.errors import UnsupportedError
 from lrconvert.families import ModelShape
 from lrconvert.recipe import Recipe
@@ -134,7 +134,7 @@ def provenance_keys(recipe: Recipe, family: str, losses: Sequence[str]) -> dict[
     return {OURS + key: value for key, value in keys.items()}
 
 
-def carried_keys(source: GgufCheckpoint, architecture: str) -> dict[str, Value]:
+def carried_keys(source: GgufHeader, architecture: str) -> dict[str, Value]:
     """All metadata of another GGUF as they stand there, but for its rope scaling, its split and what we write anew;
     where the architecture changes, under its name."""
     old, new = source.architecture + ".", architecture + "."
@@ -145,7 +145,7 @@ def carried_keys(source: GgufCheckpoint, architecture: str) -> dict[str, Value]:
             continue
         if key.startswith(new) and not key.startswith(old):
             continue  # meant nothing there, and would here
-        kept[new + key.removeprefix(old) if key.startswith(old) else key] = Raw(source.headers[0].raw(key))
+        kept[new + key.removeprefix(old) if key.startswith(old) else key] = Raw(source.raw(key))
     return kept
 
 

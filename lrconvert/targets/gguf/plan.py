@@ -23,15 +23,15 @@ from lrconvert.artifact.plan import Edit, Plan, Stream, StreamTensor
 from lrconvert.artifact.record import BakeRecord
 from lrconvert.checkpoint import Checkpoint, Model
 from lrconvert.checkpoint.adapter import Adapter, merged
-from lrconvert.checkpoint.base import CheckpointView, refuse_quantised
+from lrconvert.checkpoint.base import refuse_quantised
 from lrconvert.checkpoint.fold import folded
-from lrconvert.checkpoint.gguf import PERMUTED, GgufCheckpoint
+from lrconvert.checkpoint.gguf import PERMUTED
 from lrconvert.checkpoint.source import snapshot
 from lrconvert.engines.capability import LLAMA_CPP, divide_attention, static
 from lrconvert.errors import EnvironmentFailure, UnsupportedError, UsageError
 from lrconvert.families import longrope_architecture
 from lrconvert.families.base import GGUF_INTERLEAVED, LAYER
-from lrconvert.recipe import Recipe, resolve
+from lrconvert.recipe import Recipe
 from lrconvert.rope import RopeSpec
 from lrconvert.runtimes import llama_library
 from lrconvert.targets.gguf import encode, modelfile
@@ -79,27 +79,19 @@ def plan(
     """Resolve, choose types, lay out. Touches no weights yet.
 
     Raises `UnsupportedError` for a family whose C++ ignores factors and for what the recipe asks beyond llama.cpp
-    (unless `lossy`), and what `resolve`, `merged`, `get_scheme` and `vocabulary` raise.
+    (unless `lossy`), and what `Model.resolve`, `merged`, `get_scheme` and `vocabulary` raise.
     """
     options = options or Options()
     _check_name(output)
     architecture = longrope_architecture(model.family)
     refuse_quantised(model, "GGUF")
     _check_shape(model, architecture)
-    shape = model.shape
-    spec = resolve(
-        recipe,
-        family=model.called(recipe.family),
-        rotary_dim=shape.rotary_dim,
-        theta=shape.theta,
-        window=options.window,
-    )
+    spec = model.resolve(recipe, options.window)
     kept, dropped = _fitted(spec, options)
     scale = kept.tiers[-1].attention_factor if options.fold else 1.0
     written = divide_attention(kept, scale)
-    source = model.checkpoint if isinstance(model.checkpoint, GgufCheckpoint) else None
     scheme = _scheme(model, options, rewritten=adapter is not None or scale != 1.0)
-    _check_options(options, scheme, is_gguf=source is not None)
+    _check_options(options, scheme, is_gguf=model.checkpoint.gguf is not None)
     if adapter is not None:
         model = merged(model, adapter, rounded=False)
     baked = model if scale == 1.0 else folded(model, scale, rounded=False)
@@ -115,7 +107,7 @@ def plan(
         for name, values in rope_tensors(architecture, written, static=options.static).items()
     ]
     rope = rope_keys(architecture, written, static=options.static)
-    keys, notes = _metadata(model, source, architecture, options)
+    keys, notes = _metadata(model, architecture, options)
     if scheme is not None:
         keys["general.quantization_version"] = QUANTISATION_VERSION
         keys["general.file_type"] = int(scheme.file_type)
@@ -147,13 +139,12 @@ def plan(
     )
 
 
-def _metadata(
-    model: Model, source: GgufCheckpoint | None, architecture: str, options: Options
-) -> tuple[dict[str, Value], list[str]]:
+def _metadata(model: Model, architecture: str, options: Options) -> tuple[dict[str, Value], list[str]]:
     """Everything but the rotation, and notes on it: what a GGUF has already, else made from config, card and
     tokenizer."""
     keys: dict[str, Value] = {"general.architecture": architecture}
     notes = []
+    source, problems = model.checkpoint.gguf, model.checkpoint.rope_problems
     if source is None:
         words = vocabulary(model.checkpoint.side_files(), model.checkpoint.config, pre=options.tokenizer_pre)
         card = source_card(model)
@@ -165,8 +156,8 @@ def _metadata(
             f"written as the {architecture} architecture, rows of q and k permuted: {source.architecture} of "
             "llama.cpp ignores rope factors"
         )
-    if source.rope_problems:
-        notes.append(f"repaired: {'; '.join(source.rope_problems)}")
+    if problems:
+        notes.append(f"repaired: {'; '.join(problems)}")
     return keys, notes
 
 
@@ -238,10 +229,9 @@ def _fitted(spec: RopeSpec, options: Options) -> tuple[RopeSpec, list[str]]:
 
 def _scheme(model: Model, options: Options, *, rewritten: bool) -> Scheme | None:
     """The scheme to write, None where every stored byte stays."""
-    is_gguf = model.checkpoint.format == "gguf"
     if options.type is not None:
         return get_scheme(options.type)
-    if is_gguf and not rewritten:
+    if model.checkpoint.gguf is not None and not rewritten:
         return None
     if (own := _OWN_TYPE.get(model.dtype)) is None:
         raise UsageError(
@@ -257,9 +247,7 @@ def _tensors(model: Model, architecture: str, scheme: Scheme | None, imatrix: Im
     rows = {row.role: row for row in model.family.rows}
     facts = MixFacts(architecture, shape.layers, shape.heads, shape.kv_heads, shape.tied, imatrix is not None)
     heads = {"heads": shape.heads, "kv": shape.kv_heads}
-    base = model.checkpoint
-    while isinstance(base, CheckpointView):
-        base = base.base
+    checkpoint = model.checkpoint
     found = []
     for (role, layer), tensor in model.roles.items():
         if role == "lm_head" and shape.tied:
@@ -267,17 +255,18 @@ def _tensors(model: Model, architecture: str, scheme: Scheme | None, imatrix: Im
         name = rows[role].gguf.replace(LAYER, str(layer))
         permuted = heads[PERMUTED[role]] if interleave and role in PERMUTED else None
         if scheme is None:
-            assert isinstance(base, GgufCheckpoint)
-            kind = base.stored_as(tensor.name).type
-            moves = permuted is not None and base.permuted_heads(tensor.name) is None
+            stored = checkpoint.encoded(tensor.name)
+            assert stored is not None
+            kind = GGMLQuantizationType[stored.type]
+            moves = permuted is not None and not stored.interleaved
             if moves and len(tensor.shape) == 1 and not is_plain(kind):
                 kind = GGMLQuantizationType.F32  # a bias whose blocks hold values that move apart
         else:
             kind = tensor_type(scheme, name, tensor.shape, facts)
         found.append(Source(Planned(name, kind, tensor.shape), tensor.name, permuted))
-    if isinstance(base, GgufCheckpoint):
-        order = {name: place for place, name in enumerate(base.stored)}
-        found.sort(key=lambda source: order.get(source.planned.name, len(order)))
+    if checkpoint.gguf is not None:  # in the order of its file
+        order = {name: place for place, name in enumerate(checkpoint.tensors)}
+        found.sort(key=lambda source: order[source.name])
     return found
 
 

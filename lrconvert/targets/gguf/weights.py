@@ -3,7 +3,7 @@
 rotation wants them so.
 
 Whole rows make a block, since a quantised type makes its own blocks within a row. The rows of q and k move within
-their head, whatever type they have; those tensors are made in one piece.
+their head, whatever type they have: whole heads are made at a time.
 """
 
 from __future__ import annotations
@@ -11,19 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType
 
 from lrconvert.artifact.prefetch import Job
 from lrconvert.checkpoint import Checkpoint
-from lrconvert.checkpoint.base import CheckpointView
-from lrconvert.checkpoint.gguf import GgufCheckpoint
-from lrconvert.checkpoint.gguf_header import GgufTensor
-from lrconvert.checkpoint.tensor_file import TensorFile
-from lrconvert.errors import InputError
+from lrconvert.checkpoint.base import Encoded
+from lrconvert.checkpoint.blocks import Array, Block, rows_of
 from lrconvert.targets.gguf.encode import Encoder
 from lrconvert.targets.gguf.layout import Planned
 
@@ -32,7 +27,7 @@ from lrconvert.targets.gguf.layout import Planned
 BLOCK_BYTES = 2 * 2**20
 BLOCK_VALUES = 2**20
 
-Array = np.ndarray[Any, Any]
+Make = Callable[[], memoryview]  # the bytes of some rows
 
 
 @dataclass(frozen=True)
@@ -48,100 +43,59 @@ class Source:
 
 def jobs(checkpoint: Checkpoint, source: Source, encoder: Encoder) -> Iterator[Job]:
     """Functions that make the bytes of a tensor, in order."""
-    planned = source.planned
-    for make, rows in _Reader(checkpoint).blocks(source):
-        yield partial(_encoded, encoder, planned, make), rows * planned.row_bytes
+    for make, rows in _blocks(checkpoint, source, encoder):
+        yield make, rows * source.planned.row_bytes
 
 
-def _encoded(encoder: Encoder, planned: Planned, make: Callable[[], Array | bytes]) -> memoryview:
-    rows = make()
-    if isinstance(rows, bytes):
-        return memoryview(rows)
-    return encoder.encode(rows.reshape(-1, planned.shape[-1]), planned.kind, planned.name)
-
-
-class _Reader:
-    """Knows how to read blocks of rows of any checkpoint. What it gives is bytes where they are right already."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
-        self._files: dict[Path, TensorFile] = {}
-
-    def blocks(self, source: Source) -> Iterator[tuple[Callable[[], Array | bytes], int]]:
-        """The tensor's blocks in order, each with its number of rows."""
-        planned = source.planned
-        if source.values is not None:
-            yield partial(np.asarray, source.values), planned.rows
-            return
-        base = self._base(source.name)
-        if isinstance(base, GgufCheckpoint):
-            yield from self._from_gguf(base, source)
-        elif source.heads is not None or base is None or base.format != "safetensors" or len(planned.shape) == 1:
-            yield partial(self._whole, source), planned.rows
-        else:
-            file = self._file(base.tensors[source.name].file)
-            for start, stop in row_ranges(planned):
-                yield partial(file.rows, source.name, start, stop), stop - start
-
-    def _base(self, name: str) -> Checkpoint | None:
-        """The checkpoint whose file holds this tensor as it is; None where a view changes it."""
-        checkpoint = self.checkpoint
-        while isinstance(checkpoint, CheckpointView):
-            if name in checkpoint.touched:
-                return None
-            checkpoint = checkpoint.base
-        return checkpoint
-
-    def _file(self, path: Path) -> TensorFile:
-        if path not in self._files:
-            self._files[path] = TensorFile(path)
-        return self._files[path]
-
-    def _whole(self, source: Source) -> Array:
-        """A tensor whole, in the order of the file to write."""
-        values = self._merged(source.name)
-        return values if source.heads is None else interleaved(values, source.heads)
-
-    def _merged(self, name: str) -> Array:
-        checkpoint, base = self.checkpoint, self._base(name)
-        if base is not None and base.format == "safetensors":
-            return self._file(base.tensors[name].file).read(name)
-        if base is None and isinstance(checkpoint, CheckpointView) and name in checkpoint.touched:
-            return np.concatenate([part() for part in checkpoint.parts(name)])  # wider than what is stored
-        return checkpoint.read(name)
-
-    def _from_gguf(self, base: GgufCheckpoint, source: Source) -> Iterator[tuple[Callable[[], Array | bytes], int]]:
-        """Rows of the file keep their order, unless only one of the two architectures permutes them."""
-        planned, stored = source.planned, base.stored_as(source.name)
-        permute = source.heads if base.permuted_heads(source.name) is None else None
-        same = stored.type == planned.kind
-        ranges = [(0, planned.rows)] if permute is not None else row_ranges(planned)
-        for start, stop in ranges:
-            yield partial(_gguf_rows, base, stored, start, stop, same, permute), stop - start
-
-
-def _gguf_rows(
-    base: GgufCheckpoint, stored: GgufTensor, start: int, stop: int, same: bool, heads: int | None
-) -> Array | bytes:
-    if not same:
-        values = base.rows(stored, start, stop)
-        return values if heads is None else interleaved(values.reshape(stored.shape), heads)
-    raw = read_rows(stored, start, stop)
+def _blocks(checkpoint: Checkpoint, source: Source, encoder: Encoder) -> Iterator[tuple[Make, int]]:
+    """The tensor's blocks in order, each with its number of rows in the file to write."""
+    planned, heads = source.planned, source.heads
+    if source.values is not None:
+        yield partial(_encoded, encoder, planned, partial(np.asarray, source.values)), planned.rows
+        return
+    stored = checkpoint.encoded(source.name)
+    if stored is not None and stored.type == planned.kind.name and not (stored.interleaved and heads is None):
+        heads = None if stored.interleaved else heads
+        for start, stop in row_ranges(planned) if heads is None else [(0, planned.rows)]:
+            yield partial(_copied, stored, planned, start, stop, heads), stop - start
+        return
+    blocks = checkpoint.blocks(source.name)
     if heads is None:
-        return raw
-    # Whole tensors only; a bias has one row, and its values move.
-    return interleaved(np.frombuffer(raw, np.uint8).reshape(stored.shape[0], -1), heads).tobytes()
+        for block in blocks:
+            yield partial(_encoded, encoder, planned, block.read), _rows(planned, block.rows)
+        return
+    every = list(blocks)
+    for start, stop in _head_ranges(planned, heads):
+        read = partial(_whole_heads, every, start, stop, planned.shape[0] // heads)
+        yield partial(_encoded, encoder, planned, read), _rows(planned, stop - start)
 
 
-def read_rows(stored: GgufTensor, start: int, stop: int) -> bytes:
-    """Rows of a tensor as the bytes that stand in its file."""
-    width = stored.nbytes // int(np.prod(stored.shape[:-1], dtype=np.int64))
-    with stored.file.open("rb") as file:
-        file.seek(stored.offset + start * width)
-        data = file.read((stop - start) * width)
-    if len(data) != (stop - start) * width:
-        raise InputError(f"{stored.file}: shrank while {stored.name} was read")
-    return data
+def _rows(planned: Planned, count: int) -> int:
+    """Rows along the last dimension; a vector is one."""
+    return planned.rows * count // planned.shape[0]
+
+
+def _encoded(encoder: Encoder, planned: Planned, read: Callable[[], Array]) -> memoryview:
+    return encoder.encode(read().reshape(-1, planned.shape[-1]), planned.kind, planned.name)
+
+
+def _copied(stored: Encoded, planned: Planned, start: int, stop: int, heads: int | None) -> memoryview:
+    """Rows as they are stored; a whole tensor is interleaved, of a vector the values."""
+    raw = stored.read(start, stop)
+    return (raw if heads is None else interleaved(raw.reshape(planned.shape[0], -1), heads)).reshape(-1).data
+
+
+def _whole_heads(blocks: list[Block], start: int, stop: int, each: int) -> Array:
+    """Rows of whole heads, `each` rows a head, in the order of the file to write."""
+    return interleaved(rows_of(blocks, start, stop), (stop - start) // each)
+
+
+def _head_ranges(planned: Planned, heads: int) -> Iterator[tuple[int, int]]:
+    """Starts and ends of blocks of whole heads, each of about the usual number of values."""
+    rows, each = planned.shape[0], planned.shape[0] // heads
+    width = planned.shape[-1] if len(planned.shape) > 1 else 1
+    step = each * max(1, BLOCK_VALUES // (each * width))
+    return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def row_ranges(planned: Planned) -> Iterator[tuple[int, int]]:

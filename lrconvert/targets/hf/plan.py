@@ -16,7 +16,7 @@ from lrconvert.checkpoint.base import FLOAT_DTYPES, refuse_quantised
 from lrconvert.checkpoint.fold import folded
 from lrconvert.checkpoint.source import snapshot
 from lrconvert.engines.capability import native_hf
-from lrconvert.recipe import Recipe, resolve
+from lrconvert.recipe import Recipe
 from lrconvert.rope import RopeSpec
 from lrconvert.targets.hf.card import CARD_TEXT
 from lrconvert.targets.hf.config import edited_config, json_bytes, json_in, side_files
@@ -43,16 +43,13 @@ class Options:
 def plan(
     model: Model, recipe: Recipe, output: Path, options: Options | None = None, *, adapter: Adapter | None = None
 ) -> Plan:
-    """Resolve, edit and lay out. Raises what `resolve`, `merged` and `make_portable` raise; touches no weights yet."""
+    """Resolve, edit and lay out; touch no weights yet.
+
+    Raises what `Model.resolve`, `merged` and `make_portable` raise.
+    """
     options = options or Options()
-    shape, family = model.shape, model.family
-    spec = resolve(
-        recipe,
-        family=model.called(recipe.family),
-        rotary_dim=shape.rotary_dim,
-        theta=shape.theta,
-        window=options.window,
-    )
+    family = model.family
+    spec = model.resolve(recipe, options.window)
     scale, dropped = 1.0, []
     if options.portable:
         spec, scale, dropped = make_portable(spec, lossy=options.lossy)
@@ -109,7 +106,7 @@ def _notes(spec: RopeSpec, scale: float, texts: dict[str, bytes], copies: dict[s
 
 def _stored_dtype(model: Model, dtype: str | None) -> str | None:
     """The dtype that weights have to be written in, None when they stay byte for byte."""
-    if model.checkpoint.format == "gguf":
+    if not model.checkpoint.native:
         own = model.dtype if model.dtype in FLOAT_DTYPES else "BF16"
         return DTYPES[dtype] if dtype else own
     if dtype is None:

@@ -13,11 +13,9 @@ import numpy as np
 from lrconvert.artifact.plan import Stream, StreamTensor
 from lrconvert.artifact.prefetch import Job
 from lrconvert.checkpoint import Checkpoint, Model, TensorInfo, read_json
-from lrconvert.checkpoint.adapter import Part
-from lrconvert.checkpoint.base import CheckpointView
-from lrconvert.checkpoint.blocks import BlockReader, cast_block
+from lrconvert.checkpoint.base import cast_block
+from lrconvert.checkpoint.blocks import Block
 from lrconvert.checkpoint.folder import INDEX, SINGLE
-from lrconvert.checkpoint.tensor_file import TensorFile
 from lrconvert.targets.hf.shards import PlannedTensor, header_of
 
 Shard = tuple[str, list[PlannedTensor]]  # a file's name and its tensors, in order
@@ -38,13 +36,12 @@ def lay_out(
     weights = checkpoint.weight_files()
     # A lone file may have any name in the source; transformers looks for one.
     names = {weights[0]: SINGLE} if len(weights) == 1 else {path: path.name for path in weights}
-    if not isinstance(checkpoint, CheckpointView):
+    if not checkpoint.touched:
         return {name: path for path, name in names.items()}, [], {}
     shards = []
     used = {tensor.name for tensor in model.roles.values()}
     for path in dict.fromkeys(checkpoint.tensors[name].file for name in checkpoint.touched):
-        inside = [*TensorFile(path).tensors, *(n for n, i in checkpoint.tensors.items() if i.file == path)]
-        infos = [checkpoint.tensors[name] for name in dict.fromkeys(inside) if name in used]
+        infos = [info for info in checkpoint.tensors.values() if info.file == path and info.name in used]
         shards.append((names.pop(path), [PlannedTensor(info.name, info.dtype, info.shape) for info in infos]))
     kept = {name: path for path, name in names.items()}
     index = {} if INDEX not in kept else _edited_index(checkpoint, kept[INDEX], used)
@@ -59,7 +56,7 @@ def _index(shards: Sequence[Shard]) -> bytes:
     return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _edited_index(checkpoint: CheckpointView, path: Path, used: set[str]) -> dict[str, bytes]:
+def _edited_index(checkpoint: Checkpoint, path: Path, used: set[str]) -> dict[str, bytes]:
     """The source's index with the tensors that the merge adds, and without those that nobody uses and that a
     rewritten shard leaves out; nothing where it stays as it is."""
     index = read_json(path)
@@ -72,7 +69,7 @@ def _edited_index(checkpoint: CheckpointView, path: Path, used: set[str]) -> dic
     metadata = dict(index["metadata"]) if isinstance(index.get("metadata"), dict) else {}
     if isinstance(metadata.get("total_size"), int):
         metadata["total_size"] += sum(PlannedTensor(i.name, i.dtype, i.shape).nbytes for i in added)
-        metadata["total_size"] -= sum(TensorFile(info.file).nbytes[info.name] for info in gone)
+        metadata["total_size"] -= sum(info.nbytes for info in gone)
     if isinstance(metadata.get("total_parameters"), int):
         metadata["total_parameters"] += sum(map(_values, added)) - sum(map(_values, gone))
     index |= {"metadata": metadata, "weight_map": {name: info.file.name for name, info in sorted(infos.items())}}
@@ -93,12 +90,11 @@ def stream(checkpoint: Checkpoint, name: str, tensors: Sequence[PlannedTensor]) 
 
 
 def _jobs(checkpoint: Checkpoint, tensor: PlannedTensor) -> Iterator[Job]:
-    """Functions that make a tensor's bytes block by block, each with about how many bytes it makes."""
-    parts = BlockReader(checkpoint).parts(tensor.name, tensor.shape)
-    for part in parts:
-        yield partial(_cast, checkpoint, tensor, part), tensor.nbytes // len(parts)
+    """Functions that make a tensor's bytes block by block, each with how many bytes it makes."""
+    for block in checkpoint.blocks(tensor.name):
+        yield partial(_cast, checkpoint, tensor, block), tensor.nbytes * block.rows // tensor.shape[0]
 
 
-def _cast(checkpoint: Checkpoint, planned: PlannedTensor, part: Part) -> memoryview:
+def _cast(checkpoint: Checkpoint, planned: PlannedTensor, block: Block) -> memoryview:
     """The bytes of a block in the planned dtype."""
-    return cast_block(part(), planned.dtype, planned.name, checkpoint.path).reshape(-1).view(np.uint8).data
+    return cast_block(block.read(), planned.dtype, planned.name, checkpoint.path).reshape(-1).view(np.uint8).data

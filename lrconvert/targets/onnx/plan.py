@@ -19,7 +19,7 @@ from lrconvert.checkpoint.onnx_folder import TIED_HEAD
 from lrconvert.checkpoint.source import snapshot
 from lrconvert.engines.capability import native_hf
 from lrconvert.errors import UnsupportedError, UsageError, require
-from lrconvert.recipe import Recipe, resolve
+from lrconvert.recipe import Recipe
 from lrconvert.rope import RopeSpec
 from lrconvert.targets.hf.config import edited_config, json_bytes, json_in, side_files
 from lrconvert.targets.onnx.card import CARD_TEXT
@@ -59,7 +59,7 @@ def plan(
     """Resolve, build the graph, lay out. Touches no weights yet.
 
     Raises `UnsupportedError` for quantised sources, `UsageError` for options that exclude each other, and what
-    `resolve` and `merged` raise.
+    `Model.resolve` and `merged` raise.
     """
     options = options or Options()
     require("onnx", "onnx", "ONNX")
@@ -68,14 +68,7 @@ def plan(
 
     _check(model, options)
     computing, bits = DTYPES[options.dtype]
-    shape = model.shape
-    spec = resolve(
-        recipe,
-        family=model.called(recipe.family),
-        rotary_dim=shape.rotary_dim,
-        theta=shape.theta,
-        window=options.window,
-    )
+    spec = model.resolve(recipe, options.window)
     if adapter is not None:  # rounded once, when it is stored
         model = merged(model, adapter, rounded=False)
     choices = Choices(computing, options.attention, options.opset, options.double)  # type: ignore[arg-type]

@@ -19,9 +19,8 @@ from onnx import TensorProto
 
 from lrconvert.artifact.prefetch import Job
 from lrconvert.checkpoint import Checkpoint, Model
-from lrconvert.checkpoint.adapter import Part
-from lrconvert.checkpoint.base import numpy_dtype
-from lrconvert.checkpoint.blocks import BlockReader, cast_block
+from lrconvert.checkpoint.base import cast_block, numpy_dtype
+from lrconvert.checkpoint.blocks import Block
 from lrconvert.checkpoint.onnx_folder import PACKED, SCALES, TIED_HEAD
 from lrconvert.errors import InputError, require
 
@@ -133,30 +132,29 @@ def files_of(tensors: Sequence[Stored]) -> dict[str, list[Stored]]:
 def jobs(checkpoint: Checkpoint, tensor: Stored, source: str) -> Iterator[Job]:
     """Functions that make a tensor's bytes block by block, padding included, each with about how many it makes.
     `source`: the checkpoint's name of it."""
-    parts = BlockReader(checkpoint).parts(source, tensor.shape)
+    blocks = checkpoint.blocks(source)
     if tensor.bits is not None:
-        yield partial(_quantised, tensor, parts, checkpoint.path), tensor.nbytes
+        yield partial(_quantised, tensor, list(blocks), checkpoint.path), tensor.nbytes
         return
-    for index, part in enumerate(parts):
-        last = index == len(parts) - 1
-        yield partial(_plain, tensor, part, checkpoint.path, padded=last), tensor.nbytes // len(parts)
+    for block in blocks:
+        yield partial(_plain, tensor, block, checkpoint.path), tensor.nbytes * block.rows // tensor.shape[0]
 
 
-def _plain(tensor: Stored, part: Part, source: Path, *, padded: bool) -> memoryview:
-    block = cast_block(part(), tensor.dtype, tensor.name, source).reshape(-1).view(np.uint8)
-    if padded:
+def _plain(tensor: Stored, block: Block, source: Path) -> memoryview:
+    data = cast_block(block.read(), tensor.dtype, tensor.name, source).reshape(-1).view(np.uint8)
+    if block.stop == tensor.shape[0]:
         ((*_, size),) = tensor.parts
-        block = np.concatenate([block, np.zeros(-size % ALIGNMENT, np.uint8)])
-    return block.data
+        data = np.concatenate([data, np.zeros(-size % ALIGNMENT, np.uint8)])
+    return data.data
 
 
-def _quantised(tensor: Stored, parts: Sequence[Part], source: Path) -> memoryview:
+def _quantised(tensor: Stored, blocks: Sequence[Block], source: Path) -> memoryview:
     """The packed values and the scales of a whole tensor; float32 copies are no larger than a block of rows."""
     packed = np.zeros(tensor.packed_shape, np.uint8)
     scales = np.zeros(packed.shape[:2], np.float32)
     row = 0
-    for part in parts:
-        for values in _row_blocks(part()):
+    for block in blocks:
+        for values in _row_blocks(block.read()):
             if not np.isfinite(values).all():
                 raise InputError(f"{source}: {tensor.name} holds values that are not finite")
             end = row + len(values)

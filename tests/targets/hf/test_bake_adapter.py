@@ -197,9 +197,9 @@ def test_a_dtype_of_the_artifact_is_reached_with_one_rounding(
 
 def test_large_tensors_come_out_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many blocks, made by several threads: every byte where it belongs."""
-    from lrconvert.checkpoint import adapter as adapter_module
+    from lrconvert.checkpoint import blocks
 
-    monkeypatch.setattr(adapter_module, "BLOCK_VALUES", 130)
+    monkeypatch.setattr(blocks, "BLOCK_VALUES", 130)
     base = write_pico(tmp_path / "base", shards=2)
     adapter = all_attention(tmp_path / "adapter")
     out = bake(base, adapter, tmp_path / "out")

@@ -21,6 +21,7 @@ from support.gguf_files import bake, model_of, stock
 from support.onnx_files import export
 from support.pico import write_pico
 
+from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.checkpoint import Checkpoint, Model, open_model
 from lrconvert.checkpoint.adapter import merged, open_adapter
 from lrconvert.checkpoint.base import TensorInfo, numpy_dtype
@@ -165,7 +166,7 @@ def test_files_are_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     header = tensor_file._checked_header
     monkeypatch.setattr(tensor_file, "_checked_header", lambda path: (opened.append(path.name), header(path))[1])
     model = folded(with_adapter(open_model(write_pico(tmp_path / "base", shards=3)), tmp_path / "adapter"), 0.7)
-    hf.write(hf.plan(model, recipe_for(model), tmp_path / "out", dtype="bf16"))
+    bake_plan(hf.plan(model, recipe_for(model), tmp_path / "out", hf.Options(dtype="bf16")))
     assert sorted(opened) == sorted({*opened}) and len(opened) == 4
 
 
@@ -224,7 +225,7 @@ def test_a_checkpoint_with_nothing_but_blocks_becomes_everything(tmp_path: Path,
         assert data[0] == data[1]
     for dtype in (None, "bf16"):
         out = tmp_path / f"hf-{dtype}"
-        hf.write(hf.plan(new, recipe, out, dtype=dtype))
+        bake_plan(hf.plan(new, recipe, out, hf.Options(dtype=dtype)))
         stored = numpy_dtype("BF16" if dtype else "F32")
         for tensor in model.roles.values():
             wanted = model.checkpoint.read(tensor.name).astype(stored)

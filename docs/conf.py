@@ -13,7 +13,6 @@ from pathlib import Path
 
 from sphinx.application import Sphinx
 
-
 from lrconvert import __version__
 
 project = "lrconvert"
@@ -30,6 +29,8 @@ exclude_patterns = ["build", ".venv", "lrconvert-demo"]
 suppress_warnings = ["toc.not_included", "myst.header"]
 
 html_theme = "furo"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 html_title = f"lrconvert {__version__}"
 html_copy_source = False
 html_show_sphinx = False

@@ -19,16 +19,12 @@ from lrconvert.checkpoint import locate
 from lrconvert.cli import cli as lrconvert_cli
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([
-    *ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*/README.md"), ROOT / "examples" / "web" / "README.md"
-])  # fmt: skip
-# Generated from lrconvert/engines; its own test holds it.
+PATTERNS = ("*.md", "docs/*.md", "recipes/*/README.md", "examples/*/README.md")
+PAGES = sorted(page for pattern in PATTERNS for page in ROOT.glob(pattern))
 COMMANDS = re.compile(r"^(?:torchrun .*? --no-python )?lrconvert ((?:--debug )?[a-z].*)$", re.MULTILINE)
 
 
-def test_the_python_examples_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Result]
-) -> None:
+def test_the_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Result]) -> None:
     """Top to bottom, in one namespace, on the embedded model with a short window in place of `demo`."""
     if not hasattr(lrconvert, "hf"):
         pytest.skip("lrconvert has no Python API yet")
@@ -77,17 +73,23 @@ def test_every_command_on_a_page_exists(page: Path) -> None:
 
 @pytest.mark.parametrize(
     ("command", "unknown"),
-    [("hf demo --recipe r -o x", []), ("hf demo --receipt r", ["--receipt"]), ("recipe draw r", ["draw"]), ("bake", ["bake"])],
-)  # fmt: skip
+    [
+        ("hf demo --recipe r -o x", []),
+        ("hf demo --receipt r", ["--receipt"]),
+        ("recipe draw r", ["draw"]),
+        ("bake", ["bake"]),
+    ],
+)
 def test_a_command_that_does_not_exist_is_found(command: str, unknown: list[str]) -> None:
     assert unknown_in(command) == unknown
 
 
 OPTION = re.compile(r"`(--[a-z][a-z-]*)")
-FOREIGN = {  # options of other programs that pages name
-    "--reuse", "--kv-unified", "--fit", "--slot-save-path", "--context-shift", "--cache-reuse", "--max-restarts",
-    "--strict", "--max-model-len", "--extra",
-}  # fmt: skip
+# Of llama-server, torchrun, vLLM and the scripts in benchmarks/.
+FOREIGN = set(
+    "--cache-reuse --context-shift --fit --help --kv-unified --max-model-len "
+    "--max-restarts --seconds --slot-save-path".split()
+)
 
 
 def all_options(command: click.Command = lrconvert_cli) -> set[str]:

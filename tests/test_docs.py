@@ -86,9 +86,8 @@ def test_a_command_that_does_not_exist_is_found(command: str, unknown: list[str]
 
 OPTION = re.compile(r"`(--[a-z][a-z-]*)")
 # Of llama-server, torchrun, vLLM and the scripts in benchmarks/.
-FOREIGN = set(
-    "--cache-reuse --context-shift --fit --help --kv-unified --max-model-len "
-    "--max-restarts --seconds --slot-save-path".split()
+FOREIGN = {"--cache-reuse", "--context-shift", "--fit", "--help", "--kv-unified", "--max-model-len", "--max-restarts",
+           "--seconds", "--slot-save-path"}  # fmt: skip
 )
 
 

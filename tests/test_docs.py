@@ -25,13 +25,14 @@ COMMANDS = re.compile(r"^(?:torchrun .*? --no-python )?lrconvert ((?:--debug )?[
 
 
 def test_the_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Result]) -> None:
-    """Top to bottom, in one namespace, on the embedded model with a short window in place of `demo`."""
+    """Top to bottom, in one namespace, on the embedded model with a window of one llama.cpp context in place of `demo`,
+    doubled by the recipe."""
     if not hasattr(lrconvert, "hf"):
         pytest.skip("lrconvert has no Python API yet")
-    model = short_demo(tmp_path / "short-demo")
+    model = short_demo(tmp_path / "short-demo", window=256)
     monkeypatch.chdir(tmp_path)
     shutil.copy(locate("demo") / "heldout.txt", "book.txt")
-    made = cli("recipe", "derive", model, "--method", "yarn", "--factor", "8", "--uniform", "-o", "my-recipe")
+    made = cli("recipe", "derive", model, "--method", "yarn", "--factor", "2", "--uniform", "-o", "my-recipe")
     assert made.code == 0, made.err
     namespace: dict[str, Any] = {}
     for number, (language, text) in enumerate(blocks_of(ROOT / "docs" / "python.md"), 1):
@@ -88,7 +89,6 @@ OPTION = re.compile(r"`(--[a-z][a-z-]*)")
 # Of llama-server, torchrun, vLLM and the scripts in benchmarks/.
 FOREIGN = {"--cache-reuse", "--context-shift", "--fit", "--help", "--kv-unified", "--max-model-len", "--max-restarts",
            "--seconds", "--slot-save-path"}  # fmt: skip
-)
 
 
 def all_options(command: click.Command = lrconvert_cli) -> set[str]:

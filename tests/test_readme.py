@@ -48,7 +48,8 @@ def test_the_commands_run_top_to_bottom(tmp_path: Path) -> None:
     """On the embedded model with a short window in place of `demo`."""
     text = script()
     assert text.count("MODEL=demo\n") == 1
-    done = run(text.replace("MODEL=demo\n", f"MODEL={short_demo(tmp_path / 'short-demo')}\n"), tmp_path)
+    model = short_demo(tmp_path / "short-demo", window=64)
+    done = run(text.replace("MODEL=demo\n", f"MODEL={model}\n"), tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     for name in ("my-recipe/recipe.json", "my-model/lrconvert.json", "my-model.gguf", "my-onnx/lrconvert.json"):
         assert (tmp_path / name).is_file(), name

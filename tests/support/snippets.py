@@ -9,7 +9,6 @@ from pathlib import Path
 
 from lrconvert.checkpoint import locate
 
-WINDOW = 256
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -18,14 +17,14 @@ def blocks_of(page: Path) -> list[tuple[str, str]]:
     return [(found[1], found[2]) for found in _BLOCK.finditer(page.read_text(encoding="utf-8"))]
 
 
-def short_demo(folder: Path) -> Path:
-    """The embedded model with a window of 256 tokens in its config: verifying it takes seconds instead of a minute."""
+def short_demo(folder: Path, *, window: int) -> Path:
+    """The embedded model with a shorter window (tokens) in its config: verifying it takes seconds, not a minute."""
     folder.mkdir()
     for path in locate("demo").iterdir():
         if path.is_file():
             (folder / path.name).symlink_to(path)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").unlink()
-    text = json.dumps({**config, "max_position_embeddings": WINDOW})
+    text = json.dumps({**config, "max_position_embeddings": window})
     (folder / "config.json").write_text(text, encoding="utf-8")
     return folder

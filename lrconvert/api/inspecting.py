@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lrconvert.artifact.manifest import Manifest, manifest_path
-from lrconvert.checkpoint import Checkpoint, Model, locate, open_model
+from lrconvert.checkpoint import Checkpoint, Model, build_model, locate
 from lrconvert.checkpoint.rope_config import FoundRope
 from lrconvert.engines.table import Verdict, assess
 from lrconvert.recipe import Provenance, Recipe
@@ -95,7 +95,8 @@ def inspect(model: str | Path, *, revision: str | None = None) -> Inspection:
             return Inspection(
                 reference, found.family, f"foreign {target.name}", found.words, foreign=True, graph=found.file
             )
-    opened = open_model(reference, revision=revision, tolerant=True)
+    target = target_of(path)
+    opened = build_model(reference, target.open(path))
     checkpoint, rotation = opened.checkpoint, opened.rotation
     recipe = _as_recipe(opened, rotation)
     tensors, files = checkpoint.tensors, checkpoint.weight_files()
@@ -103,7 +104,7 @@ def inspect(model: str | Path, *, revision: str | None = None) -> Inspection:
         model=reference,
         family=opened.family.name,
         format=checkpoint.format,
-        words=target_of(checkpoint.path).explain(checkpoint),
+        words=target.explain(checkpoint),
         tensors=len(tensors),
         files=len(files),
         bytes=sum(file.stat().st_size for file in files),

@@ -20,6 +20,7 @@ __all__ = [
     "TensorInfo",
     "build_model",
     "describe_source",
+    "first_bytes",
     "locate",
     "open_checkpoint",
     "open_model",
@@ -48,18 +49,18 @@ def open_checkpoint(reference: str | Path, *, revision: str | None = None, toler
 
             return OnnxCheckpoint(path)
         return FolderCheckpoint(path)
-    magic = _magic(path)
-    if magic == b"GGUF":
+    start = first_bytes(path)
+    if start == b"GGUF":
         from lrconvert.checkpoint.gguf import GgufCheckpoint
 
         return GgufCheckpoint(path, tolerant=tolerant)
     raise InputError(
-        f"{path}: neither a folder nor a GGUF file (it starts with {magic!r})",
+        f"{path}: neither a folder nor a GGUF file (it starts with {start!r})",
         remedy="Give the model's folder, a .gguf file or a Hub id",
     )
 
 
-def _magic(path: Path) -> bytes:
+def first_bytes(path: Path) -> bytes:
     """The first bytes of a file."""
     if not path.is_file():
         return b""  # a pipe would wait for ever

@@ -1,24 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an ONNX graph is asked besides its logits: is it well formed, are its tiers the recipe's, is its rotary
-function exact at any position, and does a second implementation of the operators agree?"""
+"""What an ONNX graph is asked besides its logits: is its rotary function exact at any position, and does a second
+implementation of the operators agree? What is read off the file is in the target's checks."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
 from lrconvert.artifact.checks import Row
-from lrconvert.checkpoint.onnx_folder import GRAPH, OnnxCheckpoint
-from lrconvert.errors import InputError, require
+from lrconvert.checkpoint.onnx_folder import OnnxCheckpoint
+from lrconvert.errors import InputError
 from lrconvert.parity.cases import stream
 from lrconvert.parity.measures import compare
 from lrconvert.parity.opened import Opened
 from lrconvert.parity.report import judged
 from lrconvert.parity.tolerances import COS_SIN_ERROR
-from lrconvert.rope import RopeSpec
 from lrconvert.runtimes.answers import AnswersGraph, AnswersPlacements, AnswersRotary
 
 CODE = "graph"
@@ -31,52 +29,11 @@ EVALUATED = 48
 
 
 def graph_rows(opened: Opened) -> list[Row]:
-    """The graph as a file, and evaluated by a second implementation of its operators."""
-    stored = OnnxCheckpoint(opened.artifact)
+    """The graph evaluated by a second implementation of its operators, and a batch that it has to refuse."""
     return [
-        *_well_formed(opened.artifact),
-        *_tiers(stored, opened.spec),
-        *_evaluated(stored, opened),
+        *_evaluated(OnnxCheckpoint(opened.artifact), opened),
         *(() if opened.backend.accepts.padded else _padding(opened)),
     ]
-
-
-def stored_problems(stored: OnnxCheckpoint, spec: RopeSpec) -> list[str]:
-    """Every tier of the graph that says something else than the recipe's."""
-    found, problems = stored.tiers, []
-    if len(found) != len(spec.tiers):
-        return [f"the graph has {len(found)} tiers; the recipe has {len(spec.tiers)}"]
-    for ours, theirs in zip(spec.tiers, found, strict=True):
-        where = f"tier up to {ours.max_length}"
-        if ours.max_length != theirs.max_length:
-            problems.append(f"{where}: the graph's ends at {theirs.max_length}")
-        if ours.start_tokens != theirs.start_tokens:
-            problems.append(f"{where}: {theirs.start_tokens} start tokens; the recipe has {ours.start_tokens}")
-        if not math.isclose(ours.attention_factor, theirs.attention_factor, rel_tol=1e-12):
-            problems.append(f"{where}: attention factor {theirs.attention_factor:.9g}, not {ours.attention_factor:.9g}")
-        if len(ours.factors) != len(theirs.factors) or not np.allclose(
-            ours.factors, theirs.factors, rtol=1e-12, atol=0
-        ):
-            problems.append(f"{where}: other factors than the recipe's")
-    return problems
-
-
-def _well_formed(artifact: Path) -> Iterator[Row]:
-    checker = require("onnx", "onnx", "checking a graph").checker
-    try:
-        checker.check_model(str(artifact / GRAPH), full_check=True)
-    except Exception as error:  # ValidationError, InferenceError: whatever onnx finds wrong
-        yield Row(CODE, "onnx.checker, full check", "fail", reason=" ".join(str(error).split())[:300])
-    else:
-        yield Row(CODE, "onnx.checker, full check", "pass")
-
-
-def _tiers(stored: OnnxCheckpoint, spec: RopeSpec) -> Iterator[Row]:
-    problems = stored_problems(stored, spec)
-    if not problems:
-        yield Row(CODE, "tiers are the recipe's", "pass")
-    for problem in problems:
-        yield Row(CODE, problem.partition(":")[0], "fail", reason=problem)
 
 
 def rotary_rows(opened: Opened) -> Iterator[Row]:

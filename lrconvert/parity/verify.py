@@ -16,7 +16,7 @@ from lrconvert.artifact.checks import Row
 from lrconvert.artifact.manifest import EDITABLE, Manifest, manifest_path, replace_file
 from lrconvert.artifact.record import BakeRecord
 from lrconvert.artifact.target import Target
-from lrconvert.checkpoint import Checkpoint, Model, describe_source, open_model
+from lrconvert.checkpoint import Checkpoint, Model, build_model, describe_source, open_model
 from lrconvert.checkpoint.adapter import merged, open_adapter
 from lrconvert.checkpoint.fold import folded
 from lrconvert.checkpoint.source import sha256_of
@@ -191,7 +191,7 @@ def _source(artifact: Path, target: Target, manifest: Manifest | None, against: 
         )
     except LrconvertError as error:
         note = f"the source, {named}, can't be opened ({error.message}): compared with the artifact's own weights"
-        return open_model(artifact), [note]
+        return build_model(str(artifact), target.open(artifact)), [note]
     changed = {
         f"{named} is no longer the model": describe_source(model)["weights"] != manifest.source["weights"],
         "its adapter is no longer the one": adapter is not None and adapter.description != recorded,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lrconvert.checkpoint import Checkpoint, Model
+from lrconvert.checkpoint import Checkpoint, Model, first_bytes
 from lrconvert.checkpoint.gguf import GgufCheckpoint
 from lrconvert.checkpoint.gguf_config import LONG, SHORT, STATIC
 from lrconvert.checkpoint.gguf_header import GgufArray
@@ -18,8 +18,8 @@ SUFFIX = ".gguf"
 
 
 def recognises(path: Path) -> bool:
-    """A file by its name, so that one that isn't there yet is known too."""
-    return path.suffix == SUFFIX and not path.is_dir()
+    """A file by its name, so that one that isn't there yet is known too, or by its first bytes."""
+    return not path.is_dir() and (path.suffix == SUFFIX or first_bytes(path) == b"GGUF")
 
 
 def open_artifact(path: Path) -> GgufCheckpoint:

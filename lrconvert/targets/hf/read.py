@@ -15,4 +15,4 @@ def recognises(path: Path) -> bool:
 
 def open_artifact(path: Path) -> Checkpoint:
     """The folder's weights, under its own config."""
-    return open_checkpoint(path)
+    return open_checkpoint(path, tolerant=True)

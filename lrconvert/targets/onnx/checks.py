@@ -1,19 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is read off an ONNX folder before its graph runs.
-
-Nothing yet: whether the graph is well formed and has the recipe's tiers is asked of the session that loads it
-(`parity.graph`), since onnx.checker needs the whole graph too.
-"""
+"""What is read off an ONNX folder before it runs: is the graph well formed, are its tiers the recipe's?"""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
-from lrconvert.artifact.checks import Row
+import numpy as np
+
+from lrconvert.artifact.checks import Row, rows_of
 from lrconvert.artifact.record import BakeRecord
 from lrconvert.checkpoint import Checkpoint, Model
-from lrconvert.rope import RopeSpec
+from lrconvert.checkpoint.onnx_folder import GRAPH
+from lrconvert.errors import require
+from lrconvert.rope import RopeSpec, Tier
+
+CODE = "graph"
 
 
 def checks(artifact: Path, stored: Checkpoint | None, model: Model, spec: RopeSpec, record: BakeRecord) -> list[Row]:
-    return []
+    """By onnx's own checker, and tier by tier."""
+    assert stored is not None and stored.tiers is not None
+    problems = tier_problems(stored.tiers, spec)
+    return [
+        *_well_formed(artifact),
+        *rows_of(CODE, "tiers are the recipe's", [(problem.partition(":")[0], problem) for problem in problems]),
+    ]
+
+
+def _well_formed(artifact: Path) -> list[Row]:
+    checker = require("onnx", "onnx", "checking a graph").checker
+    try:
+        checker.check_model(str(artifact / GRAPH), full_check=True)
+    except Exception as error:  # ValidationError, InferenceError: whatever onnx finds wrong
+        return [Row(CODE, "onnx.checker, full check", "fail", reason=" ".join(str(error).split())[:300])]
+    return [Row(CODE, "onnx.checker, full check", "pass")]
+
+
+def tier_problems(found: tuple[Tier, ...], spec: RopeSpec) -> list[str]:
+    """Every tier of the graph that says something else than the recipe's."""
+    problems = []
+    if len(found) != len(spec.tiers):
+        return [f"the graph has {len(found)} tiers; the recipe has {len(spec.tiers)}"]
+    for ours, theirs in zip(spec.tiers, found, strict=True):
+        where = f"tier up to {ours.max_length}"
+        if ours.max_length != theirs.max_length:
+            problems.append(f"{where}: the graph's ends at {theirs.max_length}")
+        if ours.start_tokens != theirs.start_tokens:
+            problems.append(f"{where}: {theirs.start_tokens} start tokens; the recipe has {ours.start_tokens}")
+        if not math.isclose(ours.attention_factor, theirs.attention_factor, rel_tol=1e-12):
+            problems.append(f"{where}: attention factor {theirs.attention_factor:.9g}, not {ours.attention_factor:.9g}")
+        if len(ours.factors) != len(theirs.factors) or not np.allclose(
+            ours.factors, theirs.factors, rtol=1e-12, atol=0
+        ):
+            problems.append(f"{where}: other factors than the recipe's")
+    return problems

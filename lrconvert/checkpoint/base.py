@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -22,7 +22,6 @@ from lrconvert.recipe import Recipe, resolve
 from lrconvert.rope import RopeSpec, Tier
 
 if TYPE_CHECKING:
-    from lrconvert.checkpoint.adapter import Adapter
     from lrconvert.checkpoint.gguf_header import GgufHeader
 
 # The largest indexes, of a hundred thousand tensors, are about 10 MB; parsed, a file can be 20 times its size.
@@ -74,6 +73,17 @@ class Encoded:
     read: Callable[[int, int], Array]  # rows from start to stop as uint8 [rows, bytes of a row], in any thread
 
 
+class MergedAdapter(Protocol):
+    """What is asked of an adapter that is merged: how it was named, where it lies, and what a manifest says of it."""
+
+    @property
+    def reference(self) -> str: ...
+    @property
+    def path(self) -> Path: ...
+    @property
+    def description(self) -> dict[str, str]: ...
+
+
 class Checkpoint(ABC):
     """A model on disk, opened. Nothing but headers is in memory until a block is read.
 
@@ -94,7 +104,7 @@ class Checkpoint(ABC):
     tiers: tuple[Tier, ...] | None = None  # what the checkpoint's own code computes, whatever its config says
     gguf: GgufHeader | None = None  # of a GGUF: metadata that a GGUF made from it carries on
     touched: frozenset[str] = frozenset()  # names of tensors that differ from what the files hold
-    adapter: Adapter | None = None  # merged into what is read
+    adapter: MergedAdapter | None = None  # merged into what is read
 
     @abstractmethod
     def blocks(self, name: str) -> Iterator[Block]:

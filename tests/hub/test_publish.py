@@ -290,7 +290,7 @@ import sys
 from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi
 from lrconvert import errors
-from lrconvert.hub import push as hub
+from lrconvert.hub import publish as hub
 planned = hub.plan(Path(sys.argv[1]), sys.argv[2])
 HfApi().create_commit(sys.argv[2], [CommitOperationAdd("notes.txt", b"theirs")], commit_message="meanwhile")
 try:
@@ -314,7 +314,7 @@ def test_a_branch_is_written_to_where_it_exists(hub: Hub, user: User, artifact: 
     repo = hub.repos[ID]
     repo.refs["dev"] = main = repo.refs["main"]
     set_parity(artifact, True)
-    code = "import sys; from pathlib import Path; from lrconvert import errors; from lrconvert.hub import push as hub\n"
+    code = "import sys; from pathlib import Path; from lrconvert import errors; from lrconvert.hub import publish as hub\n"
     code += "try: print(hub.push(Path(sys.argv[1]), sys.argv[2], revision=sys.argv[3], message='mine'))\n"
     code += "except errors.UsageError as error: print(error)"
     assert repo.refs["dev"] in [ok(user.python(code, artifact, ID, "dev")).out.strip()[-40:], main]

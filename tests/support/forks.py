@@ -48,7 +48,7 @@ COMMANDS = (
     "lrconvert.cli.hf",
     "lrconvert.cli.inspect",
     "lrconvert.cli.push",
-    "lrconvert.hub.push",
+    "lrconvert.hub.publish",
     "lrconvert.targets.hf",
 )
 

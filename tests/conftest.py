@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from hypothesis import settings
+from support.forks import ForkedCommands, ForkedSessions
 from support.pico import write_pico
 
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.recipe import Provenance, Recipe, write_recipe
 from lrconvert.rope import Tier, longrope_attention_factor, yarn_factors
+from lrconvert.runtimes import base
 
 # The same examples on every run and every machine: a failure is everybody's.
 settings.register_profile("deterministic", derandomize=True)
@@ -62,6 +64,24 @@ def own_name(output: Path) -> Path:
     """`output` under a name that no other folder has: transformers keeps modules by folder name, and in 4.57.0 a
     second artifact of that name in one process gets the first one's code."""
     return output.with_name(f"{output.name}{next(_NAMES)}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forked_sessions() -> Iterator[None]:
+    """Sessions of transformers run in processes that need not import it again."""
+    sessions = ForkedSessions()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base, "subprocess", sessions)
+        yield
+    sessions.close()
+
+
+@pytest.fixture(scope="session")
+def commands() -> Iterator[ForkedCommands]:
+    """Code in processes of their own that need not import lrconvert again."""
+    started = ForkedCommands()
+    yield started
+    started.close()
 
 
 @pytest.fixture(scope="session")

@@ -311,11 +311,12 @@ def read_record(path: Path = RECORD) -> Iterator[Run]:
     """The record, run by run."""
     record = json.loads(path.read_text(encoding="utf-8"))["models"]
     for model in MODELS:
+        names = list(model.shapes())
         plain, weighted = record[model.name]["plain"], record[model.name]["weighted"]
         for scheme in FILE_TYPES:
             for runs in (plain, weighted):
                 packed = runs["types"].get(scheme, plain["types"][scheme])
-                types = None if packed is None else unpack(packed, model.shapes())
+                types = None if packed is None else unpack(packed, names)
                 yield Run(model, scheme, runs is weighted, types, runs["files"][scheme])
 
 

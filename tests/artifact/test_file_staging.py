@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Result
+from support.forks import ForkedCommands
 from support.gguf_files import command
 from support.staging import (
     MANIFEST,
@@ -25,7 +26,6 @@ from support.staging import (
     hidden,
     linux_only,
     publish_files,
-    python,
 )
 
 from lrconvert.artifact.file_staging import FileStaging
@@ -208,12 +208,12 @@ def closed(tmp_path: Path) -> Path:
 
 @linux_only
 def test_a_folder_without_write_access_is_the_environment(
-    tmp_path: Path, closed: Path, plain: tuple[Path, Path]
+    tmp_path: Path, closed: Path, plain: tuple[Path, Path], commands: ForkedCommands
 ) -> None:
     """Exit code 6 and one line; old and new names alike, nothing changes."""
     before = content(closed)
     for name in ("m.gguf", "n.gguf"):
-        done = python(RUN_AS_USER, *command(*plain, closed / name, "--force"))
+        done = commands.run(RUN_AS_USER, *command(*plain, closed / name, "--force"))
         assert done.returncode == 6, done.stderr
         assert "Permission denied; nothing was written to" in done.stderr.splitlines()[-1]
     assert content(closed) == before
@@ -221,18 +221,20 @@ def test_a_folder_without_write_access_is_the_environment(
 
 @linux_only
 @pytest.mark.parametrize("limit", [0, 500, 3000, 200_000])
-def test_a_full_disk_is_the_environment(tmp_path: Path, limit: int, plain: tuple[Path, Path]) -> None:
+def test_a_full_disk_is_the_environment(
+    tmp_path: Path, limit: int, plain: tuple[Path, Path], commands: ForkedCommands
+) -> None:
     """RLIMIT_FSIZE stands in for it: in the header, in the weights, in the second of two files. No folder, no lock, no
     half a file stays, and an old artifact does."""
     output = tmp_path / "new" / "m.gguf"
     arguments = command(*plain, output, "--modelfile")
-    done = python(RUN_WITH_SMALL_FILES, limit, *arguments)
+    done = commands.run(RUN_WITH_SMALL_FILES, limit, *arguments)
     assert done.returncode == 6, done.stderr
     assert "File too large; nothing was written" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
     assert not output.parent.exists()
     publish_files(output, ONE)
     before = content(output.parent)
-    assert python(RUN_WITH_SMALL_FILES, limit, *arguments, "--force").returncode == 6
+    assert commands.run(RUN_WITH_SMALL_FILES, limit, *arguments, "--force").returncode == 6
     assert content(output.parent) == before
 
 

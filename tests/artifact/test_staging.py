@@ -8,17 +8,15 @@ import hashlib
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import Result, recipe_for
+from support.forks import ForkedCommands, Process
 from support.pico import write_pico
-from support.staging import BAKED, RUN_AS_USER, RUN_WITH_SMALL_FILES, content, linux_only, python
+from support.staging import BAKED, RUN_AS_USER, RUN_WITH_SMALL_FILES, content, linux_only
 
 from lrconvert.artifact import staging as output_module
 from lrconvert.artifact.manifest import MANIFEST, FileRecord, Manifest, replace_file
@@ -276,12 +274,14 @@ def model_and_recipe(tmp_path: Path) -> tuple[Path, Path]:
 
 
 @linux_only
-def test_a_folder_without_write_access_is_the_environment(tmp_path: Path, model_and_recipe: tuple[Path, Path]) -> None:
+def test_a_folder_without_write_access_is_the_environment(
+    tmp_path: Path, model_and_recipe: tuple[Path, Path], commands: ForkedCommands
+) -> None:
     """Exit code 6 and one line, nothing written."""
     model, recipe = model_and_recipe
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o555)
-    done = python(RUN_AS_USER, "hf", model, "--recipe", recipe, "-o", closed / "out")
+    done = commands.run(RUN_AS_USER, "hf", model, "--recipe", recipe, "-o", closed / "out")
     assert done.returncode == 6, done.stderr
     assert "Permission denied; nothing was written to" in done.stderr.splitlines()[-1]
     assert list(closed.iterdir()) == []
@@ -289,18 +289,20 @@ def test_a_folder_without_write_access_is_the_environment(tmp_path: Path, model_
 
 @linux_only
 @pytest.mark.parametrize("limit", [0, 500, 20000])
-def test_a_full_disk_is_the_environment(tmp_path: Path, model_and_recipe: tuple[Path, Path], limit: int) -> None:
+def test_a_full_disk_is_the_environment(
+    tmp_path: Path, model_and_recipe: tuple[Path, Path], limit: int, commands: ForkedCommands
+) -> None:
     """RLIMIT_FSIZE stands in for it, at the first byte, in the config and in the weights."""
     model, recipe = model_and_recipe
     before = content(tmp_path)
     arguments = ("hf", model, "--recipe", recipe, "-o", tmp_path / "new" / "out", "--copy")
-    done = python(RUN_WITH_SMALL_FILES, limit, *arguments)
+    done = commands.run(RUN_WITH_SMALL_FILES, limit, *arguments)
     assert done.returncode == 6, done.stderr
     assert "File too large; nothing was written" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert content(tmp_path) == before
     assert not (tmp_path / "new").exists()
-    assert python(RUN_WITH_SMALL_FILES, 10**9, *arguments).returncode == 0
+    assert commands.run(RUN_WITH_SMALL_FILES, 10**9, *arguments).returncode == 0
 
 
 # --- two at once, and kills ------------------------------------------------------------------------------
@@ -347,8 +349,8 @@ def test_a_lock_never_truncates_what_a_link_names(tmp_path: Path) -> None:
     assert (tmp_path / "precious").read_text() == "mine"
 
 
-def kill(process: subprocess.Popen[str]) -> None:
-    process.send_signal(signal.SIGKILL)
+def kill(process: Process) -> None:
+    process.kill()
     process.communicate()
 
 
@@ -367,13 +369,15 @@ with Staging(Path(sys.argv[1]), force=True) as staging:
 
 @linux_only
 @pytest.mark.parametrize("old", [False, True])
-def test_a_kill_while_staging_harms_nothing_and_the_next_run_cleans_up(tmp_path: Path, old: bool) -> None:
+def test_a_kill_while_staging_harms_nothing_and_the_next_run_cleans_up(
+    tmp_path: Path, old: bool, commands: ForkedCommands
+) -> None:
     """The output is what it was; while the process lives it refuses others, afterwards it doesn't."""
     output = tmp_path / "out"
     if old:
         publish(output, "old")
     before = content(output)
-    process = subprocess.Popen([sys.executable, "-c", SLOW_CONVERSION, str(output)], stdout=subprocess.PIPE, text=True)
+    process = commands.start(SLOW_CONVERSION, output)
     try:
         assert process.stdout is not None and process.stdout.readline() == "staged\n"
         with pytest.raises(UsageError, match="another lrconvert"):
@@ -388,7 +392,7 @@ def test_a_kill_while_staging_harms_nothing_and_the_next_run_cleans_up(tmp_path:
 
 @linux_only
 def test_a_conversion_killed_at_any_moment_leaves_the_old_artifact_or_the_new(
-    tmp_path: Path, model_and_recipe: tuple[Path, Path]
+    tmp_path: Path, model_and_recipe: tuple[Path, Path], commands: ForkedCommands
 ) -> None:
     """Twenty random moments of a run that replaces an artifact."""
     model, recipe = model_and_recipe
@@ -396,17 +400,17 @@ def test_a_conversion_killed_at_any_moment_leaves_the_old_artifact_or_the_new(
     code = "import sys; from lrconvert.cli import run; print('go', flush=True); sys.exit(run(sys.argv[1:]))"
     arguments = ["hf", str(model), "--recipe", str(recipe), "-o", str(output), "--copy", "--force"]
     started = time.perf_counter()
-    assert python(code, *arguments).returncode == 0
+    assert commands.run(code, *arguments).returncode == 0
     whole = time.perf_counter() - started
     complete = {name: hashlib.sha256(data).hexdigest() for name, data in content(output).items()}
     moments = random.Random(20)
     for _ in range(20):
-        process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True)
+        process = commands.start(code, *arguments)
         assert process.stdout is not None and process.stdout.readline() == "go\n"
         time.sleep(whole * moments.random())
         kill(process)
         assert {name: hashlib.sha256(data).hexdigest() for name, data in content(output).items()} == complete
-    assert python(code, *arguments).returncode == 0
+    assert commands.run(code, *arguments).returncode == 0
     assert {path.name for path in tmp_path.iterdir()} == {"model", "recipe", "out"}
 
 

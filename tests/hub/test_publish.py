@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 from conftest import Result, recipe_for
+from support.forks import ForkedCommands
 from support.hub_server import Hub, Token, serve
 from support.pico import write_pico
 
@@ -39,6 +38,7 @@ class User:
 
     hub: Hub
     home: Path
+    commands: ForkedCommands
     token: str | None = "write"
 
     def env(self, **changes: str) -> dict[str, str]:
@@ -47,8 +47,7 @@ class User:
         return {**kept, **own, **({"HF_TOKEN": self.token} if self.token else {}), **changes}
 
     def python(self, code: str, *arguments: object, **changes: str) -> Result:
-        command = [sys.executable, "-c", code, *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, env=self.env(**changes), check=False)
+        done = self.commands.run(code, *arguments, environment=self.env(**changes))
         assert "Traceback" not in done.stderr, done.stderr
         return Result(done.returncode, done.stdout, done.stderr)
 
@@ -70,8 +69,8 @@ def hub() -> Iterator[Hub]:
 
 
 @pytest.fixture
-def user(hub: Hub, tmp_path: Path) -> User:
-    return User(hub, tmp_path / "home")
+def user(hub: Hub, tmp_path: Path, commands: ForkedCommands) -> User:
+    return User(hub, tmp_path / "home", commands)
 
 
 def bake(folder: Path, shards: int = 1, *, tiers: int = 2, **changes: object) -> Path:
@@ -290,7 +289,8 @@ MEANWHILE = """
 import sys
 from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi
-from lrconvert import errors, hub
+from lrconvert import errors
+from lrconvert.hub import publish as hub
 planned = hub.plan(Path(sys.argv[1]), sys.argv[2])
 HfApi().create_commit(sys.argv[2], [CommitOperationAdd("notes.txt", b"theirs")], commit_message="meanwhile")
 try:
@@ -314,7 +314,9 @@ def test_a_branch_is_written_to_where_it_exists(hub: Hub, user: User, artifact: 
     repo = hub.repos[ID]
     repo.refs["dev"] = main = repo.refs["main"]
     set_parity(artifact, True)
-    code = "import sys; from pathlib import Path; from lrconvert import hub, errors\n"
+    code = (
+        "import sys; from pathlib import Path; from lrconvert import errors; from lrconvert.hub import publish as hub\n"
+    )
     code += "try: print(hub.push(Path(sys.argv[1]), sys.argv[2], revision=sys.argv[3], message='mine'))\n"
     code += "except errors.UsageError as error: print(error)"
     assert repo.refs["dev"] in [ok(user.python(code, artifact, ID, "dev")).out.strip()[-40:], main]
@@ -370,7 +372,7 @@ def test_private_stays_private(hub: Hub, user: User, artifact: Path) -> None:
     assert "(private)" in ok(user("push", artifact, ID)).out
     assert hub.repos[ID].private and len(hub.repos[ID].commits) == 3
     ok(user("inspect", ID))
-    other = User(hub, user.home.with_name("other"), "other")
+    other = replace(user, home=user.home.with_name("other"), token="other")
     refused(other("inspect", ID), 3, "no such model on the Hub that you may read")
     hub.repos[ID].private = False
     refused(user("push", artifact, ID, "--private"), 2, "exists and is public")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,44 @@ def byte_level(pre: Any, *, nfc: bool = False, whole_words: bool = False) -> Tok
     tokenizer.add_tokens([AddedToken("<tool>", special=False, normalized=False)])
     return tokenizer
 
+
+def two_letters(pre: Any, joined: str) -> Tokenizer:
+    """The bytes, and merges that make nothing but `joined`, of two characters of two bytes each."""
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    encoded = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(joined)[0][0]
+    vocab = {letter: index for index, letter in enumerate(sorted(letters))}
+    merges = [(encoded[0], encoded[1]), (encoded[2], encoded[3]), (encoded[:2], encoded[2:])]
+    for left, right in merges:
+        vocab.setdefault(left + right, len(vocab))
+    tokenizer = Tokenizer(models.BPE(vocab, merges))
+    tokenizer.pre_tokenizer = pre
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Style:
+    """A way to split text that llama.cpp has a name for. `known`: the texts of which it makes other tokens."""
+
+    pre: Any
+    nfc: bool = False
+    whole_words: bool = False
+    known: tuple[str, ...] = ()
+
+    def tokenizer(self) -> Tokenizer:
+        return byte_level(self.pre, nfc=self.nfc, whole_words=self.whole_words)
+
+
+_DIGITS = pre_tokenizers.Digits(individual_digits=True)
+STYLES: Mapping[str, Style] = {
+    "gpt-2": Style(pre_tokenizers.ByteLevel(add_prefix_space=False)),
+    "smollm": Style(pre_tokenizers.Sequence([_DIGITS, pre_tokenizers.ByteLevel(add_prefix_space=False)])),
+    "llama-bpe": Style(split(LLAMA3), whole_words=True),
+    "dbrx": Style(split(LLAMA3)),  # Phi-4
+    "qwen2": Style(split(QWEN2), nfc=True, known=("marks",)),  # llama.cpp leaves out NFC
+    # its expression splits at marks, which count as letters in the tokenizer's own
+    "tekken": Style(split(TEKKEN), whole_words=True, known=("marks",)),
+    "gpt-4o": Style(split(GPT4O, "removed", True), known=("marks",)),
+}
 
 SPM_SPECIALS = ["<unk>", "<s>", "</s>"]
 SPM_TEXT = (

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.vocabularies import write_gguf
+from support.vocabularies import STYLES, write_gguf
 from tokenizers import Tokenizer
 
 from lrconvert.errors import EnvironmentFailure
@@ -27,8 +27,22 @@ def library() -> Any:
         pytest.skip(str(failure))
 
 
+@pytest.fixture(scope="session")
+def styles() -> dict[str, Tokenizer]:
+    """A small byte-level BPE of every style."""
+    return {name: style.tokenizer() for name, style in STYLES.items()}
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[Interpreter]:
+    """One process of llama.cpp for all files that are known to load."""
+    started = Interpreter(WORKER)
+    yield started
+    started.close()
+
+
 @pytest.fixture
-def differing(library: Any, tmp_path: Path) -> Callable[..., set[str]]:
+def differing(library: Any, interpreter: Interpreter, tmp_path: Path) -> Callable[..., set[str]]:
     """Names of the texts of which llama.cpp makes other tokens than `tokenizer` does."""
 
     def compare(
@@ -40,7 +54,7 @@ def differing(library: Any, tmp_path: Path) -> Callable[..., set[str]]:
         name: str = "pico",
     ) -> set[str]:
         path = write_gguf(tmp_path / "vocabulary.gguf", written.metadata, name)
-        with open_session(path, library=library, threads=1) as session:
+        with open_session(path, library=library, threads=1, interpreter=interpreter) as session:
             found = session.tokenise(list(texts.values()), add_special=add_special)
         expected = [tokenizer.encode(text, add_special_tokens=add_special).ids for text in texts.values()]
         return {name for name, theirs, ours in zip(texts, expected, found, strict=True) if theirs != ours}
@@ -49,8 +63,6 @@ def differing(library: Any, tmp_path: Path) -> Callable[..., set[str]]:
 
 
 @pytest.fixture(scope="session")
-def options() -> Iterator[Options]:
+def options(interpreter: Interpreter) -> Options:
     """For `verify`: one interpreter for all files."""
-    interpreter = Interpreter(WORKER)
-    yield Options(threads=1, interpreter=interpreter)
-    interpreter.close()
+    return Options(threads=1, interpreter=interpreter)

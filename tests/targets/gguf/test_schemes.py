@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import runpy
-from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,38 +18,47 @@ from lrconvert.targets.gguf.schemes import SCHEMES, MixFacts, Scheme, get_scheme
 
 ROOT = Path(__file__).resolve().parents[3]
 REFERENCE = SimpleNamespace(**runpy.run_path(str(ROOT / "tools" / "quantise_reference.py")))
-RUNS: dict[str, list[Any]] = defaultdict(list)
-for _run in REFERENCE.read_record():
-    RUNS[_run.model.name].append(_run)
 
 
-def facts_of(run: Any) -> MixFacts:
-    model = run.model
-    return MixFacts(model.architecture, model.layers, model.heads, model.kv_heads, model.tied, run.weighted)
+@dataclass(frozen=True)
+class Recorded:
+    """One file that llama.cpp made or refused, with the types that lrconvert gives the same tensors."""
+
+    run: Any
+    ours: dict[str, str]
+
+    @property
+    def name(self) -> tuple[str, str, str]:
+        return self.run.model.name, self.run.scheme, "weighted" if self.run.weighted else "plain"
 
 
 def types_of(scheme: Scheme, run: Any) -> dict[str, str]:
-    facts = facts_of(run)
-    return {name: tensor_type(scheme, name, shape, facts).name for name, shape in run.model.shapes().items()}
+    model = run.model
+    facts = MixFacts(model.architecture, model.layers, model.heads, model.kv_heads, model.tied, run.weighted)
+    return {name: tensor_type(scheme, name, shape, facts).name for name, shape in model.shapes().items()}
 
 
-@pytest.mark.parametrize("model", RUNS)
-def test_types_are_those_of_llama_cpp(model: str) -> None:
-    """Tensor by tensor, under every scheme, with and without an importance matrix."""
-    for run in RUNS[model]:
-        types = types_of(SCHEMES[run.scheme], run)
-        if run.types is not None:
-            assert types == run.types, (run.scheme, run.weighted)
+@pytest.fixture(scope="module")
+def record() -> list[Recorded]:
+    """Every model of the record under every scheme, with and without an importance matrix."""
+    return [Recorded(run, types_of(SCHEMES[run.scheme], run)) for run in REFERENCE.read_record()]
 
 
-@pytest.mark.parametrize("model", RUNS)
-def test_schemes_need_a_matrix_where_llama_cpp_refuses(model: str) -> None:
-    """It refuses nothing but that in the record."""
-    for run in RUNS[model]:
-        scheme = SCHEMES[run.scheme]
-        kinds = {name: Type[kind] for name, kind in types_of(scheme, run).items()}
-        needing = [name for name, kind in kinds.items() if needs_matrix(scheme, name, kind)]
-        assert (run.types is None) == (bool(needing) and not run.weighted), run.scheme
+def test_types_are_those_of_llama_cpp(record: list[Recorded]) -> None:
+    """Tensor by tensor, in every file of the record."""
+    assert len(record) == 2 * len(REFERENCE.MODELS) * len(REFERENCE.FILE_TYPES)
+    for one in record:
+        if one.run.types is not None:
+            assert one.ours == one.run.types, one.name
+
+
+def test_schemes_need_a_matrix_where_llama_cpp_refuses(record: list[Recorded]) -> None:
+    """llama.cpp refuses a file of the record where a tensor needs an importance matrix that isn't there, and only
+    there."""
+    for one in record:
+        scheme = SCHEMES[one.run.scheme]
+        needing = [name for name, kind in one.ours.items() if needs_matrix(scheme, name, Type[kind])]
+        assert (one.run.types is None) == (bool(needing) and not one.run.weighted), one.name
 
 
 def variants(scheme: Scheme, runs: list[Any]) -> Iterator[Scheme]:
@@ -65,12 +73,12 @@ def variants(scheme: Scheme, runs: list[Any]) -> Iterator[Scheme]:
         yield replace(scheme, lifts_70b=not scheme.lifts_70b)
 
 
-@pytest.mark.parametrize("name", REFERENCE.FILE_TYPES)
-def test_every_part_of_a_scheme_shows_in_the_record(name: str) -> None:
+def test_every_part_of_a_scheme_shows_in_the_record(record: list[Recorded]) -> None:
     """Without a rule, with another type of outputs or another lift, some recorded type would be wrong."""
-    runs = [run for model in RUNS.values() for run in model if run.scheme == name and run.types is not None]
-    for variant in variants(SCHEMES[name], runs):
-        assert any(types_of(variant, run) != run.types for run in runs), variant
+    for name in REFERENCE.FILE_TYPES:
+        runs = [one.run for one in record if one.run.scheme == name and one.run.types is not None]
+        for variant in variants(SCHEMES[name], runs):
+            assert any(types_of(variant, run) != run.types for run in runs), (name, variant)
 
 
 def test_the_record_has_every_scheme() -> None:
@@ -81,21 +89,22 @@ def test_the_record_has_every_scheme() -> None:
 
 
 def test_names_of_schemes() -> None:
+    """In any case, and by alias; a name that there isn't gets the list."""
     assert get_scheme("Q4_K_M") is get_scheme("q4_k") is SCHEMES["q4_k_m"]
     with pytest.raises(UsageError, match=r"no scheme is called 'q4_k_xl'; there are f32, f16, .*iq1_m"):
         get_scheme("q4_k_xl")
 
 
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    [
-        ("rope_factors_long.weight", (48,)),
-        ("rope_freqs.weight", (64,)),
-        ("blk.0.attn_norm.weight", (256,)),
-        ("blk.0.attn_q.bias", (256,)),
-        ("blk.3.attn_k.weight", (1, 256)),  # a vector in ggml, which counts no dimension of one
-    ],
-)
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_vectors_stay_f32(name: str, shape: tuple[int, ...], scheme: str) -> None:
-    assert tensor_type(SCHEMES[scheme], name, shape, MixFacts("llama", 8, 8, 2, False)).name == "F32"
+def test_vectors_stay_f32() -> None:
+    """Norms, biases, factors and matrices of one row, under every scheme."""
+    vectors: dict[str, tuple[int, ...]] = {
+        "rope_factors_long.weight": (48,),
+        "rope_freqs.weight": (64,),
+        "blk.0.attn_norm.weight": (256,),
+        "blk.0.attn_q.bias": (256,),
+        "blk.3.attn_k.weight": (1, 256),  # a vector in ggml, which counts no dimension of one
+    }
+    for scheme in SCHEMES:
+        for name, shape in vectors.items():
+            kind = tensor_type(SCHEMES[scheme], name, shape, MixFacts("llama", 8, 8, 2, False))
+            assert kind.name == "F32", (scheme, name)

@@ -18,8 +18,10 @@ import numpy as np
 import pytest
 from conftest import Result, recipe_for
 from safetensors.numpy import load_file, save_file
+from support.forks import ForkedCommands
 from support.onnx_files import DATA, GRAPH, command, export, files_of, recipe_with, tensors_of, write_adapter
 from support.pico import write_pico
+from support.staging import RUN_WITH_SMALL_FILES, linux_only
 
 from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.artifact.manifest import MANIFEST, Manifest
@@ -33,7 +35,6 @@ from lrconvert.targets import onnx as target
 Pico = Callable[..., Model]
 Cli = Callable[..., Result]
 UP = "model.layers.1.mlp.up_proj.weight"
-linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="rlimits are Linux's")
 KINDS: list[dict[str, Any]] = [
     {}, {"attention": "standard"}, {"dtype": "f16", "double": False}, {"dtype": "bf16"}, {"dtype": "int8"},
     {"dtype": "int4", "attention": "standard", "opset": 24},
@@ -165,12 +166,6 @@ def test_a_dry_run_writes_nothing_and_says_what_would_be(tmp_path: Path, cli: Cl
         assert files_of(tmp_path) == before and not (tmp_path / "new").exists()
 
 
-RUN_WITH_SMALL_FILES = """
-import resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
-from lrconvert.cli import run
-sys.exit(run(sys.argv[2:]))
-"""
 # A kill in the middle of the nth tensor; 0: after all of them, when the folder is about to appear.
 RUN_AND_DIE = """
 import os, signal, sys
@@ -200,12 +195,12 @@ def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 @linux_only
 @pytest.mark.parametrize("limit", [0, 3000, 100_000])
-def test_a_full_disk_is_the_environment(tmp_path: Path, limit: int) -> None:
+def test_a_full_disk_is_the_environment(tmp_path: Path, limit: int, commands: ForkedCommands) -> None:
     """At the first byte, in the graph and in the weights: exit code 6, one line, and nothing is left."""
     folder = write_pico(tmp_path / "m")
     recipe = write_recipe(recipe_for(open_model(folder)), tmp_path / "r")
     before = files_of(tmp_path)
-    done = python(RUN_WITH_SMALL_FILES, limit, *command(folder, recipe, tmp_path / "new" / "o"))
+    done = commands.run(RUN_WITH_SMALL_FILES, limit, *command(folder, recipe, tmp_path / "new" / "o"))
     assert done.returncode == 6, done.stderr
     assert "nothing was written" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
     assert files_of(tmp_path) == before and not (tmp_path / "new").exists()
@@ -213,7 +208,7 @@ def test_a_full_disk_is_the_environment(tmp_path: Path, limit: int) -> None:
 
 @pytest.mark.parametrize(("moment", "options"), [(1, []), (9, []), (9, ["--dtype", "int8"]), (0, [])])
 def test_a_kill_leaves_the_old_folder_and_the_next_run_cleans_up(
-    tmp_path: Path, moment: int, options: list[str]
+    tmp_path: Path, moment: int, options: list[str], commands: ForkedCommands
 ) -> None:
     """With the first tensor, in the middle of the weights, when all is written but not published."""
     folder = write_pico(tmp_path / "m")
@@ -221,7 +216,7 @@ def test_a_kill_leaves_the_old_folder_and_the_next_run_cleans_up(
     output = tmp_path / "o"
     export(open_model(folder), recipe_for(open_model(folder)), output)
     before = files_of(output)
-    done = python(RUN_AND_DIE, moment, *command(folder, recipe, output, "--force", "--dtype", "f16", *options))
+    done = commands.run(RUN_AND_DIE, moment, *command(folder, recipe, output, "--force", "--dtype", "f16", *options))
     assert done.returncode == -signal.SIGKILL
     assert files_of(output) == before
     assert len(list(tmp_path.iterdir())) == 5  # the lock and the staging folder of a process that is gone

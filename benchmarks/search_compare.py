@@ -28,13 +28,13 @@ from lrconvert.checkpoint import open_model
 from lrconvert.checkpoint.tokenizer import tokenizer_of
 from lrconvert.cli._common import TOKENS
 from lrconvert.evals.texts import Text, read_texts, sources_of
-from lrconvert.search.evaluator import TransformersEvaluator
-from lrconvert.search.journal import Journal, Record, read_journal
-from lrconvert.search.objective import Objective, build_objective
-from lrconvert.search.plan import SearchPlan, TierPlan
-from lrconvert.search.protocol import Question
-from lrconvert.search.run import Progress, Search
-from lrconvert.search.space import Candidate, Space, space_for
+from lrconvert.searching.evaluator import TransformersEvaluator
+from lrconvert.searching.journal import Journal, Record, read_journal
+from lrconvert.searching.objective import Objective, build_objective
+from lrconvert.searching.plan import SearchPlan, TierPlan
+from lrconvert.searching.protocol import Question
+from lrconvert.searching.run import Progress, Search
+from lrconvert.searching.space import Candidate, Space, space_for
 
 MARKS = (16, 32, 48, 64, 96, 140, 256, 350, 500, 704)  # forward equivalents at which the best loss is recorded
 GOAL_AT = 700

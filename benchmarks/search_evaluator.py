@@ -31,10 +31,10 @@ from torch.nn import functional
 from lrconvert.checkpoint import open_model
 from lrconvert.cli._common import TOKENS
 from lrconvert.families.base import ModelShape
-from lrconvert.search.evaluator import TransformersEvaluator
-from lrconvert.search.objective import Document, Objective
-from lrconvert.search.protocol import Question
-from lrconvert.search.space import Candidate
+from lrconvert.searching.evaluator import TransformersEvaluator
+from lrconvert.searching.objective import Document, Objective
+from lrconvert.searching.protocol import Question
+from lrconvert.searching.space import Candidate
 from lrconvert.training.attention import use_kernel
 from lrconvert.training.losses import MAX_LOGITS
 
@@ -154,7 +154,7 @@ def longest(evaluator: TransformersEvaluator, shape: ModelShape, length: int) ->
 def workers(model: str, count: int) -> dict[str, Any]:
     """Evaluations a minute of a search in one process and in `count`, and whether their journals agree."""
     from lrconvert.data import DATA
-    from lrconvert.search.journal import read_journal
+    from lrconvert.searching.journal import read_journal
 
     seconds, journals = {}, []
     with tempfile.TemporaryDirectory() as folder:

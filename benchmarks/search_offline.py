@@ -30,10 +30,10 @@ from typing import Any
 import numpy as np
 from _common import save
 
-from lrconvert.search.evolution import Unseen, evolution, schedule_for
-from lrconvert.search.guided import GuidedSettings, guided, polish, ramp
-from lrconvert.search.protocol import Algorithm, Answer, Question, Round
-from lrconvert.search.space import GRID, Space, space_for
+from lrconvert.searching.evolution import Unseen, evolution, schedule_for
+from lrconvert.searching.guided import GuidedSettings, guided, polish, ramp
+from lrconvert.searching.protocol import Algorithm, Answer, Question, Round
+from lrconvert.searching.space import GRID, Space, space_for
 
 JOURNAL = Path(__file__).resolve().parents[2] / "shared" / "search" / "evolution-journal-smollm2-64k.json"
 MARKS = (8, 20, 32, 48, 64, 96, 140, 256, 350, 500, 704)

@@ -16,29 +16,37 @@ if TYPE_CHECKING:
     from lrconvert.api.baking import Artifact, gguf, hf, onnx
     from lrconvert.api.inspecting import Inspection, inspect
     from lrconvert.api.verifying import verify
+    from lrconvert.evals import api as evaluate
     from lrconvert.hub.publish import push
     from lrconvert.parity.report import Report
+    from lrconvert.searching.api import SearchResult, search
 
 __version__ = "0.1.0"
-_VERBS = {
+# Name: the module that has it; for `evaluate`, which is a group of verbs, the module itself.
+_API = {
     "Artifact": "lrconvert.api.baking",
     "Inspection": "lrconvert.api.inspecting",
     "Report": "lrconvert.parity.report",
+    "SearchResult": "lrconvert.searching.api",
+    "evaluate": "lrconvert.evals.api",
     "gguf": "lrconvert.api.baking",
     "hf": "lrconvert.api.baking",
     "inspect": "lrconvert.api.inspecting",
     "onnx": "lrconvert.api.baking",
     "push": "lrconvert.hub.publish",
+    "search": "lrconvert.searching.api",
     "verify": "lrconvert.api.verifying",
 }
-__all__ = ["Artifact", "Inspection", "Report", "gguf", "hf", "inspect", "onnx", "push", "verify"]
+__all__ = ["Artifact", "Inspection", "Report", "SearchResult", "evaluate", "gguf", "hf", "inspect", "onnx", "push",
+           "search", "verify"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _VERBS:
+    if name not in _API:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_VERBS[name]), name)
+    module = import_module(_API[name])
+    return module if name == "evaluate" else getattr(module, name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_VERBS])
+    return sorted({*globals(), *_API})

@@ -19,7 +19,7 @@ PACKAGE = Path(lrconvert.__file__).parent
 LEVELS: tuple[set[str], ...] = (
     {"cli", "__main__"},
     {"api"},
-    {"search", "evals", "parity", "hub", "recipe.importing", "recipe.models", "recipe.schema"},
+    {"searching", "evals", "parity", "hub", "recipe.importing", "recipe.models", "recipe.schema"},
     {"training", "targets"},
     {"artifact", "engines", "runtimes", "reference"},
     {"checkpoint"},
@@ -31,12 +31,12 @@ LEVELS: tuple[set[str], ...] = (
 FORBIDDEN: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("parity", "targets", ()),
     ("parity", "recipe.importing", ()),
-    ("search", "recipe.importing", ()),
+    ("searching", "recipe.importing", ()),
     ("reference", "rope", ()),
     ("reference", "recipe", ()),
     ("reference", "engines", ()),
     ("families", "rope", ()),
-    ("search", "parity", ()),
+    ("searching", "parity", ()),
     ("runtimes", "artifact", ()),
     # These run where lrconvert is not installed.
     *((f"runtimes.{path.stem}", "", ()) for path in sorted((PACKAGE / "runtimes").glob("*worker*.py"))),
@@ -165,7 +165,7 @@ PLANTED = [
     ("families/llama.py", "from importlib import import_module\nimport_module('lrconvert.cli')", "cli, which is above"),
     ("targets/hf/write.py", "import lrconvert.cli.hf as x", "imports cli.hf, which is above"),
     ("targets/hf/write.py", "from lrconvert.parity.verify import verify", "parity.verify.verify, which is above"),
-    ("training/network.py", "from lrconvert import search", "imports search, which is above"),
+    ("training/network.py", "from lrconvert import searching", "imports searching, which is above"),
     ("parity/cases.py", "def f():\n    import lrconvert.targets.hf", "imports targets.hf, which parity must not"),
     ("reference/decoder.py", "from lrconvert.rope import Tier", "which reference must not"),
     ("reference/rotation.py", "from lrconvert import recipe", "imports recipe, which reference must not"),

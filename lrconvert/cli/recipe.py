@@ -184,8 +184,8 @@ def plot(recipe: str, output: Path | None, journal: Path | None) -> None:
     from lrconvert.errors import EnvironmentFailure
     from lrconvert.recipe import load_recipe
     from lrconvert.recipe.plotting import plot_recipe, sparklines
-    from lrconvert.search.journal import read_journal
-    from lrconvert.search.plotting import journal_lines, plot_journal
+    from lrconvert.searching.journal import read_journal
+    from lrconvert.searching.plotting import journal_lines, plot_journal
 
     loaded = load_recipe(recipe)
     records = read_journal(journal).records if journal is not None else []

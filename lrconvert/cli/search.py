@@ -31,9 +31,9 @@ from lrconvert.cli._common import (
 
 if TYPE_CHECKING:
     from lrconvert.recipe import Recipe
-    from lrconvert.search.api import Watch
-    from lrconvert.search.plan import SearchPlan
-    from lrconvert.search.run import Progress
+    from lrconvert.searching.api import Watch
+    from lrconvert.searching.plan import SearchPlan
+    from lrconvert.searching.run import Progress
 
 PIPED_SECONDS = 60.0  # between two lines of progress where no terminal shows a bar
 
@@ -124,9 +124,9 @@ def command(model: str, output: Path, dry_run: bool, **options: Any) -> None:
     torchrun --nproc-per-node 8 --no-python lrconvert search MODEL --target 256k --text books/ -o recipes/long
     """
     from lrconvert.recipe import check_output
-    from lrconvert.search.api import search
-    from lrconvert.search.journal import journal_path
-    from lrconvert.search.plan import SearchRequest, plan_search
+    from lrconvert.searching.api import search
+    from lrconvert.searching.journal import journal_path
+    from lrconvert.searching.plan import SearchRequest, plan_search
 
     if dry_run:
         check_output(output, force=True)
@@ -157,7 +157,7 @@ def command(model: str, output: Path, dry_run: bool, **options: Any) -> None:
 
 
 def _show_cost(plan: SearchPlan) -> None:
-    from lrconvert.search.plan import costs
+    from lrconvert.searching.plan import costs
 
     for note in plan.notes:
         out.warn(note)
@@ -196,7 +196,7 @@ def _summary(recipe: Recipe) -> None:
 @contextlib.contextmanager
 def _watching() -> Iterator[Watch]:
     """Shows notes, and progress: a bar on a terminal, a line now and then elsewhere."""
-    from lrconvert.search.api import Note
+    from lrconvert.searching.api import Note
 
     with contextlib.ExitStack() as stack:
         show: Callable[[Progress], None] | None = None

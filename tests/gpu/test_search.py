@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from lrconvert.checkpoint import locate, open_model
-from lrconvert.search.objective import Document, Objective
-from lrconvert.search.protocol import Question
-from lrconvert.search.space import space_for
+from lrconvert.searching.objective import Document, Objective
+from lrconvert.searching.protocol import Question
+from lrconvert.searching.space import space_for
 
 pytestmark = pytest.mark.gpu
 LENGTH = 16384
@@ -44,7 +44,7 @@ def question(model: Any, **options: Any) -> Question:
 @pytest.mark.parametrize("kernel", [None, "cudnn", "flash"])
 def test_every_kernel_gives_the_loss_of_float32_on_a_cpu(kernel: str | None, model: Any) -> None:
     """bfloat16 within 0.002 nats; the kernel that is chosen by itself is one of the fast ones."""
-    from lrconvert.search.evaluator import TransformersEvaluator
+    from lrconvert.searching.evaluator import TransformersEvaluator
 
     (wanted,) = TransformersEvaluator(model, device="cpu").answer(objective(2048), [question(model)])
     evaluator = TransformersEvaluator(model, device="cuda", attention=kernel)
@@ -57,7 +57,7 @@ def test_every_kernel_gives_the_loss_of_float32_on_a_cpu(kernel: str | None, mod
 def test_a_kernel_that_refuses_is_a_usage_error(model: Any) -> None:
     """PyTorch's memory-efficient attention wants as many key heads as query heads."""
     from lrconvert.errors import UsageError
-    from lrconvert.search.evaluator import TransformersEvaluator
+    from lrconvert.searching.evaluator import TransformersEvaluator
 
     with pytest.raises(UsageError, match="--attention efficient"):
         TransformersEvaluator(model, device="cuda", attention="efficient")
@@ -65,8 +65,8 @@ def test_a_kernel_that_refuses_is_a_usage_error(model: Any) -> None:
 
 def test_gradients_in_bfloat16_point_where_those_of_float32_do(model: Any) -> None:
     """In the slow frequencies, whose gradient is used; recomputed activations change nothing."""
-    from lrconvert.search.evaluator import TransformersEvaluator
-    from lrconvert.search.guided import slow_indices
+    from lrconvert.searching.evaluator import TransformersEvaluator
+    from lrconvert.searching.guided import slow_indices
 
     space = space_for(model.shape.rotary_dim, model.shape.theta, 4096, LENGTH)
     slow = slow_indices(space, question(model).candidate, 12.5)
@@ -88,7 +88,7 @@ def test_memory_that_is_taken_costs_one_candidate(model: Any) -> None:
     """With hardly any memory left a candidate fails, and with it back the next one does not."""
     import torch
 
-    from lrconvert.search.evaluator import TransformersEvaluator
+    from lrconvert.searching.evaluator import TransformersEvaluator
 
     evaluator = TransformersEvaluator(model, device="cuda")
     torch.cuda.empty_cache()

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from lrconvert.checkpoint import locate, open_model
 from lrconvert.checkpoint.tokenizer import tokenizer_of
-from lrconvert.search.evaluator import TransformersEvaluator
-from lrconvert.search.objective import Document, Objective
-from lrconvert.search.protocol import Question
-from lrconvert.search.space import space_for
+from lrconvert.searching.evaluator import TransformersEvaluator
+from lrconvert.searching.objective import Document, Objective
+from lrconvert.searching.protocol import Question
+from lrconvert.searching.space import space_for
 
 team, sharded, kernel, dtype, length = int(sys.argv[1]), sys.argv[2] == "sharded", *sys.argv[3:5], int(sys.argv[5])
 model = open_model("demo")

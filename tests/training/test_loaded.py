@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model in memory under any rotation. tests/search/test_evaluator.py holds its losses against the reference."""
+"""A model in memory under any rotation. tests/searching/test_evaluator.py holds its losses against the reference."""
 
 from __future__ import annotations
 

@@ -21,9 +21,9 @@ import numpy as np
 
 from lrconvert.errors import require
 from lrconvert.rope import Array, inverse_frequencies
-from lrconvert.search.evolution import Unseen, cross, mutate, pick
-from lrconvert.search.protocol import Algorithm, Answer, Question, Round
-from lrconvert.search.space import GRID, Candidate, Space
+from lrconvert.searching.evolution import Unseen, cross, mutate, pick
+from lrconvert.searching.protocol import Algorithm, Answer, Question, Round
+from lrconvert.searching.space import GRID, Candidate, Space
 
 GUIDED_BUDGET = 140
 Known = list[tuple[Candidate, float]]  # what was evaluated, with its loss

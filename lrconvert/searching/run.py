@@ -12,11 +12,11 @@ from lrconvert import __version__
 from lrconvert.errors import EnvironmentFailure, InputError
 from lrconvert.recipe import SCHEMA_VERSION, Provenance, Recipe
 from lrconvert.rope import Tier
-from lrconvert.search.evolution import evolution, schedule_for
-from lrconvert.search.guided import guided
-from lrconvert.search.journal import Journal, Record, digest
-from lrconvert.search.plan import AlgorithmName, SearchPlan, TierPlan
-from lrconvert.search.protocol import Algorithm, Answer, Evaluator, Question
+from lrconvert.searching.evolution import evolution, schedule_for
+from lrconvert.searching.guided import guided
+from lrconvert.searching.journal import Journal, Record, digest
+from lrconvert.searching.plan import AlgorithmName, SearchPlan, TierPlan
+from lrconvert.searching.protocol import Algorithm, Answer, Evaluator, Question
 
 
 @dataclass(frozen=True)

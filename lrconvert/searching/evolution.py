@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lrconvert.search.protocol import Algorithm, Answer, Question, Round
-from lrconvert.search.space import GRID, PAPER_SEEDS, Candidate, Space
+from lrconvert.searching.protocol import Algorithm, Answer, Question, Round
+from lrconvert.searching.space import GRID, PAPER_SEEDS, Candidate, Space
 
 LONG_WINDOW = 256 * 1024  # the paper halves the counts for longer ones
 TRIES = 100  # draws of a new offspring before the space counts as exhausted

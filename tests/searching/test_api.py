@@ -11,9 +11,9 @@ import pytest
 from lrconvert.data import DATA
 from lrconvert.errors import InputError, UsageError
 from lrconvert.recipe import load_recipe
-from lrconvert.search.api import Note, search
-from lrconvert.search.plan import SearchRequest, costs, plan_search, tier_lengths
-from lrconvert.search.run import Progress
+from lrconvert.searching.api import Note, search
+from lrconvert.searching.plan import SearchRequest, costs, plan_search, tier_lengths
+from lrconvert.searching.run import Progress
 
 ASKED: dict[str, Any] = {"target": 128, "original_window": 32, "tiers": ["long"], "budget": 3, "device": "cpu"}
 

@@ -8,11 +8,11 @@ import math
 from pathlib import Path
 
 import pytest
-from support.searching import small_space
+from support.search_helpers import small_space
 
 from lrconvert.errors import InputError, UsageError
-from lrconvert.search.journal import Journal, Record, digest, read_journal
-from lrconvert.search.protocol import Answer, Question
+from lrconvert.searching.journal import Journal, Record, digest, read_journal
+from lrconvert.searching.protocol import Answer, Question
 
 IDENTITY = {"seed": 0, "texts": [{"name": "a.txt", "sha256": "00"}], "weights": {"512": 1.0}}
 

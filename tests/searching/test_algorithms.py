@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from support.searching import Landscape, best_at, cost_to_reach, drive, planted, read_real_journal, small_space
+from support.search_helpers import Landscape, best_at, cost_to_reach, drive, planted, read_real_journal, small_space
 
-from lrconvert.search.evolution import Schedule, evolution, schedule_for
-from lrconvert.search.guided import guided, slow_indices
-from lrconvert.search.protocol import Algorithm
-from lrconvert.search.space import Candidate, Space, space_for
+from lrconvert.searching.evolution import Schedule, evolution, schedule_for
+from lrconvert.searching.guided import guided, slow_indices
+from lrconvert.searching.protocol import Algorithm
+from lrconvert.searching.space import Candidate, Space, space_for
 
 
 def paper(space: Space, seed: int) -> Algorithm:

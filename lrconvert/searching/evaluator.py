@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lrconvert.search.objective import Document, Objective
-from lrconvert.search.protocol import Answer, Question
+from lrconvert.searching.objective import Document, Objective
+from lrconvert.searching.protocol import Answer, Question
 from lrconvert.training.devices import is_out_of_memory
 from lrconvert.training.loaded import LoadedModel
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lrconvert.errors import InputError
 from lrconvert.recipe.plotting import new_pyplot, plain_log_scale, save_twice, sparkline
-from lrconvert.search.journal import Record
+from lrconvert.searching.journal import Record
 
 
 def journal_lines(records: Sequence[Record]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lrconvert.recipe import load_recipe
-from lrconvert.search.journal import Record, digest, read_journal
+from lrconvert.searching.journal import Record, digest, read_journal
 
 JOURNALS = Path(__file__).parents[2] / "benchmarks" / "results" / "search" / "recipes"
 NAMES = ("demo-8x", "smollm2-135m-64k")

@@ -21,12 +21,12 @@ from lrconvert.evals.texts import Text, read_texts, sources_of
 from lrconvert.recipe import Recipe, load_recipe
 from lrconvert.recipe.models import portable_name, scaled_note
 from lrconvert.rope import Tier, serving
-from lrconvert.search.evolution import schedule_for
-from lrconvert.search.guided import GUIDED_BUDGET
-from lrconvert.search.objective import Document, Objective, build_objective, needle_documents
-from lrconvert.search.objective import Kind as ObjectiveKind
-from lrconvert.search.space import Candidate, Space, space_for
-from lrconvert.search.space import Kind as SpaceKind
+from lrconvert.searching.evolution import schedule_for
+from lrconvert.searching.guided import GUIDED_BUDGET
+from lrconvert.searching.objective import Document, Objective, build_objective, needle_documents
+from lrconvert.searching.objective import Kind as ObjectiveKind
+from lrconvert.searching.space import Candidate, Space, space_for
+from lrconvert.searching.space import Kind as SpaceKind
 
 AlgorithmName = Literal["guided", "evolution"]
 SHORT_SHARE = 4  # a tier up to the original window gets a quarter of the evaluations: good sets are near

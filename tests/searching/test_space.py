@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.searching import small_space
+from support.search_helpers import small_space
 
 from lrconvert.errors import UsageError
 from lrconvert.rope import Tier, longrope_attention_factor
-from lrconvert.search.evolution import cross, mutate
-from lrconvert.search.guided import breed, ramps
-from lrconvert.search.space import Candidate, Kind, Space, space_for
+from lrconvert.searching.evolution import cross, mutate
+from lrconvert.searching.guided import breed, ramps
+from lrconvert.searching.space import Candidate, Kind, Space, space_for
 
 
 @st.composite

@@ -12,11 +12,11 @@ from typing import Literal
 
 from lrconvert.errors import require
 from lrconvert.recipe import Recipe, check_output, write_recipe
-from lrconvert.search.journal import Contents, Journal, journal_path
-from lrconvert.search.objective import Kind as ObjectiveKind
-from lrconvert.search.plan import AlgorithmName, SearchPlan, SearchRequest, plan_search
-from lrconvert.search.run import Progress, Search
-from lrconvert.search.space import Kind as SpaceKind
+from lrconvert.searching.journal import Contents, Journal, journal_path
+from lrconvert.searching.objective import Kind as ObjectiveKind
+from lrconvert.searching.plan import AlgorithmName, SearchPlan, SearchRequest, plan_search
+from lrconvert.searching.run import Progress, Search
+from lrconvert.searching.space import Kind as SpaceKind
 from lrconvert.training.devices import default_dtype
 
 
@@ -186,7 +186,7 @@ class _Run:
                 self._note_found(path, journal.found)
             for module in ("torch", "transformers"):
                 require(module, "search", "a search")
-            from lrconvert.search.evaluator import TransformersEvaluator
+            from lrconvert.searching.evaluator import TransformersEvaluator
 
             evaluator = TransformersEvaluator(
                 self.plan.model,

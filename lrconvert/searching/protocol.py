@@ -13,8 +13,8 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from lrconvert.search.objective import Objective
-from lrconvert.search.space import Candidate
+from lrconvert.searching.objective import Objective
+from lrconvert.searching.space import Candidate
 
 # What an evaluation with its gradient costs, in forward passes: 3.36 measured at 64k with frozen weights on an H100.
 GRADIENT_COST = 3.4

@@ -21,8 +21,8 @@ from types import TracebackType
 from typing import Any
 
 from lrconvert.errors import EnvironmentFailure, InputError, UsageError
-from lrconvert.search.protocol import Answer, Question
-from lrconvert.search.space import Candidate
+from lrconvert.searching.protocol import Answer, Question
+from lrconvert.searching.space import Candidate
 
 VERSION = 1
 

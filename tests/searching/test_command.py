@@ -20,7 +20,7 @@ from support.onnx_files import write_adapter
 
 from lrconvert.checkpoint import open_model
 from lrconvert.data import DATA
-from lrconvert.search.journal import read_journal
+from lrconvert.searching.journal import read_journal
 
 Run = Callable[..., Result]
 START = [sys.executable, "-c", "from lrconvert.cli import main; main()"]
@@ -101,10 +101,10 @@ SHARDED = """
 import json, os, sys
 import numpy as np
 from lrconvert.checkpoint import open_model
-from lrconvert.search.evaluator import TransformersEvaluator
-from lrconvert.search.objective import Document, Objective
-from lrconvert.search.protocol import Question
-from lrconvert.search.space import space_for
+from lrconvert.searching.evaluator import TransformersEvaluator
+from lrconvert.searching.objective import Document, Objective
+from lrconvert.searching.protocol import Question
+from lrconvert.searching.space import space_for
 
 model = open_model("demo")
 tokens = np.arange(1, 129)
@@ -236,7 +236,7 @@ def test_a_torn_line_is_said_and_made_again(text: Path, whole: Path, cli: Run, t
 def test_an_interruption_says_how_to_go_on(
     text: Path, cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lrconvert.search.evaluator import TransformersEvaluator
+    from lrconvert.searching.evaluator import TransformersEvaluator
 
     real, calls = TransformersEvaluator.answer, []
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.searching import NOTHING, Landscape, planted
+from support.search_helpers import NOTHING, Landscape, planted
 
 from lrconvert.checkpoint import Model
 from lrconvert.data import DATA
@@ -24,11 +24,11 @@ from lrconvert.errors import EnvironmentFailure, InputError
 from lrconvert.evals.texts import Text
 from lrconvert.recipe import Recipe, parse_recipe
 from lrconvert.rope import Tier
-from lrconvert.search.journal import Journal, journal_path, read_journal
-from lrconvert.search.plan import SearchPlan, TierPlan, default_budget
-from lrconvert.search.protocol import Answer, Question
-from lrconvert.search.run import Progress, Search
-from lrconvert.search.space import space_for
+from lrconvert.searching.journal import Journal, journal_path, read_journal
+from lrconvert.searching.plan import SearchPlan, TierPlan, default_budget
+from lrconvert.searching.protocol import Answer, Question
+from lrconvert.searching.run import Progress, Search
+from lrconvert.searching.space import space_for
 
 ALGORITHMS = ("guided", "evolution")
 
@@ -222,7 +222,7 @@ def test_budgets_and_names(tmp_path: Path) -> None:
 def test_importing_the_search_is_light() -> None:
     """Neither torch nor scikit-learn: only an evaluator and a running guided search need them."""
     modules = "api, evolution, guided, journal, objective, plan, protocol, run, space"
-    imports = f"from lrconvert.search import {modules}; from lrconvert.evals import texts; import sys; "
+    imports = f"from lrconvert.searching import {modules}; from lrconvert.evals import texts; import sys; "
     code = imports + "print([m for m in HEAVY if m in sys.modules])"
     heavy = "HEAVY = ('torch', 'transformers', 'sklearn', 'scipy', 'pandas', 'matplotlib', 'datasets'); "
     environment = {**os.environ, "PYTHONPATH": str(DATA.parents[1])}

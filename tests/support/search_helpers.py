@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lrconvert.search.objective import Document, Objective
-from lrconvert.search.protocol import Algorithm, Answer, Question
-from lrconvert.search.space import Candidate, Space, space_for
+from lrconvert.searching.objective import Document, Objective
+from lrconvert.searching.protocol import Algorithm, Answer, Question
+from lrconvert.searching.space import Candidate, Space, space_for
 
 JOURNAL = Path(__file__).resolve().parents[3] / "shared" / "search" / "evolution-journal-smollm2-64k.json"
 Loss = Callable[[Candidate], float]

@@ -11,7 +11,7 @@ import pytest
 from lrconvert.errors import InputError
 from lrconvert.evals.passkey import PasskeyFormat
 from lrconvert.evals.texts import Text
-from lrconvert.search.objective import NEEDLES, Kind, Objective, build_objective, needle_documents, text_documents
+from lrconvert.searching.objective import NEEDLES, Kind, Objective, build_objective, needle_documents, text_documents
 
 FORM = PasskeyFormat((" some noise.", " more of it!"), " key {key}.", " the key is ", 5)
 

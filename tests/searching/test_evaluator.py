@@ -23,10 +23,10 @@ from lrconvert.errors import UsageError
 from lrconvert.evals.texts import Text
 from lrconvert.reference import FactorSet, Reference, Rotation
 from lrconvert.runtimes.base import scores_of
-from lrconvert.search.evaluator import TransformersEvaluator, batches
-from lrconvert.search.objective import Document, Objective, build_objective
-from lrconvert.search.protocol import Answer, Question
-from lrconvert.search.space import Candidate, space_for
+from lrconvert.searching.evaluator import TransformersEvaluator, batches
+from lrconvert.searching.objective import Document, Objective, build_objective
+from lrconvert.searching.protocol import Answer, Question
+from lrconvert.searching.space import Candidate, space_for
 from lrconvert.training import losses as chunked
 from lrconvert.training.losses import MAX_LOGITS
 

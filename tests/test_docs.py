@@ -27,8 +27,8 @@ COMMANDS = re.compile(r"^(?:torchrun .*? --no-python )?lrconvert ((?:--debug )?[
 def test_the_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Result]) -> None:
     """Top to bottom, in one namespace, on the embedded model with a window of one llama.cpp context in place of `demo`,
     doubled by the recipe."""
-    if not hasattr(lrconvert, "hf"):
-        pytest.skip("lrconvert has no Python API yet")
+    if missing := [verb for verb in ("evaluate", "search") if not hasattr(lrconvert, verb)]:
+        pytest.skip(f"lrconvert has no {' and no '.join(missing)} yet")
     model = short_demo(tmp_path / "short-demo", window=256)
     monkeypatch.chdir(tmp_path)
     shutil.copy(locate("demo") / "heldout.txt", "book.txt")

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from lrconvert.artifact.checks import Row
 from lrconvert.errors import require
 from lrconvert.parity import Options, Report
 from lrconvert.parity import verify as compare
@@ -29,13 +30,15 @@ def verify(
     kv: str = "f32",
     threads: int | None = None,
     progress: Callable[[str], None] | None = None,
+    watch: Callable[[Row], None] | None = None,
 ) -> Report:
     """Does an artifact compute what its recipe says? `report.passed` is the answer, `report.rows` the evidence.
 
     `against` and `recipe`: the model and recipe to compare with; by default those that the manifest names. `dtype`:
     what the artifact computes in; the reference stays in float64 (float32 on a GPU). `codes`: "native", "custom" or
     both, of what transformers runs. `runtime`: what runs the artifact; `python`: its interpreter. `full`: consecutive
-    positions at every length. Raises only where nothing can be compared.
+    positions at every length. `progress` is told what goes on, `watch` every row when it is known. Raises
+    only where nothing can be compared.
     """
     path = Path(artifact)
     target = target_of(path)
@@ -55,4 +58,4 @@ def verify(
         backends=tuple(codes) or None,
         full=full,
     )
-    return compare(path, target, against=against, recipe=recipe, options=options, progress=progress)
+    return compare(path, target, against=against, recipe=recipe, options=options, progress=progress, watch=watch)

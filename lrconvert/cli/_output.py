@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -72,11 +73,18 @@ def size(count: int) -> str:
     return f"{value:.1f} TB"
 
 
+EVERY = 15.0  # seconds between lines about a long step, where there is no terminal
+
+
 @contextlib.contextmanager
 def byte_progress(quiet: bool = False) -> Iterator[Callable[[str, int, int], None] | None]:
-    """A progress bar over bytes: yields `report(what, done, total)`; None where there is no terminal."""
-    if quiet or not sys.stderr.isatty():
+    """Yields `report(what, done, total)` over bytes: a bar on a terminal, a line now and then elsewhere."""
+    if quiet:
         yield None
+        return
+    if not sys.stderr.isatty():
+        line = _now_and_then()
+        yield lambda what, done, total: line(f"{size(done)} of {size(total)}")
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -89,12 +97,33 @@ def byte_progress(quiet: bool = False) -> Iterator[Callable[[str, int, int], Non
 
 @contextlib.contextmanager
 def spinner(quiet: bool = False) -> Iterator[Callable[[str], None]]:
-    """A line on stderr that says what is going on: yields `say(what)`."""
-    if quiet or not sys.stderr.isatty():
+    """Yields `say(what)`: what goes on and for how long, on a terminal; a line now and then elsewhere."""
+    if quiet:
         yield lambda what: None
         return
+    if not sys.stderr.isatty():
+        yield _now_and_then()
+        return
     from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    # On this stream, whatever a library's own noise is turned away from meanwhile.
-    with Console(file=sys.stderr).status("") as status:
-        yield lambda what: status.update(what)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    # On this stream, whatever a library's own noise is turned away from meanwhile. Rows on stdout appear above it.
+    console = Console(file=sys.stderr)
+    with Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda what: progress.update(task, description=what)
+
+
+def _now_and_then() -> Callable[[str], None]:
+    """Says what goes on at most every `EVERY` seconds, with the time since the start."""
+    started = last = time.monotonic()
+
+    def line(what: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= EVERY:
+            last = now
+            hint(f"{what} ({now - started:.0f} s)")
+
+    return line

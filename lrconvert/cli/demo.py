@@ -41,7 +41,7 @@ def command(ctx: click.Context, output: Path, force: bool) -> int:
     from lrconvert.api.verifying import verify
     from lrconvert.artifact.manifest import MANIFEST
     from lrconvert.cli.hf import command as hf_command
-    from lrconvert.cli.verify import show
+    from lrconvert.cli.verify import row_printer, show
     from lrconvert.errors import ParityError, UsageError, require
     from lrconvert.recipe import load_recipe
     from lrconvert.recipe.plotting import plot_recipe
@@ -57,7 +57,7 @@ def command(ctx: click.Context, output: Path, force: bool) -> int:
     ctx.invoke(hf_command, model="demo", recipe=RECIPE, output=artifact, copy=True, force=force_artifact)
     _step(f"lrconvert verify {artifact}")
     with out.spinner() as progress:
-        report = verify(artifact, progress=progress)
+        report = verify(artifact, progress=progress, watch=row_printer())
     show(report)
     _step(f"lrconvert recipe plot {RECIPE} -o {output / 'factors'}")
     out.say(" ".join(str(path) for path in plot_recipe(load_recipe(RECIPE), output / "factors")))

@@ -3,13 +3,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from lrconvert.cli import _output as out
 from lrconvert.cli._common import Registered
 from lrconvert.runtimes import RUNTIMES, backend_choices
+
+if TYPE_CHECKING:
+    from lrconvert.artifact.checks import Row
+    from lrconvert.parity import Report
 
 
 @click.command(name="verify", short_help="Compare an artifact with the reference implementation.")
@@ -85,6 +91,7 @@ def command(
             kv=kv,
             threads=threads,
             progress=progress,
+            watch=None if as_json else row_printer(),
         )
     if junit is not None:
         junit.write_text(report.to_junit(), encoding="utf-8")
@@ -95,9 +102,24 @@ def command(
     return 0 if report.passed else ParityError.exit_code
 
 
-def show(report) -> None:
-    """The report for a terminal."""
-    out.console().print(report.table())
+def row_printer() -> Callable[[Row], None]:
+    """Prints rows as they are known, under a header."""
+    from lrconvert.parity.report import HEADER, line_of
+
+    seen: list[Row] = []
+
+    def show_row(row: Row) -> None:
+        if not seen:
+            out.say(HEADER)
+        seen.append(row)
+        out.say(line_of(row))
+
+    return show_row
+
+
+def show(report: Report) -> None:
+    """What remains to be said once every row is printed."""
+    out.say(f"\n{report.artifact} against {report.against} ({report.reference})")
     for name, info in report.runtimes.items():
         about = ("class", "dtype", "device")
         versions = ", ".join(f"{module} {version}" for module, version in info.items() if module not in about)

@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The result of a verification: rows, a verdict, and three ways to show them."""
+"""The result of a verification: rows, which are shown as they come, a verdict, JSON and JUnit XML."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from xml.etree import ElementTree
 
 from lrconvert.artifact.checks import Row, Verdict
 from lrconvert.parity.measures import Measures
 from lrconvert.parity.tolerances import Tolerance
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 def judged(
@@ -31,6 +29,27 @@ def judged(
     return Row(code, case, verdict, length=length, bound=bound, reason=reason, **vars(measures))
 
 
+class Rows(list[Row]):
+    """Rows that are shown to `watch` when they are known."""
+
+    def __init__(self, watch: Callable[[Row], None] | None = None) -> None:
+        super().__init__()
+        self._watch = watch
+
+    def append(self, row: Row) -> None:
+        super().append(row)
+        if self._watch is not None:
+            self._watch(row)
+
+    def extend(self, rows: Iterable[Row]) -> None:
+        for row in rows:
+            self.append(row)
+
+    def __iadd__(self, rows: Iterable[Row]) -> Rows:  # type: ignore[override]
+        self.extend(rows)
+        return self
+
+
 @dataclass
 class Report:
     """All rows, what answered (versions), what was lost, and whether the artifact is good."""
@@ -38,7 +57,7 @@ class Report:
     artifact: str
     against: str
     reference: str
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=Rows)
     runtimes: dict[str, dict[str, Any]] = field(default_factory=dict)
     losses: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -95,33 +114,23 @@ class Report:
         ElementTree.indent(suite)
         return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
 
-    def table(self) -> Table:
-        """For a terminal."""
-        from rich.table import Table
 
-        table = Table(title=f"Parity of {self.artifact} with {self.against} ({self.reference})")
-        for name in ("code", "case", "tokens", "KL mean", "KL max", "|Δlogit|", "top-1", "bound", "margin"):
-            table.add_column(name, justify="left" if name in ("code", "case") else "right")
-        table.add_column("verdict")
-        colour = {"pass": "green", "fail": "red", "known": "yellow", "skipped": "yellow"}
-        for row in self.rows:
-            margin = row.margin
-            shown = "" if margin is None else "∞" if math.isinf(margin) else f"{margin:.3g}x"
-            table.add_row(
-                row.code,
-                row.case,
-                "" if row.length is None else str(row.length),
-                *(_number(value) for value in (row.kl_mean, row.kl_max, row.logit_max)),
-                "" if row.top1 is None else f"{row.top1:.3f}",
-                "" if row.bound is None else f"{row.bound:.0e}",
-                shown,
-                f"[{colour[row.verdict]}]{row.verdict}[/]",
-            )
-        return table
+_COLUMNS = "{:<12} {:<50} {:>9} {:>8} {:>8} {:>6} {:>7}  {}"
+HEADER = _COLUMNS.format("code", "case", "tokens", "KL mean", "KL max", "bound", "margin", "verdict")
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.1e}"
+def line_of(row: Row) -> str:
+    """A row as a line of text, under `HEADER`."""
+    margin = row.margin
+    return _COLUMNS.format(
+        row.code,
+        row.case,
+        "" if row.length is None else row.length,
+        *("" if value is None else f"{value:.1e}" for value in (row.kl_mean, row.kl_max)),
+        "" if row.bound is None else f"{row.bound:.0e}",
+        "" if margin is None else "∞" if math.isinf(margin) else f"{margin:.3g}x",
+        row.verdict,
+    )
 
 
 def _finite(value: Any) -> Any:

@@ -8,6 +8,7 @@ whether the reference computes with the weights in the artifact (they round) or 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from lrconvert.parity.asking import Progress, Run, ask_backend
 from lrconvert.parity.expected import Expected, exact_fold_rows, expected, lost, rounding_rows
 from lrconvert.parity.options import Options, chosen_backends
 from lrconvert.parity.reference_runner import ReferenceRunner
-from lrconvert.parity.report import Report
+from lrconvert.parity.report import Report, Rows
 from lrconvert.recipe import Recipe, load_recipe, parse_recipe
 from lrconvert.runtimes.backend import Backend
 
@@ -40,10 +41,12 @@ def verify(
     recipe: str | Path | Recipe | None = None,
     options: Options | None = None,
     progress: Progress | None = None,
+    watch: Callable[[Row], None] | None = None,
 ) -> Report:
     """Compare an artifact with the reference on the model and recipe it claims (or on those given).
 
-    Returns the report, good or bad; raises only where nothing could be compared.
+    `progress` is told what goes on, `watch` every row when it is known. Returns the report, good or bad; raises only
+    where nothing could be compared.
     """
     options, say = options or Options(), progress or (lambda what: None)
     if not artifact.exists():
@@ -61,6 +64,7 @@ def verify(
         artifact=artifact.name or str(artifact),
         against=f"{model.reference} + {chosen.name}",
         reference="",
+        rows=Rows(watch),
         notes=notes,
         losses=list(wanted.dropped),
     )

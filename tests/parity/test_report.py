@@ -14,7 +14,7 @@ from lrconvert.artifact.checks import Row
 from lrconvert.engines.capability import CUSTOM_HF, NATIVE_HF, NATIVE_HF_FORMULA
 from lrconvert.parity.cases import CPU, DECODED, build_cases, kept, stream
 from lrconvert.parity.measures import compare, merge
-from lrconvert.parity.report import Report
+from lrconvert.parity.report import Report, line_of
 from lrconvert.parity.tolerances import PORTABLE
 from lrconvert.rope import RopeSpec, Tier, longrope_attention_factor
 from lrconvert.runtimes import RUNTIMES, get_runtime
@@ -161,7 +161,8 @@ def test_a_report_renders_as_json_junit_and_table() -> None:
     suite = ElementTree.fromstring(made.to_junit())
     assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("4", "2", "1")
     assert [len(case) for case in suite] == [0, 1, 1, 1]
-    assert made.table().row_count == 4
+    assert [line_of(row).split()[-1] for row in made.rows] == [row.verdict for row in made.rows]
+    assert len({len(line_of(row)) - len(row.verdict) for row in made.rows}) == 1  # under one header
 
 
 def test_decoding_compares_what_it_says() -> None:

@@ -128,7 +128,13 @@ def line_of(row: Row) -> str:
         "" if row.length is None else row.length,
         *("" if value is None else f"{value:.1e}" for value in (row.kl_mean, row.kl_max)),
         "" if row.bound is None else f"{row.bound:.0e}",
-        "" if margin is None else "∞" if math.isinf(margin) else f"{margin:.3g}x",
+        ""
+        if margin is None
+        else "∞"
+        if math.isinf(margin)
+        else f"{margin:.0f}x"
+        if margin >= 100
+        else f"{margin:.3g}x",
         row.verdict,
     )
 

@@ -26,7 +26,7 @@ COMMANDS = {
     "verify": ("verify", "Compare an artifact with the reference implementation."),
     "eval": ("eval", "Long-text perplexity, passkey retrieval, short benchmarks."),
     "push": ("push", "Publish an artifact on the Hugging Face Hub."),
-    "demo": ("demo", "All of it, on the embedded model, in about a minute."),
+    "demo": ("demo", "All of it, on the embedded model, in about three minutes."),
 }
 
 

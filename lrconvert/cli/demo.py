@@ -27,7 +27,7 @@ class Measured:
     passkey: float | None
 
 
-@click.command(name="demo", short_help="All of it, on the embedded model, in about a minute.")
+@click.command(name="demo", short_help="All of it, on the embedded model, in about three minutes.")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), default=Path("lrconvert-demo"), show_default=True, metavar="DIR"
 )
@@ -36,7 +36,7 @@ class Measured:
 def command(ctx: click.Context, output: Path, force: bool) -> int:
     """Bake a searched recipe into the embedded model, verify the artifact, and show what it gained.
 
-    Offline, about a minute on two cores. Leaves a folder to look into.
+    Offline, about three minutes on two cores. Leaves a folder to look into.
     """
     from lrconvert.api.verifying import verify
     from lrconvert.artifact.manifest import MANIFEST

@@ -52,6 +52,8 @@ def verify(
     if not artifact.exists():
         raise InputError(f"{artifact}: no such artifact")
     backends = chosen_backends(artifact, target.name, options)
+    for backend in backends:
+        backend.check(artifact, options)
     manifest = Manifest.read(artifact) if manifest_path(artifact).is_file() or against is None else None
     if manifest is None and recipe is None:
         raise UsageError("--against needs --recipe where the artifact has no manifest")
@@ -113,11 +115,14 @@ def _compare(run: Run, target: Target, wanted: Expected, record: BakeRecord, bac
 
 
 def _opened(run: Run, target: Target, wanted: Expected) -> Checkpoint | None:
-    """The artifact's own weights, where the reference needs them; a failed row where they aren't the model's."""
+    """The artifact's own weights, where the reference needs them; a failed row where they aren't the model's.
+
+    Raises `InputError` for files that can't be read.
+    """
     if not target.stored:
         return None
+    stored = target.open(run.artifact)
     try:
-        stored = target.open(run.artifact)
         stored_rows.on_stored_weights(wanted.model, stored)
     except LrconvertError as error:
         run.report.rows.append(Row("metadata", f"{target.title} of the model", "fail", reason=error.message))

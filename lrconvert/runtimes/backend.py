@@ -58,6 +58,7 @@ ANYTHING = Accepts()
 class Backend:
     """A piece of code of a runtime that computes the rotation.
 
+    `check` raises `UnsupportedError` for an artifact that it can't run on a device, before anything is loaded.
     `needs_key`: a key of config.json without which an artifact has no such code. `exact_types`: compute types whose
     rounding is so small that a bound sees every mistake; None: all. `tolerances`: rows by compute type and length, the
     first that fits counts; each bound is chosen against the mistakes that it has to catch.
@@ -68,6 +69,7 @@ class Backend:
     open: Callable[[Path, OpenOptions], Session]
     tolerances: tuple[Tolerance, ...]
     accepts: Accepts = ANYTHING
+    check: Callable[[Path, OpenOptions], None] = lambda artifact, options: None
     needs_key: str | None = None
     exact_types: tuple[str, ...] | None = None
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from lrconvert.checkpoint.onnx_folder import OnnxCheckpoint
 from lrconvert.engines.capability import ONNX
+from lrconvert.errors import UnsupportedError
 from lrconvert.runtimes.backend import Accepts, Backend, OpenOptions, Runtime
 from lrconvert.runtimes.base import Interpreter, WorkerSession
 from lrconvert.runtimes.tolerances import ANY, Tolerance
@@ -115,6 +116,19 @@ def _open(artifact: Path, options: OpenOptions) -> OnnxSession:
     )
 
 
+def _check(artifact: Path, options: OpenOptions) -> None:
+    """`UnsupportedError` for what a device has no kernels for."""
+    stored, device = OnnxCheckpoint(artifact), options.device
+    computing, attention = stored.computing, stored.attention
+    if device == "cpu" and computing == "BF16":
+        raise UnsupportedError("ONNX Runtime has no bfloat16 products on a CPU", remedy="Verify it with --device cuda")
+    if device != "cpu" and attention == "gqa" and computing not in ("F16", "BF16"):
+        raise UnsupportedError(
+            "GroupQueryAttention has no float32 kernel on CUDA: it would run on the CPU",
+            remedy="Convert with --attention standard, or with --dtype f16",
+        )
+
+
 _EXACT = "cos and sin are rounded once, to float32: 2e-12 on the embedded model, at any position"
 _HALF = "float16 products and caches, cos and sin rounded to float16 (2.4e-4): {}"
 _HALF_FAR = (
@@ -143,6 +157,7 @@ RUNTIME = Runtime(
             name="onnxruntime",
             capability=lambda family: ONNX,
             open=_open,
+            check=_check,
             accepts=Accepts(cached_keys=True),
             exact_types=("F32", "F16", "BF16"),
             tolerances=TOLERANCES,

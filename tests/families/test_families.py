@@ -192,7 +192,9 @@ def test_a_new_family_is_one_file(sixth: Family, tmp_path: Path, cli: Callable[.
     code = (tmp_path / "out" / "modeling_longrope.py").read_text()
     assert "from transformers import SeedOssForCausalLM as NativeForCausalLM" in code
 
-    from lrconvert.parity.verify import Options, verify
+    from support.verifying import verify
+
+    from lrconvert.parity import Options
 
     report = verify(tmp_path / "out", options=Options(threads=1))
     rows = [(row.code, row.case, row.verdict, row.reason) for row in report.rows]

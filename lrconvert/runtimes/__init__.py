@@ -10,7 +10,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from lrconvert.errors import UsageError
+from lrconvert.errors import UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     from lrconvert.runtimes.backend import Runtime
@@ -46,8 +46,11 @@ def runtimes_of(target: str) -> list[Runtime]:
 
 
 def runtime_for(target: str, name: str | None = None) -> Runtime:
-    """The runtime of that name, by default the target's own. `UsageError` where it does not run such artifacts."""
+    """The runtime of that name, by default the target's own. `UsageError` where it does not run such artifacts,
+    `UnsupportedError` where none does."""
     able = runtimes_of(target)
+    if not able:
+        raise UnsupportedError(f"no runtime runs {target} artifacts", remedy="Register one that does")
     found = able[0] if name is None else get_runtime(name)
     if found not in able:
         names = ", ".join(runtime.name for runtime in able)

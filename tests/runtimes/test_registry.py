@@ -21,7 +21,7 @@ from lrconvert.artifact.manifest import MANIFEST
 from lrconvert.checkpoint import Model
 from lrconvert.cli.eval import perplexity
 from lrconvert.cli.verify import command as verify
-from lrconvert.errors import UsageError
+from lrconvert.errors import UnsupportedError, UsageError
 from lrconvert.families import get_family
 from lrconvert.parity.asking import CHECKS, MEASURED
 from lrconvert.parity.mutants import RECIPE_MUTANTS
@@ -31,10 +31,10 @@ from lrconvert.runtimes.answers import PROTOCOLS
 from lrconvert.runtimes.backend import Runtime
 from lrconvert.runtimes.llama_cpp import LlamaSession
 from lrconvert.runtimes.onnxruntime import ANSWERS, OnnxSession
+from lrconvert.targets import all_targets, target_names
 
 SHIPPED = tuple(RUNTIMES)
-TARGETS = ("hf", "gguf", "onnx")
-OWN = {"hf": "transformers", "gguf": "llama.cpp", "onnx": "onnxruntime"}
+TARGETS = target_names()
 
 
 @pytest.fixture
@@ -55,7 +55,6 @@ def choices(command: click.Command, name: str) -> list[str]:
 
 def test_every_row_is_complete() -> None:
     """A name of its own, something to run, backends with bounds; what it needs is an extra of ours."""
-    assert len(RUNTIMES) >= len(OWN)
     for name in RUNTIMES:
         runtime = get_runtime(name)
         assert runtime.name == name
@@ -78,13 +77,18 @@ def test_every_file_is_a_row() -> None:
 
 
 def test_every_target_has_a_runtime_of_its_own() -> None:
-    assert {target: runtime_for(target).name for target in TARGETS} == OWN
+    """Its row names the one that is asked by default."""
+    assert {target.name: target.runtime for target in all_targets()} == {
+        name: runtime_for(name).name for name in TARGETS
+    }
     assert [runtime.name for runtime in runtimes_of("hf")] == ["transformers", "mlx", "vllm"]
     assert runtime_for("hf", "vllm").name == "vllm"
     with pytest.raises(UsageError, match=r"vllm does not run gguf artifacts\. What does: llama\.cpp"):
         runtime_for("gguf", "vllm")
     with pytest.raises(UsageError, match=r"no runtime is called nobody\. Runtimes: transformers, mlx"):
         get_runtime("nobody")
+    with pytest.raises(UnsupportedError, match=r"no runtime runs abacus artifacts"):
+        runtime_for("abacus")
 
 
 def test_the_choices_are_the_registry(toy: Runtime) -> None:

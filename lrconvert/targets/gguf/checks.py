@@ -60,10 +60,9 @@ def _rope(stored: GgufCheckpoint, spec: RopeSpec, static: bool) -> Iterator[str]
             yield f"{prefix}{key} is {found!r:.60}; the recipe needs {value:g}"
     alone = static and STATIC in stored.stored  # phi3 has no such tensor: two equal sets do the same
     for name, tier in ({STATIC: last} if alone else {SHORT: first, LONG: last}).items():
-        tensor = stored.stored.get(name)
-        if tensor is None:
+        values = stored.factors(name)
+        if values is None:
             yield f"{name} is missing"
             continue
-        values = stored.rows(tensor, 0, 1).reshape(-1)
         if values.shape != (len(tier.factors),) or not np.allclose(values, tier.factors, rtol=FLOAT32, atol=0):
             yield f"{name} holds other factors than the recipe's"

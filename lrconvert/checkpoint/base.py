@@ -158,6 +158,14 @@ class CheckpointView(Checkpoint):
     def tiers(self) -> tuple[Tier, ...] | None:  # type: ignore[override]
         return self.base.tiers
 
+    @property
+    def computing(self) -> str | None:  # type: ignore[override]
+        return self.base.computing
+
+    @property
+    def takes_padding(self) -> bool:  # type: ignore[override]
+        return self.base.takes_padding
+
     def blocks(self, name: str) -> Iterator[Block]:
         return self.base.blocks(name)
 

@@ -25,8 +25,8 @@ from lrconvert.recipe import Provenance, Recipe, write_recipe
 from lrconvert.rope import Tier, longrope_attention_factor, yarn_factors
 from lrconvert.runtimes import base
 
-# The same examples on every run and every machine: a failure is everybody's.
-settings.register_profile("deterministic", derandomize=True)
+# The same examples on every run and every machine: a failure is everybody's. No deadline: a busy machine is no failure.
+settings.register_profile("deterministic", derandomize=True, deadline=None)
 settings.load_profile("deterministic")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

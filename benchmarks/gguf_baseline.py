@@ -37,6 +37,7 @@ from lrconvert.reference import FactorSet, Rotation
 from lrconvert.rope import RopeSpec
 from lrconvert.runtimes.base import Interpreter
 from lrconvert.runtimes.llama_cpp import WORKER, open_session
+from lrconvert.targets import get_target
 
 WIDEN = 2.0  # q and k of fresh weights attend almost evenly, which hides rotations; 3 amplifies every rounding
 VOCABULARY = 512
@@ -157,7 +158,7 @@ def with_its_angles(artifact: Path, model: Model, spec: RopeSpec, interpreter: I
 
 def judged(artifact: Path, model: Path, recipe: Recipe, options: Options) -> dict[str, Any]:
     """Mean KL in nats at every length, the verdict, and what the file says wrongly."""
-    report = verify(artifact, against=str(model), recipe=recipe, options=options)
+    report = verify(artifact, get_target("gguf"), against=str(model), recipe=recipe, options=options)
     asked = {row.case: row for row in report.rows if row.code == "llama.cpp"}
     return {
         "kl_mean": {case: asked[case].kl_mean if case in asked else None for case in LENGTHS},

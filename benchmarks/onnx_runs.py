@@ -76,8 +76,8 @@ def measure(arguments: argparse.Namespace, folder: Path, dtype: str) -> dict[str
     result: dict[str, Any] = {"attention": attention, "versions": {}}
     with ExitStack() as stack:
         sessions: dict[str, Any] = {
-            "onnxruntime": stack.enter_context(closing(chosen_backends(onnx, options)[-1].open(onnx, options))),
-            "transformers": stack.enter_context(closing(chosen_backends(hf, options)[-1].open(hf, options))),
+            "onnxruntime": stack.enter_context(closing(chosen_backends(onnx, "onnx", options)[-1].open(onnx, options))),
+            "transformers": stack.enter_context(closing(chosen_backends(hf, "hf", options)[-1].open(hf, options))),
         }
         for runtime, session in sessions.items():
             result["versions"] |= {key: value for key, value in session.info.items() if key not in ("class", "dtype")}

@@ -249,7 +249,7 @@ class OnnxCheckpoint(Checkpoint):
         return frozenset(info.dtype for info in self.tensors.values() if len(info.shape) == 2)
 
     @property
-    def computing(self) -> str:
+    def computing(self) -> str:  # type: ignore[override]
         """What products are computed with, as `tolerances` calls it."""
         quantised = sorted(kind for kind in self.kinds if kind.startswith("INT"))
         if quantised:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -57,11 +58,17 @@ def command(
     return code
 
 
-def _signed_in(name: str | None):
+def _signed_in(name: str | None) -> Callable[[Plan], None] | None:
     """Who can't publish learns it before the work."""
-    from lrconvert.hub.access import sign_in
+    if name is None:
+        return None
 
-    return None if name is None else lambda plan: sign_in(name)
+    def check(plan: Plan) -> None:
+        from lrconvert.hub.access import sign_in
+
+        sign_in(name)
+
+    return check
 
 
 def _engines(plan: Plan, detailed: bool) -> None:

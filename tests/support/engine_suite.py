@@ -107,7 +107,7 @@ def check_questions_it_can_not_answer(model: Model, output: Path, options: Optio
     from lrconvert.parity.options import chosen_backends
 
     artifact = bake(model, recipe_for(model, even=True), output)
-    (backend,) = chosen_backends(artifact, options)
+    (backend,) = chosen_backends(artifact, "hf", options)
     with (
         closing(backend.open(artifact, options)) as session,
         pytest.raises(InputError, match="no positions but those of a whole"),

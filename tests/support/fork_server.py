@@ -32,7 +32,7 @@ def run(request, streams):
     modules = request["environment"].get("HF_MODULES_CACHE")
     for name, module in list(sys.modules.items()):
         if modules and name.startswith("transformers.") and "HF_MODULES_CACHE" in vars(module):
-            module.HF_MODULES_CACHE = modules
+            vars(module)["HF_MODULES_CACHE"] = modules
     sys.argv = [request.get("script", "-c"), *request["arguments"]]
     code = 0
     try:

@@ -197,7 +197,7 @@ class ForkedCommands:
             return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         process = self.start(code, *arguments, environment=environment)
         out, error = process.communicate()
-        return subprocess.CompletedProcess(arguments, process.wait(), out, error)
+        return subprocess.CompletedProcess([code, *map(str, arguments)], process.wait(), out, error)
 
     def close(self) -> None:
         if self._server is not None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The metadata of a GGUF: what a local runtime has to know besides the tensors.
 
-The rope keys are the ones that llama.cpp reads (formats measured with its C++; docs/llama-cpp.md):
+The rope keys are the ones that llama.cpp reads (formats measured with its C++; docs/gguf.md):
 `rope.scaling.type` longrope, `original_context_length`, `attn_factor`, and the factors as two F32 tensors. Never
 `rope.scaling.factor`: it stacks on the factors.
 """

@@ -7,4 +7,5 @@ from pathlib import Path
 
 DATA = Path(__file__).parent
 # A wheel carries the recipes inside the package (hatch_build.py); a checkout has them at its top.
-RECIPES = DATA / "recipes" if (DATA / "recipes").is_dir() else DATA.parents[1] / "recipes"
+_INSIDE = DATA / "recipes"
+RECIPES = _INSIDE if any(_INSIDE.glob("*/recipe.json")) else DATA.parents[1] / "recipes"

@@ -38,9 +38,7 @@ def check_place(plan: Plan, *, force: bool) -> None:
         return
     gone = {path.resolve() for path in replaced_files(plan.output, plan.names)}
     if sources := [path for path in plan.stamps if path.resolve() in gone]:
-        raise UsageError(
-            f"{plan.output} would replace {sources[0]}, which it is made from", remedy="Give it a name of its own"
-        )
+        raise UsageError(f"{plan.output} would replace its own source, {sources[0]}", remedy="Choose another name")
     check_files(plan.output, plan.names, force=force)
 
 

@@ -139,7 +139,7 @@ def test_bad_input(cli: Run, tmp_path: Path) -> None:
         (("--text", "hf:a/b#none"), 2, "does not name a data set"),
         (("--text", "hf:a/b"), 6, "can't be reached"),
         (("--seed", "-1"), 2, "'--seed'"),
-        (("--output", "."), 2, "no name for a file"),
+        (("--output", "."), 2, "does not name a file"),
         (("--output", short / "p"), 2, "short.txt is not a folder"),
         (("--output", tmp_path / "p"), 2, "p.json is a folder"),
         (("--code", "reference", "--device", "much"), 2, "--device much"),

@@ -222,7 +222,7 @@ def test_the_same_content_makes_no_commit(hub: Hub, user: User, artifact: Path) 
     commits, puts = dict(hub.repos[ID].commits), hub.puts
     result = ok(user("push", artifact, ID))
     assert (hub.repos[ID].commits, hub.puts) == (commits, puts)
-    assert f"{ID} has exactly this already" in result.out
+    assert f"{ID} is already up to date" in result.out
 
 
 def test_a_changed_artifact_replaces_the_old_one(hub: Hub, user: User, tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_a_changed_artifact_replaces_the_old_one(hub: Hub, user: User, tmp_path:
     assert set(before) - set(after) == gone and set(after) - set(before) == {"model.safetensors"}
     assert len(hub.repos[ID].commits) == 3
     for name in gone:
-        assert f"  {name}: deleted there" in result.out
+        assert f"  {name}: deleted on the Hub" in result.out
 
 
 def test_what_the_owner_wrote_into_the_card_stays(hub: Hub, user: User, artifact: Path) -> None:

@@ -316,7 +316,7 @@ def test_a_search_starts_from_a_recipe(text: Path, whole: Path, cli: Run, tmp_pa
         (["--original-window", "1"], 2, "nothing to extend"),
         (["--seed", "-1"], 2, "'--seed'"),
         (["--start-from", "smollm2-135m-64k"], 3, "is for another model: rope_theta"),
-        (["--output", "."], 2, "no name for a file"),
+        (["--output", "."], 2, "does not name a file"),
         (["--output", str(DATA / "passkey.json" / "r")], 2, "is not a folder"),
         (["--output", str(DATA / "demo" / "heldout.txt")], 2, "is a file"),
         (["--text", "/nowhere.txt"], 3, "can't be read as text"),

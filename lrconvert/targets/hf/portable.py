@@ -18,7 +18,7 @@ def make_portable(spec: RopeSpec, *, lossy: bool = False) -> tuple[RopeSpec, flo
     if losses and not lossy:
         raise UnsupportedError(
             f"--portable: {'; '.join(losses)}",
-            remedy="Bake without --portable for the artifact's own code, or give this up with --allow-lossy",
+            remedy="Bake without --portable for the artifact's own code, or drop this with --allow-lossy",
         )
     scale = kept.tiers[-1].attention_factor / formula_attention_factor(kept)
     scale = 1.0 if abs(scale - 1.0) <= SAME else scale

@@ -90,8 +90,8 @@ def _type(spec: RopeSpec) -> str:
     if len(spec.boundaries) != 1 or spec.boundaries[0] not in GENAI_REWINDS:
         wanted, found = " or ".join(map(str, GENAI_REWINDS)), ", ".join(map(str, spec.boundaries)) or "none"
         raise UsageError(
-            f"--genai-rewind: onnxruntime-genai computes anew after {wanted} tokens only; the recipe's boundaries: "
+            f"--genai-rewind: onnxruntime-genai recomputes after {wanted} tokens only; the recipe's boundaries: "
             f"{found}",
-            remedy="Leave it out; generation that crosses the boundary then keeps its cached keys",
+            remedy="Omit it; generation that crosses the boundary then keeps its cached keys",
         )
     return GENAI_REWINDS[spec.boundaries[0]]

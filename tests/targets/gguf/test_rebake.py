@@ -417,7 +417,7 @@ def test_an_artifact_never_replaces_what_it_is_made_from(pico: Pico, tmp_path: P
     before = {file.name: file.read_bytes() for file in tmp_path.glob("*.*")}
     for source, output in ((whole, whole), (tmp_path / "link.gguf", whole), (part, tmp_path / "s.gguf")):
         result = cli("gguf", source, "--recipe", path, "-o", output, "--force")
-        assert result.code == 2 and "which it is made from" in result.err, result.err
+        assert result.code == 2 and "would replace its own source" in result.err, result.err
     assert {file.name: file.read_bytes() for file in tmp_path.glob("*.*")} == before
 
 
@@ -426,15 +426,15 @@ def test_the_parts_that_a_file_was_made_from_are_not_its_artifact(pico: Pico, tm
     model = model_of(pico, "llama")
     part = stock(tmp_path / "s.gguf", model, split_every=6)
     path = bake(open_model(part), recipe_for(model, even=True), tmp_path / "s.gguf")
-    assert "made by lrconvert" in cli("inspect", path).out
-    assert "made by lrconvert" not in cli("inspect", part).out and part.exists()
+    assert "baked by lrconvert" in cli("inspect", path).out
+    assert "baked by lrconvert" not in cli("inspect", part).out and part.exists()
 
 
 def test_a_tokenizer_name_is_not_changed_in_silence(pico: Pico, tmp_path: Path) -> None:
     """A re-bake keeps the tokenizer: the option has no effect, so it is refused."""
     model = model_of(pico, "llama")
     source = open_model(stock(tmp_path / "s.gguf", model))
-    with pytest.raises(UsageError, match="re-baked with the tokenizer that it has"):
+    with pytest.raises(UsageError, match="keeps its tokenizer when it is re-baked"):
         bake(source, recipe_for(model, even=True), tmp_path / "m.gguf", tokenizer_pre="qwen2")
 
 

@@ -28,7 +28,7 @@ def read_tokenizer(artifact: Path) -> Any:
     tokenizers = require("tokenizers", "hf", "reading a text")
     source: Any = open_checkpoint(artifact, tolerant=True).side_files().get("tokenizer.json")
     if source is None:
-        raise InputError(f"{artifact}: no tokenizer.json, so no text can be read")
+        raise InputError(f"{artifact}: no tokenizer.json, so text can't be tokenized")
     try:
         text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source.decode()
         json.loads(text)

@@ -20,7 +20,7 @@ from lrconvert.evals.perplexity import finite
 from lrconvert.runtimes.base import Session
 
 PROTOCOL = (
-    "a key of digits between sentences of noise, at depths from the start of the document to its end, asked for behind "
+    "a key of digits between sentences of noise, at depths from the start of the document to its end, asked for after "
     "it; found when greedy decoding writes every digit"
 )
 

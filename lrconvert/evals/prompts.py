@@ -84,7 +84,7 @@ class PromptTokenizer:
             else:
                 row = self._behind_prefix(bare[answer])
             if not 0 < row.judged < len(row.tokens):
-                raise InputError(f"the answer {answer[:80]!r} has no tokens of its own behind its prompt")
+                raise InputError(f"the answer {answer[:80]!r} has no tokens of its own after its prompt")
             rows.append(row)
         return rows
 

@@ -53,8 +53,8 @@ class ReferenceSession:
 
     def generate(self, prompt: Sequence[int], new_tokens: int) -> NoReturn:
         raise UnsupportedError(
-            "the reference implementation scores texts and does not generate: it keeps no cache",
-            remedy="Leave --code reference out",
+            "the reference implementation scores texts and does not generate: it has no cache",
+            remedy="Omit --code reference",
         )
 
     def close(self) -> None: ...

@@ -183,7 +183,7 @@ def _source(artifact: Path, target: Target, manifest: Manifest | None, against: 
     A GGUF that was repaired is a model whose own rope scaling means nothing: it is opened all the same.
     """
     if against is not None:
-        notes = ["the manifest's adapter is not merged into the model given: it is compared as it is"]
+        notes = ["the manifest's adapter is not merged into the given model: it is compared unchanged"]
         return open_model(against, tolerant=True), notes if manifest and manifest.source.get("adapter") else []
     assert manifest is not None
     named = str(manifest.source["model"])
@@ -237,7 +237,7 @@ def _integrity(folder: Path, manifest: Manifest) -> list[Row]:
             reason = f"{name} has {path.stat().st_size} bytes; the manifest says {record.size}"
             rows.append(Row("files", name, "fail", reason=reason))
         elif (digest := sha256_of(path)) != (record.sha256 or digest):
-            rows.append(Row("files", name, "fail", reason=f"{name} has other bytes than when it was written"))
+            rows.append(Row("files", name, "fail", reason=f"{name} has changed since it was written"))
         else:
             record.sha256 = digest
     if not rows:

@@ -485,4 +485,4 @@ def test_what_serves_folders_only_says_so_of_a_gguf(cli: Run, tmp_path: Path) ->
     pushed = cli("push", file, "me/m")
     assert pushed.code == 4 and "hf upload me/m" in pushed.err
     asked = cli("verify", file, "--code", "native")
-    assert asked.code == 2 and "--runtime llama.cpp has one code" in asked.err
+    assert asked.code == 2 and "--runtime llama.cpp has only one" in asked.err

@@ -81,7 +81,7 @@ def test_killed_and_started_again_it_ends_in_the_same_recipe(text: Path, whole: 
     assert 7 <= before < len(evaluations(whole.with_name("found.journal.jsonl"))) and not output.exists()
     done = subprocess.run([*START, *arguments(text, output)], env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert f"going on after {before} evaluations" in done.stderr
+    assert f"continuing after {before} evaluations" in done.stderr
     assert (output / "recipe.json").read_bytes() == (whole / "recipe.json").read_bytes()
     assert evaluations(journal) == evaluations(whole.with_name("found.journal.jsonl"))
 

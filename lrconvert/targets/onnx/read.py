@@ -119,7 +119,7 @@ def verdict(found: FoundRotations, tiers: tuple[Tier, ...], *, scaled: bool) -> 
     present = [name for name in sets if name in found.names]
     unscaled = PLAIN in found.names
     if not found.names:
-        return ["no known rotation was found among the graph's constants: so what it computes isn't known"]
+        return ["no known rotation was found among the graph's constants, so what it computes isn't known"]
     if not scaled:
         return ["plain RoPE, as config.json says" if unscaled else f"it rotates with {', '.join(found.names)}"]
     if not present:

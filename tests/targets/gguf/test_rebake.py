@@ -228,7 +228,11 @@ REPAIRED: dict[str, tuple[str, Change, str]] = {
     "no attn_factor": ("llama", scaling(attn_factor=None), "llama.rope.scaling.attn_factor missing"),
     "no type in llama": ("llama", scaling(type=None), "broken: incomplete longrope: llama.rope.scaling.type missing"),
     "F16": ("llama", quantised(LONG, Ggml.F16), f"broken: {LONG} is F16; llama.cpp takes F32 factors only"),
-    "stacked": ("llama", scaling(factor=2.0), f"broken: rope.scaling.factor 2 would stack on the factors of {SHORT}"),
+    "stacked": (
+        "llama",
+        scaling(factor=2.0),
+        f"broken: rope.scaling.factor 2 would apply on top of the factors of {SHORT}",
+    ),
     "length": ("llama", with_tensors(long=f32(RAMP[:7])), f"broken: {LONG} has shape [7]; the model rotates 16"),
     "not positive": ("llama", with_tensors(short=f32(RAMP - 1)), f"broken: {SHORT} has values that are not positive"),
     "llama 3.1": ("llama", in_order(BARE, with_tensors(static=f32(RAMP))), "one set of factors for every length up to"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Carrying a plan out: one staging folder, one pump, one publication, whatever the target.
+"""Carrying a plan out: one staging folder, one pump, one publication, for every target.
 
 The artifact appears whole or not at all. Its sources are looked at again before it does: a file that changed while
 it was read makes the bake fail.

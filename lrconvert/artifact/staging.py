@@ -243,6 +243,6 @@ def disk_errors(output: Path) -> Iterator[None]:
 
 
 def _as_failure(error: OSError, output: Path) -> LrconvertError:
-    """A full disk, a folder without write access and kin: exit code 6, nothing left behind."""
+    """A full disk, a folder without write access and the like: exit code 6, nothing left behind."""
     where = error.filename or output
     return EnvironmentFailure(f"{where}: {error.strerror or error}; nothing was written to {output}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint is, whatever file it comes from: a config, named tensors read on demand, side files."""
+"""What a checkpoint is, regardless of its file format: a config, named tensors read on demand, side files."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ class OnnxCheckpoint(Checkpoint):
 
     @cached_property
     def tiers(self) -> tuple[Tier, ...]:  # type: ignore[override]
-        """The tiers in the graph, which is what is computed whatever config.json says."""
+        """The tiers in the graph, which determines the computation, regardless of config.json."""
         try:
             arrays = {a.name: _numbers(a.t) for a in self.call.attribute if a.name in TIER_ATTRIBUTES}
             plain, scaled = arrays["inverse_frequencies"], arrays["scaled_inverse_frequencies"]

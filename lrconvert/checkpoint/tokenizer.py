@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tokenizer of a checkpoint or an artifact, whatever its format: text to ids."""
+"""The tokenizer of a checkpoint or an artifact, of any format: text to ids."""
 
 from __future__ import annotations
 

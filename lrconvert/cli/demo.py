@@ -70,8 +70,9 @@ def command(ctx: click.Context, output: Path, force: bool) -> int:
     out.say(report.summary)
     out.hint(
         f"{time.monotonic() - started:.0f} s. Next, on your own model: lrconvert inspect MODEL; "
-        "lrconvert search MODEL --target 64k --text book.txt -o my-recipe (or, without a search: lrconvert recipe derive "
-        "MODEL --method yarn --factor 8 -o my-recipe); lrconvert hf MODEL --recipe my-recipe -o my-model (gguf, onnx)"
+        "lrconvert search MODEL --target 64k --text book.txt -o my-recipe (or, without a search: lrconvert recipe "
+        "derive MODEL --method yarn --factor 8 -o my-recipe); lrconvert hf MODEL --recipe my-recipe -o my-model "
+        "(or gguf, onnx)"
     )
     return 0 if report.passed else ParityError.exit_code
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.option("--verbose", is_flag=True, help="Show everything known about each engine.")
 @revision_option
 def command(model: str, as_json: bool, verbose: bool, revision: str | None) -> None:
-    """What MODEL is, which RoPE it carries, what it can become."""
+    """Show what MODEL is, its RoPE, and what it can be converted to."""
     from lrconvert.api.inspecting import inspect
 
     found = inspect(model, revision=revision)

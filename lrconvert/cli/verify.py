@@ -74,8 +74,7 @@ def command(
     """Check that ARTIFACT computes what its recipe says.
 
     Each backend (transformers' native code, the artifact's own) runs in a separate process and is compared
-
-      with the reference on both sides of every tier boundary. Exit code 5 means a failed check.
+    with the reference on both sides of every tier boundary. Exit code 5 means a failed check.
 
     \b
     lrconvert verify my-model --runtime vllm --python vllm-env/bin/python

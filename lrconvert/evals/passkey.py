@@ -138,7 +138,7 @@ def found_key(
 ) -> bool:
     """Whether greedy decoding gets the key exactly right.
 
-    The key is fed behind the prompt and every token of it must be the preferred one at its place, which is when
+    The key is fed after the prompt and every token of it must be the preferred one at its place, which is when
     greedy decoding without the key would write it: one forward pass instead of a decode.
     """
     prompt, answer = build_document(form, encode, length, depth, rng)

@@ -50,7 +50,7 @@ class PromptTokenizer:
 
     @classmethod
     def of(cls, artifact: Path) -> PromptTokenizer:
-        """The artifact's, whatever kind it is of. `InputError` where it has none."""
+        """The artifact's tokenizer, for any format. `InputError` where it has none."""
         tokenizer, config = read_tokenizer(artifact), _tokenizer_config(artifact)
         for name in ("bos_token", "eos_token"):
             value = config.get(name)

@@ -165,7 +165,7 @@ def quiet() -> Iterator[None]:
 def prepare(
     names: Sequence[str], *, folder: Path | None, shots: int | None, limit: int | None, seed: int
 ) -> list[Asked]:
-    """Every benchmark, with `limit` questions drawn by `seed` (None: all) behind `shots` examples (None: the paper's).
+    """Every benchmark, with `limit` questions drawn by `seed` (None: all) after `shots` examples (None: the paper's).
 
     Raises `UsageError` for one that isn't known or can't be asked so, `UnsupportedError` for one that has to generate
     text, `InputError` for a file that is missing or damaged, `EnvironmentFailure` where the Hub can't be reached.

@@ -5,7 +5,7 @@
     upload(planned)                  one commit on top of the one that was looked at, or none
     push(artifact, name)             both
 
-What is published are the files that the manifest names, and nothing else that lies in the folder. README.md
+What is published are the files that the manifest names, and nothing else in the folder. README.md
 and lrconvert.json are made for the occasion: the card with the last parity report and the digests, the
 manifest without local paths; the artifact itself stays as it is. A file is deleted on the Hub only where an
 lrconvert.json there says that lrconvert wrote it.
@@ -158,7 +158,7 @@ def plan(
 def upload(
     planned: Plan, *, force: bool = False, message: str | None = None, progress: Progress | None = None
 ) -> Pushed:
-    """Carry the plan out, in one commit: whatever fails before it leaves the Hub's revision as it was."""
+    """Carry the plan out, in one commit: a failure before it leaves the Hub's revision unchanged."""
     from huggingface_hub import CommitOperationDelete
 
     planned.check(force=force)

@@ -45,7 +45,7 @@ def verify(
 ) -> Report:
     """Compare an artifact with the reference on the model and recipe it claims (or on those given).
 
-    `progress` is told what goes on, `watch` every row when it is known. Returns the report, good or bad; raises only
+    `progress` gets the current step, `watch` every row when it is known. Returns the report, good or bad; raises only
     where nothing could be compared.
     """
     options, say = options or Options(), progress or (lambda what: None)
@@ -178,7 +178,7 @@ def _recorded(earlier: dict[str, Any] | None, report: dict[str, Any], engine: st
 
 
 def _source(artifact: Path, target: Target, manifest: Manifest | None, against: str | None) -> tuple[Model, list[str]]:
-    """The model to judge by: the one given, the one the manifest names, else the artifact's own weights.
+    """The model to compare with: the one given, the one the manifest names, else the artifact's own weights.
 
     A GGUF that was repaired is a model whose own rope scaling means nothing: it is opened all the same.
     """

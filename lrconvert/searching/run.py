@@ -129,7 +129,7 @@ class Search:
         asked = (question.candidate, question.gradient)
         if (record.question.candidate, record.question.gradient) != asked:
             raise InputError(
-                f"evaluation {number} for {record.tier} tokens in the journal differs from that of lrconvert {__version__}",
+                f"evaluation {number} for {record.tier} tokens in the journal differs from lrconvert {__version__}'s",
                 remedy="Continue with the version that started it, or name another --journal",
             )
 

@@ -86,7 +86,7 @@ def genai_config(
 
 
 def _type(spec: RopeSpec) -> str:
-    """The model type that makes onnxruntime-genai compute anew at this recipe's boundary."""
+    """The model type that makes onnxruntime-genai recompute at this recipe's boundary."""
     if len(spec.boundaries) != 1 or spec.boundaries[0] not in GENAI_REWINDS:
         wanted, found = " or ".join(map(str, GENAI_REWINDS)), ", ".join(map(str, spec.boundaries)) or "none"
         raise UsageError(

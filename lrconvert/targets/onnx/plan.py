@@ -43,7 +43,7 @@ MAX_GRAPH_BYTES = 2**31 - 1  # of a protobuf message
 @dataclass(frozen=True)
 class Options:
     """What a user may ask of an ONNX folder. `double`: angles in float64, else from float32 tables; `genai_rewind`:
-    have onnxruntime-genai compute a sequence anew at the boundary, where it can."""
+    make onnxruntime-genai recompute a sequence at the boundary, where it can."""
 
     window: int | None = None
     dtype: str = "f32"

@@ -153,11 +153,12 @@ def compose(own: Tier, new: Tier) -> Tier:
     Raises `UnsupportedError` for two different n̂, `InputError` for sets of different sizes.
     """
     if len(own.factors) != len(new.factors):
-        raise InputError(f"a set of {len(new.factors)} factors can't stand on one of {len(own.factors)}")
+        raise InputError(f"a set of {len(new.factors)} factors can't be applied on top of one of {len(own.factors)}")
     starts = {tier.start_tokens for tier in (own, new) if any(factor != 1.0 for factor in tier.factors)}
     if len(starts) > 1:
         raise UnsupportedError(
-            f"a set with {new.start_tokens} start tokens can't stand on one with {own.start_tokens}: the result would "
+            f"a set with {new.start_tokens} start tokens can't be applied on top of one "
+            f"with {own.start_tokens}: the result would "
             "have two numbers of start tokens",
             remedy=f"Use {own.start_tokens} in the new set too",
         )

@@ -140,9 +140,9 @@ def test_start_tokens_have_to_agree() -> None:
     both = rope.compose(replace(OWN, start_tokens=4), replace(NEW, start_tokens=4))
     assert both.start_tokens == 4
     for own, new in ((0, 4), (4, 0), (4, 8)):
-        with pytest.raises(UnsupportedError, match=f"{new} start tokens can't stand on one with {own}"):
+        with pytest.raises(UnsupportedError, match=f"{new} start tokens can't be applied on top of one with {own}"):
             rope.compose(replace(OWN, start_tokens=own), replace(NEW, start_tokens=new))
-    with pytest.raises(InputError, match="a set of 1 factors can't stand on one of 32"):
+    with pytest.raises(InputError, match="a set of 1 factors can't be applied on top of one of 32"):
         rope.compose(OWN, Tier(64, (2.0,)))
 
 

@@ -140,7 +140,7 @@ def onnx(
     """Bake an ONNX folder.
 
     `dtype`: f32, f16, bf16, int8 or int4; `attention`: "gqa" (ONNX Runtime's fused operator) or "standard"; `double`:
-    angles in float64, else from float32 tables; `genai_rewind`: have onnxruntime-genai read a sequence anew at the
+    angles in float64, else from float32 tables; `genai_rewind`: make onnxruntime-genai recompute a sequence at the
     boundary.
     """
     from lrconvert.targets.onnx import Options

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Carrying a plan out: one staging folder, one pump, one publication, whatever the target.
+"""Carrying a plan out: one staging folder, one pump, one publication, for every target.
 
 The artifact appears whole or not at all. Its sources are looked at again before it does: a file that changed while
 it was read makes the bake fail.
@@ -38,9 +38,7 @@ def check_place(plan: Plan, *, force: bool) -> None:
         return
     gone = {path.resolve() for path in replaced_files(plan.output, plan.names)}
     if sources := [path for path in plan.stamps if path.resolve() in gone]:
-        raise UsageError(
-            f"{plan.output} would replace {sources[0]}, which it is made from", remedy="Give it a name of its own"
-        )
+        raise UsageError(f"{plan.output} would replace its own source, {sources[0]}", remedy="Choose another name")
     check_files(plan.output, plan.names, force=force)
 
 

@@ -71,7 +71,7 @@ def source_card(model: Model) -> SourceCard:
         return SourceCard(_carried({key: header.get(name) for key, name in keys.items()}))
     path = folder / CARD
     if path.is_file() and path.stat().st_size > MAX_CARD_BYTES:
-        notes.append(f"the source's {CARD} has {path.stat().st_size} bytes: not carried into the artifact's")
+        notes.append(f"the source's {CARD} has {path.stat().st_size} bytes: not copied into the artifact's")
     elif path.is_file():
         from huggingface_hub.repocard import metadata_load
 
@@ -156,8 +156,8 @@ def render(
         _section("files", _files(None)),
     ]
     if source.text:
-        heading = "## The card of the source"
-        parts += [heading, f"What {name} says of itself, unchanged; relative links point into its folder.", source.text]
+        heading = "## The source's model card"
+        parts += [heading, f"The card of {name}, unchanged. Relative links point into its folder.", source.text]
     return "\n\n".join(parts) + "\n"
 
 
@@ -216,7 +216,7 @@ def _provenance(recipe: Recipe, local: Sequence[str]) -> list[list[str]]:
         "source": origin.source,
         "licence": origin.licence,
         "made for": recipe.base_model,
-        "weights that they fit": origin.weights,
+        "fitted to the weights": origin.weights,
         "RoPE base θ, original window": f"{recipe.rope_theta:g}, {recipe.original_window} tokens",
         **{f"search: {key}": str(value) for key, value in (origin.search or {}).items()},
         **({"notes": "; ".join(origin.notes)} if origin.notes else {}),
@@ -240,12 +240,12 @@ def _parity(report: Mapping[str, Any] | None) -> list[str]:
     return [
         "## Parity",
         "",
-        f"Compared with the {reference}, {against}: {summary}. A row that is `known` is what native code gets wrong by "
-        "itself: measured, not judged.",
+        f"Compared with the {reference}, {against}: {summary}. A `known` row measures a limit of native code and does "
+        "not count as a failure.",
         "",
         _table(head, rows),
         *(line for loss in report.get("losses", ()) for line in ("", f"Lost: {_plain(str(loss))}.")),
-        *(["", f"Answered by {'; '.join(versions)}."] if versions else []),
+        *(["", f"Run with {'; '.join(versions)}."] if versions else []),
     ]
 
 

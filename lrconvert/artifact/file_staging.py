@@ -70,8 +70,8 @@ class FileStaging(Staging):
             self._finish()
         except OSError as error:
             raise EnvironmentFailure(
-                f"{error.filename or self.output}: {error.strerror or error}; {self.output} is half published",
-                remedy="The next conversion to it finishes that, once the cause is gone",
+                f"{error.filename or self.output}: {error.strerror or error}; {self.output} is only partly published",
+                remedy="Remove the cause and convert to it again, which completes it",
             ) from error
 
     def _finish(self) -> None:
@@ -115,7 +115,7 @@ def _check_files(output: Path, names: Iterable[str], *, force: bool) -> None:
     if foreign:
         raise UsageError(
             f"{', '.join(sorted(foreign))} was not written by lrconvert ({manifest} does not name it)",
-            remedy="--force replaces only artifacts; move it away yourself",
+            remedy="--force replaces only artifacts; move it away first",
         )
 
 
@@ -137,7 +137,9 @@ def _written(manifest: Path) -> set[str]:
     artifact = manifest.with_name(manifest.name.removesuffix(f".{MANIFEST}") + ".gguf")
     names = set(Manifest.read(artifact).files)
     if odd := [name for name in names if not _is_own(name, manifest)]:
-        raise InputError(f"{manifest}: names files that can't be its artifact's: {', '.join(map(repr, sorted(odd)))}")
+        raise InputError(
+            f"{manifest}: lists files that can't belong to its artifact: {', '.join(map(repr, sorted(odd)))}"
+        )
     return names
 
 
@@ -148,7 +150,7 @@ def _read_order(output: Path, path: Path) -> list[str]:
         names = None
     if isinstance(names, list) and all(_is_own(name, manifest_path(output)) for name in names):
         return names
-    raise InputError(f"{path}: not what a conversion leaves there", remedy=f"Move {path.parent} away")
+    raise InputError(f"{path}: not left there by a conversion", remedy=f"Move {path.parent} away")
 
 
 def _is_own(name: object, manifest: Path) -> bool:

@@ -62,8 +62,8 @@ class Manifest:
         path = manifest_path(artifact)
         if not path.is_file():
             raise InputError(
-                f"{artifact}: no {path.name}, so not an artifact of lrconvert",
-                remedy="To check a folder that something else wrote, name model and recipe: --against MODEL --recipe R",
+                f"{artifact}: no {path.name}, so not an lrconvert artifact",
+                remedy="To verify a folder of another program, give model and recipe: --against MODEL --recipe R",
             )
         from pydantic import TypeAdapter, ValidationError
 
@@ -77,7 +77,7 @@ class Manifest:
             raise InputError(f"{path}: not a manifest ({first_problem(error, 'the file')})") from error
         for section, key in (("source", "model"), ("recipe", "name")):
             if not isinstance(getattr(found, section).get(key), str):
-                raise InputError(f"{path}: not a manifest ({section}.{key} is no text)")
+                raise InputError(f"{path}: not a manifest ({section}.{key} is not a string)")
         if found.manifest_version > MANIFEST_VERSION:
             raise InputError(
                 f"{path}: manifest version {found.manifest_version}; this lrconvert reads up to {MANIFEST_VERSION}",

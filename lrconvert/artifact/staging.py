@@ -43,7 +43,7 @@ def _check_output(output: Path, *, force: bool) -> None:
     if not _is_folder(output) or not (output / MANIFEST).is_file():
         raise UsageError(
             f"{output} was not written by lrconvert (it has no {MANIFEST})",
-            remedy="--force replaces only artifacts; move it away yourself",
+            remedy="--force replaces only artifacts; move it away first",
         )
     known = {*Manifest.read(output).files, MANIFEST}
     present = {str(path.relative_to(output)) for path in output.rglob("*") if not _is_folder(path)}
@@ -160,7 +160,7 @@ class Staging(contextlib.AbstractContextManager["Staging"]):
                 if self.link:
                     raise UsageError(
                         f"{name}: can't be hard linked ({error.strerror})",
-                        remedy="Leave --link out, or use --copy",
+                        remedy="Omit --link, or use --copy",
                     ) from error
         self.copy(real, name)
 
@@ -243,6 +243,6 @@ def disk_errors(output: Path) -> Iterator[None]:
 
 
 def _as_failure(error: OSError, output: Path) -> LrconvertError:
-    """A full disk, a folder without write access and kin: exit code 6, nothing left behind."""
+    """A full disk, a folder without write access and the like: exit code 6, nothing left behind."""
     where = error.filename or output
     return EnvironmentFailure(f"{where}: {error.strerror or error}; nothing was written to {output}")

@@ -101,12 +101,12 @@ def _download(repository: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision, ignore_patterns=_NOT_DOWNLOADED))
     except HFValidationError as error:
-        raise InputError(f"{repository}: no such folder, and not a name that the Hub allows") from error
+        raise InputError(f"{repository}: no such folder, and not a valid Hub id") from error
     except RevisionNotFoundError as error:
         raise InputError(f"{repository}: has no revision {revision!r} on the Hub") from error
     except RepositoryNotFoundError as error:
         raise InputError(
-            f"{repository}: no such folder, and no such model on the Hub that you may read",
+            f"{repository}: no such folder, and no model on the Hub that you can read",
             remedy="For a private or gated model log in first: `hf auth login`",
         ) from error
     except network as error:

@@ -107,7 +107,7 @@ def choose_adapter(given: str | None, carried: str | None, folder: Path) -> str 
         return given
     raise UsageError(
         f"adapter and recipe disagree: --adapter is {given}, the recipe was made for {own}",
-        remedy="Leave --adapter out, or take a recipe without an adapter",
+        remedy="Omit --adapter, or use a recipe without an adapter",
     )
 
 
@@ -281,21 +281,21 @@ class _Matching:
             wanted["magnitude"] = shape[:1]
         for part, key in parts.items():
             if part not in wanted:
-                needed = f"a pair lora_embedding_A and _B of {name}" if embedding else f"no such part of {name}"
-                self.problems.append(f"{self._shape(key)}: needed is {needed} {list(shape)}")
+                needed = f"{name} takes lora_embedding_A and _B" if embedding else f"no such part of {name}"
+                self.problems.append(f"{self._shape(key)}: {needed} {list(shape)}")
             elif self.adapter.file.tensors[key].shape != wanted[part]:
                 self.problems.append(f"{self._shape(key)}: {list(wanted[part])} is needed for {name} {list(shape)}")
         pair = left in parts, right in parts
         if any(pair) and not all(pair):
             self.problems.append(f"{listed}: one of A and B is missing")
         if "saved" in parts and (any(pair) or "base" in parts):
-            self.problems.append(f"{listed}: replaced and adapted at once")
+            self.problems.append(f"{listed}: both replaced and adapted")
         if ("magnitude" in parts) != (self.config.dora and any(pair)):
             state = "with" if self.config.dora else "without"
             has = "a" if "magnitude" in parts else "no"
             self.problems.append(f"{listed}: {has} lora_magnitude_vector {state} use_dora")
         if embedding and "magnitude" in parts:
-            raise UnsupportedError(f"{self.adapter.path}: use_dora on an embedding ({listed}) isn't merged")
+            raise UnsupportedError(f"{self.adapter.path}: use_dora on an embedding ({listed}) can't be merged")
         return Change(
             start=base.name,
             saved=parts.get("saved", parts.get("base")),
@@ -323,7 +323,7 @@ class _Matching:
         if plain and head.saved and embedding.saved and self._equal(head.saved, embedding.saved):
             return {**found, EMBEDDING: embedding}, False, []
         changed = {} if embedding == Change(EMBEDDING) else {EMBEDDING: embedding}
-        note = "the adapter changes one of two tied embeddings: lm_head.weight is written, tie_word_embeddings false"
+        note = "the adapter changes one of two tied embeddings: lm_head.weight is written, tie_word_embeddings is false"
         return {**found, **changed, LM_HEAD: head}, True, [note]
 
     def _equal(self, one: str, other: str) -> bool:

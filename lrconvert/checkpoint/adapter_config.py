@@ -147,7 +147,7 @@ def read_adapter_config(path: Path) -> AdapterConfig:
         raise InputError.collect(path, reader.problems)
     if reader.unsafe:
         raise UnsupportedError(
-            f"{path}: regular expressions too intricate to run on somebody else's word: {', '.join(reader.unsafe)}",
+            f"{path}: regular expressions too complex to run safely: {', '.join(reader.unsafe)}",
             remedy="Name the modules in full",
         )
     return config
@@ -194,7 +194,7 @@ class _Reader:
     def text(self, key: str) -> str | None:
         value = self.values.get(key)
         if not isinstance(value, str | None):
-            self.problems.append(f"{key} is {_short(value)}; a text is needed")
+            self.problems.append(f"{key} is {_short(value)}; a string is needed")
             return None
         return value
 
@@ -213,7 +213,7 @@ class _Reader:
         if not isinstance(value, dict) or len(value) > MAX_PATTERNS:
             self.problems.append(f"{key} is {_short(value)}; an object of at most {MAX_PATTERNS} patterns is needed")
             return []
-        self.problems += [f"{key} {_short(p)} is no regular expression" for p in value if not _compiles(p)]
+        self.problems += [f"{key} {_short(p)} is not a regular expression" for p in value if not _compiles(p)]
         self.unsafe += [f"{key} {_short(p)}" for p in value if len(p) > MAX_PATTERN_CHARS or not _bounded(p)]
         return [] if self.problems or self.unsafe else list(value.items())
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint is, whatever file it comes from: a config, named tensors read on demand, side files."""
+"""What a checkpoint is, regardless of its file format: a config, named tensors read on demand, side files."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ def build_model(reference: str, checkpoint: Checkpoint) -> Model:
     shape = read_shape(checkpoint.config, family)
     if checkpoint.quantised_with:
         _ = checkpoint.tensors  # headers, index and shards are checked all the same
-        note = f"weights are quantised with {checkpoint.quantised_with}: copied as they are, not looked into"
+        note = f"weights are quantised with {checkpoint.quantised_with}: copied unchanged and not inspected"
         return Model(reference, checkpoint, family, shape, notes=(note,))
     found = checkpoint.tensors
     expected = {tensor.name: tensor for tensor in expected_tensors(family, shape)}
@@ -279,7 +279,7 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
         level = [item for items in inner for item in items if isinstance(item, dict | list)]
         if not level:
             return value
-    raise InputError(f"{path}: not JSON that anybody means (nested more than {MAX_JSON_DEPTH} deep)")
+    raise InputError(f"{path}: not usable JSON (nested more than {MAX_JSON_DEPTH} deep)")
 
 
 def refuse_quantised(model: Model, target: str) -> None:
@@ -287,5 +287,5 @@ def refuse_quantised(model: Model, target: str) -> None:
     if model.checkpoint.quantised_with:
         raise UnsupportedError(
             f"{model.reference} is quantised with {model.checkpoint.quantised_with}; {target} needs plain weights",
-            remedy="Convert the unquantised checkpoint, or bake to hf, which copies weights as they are",
+            remedy="Convert the unquantised checkpoint, or bake to hf, which copies weights unchanged",
         )

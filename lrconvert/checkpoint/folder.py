@@ -70,7 +70,7 @@ class FolderCheckpoint(Checkpoint):
             if Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
                 problems.append(f"{shard!r} is not the plain name of a .safetensors file in the folder")
             elif not (self.path / shard).is_file():
-                problems.append(f"{shard} is named here but is not in the folder")
+                problems.append(f"{shard} is listed here but is not in the folder")
         if problems:
             raise InputError.collect(path, problems)
         return {name: str(shard) for name, shard in weight_map.items()}

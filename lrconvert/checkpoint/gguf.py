@@ -112,7 +112,7 @@ def _read_parts(path: Path) -> list[GgufHeader]:
     if not match or int(match["count"]) != count:
         raise InputError(
             f"{path}: one of {count} parts (split.count), but its name does not end in -NNNNN-of-{count:05}.gguf",
-            remedy="Give the parts the names that llama.cpp's gguf-split gave them",
+            remedy="Restore the names that llama.cpp's gguf-split gave the parts",
         )
     parts = [path.with_name(f"{match['stem']}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
     if missing := [part.name for part in parts if not part.is_file()]:
@@ -143,7 +143,7 @@ def _all_tensors(path: Path, headers: list[GgufHeader]) -> dict[str, GgufTensor]
         problems += [f"{name} is in two parts" for name in header.tensors if name in stored]
         stored.update(header.tensors)
     if not stored:
-        problems.append("holds no tensors (a vocabulary alone?)")
+        problems.append("holds no tensors (vocabulary only?)")
     if problems:
         raise InputError.collect(path, problems)
     return stored

@@ -101,7 +101,7 @@ def build_config(
         keys.problems.append(f"attention.head_count is {heads}; embedding_length {hidden} has no channel for each")
     value_dim = keys.get("attention.value_length", int)
     if value_dim and head_dim and value_dim != head_dim:
-        keys.problems.append(f"attention.key_length is {head_dim}, value_length {value_dim}; they have to be the same")
+        keys.problems.append(f"attention.key_length is {head_dim}, value_length {value_dim}; they must be equal")
     rotary_dim: Any = keys.get("rope.dimension_count", int) or head_dim
     if architecture in GGUF_INTERLEAVED and rotary_dim != head_dim:
         keys.problems.append(f"rope.dimension_count is {rotary_dim}; {family.name} rotates all {head_dim} channels")
@@ -194,7 +194,7 @@ def _rope(
         keys.problems.append("factors for a length of 1 token (context_length, rope.scaling.original_context_length)")
         return {}
     if there and ratio != 1.0:
-        keys.problems.append(f"rope.scaling.factor {ratio:g} would stack on the factors of {', '.join(there)}")
+        keys.problems.append(f"rope.scaling.factor {ratio:g} would apply on top of the factors of {', '.join(there)}")
     if there and kind not in (None, "none", "linear" if there == [STATIC] else "longrope"):
         keys.problems.append(f"rope.scaling.type is {kind!r}, but the file carries {', '.join(there)}")
     if kind == "longrope" or SHORT in there or LONG in there:
@@ -276,5 +276,5 @@ def _yarn(keys: _Keys, ratio: float, original: int, attention: float) -> dict[st
     for name, plain in (("ext_factor", 1.0), ("attn_factor", 1.0), ("log_multiplier", 0.0)):
         value = keys.header.metadata.get(f"{keys.prefix}rope.scaling.yarn_{name}", plain)
         if value != plain:
-            keys.problems.append(f"rope.scaling.yarn_{name} is {value!r:.60}; no Hugging Face config can say that")
+            keys.problems.append(f"rope.scaling.yarn_{name} is {value!r:.60}; no Hugging Face config can express that")
     return {"rope_scaling": scaling}

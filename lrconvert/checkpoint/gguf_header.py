@@ -152,7 +152,9 @@ class _Cursor:
     def name(self) -> str:
         (length,) = self.take("<Q")
         if not 1 <= length <= MAX_NAME_BYTES:
-            raise InputError(f"{self.path}: {self.where} has a name of {length} bytes; 1 to {MAX_NAME_BYTES} can be")
+            raise InputError(
+                f"{self.path}: {self.where} has a name of {length} bytes; 1 to {MAX_NAME_BYTES} are allowed"
+            )
         self.skip(length)
         name = self.buffer[self.position - length : self.position].decode(errors="replace")
         if not name.isprintable() or "\ufffd" in name:  # names go into messages as they are
@@ -214,7 +216,7 @@ def _read(path: Path, file: BinaryIO) -> GgufHeader:
     # The smallest entries: a one-byte name, a type and a byte; a one-byte name, one dimension, type and offset.
     if tensor_count > MAX_TENSORS or key_count > MAX_KEYS or 14 * key_count + 33 * tensor_count > cursor.size:
         raise InputError(
-            f"{path}: promises {tensor_count} tensors and {key_count} metadata keys; a file of {cursor.size} bytes "
+            f"{path}: declares {tensor_count} tensors and {key_count} metadata keys; a file of {cursor.size} bytes "
             f"can't hold them, or they are more than {MAX_TENSORS}"
         )
     metadata: dict[str, Any] = {}
@@ -224,7 +226,7 @@ def _read(path: Path, file: BinaryIO) -> GgufHeader:
         key = cursor.name()
         cursor.where = key
         if key in metadata:
-            raise InputError(f"{path}: the metadata key {key} is there twice")
+            raise InputError(f"{path}: the metadata key {key} appears twice")
         begin = cursor.position
         metadata[key] = cursor.value(cursor.take("<I")[0])
         spans[key] = (begin, cursor.position)
@@ -235,7 +237,7 @@ def _read(path: Path, file: BinaryIO) -> GgufHeader:
         cursor.where = f"tensor {name}"
         (dimensions,) = cursor.take("<I")
         if not 1 <= dimensions <= MAX_DIMENSIONS:
-            raise InputError(f"{path}: {name} has {dimensions} dimensions; 1 to {MAX_DIMENSIONS} can be")
+            raise InputError(f"{path}: {name} has {dimensions} dimensions; 1 to {MAX_DIMENSIONS} are allowed")
         shape = cursor.take(f"<{dimensions}Q")[::-1]
         entries.append((name, shape, *cursor.take("<IQ")))
     alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
@@ -265,11 +267,11 @@ def _place(
         elif shape[-1] % block:
             problems.append(f"{name} has rows of {shape[-1]}; {quantisation.name} needs a multiple of {block}")
         elif offset % alignment:
-            problems.append(f"{name} lies at {offset}, not a multiple of the alignment {alignment}")
+            problems.append(f"{name} starts at {offset}, not a multiple of the alignment {alignment}")
         elif start + offset + nbytes > size:
             problems.append(f"{name} ends at byte {start + offset + nbytes}, the file at {size}: truncated?")
         elif name in tensors:
-            problems.append(f"{name} is there twice")
+            problems.append(f"{name} appears twice")
         tensors[name] = GgufTensor(name, quantisation, shape, path, start + offset, nbytes)
     if not problems:
         ordered = sorted(tensors.values(), key=lambda tensor: tensor.offset)

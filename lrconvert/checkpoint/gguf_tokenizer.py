@@ -180,8 +180,8 @@ class _Vocabulary:
         name = self._get("tokenizer.ggml.pre", str)
         if name not in PRE_TOKENIZERS:
             raise UnsupportedError(
-                f"{self.header.path}: tokenizer.ggml.pre is {'missing' if name is None else repr(name)[:60]}, so how "
-                "text is split before the merges isn't known, and a guess would be silently wrong",
+                f"{self.header.path}: tokenizer.ggml.pre is {'missing' if name is None else repr(name)[:60]}, so the "
+                "pre-tokenizer isn't known, and a wrong guess would go unnoticed",
                 remedy=f"Known: {', '.join(PRE_TOKENIZERS)}",
             )
         return PRE_TOKENIZERS[name]
@@ -198,7 +198,7 @@ class _Vocabulary:
             raise
         except Exception as error:  # what the library raises for merges of unknown tokens and the like
             raise InputError(
-                f"{self.header.path}: no tokenizer can be made of its vocabulary ({str(error)!r:.200})"
+                f"{self.header.path}: no tokenizer can be built from its vocabulary ({str(error)!r:.200})"
             ) from error
         if self.adds_bos or self.adds_eos:
             tokenizer.post_processor = self._template(tokenizers)

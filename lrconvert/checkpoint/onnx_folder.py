@@ -53,7 +53,7 @@ def load_graph(path: Path) -> Any:
         if not path.is_file():  # a pipe has no end
             raise InputError(f"{path}: not a file")
         if size > MAX_GRAPH_BYTES:
-            raise InputError(f"{path}: {size} bytes; an ONNX graph can have {MAX_GRAPH_BYTES}")
+            raise InputError(f"{path}: {size} bytes; an ONNX graph can have at most {MAX_GRAPH_BYTES}")
         model = onnx.load(str(path), load_external_data=False)
         if odd := next((text for text in _texts(model) if not isinstance(text, str)), None):
             raise InputError(f"{path}: not an ONNX graph (a name is {odd[:40]!a}, which is not UTF-8)")
@@ -88,10 +88,10 @@ def _numbers(tensor: Any) -> np.ndarray[Any, Any]:
     from onnx import numpy_helper
 
     if tensor.data_location == 1:
-        raise ValueError(f"{tensor.name} lies in a file")
+        raise ValueError(f"{tensor.name} is stored in a file")
     array = numpy_helper.to_array(tensor)
     if array.dtype.kind not in "iuf" or not np.isfinite(array).all():
-        raise ValueError(f"{tensor.name} holds something else than numbers")
+        raise ValueError(f"{tensor.name} holds something other than numbers")
     return array
 
 
@@ -116,7 +116,7 @@ class OnnxCheckpoint(Checkpoint):
         if self.call is None:
             raise InputError(
                 f"{path / GRAPH}: has no {DOMAIN}::{COS_SIN}, so it was not written by lrconvert",
-                remedy="Convert the checkpoint that it was made from",
+                remedy="Convert its source checkpoint",
             )
         self._external = dict(self._located())
         if problems := list(self._quantised_problems()):
@@ -150,7 +150,7 @@ class OnnxCheckpoint(Checkpoint):
 
     @cached_property
     def tiers(self) -> tuple[Tier, ...]:  # type: ignore[override]
-        """The tiers in the graph, which is what is computed whatever config.json says."""
+        """The tiers in the graph, which determines the computation, regardless of config.json."""
         try:
             arrays = {a.name: _numbers(a.t) for a in self.call.attribute if a.name in TIER_ATTRIBUTES}
             plain, scaled = arrays["inverse_frequencies"], arrays["scaled_inverse_frequencies"]
@@ -181,7 +181,7 @@ class OnnxCheckpoint(Checkpoint):
             location = entries.get("location", "")
             file = self.path / Path(GRAPH).parent / location
             if not location or Path(location).name != location or "\\" in location:
-                problems.append(f"{tensor.name} lies in {location!r}, which is not the plain name of a file")
+                problems.append(f"{tensor.name} is stored in {location!r}, which is not a plain file name")
                 continue
             if file not in sizes:
                 sizes[file] = _size(file)
@@ -193,7 +193,7 @@ class OnnxCheckpoint(Checkpoint):
                 problems.append(f"{tensor.name}: has no length, or a type that lrconvert does not write")
                 continue
             if sizes[file] < 0:
-                problems.append(f"{tensor.name} lies in {location}, which is not there")
+                problems.append(f"{tensor.name} is stored in {location}, which is missing")
             elif offset < 0 or nbytes != needed or offset + nbytes > sizes[file]:
                 problems.append(f"{tensor.name} does not fit into {location}")
             else:

@@ -101,7 +101,7 @@ def _longrope(section: _Section) -> FoundRope:
     long_factors = section.factors("long_factor")
     if window <= original:
         if long_factors != short.factors:
-            section.notes.append(f"long_factor is never reached: the window, {window}, is the original one")
+            section.notes.append(f"long_factor is never used: the window, {window}, is the original one")
         return FoundRope("longrope", original, (short,))
     return FoundRope("longrope", original, (short, Tier(window, long_factors, attention_factor=long_scale)))
 
@@ -127,7 +127,7 @@ def _dynamic(section: _Section) -> FoundRope:
         lengths.append(length)
         length *= 2
     section.notes.append(
-        "dynamic NTK has a factor set for every length: taken at "
+        "dynamic NTK has a factor set for every length: sampled at "
         f"{', '.join(str(n) for n in [*lengths, end])}, each serving the lengths below it"
     )
     tiers = tuple(

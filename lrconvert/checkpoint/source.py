@@ -49,7 +49,7 @@ def check_unchanged(before: Mapping[Path, tuple[int, int]]) -> None:
         raise InputError(f"{error.filename}: vanished while it was read", remedy="Convert again") from error
     if changed:
         names = ", ".join(str(path) for path in changed)
-        raise InputError(f"{names}: changed while it was read", remedy="Wait until nobody writes it; convert again")
+        raise InputError(f"{names}: changed while it was read", remedy="Wait until nothing writes to it; convert again")
 
 
 def _head_digest(path: Path) -> str:

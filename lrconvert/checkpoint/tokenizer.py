@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tokenizer of a checkpoint or an artifact, whatever its format: text to ids."""
+"""The tokenizer of a checkpoint or an artifact, of any format: text to ids."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def read_tokenizer(artifact: Path) -> Any:
     tokenizers = require("tokenizers", "hf", "reading a text")
     source: Any = open_checkpoint(artifact, tolerant=True).side_files().get("tokenizer.json")
     if source is None:
-        raise InputError(f"{artifact}: no tokenizer.json, so no text can be read")
+        raise InputError(f"{artifact}: no tokenizer.json, so text can't be tokenized")
     try:
         text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source.decode()
         json.loads(text)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: this file wires, each command has a file of its own that is imported when it runs."""
+"""The command line: this file wires. Each command has its own file, imported when it runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lrconvert.errors import EnvironmentFailure, LrconvertError, UsageError
 
 # Name: (module under lrconvert.cli, one line of help). A command's module is imported only when it is used.
 COMMANDS = {
-    "inspect": ("inspect", "What a model is, which RoPE it carries, what it can become."),
+    "inspect": ("inspect", "Show what a model is, its RoPE, and what it can be converted to."),
     "search": ("search", "Find a recipe's factor sets on your own text."),
     "recipe": ("recipe", "Factor sets: list, show, check, derive, import, plot."),
     "hf": ("hf", "Bake a recipe into a Hugging Face folder."),
@@ -26,7 +26,7 @@ COMMANDS = {
     "verify": ("verify", "Compare an artifact with the reference implementation."),
     "eval": ("eval", "Long-text perplexity, passkey retrieval, short benchmarks."),
     "push": ("push", "Publish an artifact on the Hugging Face Hub."),
-    "demo": ("demo", "All of it, on the embedded model, in about three minutes."),
+    "demo": ("demo", "Run the whole path on the embedded model, in about three minutes."),
 }
 
 
@@ -74,7 +74,7 @@ def run(arguments: list[str]) -> int:
     """Run the command line; the exit code. Errors become one line on stderr."""
     debug = "--debug" in arguments
     if odd := [argument for argument in arguments if not _is_utf8(argument)]:
-        return _fail(f"{odd[0]!a} is not UTF-8: no manifest can name it. Rename it", UsageError.exit_code, False)
+        return _fail(f"{odd[0]!a} is not UTF-8, so no manifest can record it. Rename it", UsageError.exit_code, False)
     try:
         result: Any = cli.main(arguments, prog_name="lrconvert", standalone_mode=False)
         return result if isinstance(result, int) else 0
@@ -94,10 +94,10 @@ def run(arguments: list[str]) -> int:
         return _fail(str(error), error.exit_code, debug)
     except BrokenPipeError:
         return 1
-    except OSError as error:  # what the machine refuses where no command had more to say about it
+    except OSError as error:  # refused by the machine, and not explained by a command
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}", EnvironmentFailure.exit_code, debug)
-    except Exception as error:  # whatever is not one of ours is a bug of ours
+    except Exception as error:  # anything else is a bug of ours
         line = f"a bug in lrconvert, {type(error).__name__}: {error}. Please report it with the output of --debug"
         return _fail(line, 1, debug)
 

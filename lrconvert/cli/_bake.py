@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every bake has on the command line: its options, and plan → bake → verify in that order."""
+"""What all bake commands share: options, and plan → bake → verify in that order."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def run(
     before: Callable[[Plan], None] | None = None,
     describe: Callable[[Plan, bool], None] | None = None,
 ) -> int | None:
-    """Plan, describe and bake, then verify where that was asked for; the exit code of `verify`, None without.
+    """Plan, describe and bake, then verify if requested; the exit code of `verify`, None without.
 
-    `before` may refuse once everything else is known to be right; `describe` has more to say about the plan.
+    `before` may refuse after all other checks have passed; `describe` adds to the output about the plan.
     """
     from lrconvert.api.baking import plan_bake
     from lrconvert.artifact.bake import bake, check_name, check_place
@@ -102,12 +102,12 @@ def show(plan: Plan, *, detailed: bool) -> None:
     for edit in plan.edits:
         out.say(f"  {edit}")
     for name, size in plan.sizes.items():
-        how = "made" if name in plan.texts else "kept" if name in plan.copies else "converted"
+        how = "generated" if name in plan.texts else "copied" if name in plan.copies else "converted"
         out.say(f"  {name}: {out.size(size)}, {how}")
 
 
 def warn(plan: Plan) -> None:
-    """What the artifact does not do, and what its user has to know."""
+    """What the artifact does not do, and what its user must know."""
     for loss in plan.dropped:
         out.warn(f"dropped: {loss}")
     for loss in plan.losses:

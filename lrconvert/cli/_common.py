@@ -27,12 +27,12 @@ class Tokens(click.ParamType):
             return value
         matched = re.fullmatch(r"(\d{1,10})([km]?)", str(value).strip().lower())
         if not matched or int(matched.group(1)) == 0:
-            self.fail(f"{value!r} is not a number of tokens; 65536, 64k and 2m are", param, ctx)
+            self.fail(f"{value!r} is not a number of tokens; examples: 65536, 64k, 2m", param, ctx)
         return int(matched.group(1)) * _SUFFIX[matched.group(2)]
 
 
 class Registered(click.Choice):
-    """One of the names in a registry, looked up when they are needed: it may have grown by then."""
+    """One of the names in a registry, looked up when needed, since the registry may grow."""
 
     def __init__(self, names: Callable[[], Iterable[str]]) -> None:
         self._names = names
@@ -44,7 +44,7 @@ class Registered(click.Choice):
 
     @choices.setter
     def choices(self, value: object) -> None:  # type: ignore[override]
-        """click sets what it was given; the registry has the names."""
+        """Ignored: click sets its argument, but the names are the registry's."""
 
 
 class Number(click.FloatRange):
@@ -77,7 +77,7 @@ class OutputName(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         path = Path(os.fsdecode(super().convert(value, param, ctx)))
         if path.name in ("", ".."):
-            self.fail(f"{str(value)!r} has no name for a file", param, ctx)
+            self.fail(f"{str(value)!r} does not name a file", param, ctx)
         for suffix in self.suffixes:
             if (file := path.with_name(path.name + suffix)).is_dir():
                 self.fail(f"{file} is a folder", param, ctx)
@@ -85,7 +85,7 @@ class OutputName(click.Path):
         if not there.is_dir():
             self.fail(f"{there} is not a folder", param, ctx)
         if not os.access(there, os.W_OK | os.X_OK):
-            raise EnvironmentFailure(f"{there}: nothing can be written there")
+            raise EnvironmentFailure(f"{there}: not writable")
         return path
 
 

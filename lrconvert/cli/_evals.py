@@ -28,8 +28,8 @@ def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--code",
             type=Registered(lambda: [*backend_choices(), "reference"]),
-            help="Run this code: native or custom (folders), or our reference implementation. "
-            "Default: the artifact's own.",
+            help="Backend to evaluate: native or custom (folders), or lrconvert's reference "
+            "implementation. Default: the artifact's own.",
         ),
         click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 …"),
         click.option(

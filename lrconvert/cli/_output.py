@@ -39,7 +39,7 @@ def say(text: str = "") -> None:
 
 
 def hint(text: str) -> None:
-    """What to do next, or what is going on: stderr."""
+    """What to do next, or progress: stderr."""
     click.echo(text, err=True)
 
 
@@ -53,14 +53,14 @@ def count(number: int, noun: str) -> str:
 
 
 def engines(verdicts: Sequence[Verdict], *, detailed: bool) -> None:
-    """A line an engine: its verdict and the first reason; everything with `detailed`."""
+    """One line per engine: its verdict and the first reason; everything with `detailed`."""
     width = max(len(verdict.engine) for verdict in verdicts)
     for verdict in verdicts:
         say(
             f"  {verdict}" if detailed else f"  {verdict.engine:<{width}}  {verdict.outcome:<8}{verdict.brief}".rstrip()
         )
     if not detailed:
-        hint("--verbose and docs/engines.md say more of each")
+        hint("details: --verbose and docs/engines.md")
 
 
 def size(count: int) -> str:
@@ -97,7 +97,7 @@ def byte_progress(quiet: bool = False) -> Iterator[Callable[[str, int, int], Non
 
 @contextlib.contextmanager
 def spinner(quiet: bool = False) -> Iterator[Callable[[str], None]]:
-    """Yields `say(what)`: what goes on and for how long, on a terminal; a line now and then elsewhere."""
+    """Yields `say(what)`: the current step and its time, on a terminal; a line now and then elsewhere."""
     if quiet:
         yield lambda what: None
         return
@@ -116,7 +116,7 @@ def spinner(quiet: bool = False) -> Iterator[Callable[[str], None]]:
 
 
 def _now_and_then() -> Callable[[str], None]:
-    """Says what goes on at most every `EVERY` seconds, with the time since the start."""
+    """Prints the current step at most every `EVERY` seconds, with the time since the start."""
     started = last = time.monotonic()
 
     def line(what: str) -> None:

@@ -27,7 +27,7 @@ class Measured:
     passkey: float | None
 
 
-@click.command(name="demo", short_help="All of it, on the embedded model, in about three minutes.")
+@click.command(name="demo", short_help="Run the whole path on the embedded model, in about three minutes.")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), default=Path("lrconvert-demo"), show_default=True, metavar="DIR"
 )
@@ -36,7 +36,7 @@ class Measured:
 def command(ctx: click.Context, output: Path, force: bool) -> int:
     """Bake a searched recipe into the embedded model, verify the artifact, and show what it gained.
 
-    Offline, about three minutes on two cores. Leaves a folder to look into.
+    It runs offline, in about three minutes on two cores, and leaves its results in a folder.
     """
     from lrconvert.api.verifying import verify
     from lrconvert.artifact.manifest import MANIFEST
@@ -69,9 +69,10 @@ def command(ctx: click.Context, output: Path, force: bool) -> int:
     out.say(f"\n{output}: demo-32k/ (the artifact), factors.png, factors.svg, results.json")
     out.say(report.summary)
     out.hint(
-        f"{time.monotonic() - started:.0f} s. Next: your own model: lrconvert inspect MODEL; "
-        "lrconvert search MODEL --target 64k --text book.txt -o my-recipe (or, at once: lrconvert recipe derive MODEL "
-        "--method yarn --factor 8 -o my-recipe); lrconvert hf MODEL --recipe my-recipe -o my-model (or gguf, onnx)"
+        f"{time.monotonic() - started:.0f} s. Next, on your own model: lrconvert inspect MODEL; "
+        "lrconvert search MODEL --target 64k --text book.txt -o my-recipe (or, without a search: lrconvert recipe "
+        "derive MODEL --method yarn --factor 8 -o my-recipe); lrconvert hf MODEL --recipe my-recipe -o my-model "
+        "(or gguf, onnx)"
     )
     return 0 if report.passed else ParityError.exit_code
 

@@ -49,14 +49,14 @@ command.add_command(benchmarks)
 @_lengths
 @text_option
 @click.option("--judged", type=click.IntRange(64), metavar="N",
-              help="Tokens that count, the same ones at every length; default: 1024.")  # fmt: skip
-@click.option("--whole", is_flag=True, help="Instead: count all tokens of documents that are cut at each length.")
+              help="Tokens to score, the same ones at every length; default: 1024.")  # fmt: skip
+@click.option("--whole", is_flag=True, help="Instead, score all tokens of documents cut at each length.")
 @click.option("--sliding-window", "step", type=TOKENS, metavar="TOKENS",
-              help="Instead: move each context by this many tokens over a document.")  # fmt: skip
+              help="Instead, slide each context over a document by this many tokens.")  # fmt: skip
 @click.option("--document-tokens", type=TOKENS, metavar="TOKENS",
-              help="With --sliding-window: tokens to read of each document; default: the longest length.")  # fmt: skip
+              help="With --sliding-window: tokens to read per document; default: the longest length.")  # fmt: skip
 @click.option("--windows", "excerpts", type=click.IntRange(1), default=4, show_default=True,
-              help="Excerpts of the texts to measure.")  # fmt: skip
+              help="Number of excerpts to score.")  # fmt: skip
 def perplexity(**options: Any) -> None:
     """Perplexity at several context lengths; by default, of the same tokens at each of them.
 

@@ -23,7 +23,7 @@ class Names(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
         names = value if isinstance(value, tuple) else tuple(part.strip() for part in str(value).split(","))
         if not all(names) or len(set(names)) < len(names):
-            self.fail(f"{value!r} is not a list of different names with commas between", param, ctx)
+            self.fail(f"{value!r} is not a comma-separated list of distinct names", param, ctx)
         return names
 
 

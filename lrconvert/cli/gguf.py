@@ -24,26 +24,26 @@ class Bytes(click.ParamType):
             return value
         matched = re.fullmatch(r"(\d{1,6})([mg])", str(value).strip().lower())
         if not matched or int(matched[1]) == 0:
-            self.fail(f"{value!r} is not a size; 2G and 500M are", param, ctx)
+            self.fail(f"{value!r} is not a size; examples: 2G, 500M", param, ctx)
         return int(matched[1]) * _UNITS[matched[2]]
 
 
 @click.command(name="gguf", short_help="Bake a recipe into a GGUF for llama.cpp.")
 @_bake.shared_options
-@_bake.output_option("FILE", "The GGUF.")
+@_bake.output_option("FILE", "Output file.")
 @click.option("--type", "kind", metavar="TYPE", help="f32, f16, bf16, q8_0, q4_k_m and llama.cpp's other types; "
               "default: as stored.")  # fmt: skip
-@click.option("--tokenizer-pre", "pre", metavar="NAME", help="What llama.cpp calls the tokenizer's way to split text.")
+@click.option("--tokenizer-pre", "pre", metavar="NAME", help="llama.cpp's name for the tokenizer's pre-tokenizer.")
 @click.option("--split-max-size", "split", type=Bytes(), help="Write several files of at most this size: 2G, 500M.")
-@click.option("--fold-attention-factor", "fold", is_flag=True, help="Put the attention factor into q and k: exact, "
-              "and it survives context shifts.")  # fmt: skip
-@click.option("--static-long", "static", is_flag=True, help="The long factors alone, for every length.")
-@click.option("--imatrix", type=click.Path(path_type=Path), metavar="FILE", help="Importance matrix (GGUF form).")
+@click.option("--fold-attention-factor", "fold", is_flag=True, help="Fold the attention factor into q and k: exact, "
+              "also after context shifts.")  # fmt: skip
+@click.option("--static-long", "static", is_flag=True, help="Use the long factors only, at every length.")
+@click.option("--imatrix", type=click.Path(path_type=Path), metavar="FILE", help="Importance matrix (GGUF format).")
 @click.option(
     "--llama-library", "library", metavar="PATH", help="libllama to quantise with; default: an installed one."
 )
 @click.option("--modelfile", is_flag=True, help="Also write an Ollama Modelfile with the right num_ctx.")
-@click.option("--allow-lossy", "lossy", is_flag=True, help="Drop what llama.cpp can't do, and record it.")
+@click.option("--allow-lossy", "lossy", is_flag=True, help="Drop what llama.cpp can't express, and record it.")
 def command(
     kind: str | None,
     pre: str | None,

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 @click.command(name="hf", short_help="Bake a recipe into a Hugging Face folder.")
 @_bake.shared_options
-@_bake.output_option("DIR", "The artifact.")
-@click.option("--dtype", type=click.Choice(["bf16", "f16", "f32"]), help="Convert the weights; default: as they are.")
-@click.option("--portable", is_flag=True, help="Only what other engines compute right too; the attention factor goes "
-              "into q and k.")  # fmt: skip
-@click.option("--allow-lossy", "lossy", is_flag=True, help="With --portable: drop what engines can't do.")
+@_bake.output_option("DIR", "Output folder.")
+@click.option("--dtype", type=click.Choice(["bf16", "f16", "f32"]), help="Convert the weights; default: as stored.")
+@click.option("--portable", is_flag=True, help="Write only what other engines compute correctly too; the attention "
+              "factor is folded into q and k.")  # fmt: skip
+@click.option("--allow-lossy", "lossy", is_flag=True, help="With --portable: drop what other engines can't express.")
 @click.option(
-    "--copy/--link", "copy", default=None, help="Copy weights, or insist on hard links; default: link if possible."
+    "--copy/--link", "copy", default=None, help="Copy weights, or require hard links; default: link if possible."
 )
 @click.option("--push-to-hub", "name", metavar="NAME", help="Publish it on the Hub as NAME, unless --verify fails.")
 @click.option("--private", is_flag=True, help="With --push-to-hub: make the repository private.")

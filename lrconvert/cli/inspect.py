@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from lrconvert.api.inspecting import Inspection
 
 
-@click.command(name="inspect", short_help="What a model is, which RoPE it carries, what it can become.")
+@click.command(name="inspect", short_help="Show what a model is, its RoPE, and what it can be converted to.")
 @model_argument
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
-@click.option("--verbose", is_flag=True, help="Say everything that is known of every engine.")
+@click.option("--verbose", is_flag=True, help="Show everything known about each engine.")
 @revision_option
 def command(model: str, as_json: bool, verbose: bool, revision: str | None) -> None:
-    """What MODEL is, which RoPE it carries, what it can become."""
+    """Show what MODEL is, its RoPE, and what it can be converted to."""
     from lrconvert.api.inspecting import inspect
 
     found = inspect(model, revision=revision)
@@ -60,13 +60,13 @@ def _show(found: Inspection, verbose: bool) -> None:
         out.say(f"can become {name}" if reason is None else f"can't become {name}: {reason}")
     if found.manifest:
         made = found.manifest
-        out.say(f"made by lrconvert from {made.model} with {made.recipe}: {made.parity}")
+        out.say(f"baked by lrconvert from {made.model} with {made.recipe}: {made.parity}")
     elif found.targets:
         out.hint(f"next: lrconvert recipe derive {found.model} --method yarn --factor 8 -o my-recipe")
 
 
 def _show_foreign(found: Inspection) -> None:
-    out.say(f"{found.model}: {found.family or 'an unknown family'}, a graph of another exporter, {found.graph}")
+    out.say(f"{found.model}: {found.family or 'an unknown family'}, a graph from another exporter, {found.graph}")
     for line in found.words:
         out.say(f"  {line}")
-    out.hint("convert the checkpoint that it was made from: lrconvert onnx MODEL --recipe RECIPE -o DIR")
+    out.hint("convert its source checkpoint instead: lrconvert onnx MODEL --recipe RECIPE -o DIR")

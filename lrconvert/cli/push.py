@@ -18,8 +18,12 @@ if TYPE_CHECKING:
 @click.command(name="push", short_help="Publish an artifact on the Hugging Face Hub.")
 @click.argument("artifact", metavar="ARTIFACT", type=click.Path(path_type=Path))
 @click.argument("name", metavar="NAME")
-@click.option("--private", is_flag=True, help="Make the repository private, where it doesn't exist yet.")
-@click.option("--force", is_flag=True, help="Publish what failed to verify; write into a repository of other content.")
+@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Publish an artifact that failed verification; write into a repository with other content.",
+)
 @click.option("--dry-run", is_flag=True, help="Print what would be uploaded and deleted; change nothing.")
 def command(artifact: Path, name: str, private: bool = False, force: bool = False, dry_run: bool = False) -> None:
     """Publish ARTIFACT, a folder that lrconvert wrote, on the Hub as NAME (OWNER/NAME).
@@ -40,7 +44,7 @@ def command(artifact: Path, name: str, private: bool = False, force: bool = Fals
         out.hint("dry run: nothing was uploaded")
         return
     done = hub.upload(planned, force=force, progress=out.hint)
-    out.say(done.url if done.changed else f"{planned.repo} has exactly this already: {done.url}")
+    out.say(done.url if done.changed else f"{planned.repo} is already up to date: {done.url}")
 
 
 def describe(planned: Plan) -> None:
@@ -51,7 +55,7 @@ def describe(planned: Plan) -> None:
     for name, size in planned.sizes.items():
         out.say(f"  {name}: {out.size(size)}")
     for name in planned.deleted:
-        out.say(f"  {name}: deleted there")
+        out.say(f"  {name}: deleted on the Hub")
     for found in planned.foreign:
         out.warn(f"{planned.repo} holds other content: {found}")
     for warning in planned.warnings:

@@ -29,7 +29,7 @@ def command() -> None:
 @click.argument("folder", required=False, type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_recipes(folder: Path | None, as_json: bool) -> None:
-    """List the recipes that are shipped, or those in the folders of FOLDER."""
+    """List the shipped recipes, or those in the subfolders of FOLDER."""
     from lrconvert.errors import LrconvertError
     from lrconvert.recipe import load_recipe, recipes_in, shipped_recipes
 
@@ -86,7 +86,7 @@ def show(recipe: str, as_json: bool) -> None:
 @click.argument("recipe")
 @click.option("--model", help="Also check that the recipe fits this model.")
 def check(recipe: str, model: str | None) -> None:
-    """Check a recipe: report everything that is wrong (exit code 3) and everything unusual."""
+    """Check a recipe: report everything wrong (exit code 3) or unusual."""
     from lrconvert.recipe import load_recipe
 
     loaded = load_recipe(recipe)
@@ -101,7 +101,7 @@ def check(recipe: str, model: str | None) -> None:
 
 @command.command()
 @model_argument
-@click.option("--method", type=click.Choice(METHODS), required=True, help="The analytic interpolation.")
+@click.option("--method", type=click.Choice(METHODS), required=True, help="Interpolation method.")
 @click.option(
     "--factor", type=Number(0, 1e6), required=True, metavar="S", help="Extension ratio: window / original window."
 )
@@ -179,7 +179,7 @@ def plot(recipe: str, output: Path | None, journal: Path | None) -> None:
     """Plot factors by frequency index, every tier beside PI, NTK-aware and YaRN.
 
     With the journal of a search, also plot its loss against evaluations and how the factors moved. Without -o, or
-    without matplotlib, lines of text are printed.
+    without matplotlib, the plot is printed as text.
     """
     from lrconvert.errors import EnvironmentFailure
     from lrconvert.recipe import load_recipe
@@ -193,7 +193,7 @@ def plot(recipe: str, output: Path | None, journal: Path | None) -> None:
         out.say(line)
     if output is None:
         more = f" --journal {journal}" if journal is not None else ""
-        out.hint(f"as a picture: lrconvert recipe plot {recipe}{more} -o {loaded.name}")
+        out.hint(f"to write a plot: lrconvert recipe plot {recipe}{more} -o {loaded.name}")
         return
     stem = output.with_suffix("") if output.suffix in (".png", ".svg") else output
     try:
@@ -201,7 +201,7 @@ def plot(recipe: str, output: Path | None, journal: Path | None) -> None:
         if records:
             paths += plot_journal(records, stem.with_name(f"{stem.name}-search"))
     except EnvironmentFailure as error:
-        raise EnvironmentFailure(f"no picture: {error.message}", remedy=error.remedy) from error
+        raise EnvironmentFailure(f"can't plot: {error.message}", remedy=error.remedy) from error
     out.say(" ".join(str(path) for path in paths))
 
 

@@ -89,7 +89,7 @@ class TierLength(click.ParamType):
               help="Evaluations for the long set; the short one gets a quarter. Default: the algorithm's.")  # fmt: skip
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of everything random.")
 @click.option("--start-from", metavar="RECIPE",
-              help="Start from this recipe's sets, and keep those that are not searched.")  # fmt: skip
+              help="Start from this recipe's sets, and keep those not searched.")  # fmt: skip
 @click.option("--journal", type=click.Path(path_type=Path), metavar="FILE",
               help="Where to record every evaluation; default: RECIPE.journal.jsonl.")  # fmt: skip
 @click.option("--attention-factor", type=Number(0),
@@ -105,7 +105,7 @@ class TierLength(click.ParamType):
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
               help="Default: bfloat16 on a GPU, float32 on a CPU.")  # fmt: skip
 @click.option("--attention", type=click.Choice(["cudnn", "flash", "efficient", "math"]),
-              help="Attention kernel on a GPU; default: the fastest, by measurement.")  # fmt: skip
+              help="Attention kernel on a GPU; default: the fastest measured.")  # fmt: skip
 @click.option("--context-parallel", type=click.IntRange(1), default=1, metavar="N",
               help="Split each document over N of torchrun's processes.")  # fmt: skip
 @click.option("--shard-weights", is_flag=True, help="Split the weights over torchrun's processes (FSDP).")
@@ -169,7 +169,7 @@ def _show_cost(plan: SearchPlan) -> None:
             f"{cost.operations / 1e12:.3g} TFLOP each"
         )
     total = sum(cost.evaluations * cost.operations for cost in found)
-    out.say(f"together {total / 1e15:.3g} PFLOP: {_duration(total / 200e12)} at 200 TFLOP/s")
+    out.say(f"in total {total / 1e15:.3g} PFLOP: {_duration(total / 200e12)} at 200 TFLOP/s")
 
 
 def _duration(seconds: float) -> str:
@@ -181,7 +181,7 @@ def _duration(seconds: float) -> str:
 def _summary(recipe: Recipe) -> None:
     from rich.table import Table
 
-    table = Table(title=f"{recipe.name}: losses on the text of the search (nats a token)")
+    table = Table(title=f"{recipe.name}: losses on the text of the search (nats per token)")
     for name in ("set for", "length", "searched", "start", "best start's loss"):
         table.add_column(name, justify="right")
     for tier in (recipe.evaluation or {}).get("tiers", []):

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 @click.command(name="verify", short_help="Compare an artifact with the reference implementation.")
 @click.argument("artifact", metavar="ARTIFACT", type=click.Path(path_type=Path))
-@click.option("--against", metavar="MODEL", help="The model to judge by; default: the one the manifest names.")
-@click.option("--recipe", metavar="RECIPE", help="The recipe to judge by; default: the manifest's.")
+@click.option("--against", metavar="MODEL", help="Model to compare with; default: the manifest's.")
+@click.option("--recipe", metavar="RECIPE", help="Recipe to compare with; default: the manifest's.")
 @click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1 …")
 @click.option(
     "--dtype",
@@ -31,20 +31,26 @@ if TYPE_CHECKING:
     help="What the artifact computes in; the reference stays in float64 (float32 on a GPU).",
 )
 @click.option(
-    "--code", "codes", type=Registered(backend_choices), multiple=True, help="Only this code; may be repeated."
+    "--code",
+    "codes",
+    type=Registered(backend_choices),
+    multiple=True,
+    help="Verify only this backend; may be repeated.",
 )
 @click.option(
     "--runtime",
     type=Registered(lambda: RUNTIMES),
-    help="What runs the artifact; default: transformers, llama.cpp for a GGUF, onnxruntime for "
-    "an ONNX folder. mlx-lm and vLLM live in "
-    "environments of their own: name one with --python.",
+    help="Runtime for the artifact; default: transformers, llama.cpp for a GGUF, onnxruntime for "
+    "an ONNX folder. mlx-lm and vLLM need "
+    "their own environments: select one with --python.",
 )
-@click.option("--full", is_flag=True, help="Consecutive positions at every length and every decode, however long.")
+@click.option(
+    "--full", is_flag=True, help="Consecutive positions at every length and every decode, regardless of cost."
+)
 @click.option("--python", help="Interpreter for the runtime: another version of transformers, mlx-lm, vLLM.")
 @click.option("--llama-library", "library", metavar="PATH", help="libllama for a GGUF; default: an installed one.")
 @click.option(
-    "--kv", type=click.Choice(["f32", "f16"]), default="f32", show_default=True, help="llama.cpp's cache of keys."
+    "--kv", type=click.Choice(["f32", "f16"]), default="f32", show_default=True, help="Type of llama.cpp's KV cache."
 )
 @click.option("--threads", type=click.IntRange(1), help="Threads of the runtime.")
 @click.option("--junit", type=click.Path(path_type=Path), metavar="FILE", help="Also write JUnit XML.")
@@ -65,10 +71,10 @@ def command(
     junit: Path | None = None,
     as_json: bool = False,
 ) -> int:
-    """Does ARTIFACT compute what its recipe says?
+    """Check that ARTIFACT computes what its recipe says.
 
-    Every piece of code in it (transformers' native one, the artifact's own) is asked in a process of its own
-    and compared with the reference, on both sides of every tier boundary. Exit code 5 when it fails.
+    Each backend (transformers' native code, the artifact's own) runs in a separate process and is compared
+    with the reference on both sides of every tier boundary. Exit code 5 means a failed check.
 
     \b
     lrconvert verify my-model --runtime vllm --python vllm-env/bin/python
@@ -103,7 +109,7 @@ def command(
 
 
 def row_printer() -> Callable[[Row], None]:
-    """Prints rows as they are known, under a header."""
+    """Prints rows as they become known, under a header."""
     from lrconvert.parity.report import HEADER, line_of
 
     seen: list[Row] = []
@@ -118,7 +124,7 @@ def row_printer() -> Callable[[Row], None]:
 
 
 def show(report: Report) -> None:
-    """What remains to be said once every row is printed."""
+    """What follows the rows: summary, versions, reasons, notes."""
     out.say(f"\n{report.artifact} against {report.against} ({report.reference})")
     for name, info in report.runtimes.items():
         about = ("class", "dtype", "device")

@@ -102,7 +102,7 @@ def perplexity(
     read = read_texts(sources, lambda: tokenizer_of(subject.artifact), vocab=subject.vocab(), tokens=plan.needed)
     plan.check([len(text.tokens) for text in read])
     for text in subject.searched_on(read):
-        run.warn(f"{text.name}: the recipe was searched on this text, so the figure is too good")
+        run.warn(f"{text.name}: the recipe was searched on this text, so the result is too optimistic")
     with run.session(text=False) as (session, _):
         tokens = [text.tokens for text in read]
         rows = measure_perplexity(session, tokens, plan, seed=run.seed, progress=run.say)
@@ -247,7 +247,7 @@ class _Run:
     def session(self, *, text: bool = True) -> Iterator[tuple[Session, Encode]]:
         """A session on the artifact and its tokenizer, which no one needs without `text`."""
         if self.output is not None:
-            require("matplotlib", "plot", "the picture that -o writes")  # an error before anything is computed
+            require("matplotlib", "plot", "the plot that -o writes")  # an error before anything is computed
         with opened(
             self.subject,
             code=self.code,

@@ -31,7 +31,7 @@ from lrconvert.runtimes.base import Session
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}  # padding included
 PROTOCOL = (
-    "lm-eval's: every answer is scored behind the prompt; acc: the likeliest answer is right, acc_norm: the likeliest "
+    "lm-eval's: every answer is scored after the prompt; acc: the likeliest answer is right, acc_norm: the likeliest "
     "per character is; truthfulqa_mc2: the share of probability on true answers; examples are drawn for each question"
 )
 
@@ -77,7 +77,7 @@ class SessionModel(LM):
         texts = [request.args[0] for request in requests]
         ids, prefix = self.tokenizer.encode(texts), self.tokenizer.prefix
         if prefix is None:
-            raise InputError("the first token of a text is judged behind BOS or EOS; the tokenizer has neither")
+            raise InputError("the first token of a text is scored after BOS or EOS; the tokenizer has neither")
         for owner, text in enumerate(texts):
             # A part of lm-eval's has one token more than the model is fed.
             parts = utils.get_rolling_token_windows(
@@ -151,7 +151,7 @@ def protocol(asked: Sequence[Asked], limit: int | None) -> str:
     if shared := [found.name for found in asked if found.shots and len(found.files) == 1]:
         parts.append(f"those of {', '.join(shared)} are questions of the same file that are never asked")
     if limit is not None:
-        parts.append(f"{limit} questions a task, drawn by the seed")
+        parts.append(f"{limit} questions per task, drawn with the seed")
     return "; ".join(parts)
 
 

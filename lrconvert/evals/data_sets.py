@@ -151,12 +151,12 @@ def _explanation(address: Address, error: BaseException) -> LrconvertError:
         return InputError(f"{address}: has no revision {address.revision!r} on the Hub")
     if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
         return InputError(
-            f"{address}: no such data set on the Hub that you may read",
+            f"{address}: no data set on the Hub that you can read",
             remedy="For a gated one log in first: `hf auth login`",
         )
     if isinstance(error, RuntimeError) and "scripts are no longer supported" in str(error):
         return InputError(
-            f"{address} is made by a program of its own, which is never run",
+            f"{address} needs its own loading script, which lrconvert never runs",
             remedy=f"The Hub may have it as plain files: {PREFIX}{address.name}@refs/convert/parquet",
         )
     # A file that is missing is an answer, unless it is one that would have been downloaded.
@@ -165,5 +165,5 @@ def _explanation(address: Address, error: BaseException) -> LrconvertError:
         return InputError(f"{address}: {line}")  # also a config that is not there, damaged files
     return EnvironmentFailure(
         f"{address} can't be reached ({type(error).__name__}: {line})",
-        remedy="Check the network and HF_HUB_OFFLINE, or give texts that lie on this machine",
+        remedy="Check the network and HF_HUB_OFFLINE, or give local texts",
     )

@@ -56,14 +56,14 @@ def read_earlier(path: Path) -> EarlierResult:
         found = EarlierResult.model_validate_json(path.read_bytes())
         for row in found.rows:
             if len(unpack(row.scores)) != row.questions:
-                raise ValueError(f"{row.task} has not a score for each of its questions")
+                raise ValueError(f"{row.task} does not have a score for each of its questions")
     except OSError as error:
         raise InputError(f"{path}: can't be read ({error.strerror or error})") from error
     except ValidationError as error:
         problem = first_problem(error, "the file")
-        raise InputError(f"{path}: no result of `lrconvert eval benchmarks` ({problem})") from error
+        raise InputError(f"{path}: not a result of `lrconvert eval benchmarks` ({problem})") from error
     except ValueError as error:
-        raise InputError(f"{path}: no result of `lrconvert eval benchmarks` ({error})") from error
+        raise InputError(f"{path}: not a result of `lrconvert eval benchmarks` ({error})") from error
     if found.evaluation != "benchmarks":
         raise InputError(f"{path}: a result of {found.evaluation}, not of benchmarks")
     return found
@@ -87,7 +87,7 @@ def check_comparable(earlier: EarlierResult, asked: Sequence[Asked], files: Mapp
     differing += [(f"data in {name}", earlier.files.get(name), files.get(name)) for name in names]
     problems = [f"{what}: {old} then, {new} now" for what, old, new in differing if old != new]
     if problems:
-        raise UsageError(f"{earlier.artifact} was asked something else: {'; '.join(problems)}")
+        raise UsageError(f"{earlier.artifact} was evaluated differently: {'; '.join(problems)}")
 
 
 def changed_prompts(earlier: EarlierResult, rows: Sequence[BenchmarkRow]) -> UsageError | None:
@@ -97,7 +97,7 @@ def changed_prompts(earlier: EarlierResult, rows: Sequence[BenchmarkRow]) -> Usa
     if not (other := [row.task for row in rows if row.prompts_sha256 != then[row.task].prompts_sha256]):
         return None
     return UsageError(
-        f"{earlier.artifact} was asked something else: other prompts in {', '.join(other)}",
+        f"{earlier.artifact} was evaluated differently: other prompts in {', '.join(other)}",
         remedy="The data or lm-eval's version changed: evaluate the earlier artifact again",
     )
 

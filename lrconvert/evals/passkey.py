@@ -20,7 +20,7 @@ from lrconvert.evals.perplexity import finite
 from lrconvert.runtimes.base import Session
 
 PROTOCOL = (
-    "a key of digits between sentences of noise, at depths from the start of the document to its end, asked for behind "
+    "a key of digits between sentences of noise, at depths from the start of the document to its end, asked for after "
     "it; found when greedy decoding writes every digit"
 )
 
@@ -138,7 +138,7 @@ def found_key(
 ) -> bool:
     """Whether greedy decoding gets the key exactly right.
 
-    The key is fed behind the prompt and every token of it must be the preferred one at its place, which is when
+    The key is fed after the prompt and every token of it must be the preferred one at its place, which is when
     greedy decoding without the key would write it: one forward pass instead of a decode.
     """
     prompt, answer = build_document(form, encode, length, depth, rng)

@@ -42,7 +42,7 @@ def same_token_perplexity(session: Session, tokens: Tokens, length: int, judged:
     context does not get worse.
     """
     if length > len(tokens) or judged >= length:
-        raise InputError(f"a text of {len(tokens)} tokens can't be judged at {length} with {judged} judged tokens")
+        raise InputError(f"a text of {len(tokens)} tokens can't be scored at {length} with {judged} scored tokens")
     return float(np.exp(_losses(session, tokens[-length:], judged).mean()))
 
 

@@ -29,7 +29,7 @@ def plot_perplexity(rows: Sequence[PerplexityRow], path: Path, *, title: str, pr
     axis.set_xscale("log", base=2)
     plain_log_scale(axis, [bound for found in figures for bound in (found.low, found.high)])
     axis.set_xticks(lengths, [f"{row.length:,}\n({row.tokens:,})" for row in rows], fontsize=8)
-    axis.set_xlabel("tokens of context (tokens that count)")
+    axis.set_xlabel("tokens of context (scored tokens)")
     axis.set_ylabel("perplexity, 95 % interval")
     axis.grid(alpha=0.3)
     _titled(axis, title, protocol)

@@ -50,7 +50,7 @@ class PromptTokenizer:
 
     @classmethod
     def of(cls, artifact: Path) -> PromptTokenizer:
-        """The artifact's, whatever kind it is of. `InputError` where it has none."""
+        """The artifact's tokenizer, for any format. `InputError` where it has none."""
         tokenizer, config = read_tokenizer(artifact), _tokenizer_config(artifact)
         for name in ("bos_token", "eos_token"):
             value = config.get(name)
@@ -84,7 +84,7 @@ class PromptTokenizer:
             else:
                 row = self._behind_prefix(bare[answer])
             if not 0 < row.judged < len(row.tokens):
-                raise InputError(f"the answer {answer[:80]!r} has no tokens of its own behind its prompt")
+                raise InputError(f"the answer {answer[:80]!r} has no tokens of its own after its prompt")
             rows.append(row)
         return rows
 

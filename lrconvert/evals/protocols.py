@@ -51,9 +51,9 @@ class Plan:
     def __post_init__(self) -> None:
         shortest, longest = min(self.lengths), max(self.lengths)
         if shortest < 2:
-            raise UsageError("a length of 1 has no token to predict", remedy="Ask for 2 or more")
+            raise UsageError("a length of 1 has no token to predict", remedy="Use 2 or more")
         if self.judged is not None and (self.whole or self.step):
-            raise UsageError("--judged does not go with --whole or --sliding-window: they count all tokens")
+            raise UsageError("--judged can't be combined with --whole or --sliding-window: they count all tokens")
         if self.document_tokens is not None and self.step is None:
             raise UsageError("--document-tokens needs --sliding-window")
         if self.step is not None and not self.whole and self.step > shortest:
@@ -188,8 +188,8 @@ def _shares(lengths: Sequence[int], needed: int, excerpts: int) -> list[tuple[in
     long_enough = [(index, length) for index, length in enumerate(lengths) if length >= needed]
     if not long_enough:
         raise InputError(
-            f"the longest text has {max(lengths, default=0)} tokens; {needed} are asked for",
-            remedy="Give longer texts, or ask for shorter --lengths",
+            f"the longest text has {max(lengths, default=0)} tokens; {needed} are needed",
+            remedy="Give longer texts, or shorter --lengths",
         )
     each, more = divmod(excerpts, len(long_enough))
     return [(index, length, each + (place < more)) for place, (index, length) in enumerate(long_enough)]

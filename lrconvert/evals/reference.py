@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference implementation as something that is evaluated: what a recipe does, whatever code will run it."""
+"""The reference implementation as something that is evaluated: what a recipe does, in any code that runs it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lrconvert.training.devices import torch_device
 class ReferenceSession:
     """The reference over a model, asked row by row in this process: a `Session` that scores and doesn't decode.
 
-    A row's length chooses its tier. Attention is full, whatever sliding window a config has, as in artifacts.
+    A row's length chooses its tier. Attention is full, regardless of a config's sliding window, as in artifacts.
     """
 
     answers: frozenset[str] = frozenset()
@@ -53,8 +53,8 @@ class ReferenceSession:
 
     def generate(self, prompt: Sequence[int], new_tokens: int) -> NoReturn:
         raise UnsupportedError(
-            "the reference implementation scores texts and does not generate: it keeps no cache",
-            remedy="Leave --code reference out",
+            "the reference implementation scores texts and does not generate: it has no cache",
+            remedy="Omit --code reference",
         )
 
     def close(self) -> None: ...

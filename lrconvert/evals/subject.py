@@ -52,13 +52,13 @@ class Subject:
         if (carried := _carried(artifact)) is not None or model.checkpoint.tiers:
             name = "a rotation" if carried is None else f"the recipe {carried.name}"
             raise UsageError(
-                f"{reference} already carries {name}, so --recipe {recipe} can't be tried on it",
-                remedy="Leave --recipe out, or name the model that it was made of",
+                f"{reference} already carries {name}, so --recipe {recipe} can't be applied to it",
+                remedy="Omit --recipe, or name the model that it was made from",
             )
         found = model.rotation
         if found.scaled:
             raise UsageError(
-                f"{reference} already carries {found.kind} scaling, so --recipe {recipe} can't be tried on it",
+                f"{reference} already carries {found.kind} scaling, so --recipe {recipe} can't be applied to it",
                 remedy=f"Bake it to replace that scaling: lrconvert hf {reference} --recipe {recipe}",
             )
         model.resolve(chosen)
@@ -142,7 +142,7 @@ def opened(
     Raises `UsageError` for a `code` that the artifact does not have, `InputError` for one without tokenizer.
     """
     if code == REFERENCE and dtype != "float32":
-        raise UsageError("the reference computes in float64, on a GPU in float32", remedy="Leave --dtype out")
+        raise UsageError("the reference computes in float64, on a GPU in float32", remedy="Omit --dtype")
     runtime = runtime_for("hf" if subject.given is not None else target_of(subject.artifact).name)
     purpose = f"an evaluation in {runtime.name}"
     if code != REFERENCE:
@@ -174,7 +174,7 @@ def _backend_of(subject: Subject, artifact: Path, runtime: Runtime, name: str | 
     if able := [backend for backend in there if name in (None, backend.name)]:
         return able[-1]
     names = ", ".join([*(backend.name for backend in there), REFERENCE])
-    raise UsageError(f"{subject.reference} has no {name} code", remedy=f"What can be asked: {names}")
+    raise UsageError(f"{subject.reference} has no {name} code", remedy=f"Available: {names}")
 
 
 @contextmanager

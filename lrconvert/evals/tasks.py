@@ -165,7 +165,7 @@ def quiet() -> Iterator[None]:
 def prepare(
     names: Sequence[str], *, folder: Path | None, shots: int | None, limit: int | None, seed: int
 ) -> list[Asked]:
-    """Every benchmark, with `limit` questions drawn by `seed` (None: all) behind `shots` examples (None: the paper's).
+    """Every benchmark, with `limit` questions drawn by `seed` (None: all) after `shots` examples (None: the paper's).
 
     Raises `UsageError` for one that isn't known or can't be asked so, `UnsupportedError` for one that has to generate
     text, `InputError` for a file that is missing or damaged, `EnvironmentFailure` where the Hub can't be reached.
@@ -199,7 +199,7 @@ def _shots(name: str, shots: int | None, own: int | None = None) -> int:
 def _from_files(name: str, folder: Path, shots: int | None, limit: int | None, seed: int) -> Asked:
     row, wanted = BENCHMARKS[name], _shots(name, shots)
     if row.questions is None or row.line is None:
-        raise UsageError(f"{name} has no local file", remedy="Leave it out, or ask for it without --data")
+        raise UsageError(f"{name} has no local file", remedy="Omit it, or run it without --data")
     rows, digest = read_lines(folder / row.questions, row.line)
     files, examples = {row.questions: digest}, []
     if row.examples == row.questions:
@@ -207,7 +207,7 @@ def _from_files(name: str, folder: Path, shots: int | None, limit: int | None, s
     elif row.examples is not None and wanted:
         examples, files[row.examples] = read_lines(folder / row.examples, row.line)
     if len(examples) < wanted:
-        raise UsageError(f"{name}: {wanted} examples are asked for; {folder / str(row.examples)} has {len(examples)}")
+        raise UsageError(f"{name}: {wanted} examples are needed; {folder / str(row.examples)} has {len(examples)}")
     asked = [rows[index] for index in draw(len(rows), limit, seed)]
     if len(asked) < 2:
         raise InputError(f"{folder / row.questions}: {len(asked)} questions; two are needed for an interval")
@@ -246,7 +246,7 @@ def _reserved(path: Path, rows: list[Question], shots: int, seed: int) -> tuple[
     """Questions to ask and questions to show as examples, which are never asked."""
     count = max(shots, min(RESERVED, len(rows) // 10)) if shots else 0
     if count + 2 > len(rows):
-        raise UsageError(f"{path}: {len(rows)} questions can't be asked behind {shots} of them as examples")
+        raise UsageError(f"{path}: {len(rows)} questions can't be asked after {shots} of them as examples")
     kept = set(draw(len(rows), count, seed)) if count else set()
     return [row for at, row in enumerate(rows) if at not in kept], [rows[at] for at in sorted(kept)]
 

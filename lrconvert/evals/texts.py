@@ -124,10 +124,9 @@ def _read_rows(address: Address, encode: Encode, tokens: int) -> list[Text]:
             return found
     if not found or address.count is not None:
         raise InputError(
-            f"{address}: {len(found)} of its first rows have {tokens} tokens or more, {address.rows} are asked for; "
-            f"the longest that was read has {longest}",
-            remedy="Ask for shorter lengths"
-            + (f", or for #{len(found)}" if found else ", or name a data set of books"),
+            f"{address}: {len(found)} of its first rows have {tokens} tokens or more, {address.rows} are needed; the "
+            f"longest row read has {longest}",
+            remedy="Use shorter lengths" + (f", or #{len(found)}" if found else ", or name a data set of books"),
         )
     return found
 

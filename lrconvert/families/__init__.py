@@ -54,5 +54,5 @@ def longrope_architecture(family: Family) -> str:
     working = [name for name in family_names() if get_family(name).gguf_longrope]
     raise UnsupportedError(
         f"llama.cpp's C++ ignores rope factors for {family.name}: a GGUF of it would run unscaled",
-        remedy=f"GGUF is written for {', '.join(working)}; `lrconvert hf` serves {family.name}",
+        remedy=f"GGUF works for {', '.join(working)}; for {family.name} use `lrconvert hf`",
     )

@@ -176,7 +176,7 @@ def rope_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
         if isinstance(section, Mapping):
             if nested := [name for name, value in section.items() if isinstance(value, Mapping)]:
                 raise UnsupportedError(
-                    f"config.json: {key} has settings of their own for {', '.join(nested)}; lrconvert "
+                    f"config.json: {key} has separate settings for {', '.join(nested)}; lrconvert "
                     "converts models with one rotation for all layers"
                 )
             if section:

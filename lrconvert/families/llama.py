@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Llama 2 and 3, SmolLM2 and their kin."""
+"""Llama 2 and 3, SmolLM2 and models like them."""
 
 from lrconvert.families import base
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mistral 7B and its kin: Llama's layout, grouped heads, perhaps a sliding window."""
+"""Mistral 7B and models like it: Llama's layout, grouped heads, perhaps a sliding window."""
 
 from lrconvert.families import base
 

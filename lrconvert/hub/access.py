@@ -48,7 +48,7 @@ def sign_in(name: str) -> tuple[HfApi, Account, str]:
         validate_repo_id(name)
     except HFValidationError as error:
         raise UsageError(
-            f"{name!r} is no name for the Hub ({str(error).partition(chr(10))[0].rstrip('.')})",
+            f"{name!r} is not a valid Hub name ({str(error).partition(chr(10))[0].rstrip('.')})",
             remedy="Give OWNER/NAME, of letters, digits, '-', '_' and '.'",
         ) from error
     if get_token() is None:
@@ -92,8 +92,8 @@ def hub_errors(doing: str, who: object) -> Iterator[None]:
         reason = f" ({_line(error.__cause__)})" if error.__cause__ and isinstance(error, RuntimeError) else ""
         said = f"{doing}: {type(error).__name__}: {_line(error)}{reason}"
         if "metadata in README.md" in said:  # the Hub looked at the card before anything was sent
-            raise InputError(said, remedy="Mend the head of the artifact's README.md") from error
-        raise EnvironmentFailure(said, remedy="Check the network and try again; what arrived is kept") from error
+            raise InputError(said, remedy="Fix the metadata at the top of the artifact's README.md") from error
+        raise EnvironmentFailure(said, remedy="Check the network and try again; finished uploads are kept") from error
 
 
 def _line(error: object) -> str:
@@ -110,6 +110,6 @@ def _answered(doing: str, who: object, error: Any) -> EnvironmentFailure:
     if status in (403, 404):
         return EnvironmentFailure(f"{doing}: {who} may not do that ({status}: {said})", remedy=LOG_IN)
     if status in (409, 412):
-        remedy = "Somebody else wrote there; look at it and try again"
+        remedy = "Somebody else changed the repository; check it and try again"
         return EnvironmentFailure(f"{doing}: the Hub refused ({status}: {said})", remedy=remedy)
     return EnvironmentFailure(f"{doing}: the Hub answered {status} ({said})", remedy="Try again later")

@@ -5,7 +5,7 @@
     upload(planned)                  one commit on top of the one that was looked at, or none
     push(artifact, name)             both
 
-What is published are the files that the manifest names, and nothing else that lies in the folder. README.md
+What is published are the files that the manifest names, and nothing else in the folder. README.md
 and lrconvert.json are made for the occasion: the card with the last parity report and the digests, the
 manifest without local paths; the artifact itself stays as it is. A file is deleted on the Hub only where an
 lrconvert.json there says that lrconvert wrote it.
@@ -63,7 +63,7 @@ class Plan:
         """Refuse what would mix with something else (exit code 2)."""
         if self.shadowing:
             raise UsageError(
-                f"{self.repo} holds {' and '.join(self.shadowing)}, which loaders would take in the artifact's place",
+                f"{self.repo} holds {' and '.join(self.shadowing)}, which loaders would use instead of the artifact",
                 remedy="Delete that on the Hub first, or choose another name",
             )
         if self.foreign and not force:
@@ -114,23 +114,23 @@ def plan(
     say = progress or (lambda what: None)
     if artifact.is_file():
         raise UnsupportedError(
-            f"{artifact} is a file; push publishes folders with a card of their own",
-            remedy=f"`hf upload {name} {artifact}` puts it into a repository; say there which recipe it has",
+            f"{artifact} is a file; push publishes folders that have a card",
+            remedy=f"`hf upload {name} {artifact}` uploads it to a repository; name its recipe there",
         )
     local = Manifest.read(artifact)
     if local.parity and not local.parity.get("passed") and not force:
         summary = without_paths(str(local.parity.get("summary")))
         raise ParityError(
             f"{artifact} failed its last verification ({summary})",
-            remedy="Convert and verify again; --force publishes it all the same, with that report",
+            remedy="Convert and verify again; --force publishes it anyway, with that report",
         )
     _check_files(artifact, local)
-    say("asking the Hub")
+    say("contacting the Hub")
     api, account, repo = sign_in(name)
     head, is_private, remote = _look(api, account, repo, revision)
     if head is not None and private and not is_private:
         raise UsageError(
-            f"{repo} exists and is public; --private makes new ones private only",
+            f"{repo} exists and is public; --private applies only to new repositories",
             remedy="Change it in its settings on the Hub, or choose another name",
         )
     say("checksums")
@@ -158,7 +158,7 @@ def plan(
 def upload(
     planned: Plan, *, force: bool = False, message: str | None = None, progress: Progress | None = None
 ) -> Pushed:
-    """Carry the plan out, in one commit: whatever fails before it leaves the Hub's revision as it was."""
+    """Carry the plan out, in one commit: a failure before it leaves the Hub's revision unchanged."""
     from huggingface_hub import CommitOperationDelete
 
     planned.check(force=force)
@@ -212,7 +212,7 @@ def _operations(artifact: Path, local: Manifest, repo: str) -> tuple[Manifest, l
         additions[name] = CommitOperationAdd(name, artifact / name)
         digest = additions[name].upload_info.sha256.hex()
         if record.sha256 not in (None, digest):
-            problems.append(f"{name} has other bytes than when it was written")
+            problems.append(f"{name} has changed since it was written")
         manifest.files[name] = FileRecord(record.size, digest)
     if problems:
         raise InputError.collect(artifact, problems)

@@ -97,14 +97,14 @@ def _ask(run: Run, opened: Opened, cases: Iterable[Case]) -> None:
 def _case_rows(case: Case, opened: Opened) -> list[Row]:
     skipped = case.skipped
     if case.answer is not None and case.answer not in opened.session.answers:
-        skipped = f"its sessions don't answer it ({case.answer})"
+        skipped = f"the runtime can't answer it ({case.answer})"
     if skipped:
         return [Row(opened.name, case.name, "skipped", length=case.length, reason=skipped)]
     tolerance = opened.backend.tolerance(opened.dtype, case.length)
     try:
         if case.cached:
             same, exact = _decode_cached(case, opened)
-            cost = "what a cache costs that is kept across the boundary, against the exact answer"
+            cost = "the cost of keeping a cache across the boundary, compared with the exact answer"
             return [
                 judged(opened.name, case.name, case.length, same, tolerance),
                 Row(

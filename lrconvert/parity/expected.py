@@ -79,7 +79,7 @@ def lost(name: str, exact: RopeSpec, fitted: RopeSpec, reference: ReferenceRunne
     cases = [end_case("lost", length, budget) for length in changed]
     reference.prepare(exact, cases)
     reference.prepare(fitted, cases)
-    reason = "what the recipe asks and this code can't express"
+    reason = "what the recipe asks for and this code can't express"
     rows = []
     for case in cases:
         measures = compare(reference.forward(exact, case), reference.forward(fitted, case))

@@ -91,7 +91,7 @@ def _padding(opened: Opened) -> Iterator[Row]:
         yield Row(CODE, name, "pass")
     else:
         refused = not np.isfinite(answers[1]).any()
-        reason = "" if refused else "it answers, and GroupQueryAttention reads padding as tokens"
+        reason = "" if refused else "it answers, although GroupQueryAttention reads padding as tokens"
         yield Row(CODE, name, "pass" if refused else "fail", reason=reason)
 
 

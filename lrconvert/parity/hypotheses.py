@@ -53,11 +53,11 @@ def _row(case: Case, tier: Tier, opened: Opened, answer: Answer) -> Row:
         if compare(right, wrong).kl_mean >= SMALLEST_EFFECT * measures.kl_mean:
             distances[what] = compare(wrong, found).kl_mean
     if not distances:
-        reason = "no mistake would show beside the noise of these types"
+        reason = "no mistake would stand out from the rounding of these types"
         return Row(name, case.name, "known", length=case.length, reason=reason, **vars(measures))
     closest = min(distances, key=lambda what: distances[what])
     passed = measures.kl_mean < distances[closest]
-    reason = "" if passed else f"it answers as with {closest} (KL {distances[closest]:.1e}), not as the recipe says"
+    reason = "" if passed else f"the output matches {closest} (KL {distances[closest]:.1e}), not the recipe"
     verdict = "pass" if passed else "fail"
     return Row(name, case.name, verdict, length=case.length, bound=distances[closest], reason=reason, **vars(measures))
 

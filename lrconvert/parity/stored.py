@@ -30,7 +30,7 @@ WEIGHTS = "weights"
 
 
 class StoredWeights(CheckpointView):
-    """The weights of a file, for a model whose config and tokenizer are believed more than the file's."""
+    """The weights of a file, for a model whose config and tokenizer take precedence over the file's."""
 
     def __init__(self, model: Model, stored: Checkpoint) -> None:
         super().__init__(stored)
@@ -71,7 +71,8 @@ def _untied(model: Model) -> Model:
 def check_weights(stored: Checkpoint, model: Model) -> tuple[list[Row], bool]:
     """Whether the file's weights are the model's, as closely as their types can say; and whether they are equal.
 
-    The error of a tensor is the norm of the difference over the norm of the tensor; rows that lie in another
+    The error of a tensor is the norm of the difference over the norm of the tensor; rows in another
+
     order differ by about √2, whatever the type.
     """
     rows, exact = [], True
@@ -106,12 +107,12 @@ def check_weights(stored: Checkpoint, model: Model) -> tuple[list[Row], bool]:
 
 
 def quantisation(
-    name: str, original: ReferenceRunner, kept: RopeSpec, stored: ReferenceRunner, promised: RopeSpec, budget: Budget
+    name: str, original: ReferenceRunner, kept: RopeSpec, stored: ReferenceRunner, expected: RopeSpec, budget: Budget
 ) -> list[Row]:
     """What the stored types cost by themselves, reference against reference, at the end of every tier: with the
     recipe's factors, and without any."""
     rows = []
-    plain = {"": (kept, promised), ", without factors": (_plain(kept, kept), _plain(promised, kept))}
+    plain = {"": (kept, expected), ", without factors": (_plain(kept, kept), _plain(expected, kept))}
     for suffix, (exact, rounded) in plain.items():
         for tier in kept.tiers:
             case = end_case(f"quantisation alone{suffix},", tier.max_length, budget)

@@ -132,7 +132,7 @@ def tokenisation(side_files: Mapping[str, Path | bytes], session: AnswersTokens)
         rows.append(Row(TOKENIZER, f"{len(known)} of {len(texts)} strings", "known", reason=reason))
     if failed:
         first = failed[0]
-        reason = f"{len(failed)} of {len(texts)} strings become other tokens than in tokenizer.json; the first: "
+        reason = f"{len(failed)} of {len(texts)} strings tokenize differently than with tokenizer.json; the first: "
         reason += f"{_shown(texts[first])}: {_apart(found[first], expected[first])}"
         if _is_byte_level(content):
             reason += "; tokenizer.ggml.pre says how llama.cpp splits text"
@@ -354,17 +354,17 @@ LIMITS = (
         _forget_cases,
     ),
     Limit(
-        "llama.cpp has no name for this way to split text together with tokenizer.json's ignore_merges",
+        "llama.cpp has no name for this pre-tokenizer together with tokenizer.json's ignore_merges",
         _whole_words_without_a_name,
         _other_whole_words,
     ),
     Limit(
-        "llama.cpp puts a space before text and behind special tokens even where tokenizer.json's Metaspace puts none",
+        "llama.cpp puts a space before text and after special tokens even where tokenizer.json's Metaspace puts none",
         lambda content: _metaspace(content) in ("first", "always"),
         _prefix_everywhere,
     ),
     Limit("llama.cpp finds `normalized` added tokens anywhere in a text", _normalised_tokens, _find_anywhere),
-    Limit("llama.cpp knows no lstrip, rstrip and single_word of added tokens", _has_edges, _without_edges),
+    Limit("llama.cpp ignores lstrip, rstrip and single_word of added tokens", _has_edges, _without_edges),
     Limit(
         "llama.cpp joins any two parts whose text is a piece, named by a merge or not",
         _has_unnamed_pairs,

@@ -45,7 +45,7 @@ def verify(
 ) -> Report:
     """Compare an artifact with the reference on the model and recipe it claims (or on those given).
 
-    `progress` is told what goes on, `watch` every row when it is known. Returns the report, good or bad; raises only
+    `progress` gets the current step, `watch` every row when it is known. Returns the report, good or bad; raises only
     where nothing could be compared.
     """
     options, say = options or Options(), progress or (lambda what: None)
@@ -183,12 +183,12 @@ def _recorded(earlier: dict[str, Any] | None, report: dict[str, Any], engine: st
 
 
 def _source(artifact: Path, target: Target, manifest: Manifest | None, against: str | None) -> tuple[Model, list[str]]:
-    """The model to judge by: the one given, the one the manifest names, else the artifact's own weights.
+    """The model to compare with: the one given, the one the manifest names, else the artifact's own weights.
 
     A GGUF that was repaired is a model whose own rope scaling means nothing: it is opened all the same.
     """
     if against is not None:
-        notes = ["the manifest's adapter is not merged into the model given: it is compared as it is"]
+        notes = ["the manifest's adapter is not merged into the given model: it is compared unchanged"]
         return open_model(against, tolerant=True), notes if manifest and manifest.source.get("adapter") else []
     assert manifest is not None
     named = str(manifest.source["model"])
@@ -242,7 +242,7 @@ def _integrity(folder: Path, manifest: Manifest) -> list[Row]:
             reason = f"{name} has {path.stat().st_size} bytes; the manifest says {record.size}"
             rows.append(Row("files", name, "fail", reason=reason))
         elif (digest := sha256_of(path)) != (record.sha256 or digest):
-            rows.append(Row("files", name, "fail", reason=f"{name} has other bytes than when it was written"))
+            rows.append(Row("files", name, "fail", reason=f"{name} has changed since it was written"))
         else:
             record.sha256 = digest
     if not rows:

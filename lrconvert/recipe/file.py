@@ -76,13 +76,13 @@ class Recipe:
                 )
             if tier.max_length < self.original_window:
                 found.append(
-                    f"{key}.max_length is {tier.max_length}; needed at least the original window, "
-                    f"{self.original_window}"
+                    f"{key}.max_length is {tier.max_length}; at least the original window, "
+                    f"{self.original_window}, is needed"
                 )
             if index and tier.max_length <= self.tiers[index - 1].max_length:
                 found.append(
-                    f"{key}.max_length is {tier.max_length}; tiers are ordered, so needed more than "
-                    f"{self.tiers[index - 1].max_length}"
+                    f"{key}.max_length is {tier.max_length}; tiers are ordered, so more than "
+                    f"{self.tiers[index - 1].max_length} is needed"
                 )
         return found
 
@@ -287,7 +287,7 @@ def resolve(recipe: Recipe, *, family: str, rotary_dim: int, theta: float, windo
     if window > last:
         raise UsageError(
             f"--window {window} is beyond the recipe's last tier, {last}",
-            remedy=f"Ask for at most {last}, or search a longer recipe",
+            remedy=f"Use at most {last}, or search for a longer recipe",
         )
     if window < recipe.original_window:
         raise UsageError(

@@ -147,7 +147,9 @@ def _ordered(pieces: list[_Piece], original_window: int) -> tuple[Tier, ...]:
                 tier = replace(tier, attention_factor=rope.longrope_attention_factor(ratio, original_window))
             if tier.max_length in tiers and tiers[tier.max_length][0] != tier:
                 other = tiers[tier.max_length][1]
-                raise InputError(f"{other} and {piece.source} both serve {tier.max_length} tokens, differently")
+                raise InputError(
+                    f"{other} and {piece.source} both serve {tier.max_length} tokens, with different values"
+                )
             tiers[tier.max_length] = (tier, piece.source)
     return tuple(tiers[length][0] for length in sorted(tiers))
 
@@ -209,12 +211,12 @@ def _read_csv(path: Path, length: str) -> _Piece:
     matched = _LENGTH_IN_NAME.match(path.name) or re.search(r"_(\d+)k\.csv$", path.name, re.IGNORECASE)
     if length:
         if not length.isdecimal():
-            raise UsageError(f"{path}={length}: the window after = has to be a number of tokens")
+            raise UsageError(f"{path}={length}: the window after = must be a number of tokens")
         window = int(length)
     elif matched:
         window = int(matched.group(1)) * 1024
     else:
-        raise UsageError(f"{path}: the file name does not say which window it serves", remedy=f"Write {path}=LENGTH")
+        raise UsageError(f"{path}: the file name does not tell which window it serves", remedy=f"Write {path}=LENGTH")
     tier = Tier(window, tuple(numbers[0]))
     notes = (f"{path.name}: serves {window} tokens; no start tokens, attention factor by LongRoPE's formula",)
     return _Piece(Base(), 2 * len(numbers[0]), (tier,), path.name, notes=notes, formula=True)

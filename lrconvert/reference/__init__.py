@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference implementation, the judge of every artifact. Imports nothing of `rope` or `targets`."""
+"""The reference implementation that every artifact is compared with. Imports nothing of `rope` or `targets`."""
 
 from lrconvert.reference.decoder import FactorSet, Reference, Rotation
 

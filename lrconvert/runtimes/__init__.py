@@ -28,7 +28,7 @@ RUNTIMES: dict[str, str | Runtime] = {
 def get_runtime(name: str) -> Runtime:
     """The runtime of that name. `UsageError` where there is none."""
     if name not in RUNTIMES:
-        raise UsageError(f"no runtime is called {name}", remedy=f"Runtimes: {', '.join(RUNTIMES)}")
+        raise UsageError(f"no runtime is named {name}", remedy=f"Runtimes: {', '.join(RUNTIMES)}")
     row = RUNTIMES[name]
     return import_module(f"{__name__}.{row}").RUNTIME if isinstance(row, str) else row
 
@@ -36,7 +36,7 @@ def get_runtime(name: str) -> Runtime:
 def register(runtime: Runtime) -> None:
     """Add a runtime to the registry, for this process. `ValueError` where its name is taken."""
     if runtime.name in RUNTIMES:
-        raise ValueError(f"a runtime called {runtime.name} is registered already")
+        raise ValueError(f"a runtime named {runtime.name} is already registered")
     RUNTIMES[runtime.name] = runtime
 
 
@@ -54,7 +54,7 @@ def runtime_for(target: str, name: str | None = None) -> Runtime:
     found = able[0] if name is None else get_runtime(name)
     if found not in able:
         names = ", ".join(runtime.name for runtime in able)
-        raise UsageError(f"{found.name} does not run {target} artifacts", remedy=f"What does: {names}")
+        raise UsageError(f"{found.name} does not run {target} artifacts", remedy=f"Runtimes that do: {names}")
     return found
 
 

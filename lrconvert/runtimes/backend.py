@@ -110,7 +110,7 @@ class Runtime:
         own = [backend.name for backend in self.backends]
         for name in names:
             if len(own) == 1:
-                raise UsageError(f"--code chooses among a runtime's backends; --runtime {self.name} has one code")
+                raise UsageError(f"--code chooses among a runtime's backends; --runtime {self.name} has only one")
             if name not in own:
                 raise UsageError(f"--runtime {self.name} has no {name} code", remedy=f"It has: {', '.join(own)}")
 

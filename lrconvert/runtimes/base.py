@@ -34,7 +34,7 @@ class Scores:
 
 
 class Session(Protocol):
-    """An artifact, loaded. Logits are float64 arrays here, whatever the runtime computed in."""
+    """An artifact, loaded. Logits are float64 arrays here, regardless of the runtime's type."""
 
     info: dict[str, Any]  # versions, device, dtype, class: what answered
     answers: frozenset[str]  # what else can be asked of it (`runtimes.answers`)

@@ -280,7 +280,7 @@ class Library:
 
     def unsupported(self, reason):
         who = f"{self.name} (llama.cpp {self.version})"
-        return Unusable(f"{who} is not a llama.cpp that is known here: {reason}; needed is {SUPPORTED}")
+        return Unusable(f"{who} is not a supported llama.cpp: {reason}; {SUPPORTED} is needed")
 
     def listen(self):
         """Keep what llama.cpp logs instead of printing it, and say why before an assertion ends the process."""
@@ -306,7 +306,7 @@ class Library:
     def errors(self):
         """The last errors that it logged, as one line."""
         lines = [" ".join(text.split()) for level, text in self.lines if level == ERROR]
-        return "; ".join(lines[-3:]) or "it says no reason"
+        return "; ".join(lines[-3:]) or "it gives no reason"
 
     def check_layout(self):
         found = differences(self.llama_model_default_params(), MODEL_DEFAULTS) + self.choose_context_params()
@@ -336,7 +336,7 @@ class Library:
         if not self.ggml_backend_reg_count():
             self.ggml_backend_load_all()
         if not self.ggml_backend_reg_count():
-            raise Unusable(f"{self.name} has nothing to compute with: no libggml-cpu* in {folder} fits this machine")
+            raise Unusable(f"{self.name} has no CPU backend: no libggml-cpu* in {folder} fits this machine")
 
     def gpus(self):
         """Name and description of every GPU that ggml sees."""
@@ -371,7 +371,7 @@ class Context:
         self.lib.lines.clear()
         self.context = self.lib.llama_init_from_model(worker.model, params)
         if not self.context:
-            raise RuntimeError(f"llama.cpp makes no context of {sequences} x {tokens} tokens: {self.lib.errors()}")
+            raise RuntimeError(f"llama.cpp can't make a context of {sequences} x {tokens} tokens: {self.lib.errors()}")
         self.n_ctx_seq = self.lib.llama_n_ctx_seq(self.context)
         self.n_batch = self.lib.llama_n_batch(self.context)
         self.batch = self.lib.llama_batch_init(self.n_batch, 0, 1)
@@ -418,7 +418,7 @@ class Context:
 
 def check_capacity(needed, context):
     if needed > context.n_ctx_seq:
-        raise ValueError(f"{needed} tokens, and the context holds {context.n_ctx_seq}: ask for a larger one")
+        raise ValueError(f"{needed} tokens, but the context holds {context.n_ctx_seq}: use a larger one")
 
 
 def checked_positions(positions, row):
@@ -429,7 +429,7 @@ def checked_positions(positions, row):
         raise ValueError(f"{len(positions)} positions for {len(row)} tokens")
     expected = range(positions[0], positions[0] + len(row))
     if positions[0] < 0 or list(expected) != positions:
-        raise ValueError("llama.cpp takes consecutive positions only (they may start anywhere), and these have gaps")
+        raise ValueError("llama.cpp takes consecutive positions only (they may start anywhere), but these have gaps")
     return expected
 
 
@@ -479,7 +479,7 @@ class Worker:
         self.lib.lines.clear()
         model = self.lib.llama_model_load_from_file(os.fsencode(path), params)
         if not model:
-            raise RuntimeError(f"llama.cpp does not load it: {self.lib.errors()}")
+            raise RuntimeError(f"llama.cpp can't load it: {self.lib.errors()}")
         return model
 
     def device(self):
@@ -491,8 +491,8 @@ class Worker:
         if not used or not offloaded or offloaded[1] != offloaded[2]:
             layers = f"{offloaded[1]} of {offloaded[2]} layers" if offloaded else "no layers"
             raise RuntimeError(
-                f"the model is computed on the CPU, wholly or in part: {layers} are on a GPU, "
-                f"weights lie in {', '.join(buffers) or 'no buffer'} ({self.lib.name})"
+                f"the model runs on the CPU, fully or partly: {layers} are on a GPU, "
+                f"weights are in {', '.join(buffers) or 'no buffer'} ({self.lib.name})"
             )
         return ", ".join(used)
 
@@ -543,7 +543,9 @@ class Worker:
         """Logits of forced tokens, a token a call, after the start of the context was forgotten."""
         tokens, drop, more, move = request["tokens"], request["drop"], request["more"], request["move"]
         if not 0 < drop < len(tokens):
-            raise ValueError(f"{drop} of {len(tokens)} tokens can't be forgotten: at least one goes and one stays")
+            raise ValueError(
+                f"{drop} of {len(tokens)} tokens can't be forgotten: at least one must go and one must stay"
+            )
         with Context(self, request.get("context") or len(tokens) + len(more)) as context:
             check_capacity(max(len(tokens), len(tokens) - drop + len(more)), context)
             context.decode(entries_of(tokens, range(len(tokens)), 0, ()))

@@ -86,8 +86,8 @@ def _at(path: Path, name: str) -> LlamaLibrary:
     if path.is_dir():
         return LlamaLibrary(name, _files_of(path))
     if not path.is_file() or not _SHARED.search(path.name):
-        what = "is no shared library" if path.is_file() else "does not exist"
-        raise InputError(f"{path} {what}; needed is a folder that holds libllama and libggml, or such a file")
+        what = "is not a shared library" if path.is_file() else "does not exist"
+        raise InputError(f"{path} {what}; a folder that holds libllama and libggml, or libllama itself, is needed")
     matched = _NAME.fullmatch(path.name)
     if matched and "ggml-base" in _by_stem(path.parent):
         return LlamaLibrary(name, _files_of(path.parent, path if matched["stem"] == "llama" else None))

@@ -36,7 +36,7 @@ class Worker:
 
     def logits(self, request):
         if request["positions"] is not None:
-            raise ValueError("mlx-lm knows no positions but those of a whole prompt")
+            raise ValueError("mlx-lm supports only the positions of a whole prompt")
         answers = []
         for row in request["rows"]:
             keep = self.mx.array([index % len(row) for index in request["keep"]])

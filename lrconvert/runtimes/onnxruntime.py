@@ -48,7 +48,7 @@ class OnnxSession(WorkerSession):
     def generate(
         self, prompt: Sequence[int], new_tokens: int, *, policy: Policy = "exact"
     ) -> tuple[list[int], np.ndarray]:
-        """Greedy tokens and the logits that chose them, [new_tokens, vocabulary]. "exact": the sequence is read anew
+        """Greedy tokens and the logits that chose them, [new_tokens, vocabulary]. "exact": the sequence is recomputed
         where it grows past a boundary; "cached": its cache goes on, as in other programs."""
         request = {"do": "generate", "prompt": [int(token) for token in prompt], "new_tokens": new_tokens}
         request["boundaries"] = list(self.boundaries) if policy == "exact" else []

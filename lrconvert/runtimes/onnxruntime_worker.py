@@ -160,7 +160,7 @@ class Worker:
         return {"logits": self.save(np.stack(parts))}
 
     def generate(self, request):
-        """Greedy. With `boundaries`, a sequence that grows past one of them is read anew: its cached keys were rotated
+        """Greedy. With `boundaries`, a sequence that grows past one of them is recomputed: its cached keys were rotated
         for another tier."""
         sequence, count = list(request["prompt"]), request["new_tokens"]
         boundaries = set(request.get("boundaries") or ())

@@ -38,7 +38,7 @@ def open_session(
     python: str | None = None,
     interpreter: Interpreter | None = None,
 ) -> TransformersSession:
-    """Load the artifact; `custom` runs the code that lies in it, in the worker's process alone.
+    """Load the artifact; `custom` runs the code in it, in the worker's process alone.
 
     `python` names another interpreter, to check the same artifact against another version of transformers;
     `interpreter` is one that already runs.

@@ -77,7 +77,7 @@ class Worker:
 
     def logits(self, request):
         if request["positions"] is not None:
-            raise ValueError("vLLM knows no positions but those of a whole prompt")
+            raise ValueError("vLLM supports only the positions of a whole prompt")
         return {"logits": self.save([self.of_row(row, request["keep"]) for row in request["rows"]])}
 
     def of_row(self, row, keep):

@@ -205,7 +205,7 @@ class _Run:
         if found.torn:
             self._note(Note(found.torn))
         if found.records:
-            self._note(Note(f"{path}: going on after {len(found.records)} evaluations", warning=False))
+            self._note(Note(f"{path}: continuing after {len(found.records)} evaluations", warning=False))
 
     def _note(self, note: Note) -> None:
         self.notes.append(note)

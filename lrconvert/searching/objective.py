@@ -130,7 +130,7 @@ def text_documents(
         if not join or together < length:
             raise InputError(
                 f"the longest text has {longest} tokens, {length - longest} fewer than the {length} of the target"
-                + (f", and all together have {together}" if len(texts) > 1 else ""),
+                + (f"; all texts together have {together}" if len(texts) > 1 else ""),
                 remedy=_way_out(join, together, length, longest),
             )
         sources = [np.concatenate([text.tokens for text in texts])]

@@ -187,7 +187,7 @@ def tier_lengths(
     if target <= window:
         raise UsageError(
             f"--target {target} is within the original window, {window}",
-            remedy="Name a longer one; --tier short searches the original window's own set",
+            remedy="Use a longer one; --tier short searches the original window's own set",
         )
     if beyond := [length for length in weighted if length > target]:
         raise UsageError(f"--lengths {beyond[0]} is beyond the target, {target}")

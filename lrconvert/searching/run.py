@@ -129,8 +129,8 @@ class Search:
         asked = (question.candidate, question.gradient)
         if (record.question.candidate, record.question.gradient) != asked:
             raise InputError(
-                f"evaluation {number} for {record.tier} tokens in the journal is not what lrconvert {__version__} asks",
-                remedy="Continue with the version that began it, or name another --journal",
+                f"evaluation {number} for {record.tier} tokens in the journal differs from lrconvert {__version__}'s",
+                remedy="Continue with the version that started it, or name another --journal",
             )
 
     def _check_memory(self, tier: TierPlan, answers: Sequence[Answer]) -> None:

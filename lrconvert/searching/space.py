@@ -137,7 +137,7 @@ class Space:
         attention: float | None = None,
         critical: int | None = None,
     ) -> Candidate:
-        """The nearest candidate of the space: rounded to the grid, clipped, sorted."""
+        """The closest candidate of the space: rounded to the grid, clipped, sorted."""
         low, high = self.bounds
         # Clipped before it is rounded: a factor may come in too large for an integer.
         clipped = np.clip(np.asarray(factors, dtype=np.float64) * GRID, 0, high)

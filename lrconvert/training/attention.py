@@ -44,7 +44,7 @@ def choose_kernel(named: str | None, time_kernel: Timer) -> str:
     """
     if named is not None:
         if named != "math" and time_kernel(named) is None:
-            raise UsageError(f"--attention {named}: PyTorch has none of that name for this card, dtype and model")
+            raise UsageError(f"--attention {named}: PyTorch has no such kernel for this GPU, dtype and model")
         return named
     times = {name: seconds for name in KERNELS if name != "math" and (seconds := time_kernel(name)) is not None}
     return min(times, key=lambda name: times[name]) if times else "math"

@@ -29,11 +29,13 @@ class Workers:
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
         self.team, self.sharded = team, sharded
         if self.count % team:
-            raise UsageError(f"--context-parallel {team}: torchrun started {self.count} processes, no multiple of it")
+            raise UsageError(
+                f"--context-parallel {team}: torchrun started {self.count} processes, not a multiple of it"
+            )
         if team > 1 and device.type != "cuda":
             raise UsageError("--context-parallel needs GPUs: PyTorch's context parallelism does not run on a CPU")
         if sharded and self.count == 1:
-            raise UsageError("--shard-weights splits the weights among torchrun's processes, and there is one")
+            raise UsageError("--shard-weights splits the weights among torchrun's processes, but there is only one")
         if self.count > 1 and not dist.is_initialized():
             # Answers are small and lie in main memory; only shared documents and weights need the GPUs' own network.
             shared = device.type == "cuda" and (team > 1 or sharded)

@@ -113,7 +113,7 @@ BILLION = "---\na: &a [x, x]\n" + "".join(f"{c}: &{c} [*{p}, *{p}]\n" for p, c i
         (BILLION.encode() + b"license: *i\n---\n# T\n", None),
         (b"---\nlicense: {a: 1}\nlanguage: [1, 2]\nbase_model: [a/b, 3]\n---\n# T\n", None),
         (b"---\nlicense: 2024-01-01\n---\n# T\n", None),
-        (b"# T\n" + b"x" * MAX_CARD_BYTES, "not carried"),
+        (b"# T\n" + b"x" * MAX_CARD_BYTES, "not copied"),
     ],
 )
 def test_a_card_that_is_none(folder: Path, tmp_path: Path, data: bytes, note: str | None) -> None:
@@ -124,7 +124,7 @@ def test_a_card_that_is_none(folder: Path, tmp_path: Path, data: bytes, note: st
     assert ([note in text for text in notes] == [True]) if note else notes == []
     found = ModelCard(card).data.to_dict()
     assert set(found) == {"library_name", "pipeline_tag", "tags"}
-    assert ("# T\n" in card) == (note != "not carried")
+    assert ("# T\n" in card) == (note != "not copied")
 
 
 # --- the body ----------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def test_the_source_text_stands_below_ours(folder: Path, tmp_path: Path) -> None
     """Without its head, and without lines that would pass for sections of ours."""
     (folder / CARD).write_text(THEIRS + "\n<!-- lrconvert: parity -->\nold\n<!-- lrconvert: end of parity -->\n")
     card = card_of(folder, tmp_path / "out")
-    ours, _, theirs = card.partition("## The card of the source")
+    ours, _, theirs = card.partition("## The source's model card")
     assert "# source, extended to 128 tokens" in ours
     assert theirs.endswith("# Their model\n\nTheir words: naïve.\n\nold\n")
     assert card.count("<!-- lrconvert: parity -->") == 1 and "secret/data" not in card
@@ -166,12 +166,12 @@ def test_tiers_losses_and_licence(pico: Callable[..., Model]) -> None:
         low, high = min(tier.factors), max(tier.factors)
         spread = f"{low:.6g} to {high:.6g}"
         assert f"| {tier.max_length} | 4 | {tier.attention_factor:.6g} | {spread} |" in card
-    assert "- a loss.\n- another.\n" in card and "of the factor sets themselves, nothing" not in card
+    assert "- a loss.\n- another.\n" in card and "the factor sets themselves lose nothing" not in card
     assert "The source states no licence." in card and "## Notes" not in card
     card = rendered(model, recipe, dropped=["n̂"], notes=[f"read from {model.reference}"])
-    assert "in all code:\n\n- n̂.\n" in card and "the recipe exactly" not in card
+    assert "with other engines:\n\n- n̂.\n" in card and "the recipe exactly" not in card
     assert f"## Notes\n\n- read from {Path(model.reference).name}.\n" in card
-    assert "of the factor sets themselves, nothing" in rendered(model, recipe)
+    assert "the factor sets themselves lose nothing" in rendered(model, recipe)
     assert "as the source states it: mit." in rendered(model, recipe, source=SourceCard({"license": "mit"}))
 
 
@@ -186,7 +186,7 @@ def test_tiers_losses_and_licence(pico: Callable[..., Model]) -> None:
         (Provenance("published", source="/home/me/my-config.json (su)"), ["| source | my-config.json (su) |"]),
         (
             Provenance("searched", weights="a/b", search={"seed": 7, "text": "C:\\data\\book.txt"}),
-            ["| weights that they fit | a/b |", "| search: seed | 7 |", "| search: text | book.txt |"],
+            ["| fitted to the weights | a/b |", "| search: seed | 7 |", "| search: text | book.txt |"],
         ),
     ],
 )

@@ -190,7 +190,7 @@ def test_an_error_while_files_move_says_so_and_the_next_conversion_finishes(
         return real(self, target)
 
     monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(EnvironmentFailure, match=r"is half published\. The next conversion") as caught:
+    with pytest.raises(EnvironmentFailure, match=r"is only partly published\. Remove the cause") as caught:
         publish_files(output, files, force=True)
     assert caught.value.exit_code == 6
     with pytest.raises(UsageError, match="exists"):

@@ -210,7 +210,7 @@ def test_the_manifest_survives_its_file(tmp_path: Path) -> None:
     )
     (tmp_path / MANIFEST).write_text(made.to_json())
     assert Manifest.read(tmp_path) == made
-    with pytest.raises(InputError, match=r"no lrconvert\.json, so not an artifact"):
+    with pytest.raises(InputError, match=r"no lrconvert\.json, so not an lrconvert artifact"):
         Manifest.read(tmp_path / "elsewhere")
 
 

@@ -265,7 +265,7 @@ def test_a_broken_tie_is_in_config_notes_and_tensors(pico_folder: Callable[..., 
     model = with_ours(base, adapter)
     assert model.checkpoint.config["tie_word_embeddings"] is False and not model.shape.tied
     assert ("lm_head", None) in model.roles
-    assert [note for note in model.notes if "tie_word_embeddings false" in note]
+    assert [note for note in model.notes if "tie_word_embeddings is false" in note]
     kept = with_ours(base, make_adapter(base, tmp_path / "plain"))
     assert kept.shape.tied and LM_HEAD not in kept.checkpoint.tensors and not kept.notes
 
@@ -446,7 +446,7 @@ def test_values_that_switch_a_feature_off_pass(tmp_path: Path) -> None:
         ({"use_dora": 1}, "use_dora is 1; true or false"),
         ({"rank_pattern": ["q_proj"]}, "rank_pattern is ['q_proj']"),
         ({"rank_pattern": {"q_proj": -1}}, "rank_pattern q_proj is -1"),
-        ({"alpha_pattern": {"(": 1}}, "alpha_pattern '(' is no regular expression"),
+        ({"alpha_pattern": {"(": 1}}, "alpha_pattern '(' is not a regular expression"),
         ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head'; a list"),
         ({"base_model_name_or_path": 7}, "base_model_name_or_path is 7"),
     ],
@@ -522,11 +522,11 @@ def test_an_adapter_for_another_base_lists_all_with_shapes(pico: Callable[..., M
         "k_proj.lora_A.weight: one of A and B is missing",
         "o_proj.lora_A.weight [8, 64]: [4, 64] is needed",
         "v_proj.lora_B.bias [32]: the model has no",
-        "up_proj.lora_embedding_A [4, 96]: needed is no such part",
+        "up_proj.lora_embedding_A [4, 96]: no such part",
         "input_layernorm.lora_A.weight [4, 64]",
         "score.weight [2, 64]: the model has no score.weight",
         "norm.weight [65]: [64] is needed for model.norm.weight [64]",
-        "embed_tokens.lora_A.weight [4, 64]: needed is a pair lora_embedding_A and _B",
+        "embed_tokens.lora_A.weight [4, 64]: model.embed_tokens.weight takes lora_embedding_A and _B",
     ):
         assert needle in text
 
@@ -537,8 +537,8 @@ def test_an_adapter_for_another_base_lists_all_with_shapes(pico: Callable[..., M
         ({f"{Q0}.lora_magnitude_vector": zeros(64)}, {}, "a lora_magnitude_vector without use_dora"),
         ({}, {"use_dora": True}, "no lora_magnitude_vector with use_dora"),
         ({f"{Q0}.lora_magnitude_vector": zeros(65)}, {"use_dora": True}, "lora_magnitude_vector [65]: [64] is needed"),
-        ({f"{Q0}.weight": zeros(64, 64)}, {}, "replaced and adapted at once"),
-        ({f"base_model.model.{Q0}.weight": zeros(64, 64)}, {}, "replaced and adapted at once"),
+        ({f"{Q0}.weight": zeros(64, 64)}, {}, "both replaced and adapted"),
+        ({f"base_model.model.{Q0}.weight": zeros(64, 64)}, {}, "both replaced and adapted"),
         ({f"{Q0}.lora_A.weight": zeros(4, 64)}, {}, "are the same tensor"),
         ({"x.y": np.zeros(3, np.int64)}, {}, "x.y is I64; one of F64, F32"),
     ],
@@ -627,7 +627,7 @@ def test_what_is_no_adapter(tmp_path: Path) -> None:
     whole = (path / ADAPTER_WEIGHTS).read_bytes()
     for data in (b"", whole[:-1], whole[: len(whole) // 2], b"\xff" * 64):
         (path / ADAPTER_WEIGHTS).write_bytes(data)
-        with pytest.raises(InputError, match="not a whole safetensors file"):
+        with pytest.raises(InputError, match="not a complete safetensors file"):
             open_adapter(path)
     with pytest.raises(InputError, match="holds no tensors"):
         open_adapter(write_adapter(path, tensors={}))

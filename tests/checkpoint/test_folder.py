@@ -360,7 +360,7 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
     "an index of numbers": (point_norm_at(5), [INDEX, "'5'", "plain name"]),
     "an index of objects": (point_norm_at({"file": []}), [INDEX, "plain name"]),
     "a missing shard": (sharded(missing_shard), [INDEX, "model-00001-of-00002.safetensors", "not in the folder"]),
-    "a shard nobody has": (point_norm_at("x.safetensors"), [INDEX, "x.safetensors is named here", "not in the folder"]),
+    "a shard nobody has": (point_norm_at("x.safetensors"), [INDEX, "is listed here", "not in the folder"]),
     "a tensor only in the index": (
         sharded(lambda folder, weight_map: weight_map.update({"extra": min(weight_map.values())})),
         ["extra is in the index but not in model-00001-of-00002.safetensors"],

@@ -361,7 +361,7 @@ def test_a_static_set_becomes_two_equal_sets(tmp_path: Path) -> None:
         ({"short": None, "long": None}, f"incomplete longrope: {SHORT}, {LONG} missing"),
         ({"original": None}, "incomplete longrope: llama.rope.scaling.original_context_length missing"),
         ({"attention": None}, "incomplete longrope: llama.rope.scaling.attn_factor missing"),
-        ({"ratio": 8.0}, "rope.scaling.factor 8 would stack on the factors"),
+        ({"ratio": 8.0}, "rope.scaling.factor 8 would apply on top of the factors"),
         ({"kind": "yarn"}, "rope.scaling.type is 'yarn', but the file carries rope_factors_short"),
         ({"kind": "su"}, "rope.scaling.type is 'su', but the file carries"),
         ({"static": GROWN}, f"{STATIC} contradicts longrope"),
@@ -383,7 +383,7 @@ def test_a_contradictory_or_incomplete_rope_is_refused(tmp_path: Path, changes: 
     ("settings", "message"),
     [
         ({"kind": "yarn", "static": GROWN}, "rope.scaling.type is 'yarn', but the file carries rope_freqs.weight"),
-        ({"ratio": 4.0, "static": GROWN}, "would stack on the factors of rope_freqs.weight"),
+        ({"ratio": 4.0, "static": GROWN}, "would apply on top of the factors of rope_freqs.weight"),
         ({"kind": "mrope"}, "rope.scaling.type is 'mrope'; none, linear, yarn and longrope are known"),
         ({"kind": "yarn", "ratio": 4.0, "more": {"yarn_log_multiplier": 0.1}}, "yarn_log_multiplier is 0.1"),
         ({"attention": 1.5}, "rope.scaling.attn_factor 1.5 without factors or yarn"),
@@ -469,7 +469,7 @@ BAD_HEADERS = {
     "version 2": (raw_header(version=2) + PADDING, "GGUF version 2; version 3 is needed"),
     "version 4": (raw_header(version=4) + PADDING, "GGUF version 4; version 3 is needed"),
     "big-endian": (raw_header(order=">") + PADDING, "a big-endian GGUF file; only little-endian ones are read"),
-    "2^60 tensors": (raw_header(tensors=2**60) + PADDING, f"promises {2**60} tensors"),
+    "2^60 tensors": (raw_header(tensors=2**60) + PADDING, f"declares {2**60} tensors"),
     "2^60 keys": (raw_header(keys=2**60) + PADDING, f"and {2**60} metadata keys"),
     "more tensors than bytes": (raw_header(tensors=1000, keys=1) + PADDING, "can't hold them"),
     "name of 4 GiB": (raw_header(keys=1) + struct.pack("<Q", 2**32) + PADDING, "a name of 4294967296 bytes"),
@@ -500,7 +500,7 @@ BAD_HEADERS = {
         raw_header(keys=1) + raw_key("a", 13, b"") + PADDING,
         "a has the value type 13; 0 to 12 are known",
     ),
-    "key twice": (raw_header(keys=2) + raw_key("a", 0, b"1") * 2 + PADDING, "the metadata key a is there twice"),
+    "key twice": (raw_header(keys=2) + raw_key("a", 0, b"1") * 2 + PADDING, "the metadata key a appears twice"),
     "no tensors": (raw_header() + PADDING, "holds no tensors"),
     "alignment": (
         raw_header(keys=1, tensors=1)
@@ -524,13 +524,13 @@ BAD_TENSORS = {
     "far past the end": ([("t", (4,), 0, 2**63)], "t ends at byte"),
     "2^120 elements": ([("t", (2**60, 2**60), 0, 0)], "t ends at byte"),
     "empty": ([("t", (4, 0), 0, 0)], "t is empty: its shape is [0, 4]"),
-    "five dimensions": ([("t", (1,) * 5, 0, 0)], "t has 5 dimensions; 1 to 4 can be"),
+    "five dimensions": ([("t", (1,) * 5, 0, 0)], "t has 5 dimensions; 1 to 4 are allowed"),
     "half a block": ([("t", (33, 2), 8, 0)], "t has rows of 33; Q8_0 needs a multiple of 32"),
     "unknown type": ([("t", (4,), 4, 0)], "t has the type 4, which this gguf-py doesn't know"),
-    "unaligned": ([("t", (4,), 0, 8)], "t lies at 8, not a multiple of the alignment 32"),
-    "twice": ([("t", (4,), 0, 0), ("t", (4,), 0, 32)], "t is there twice"),
+    "unaligned": ([("t", (4,), 0, 8)], "t starts at 8, not a multiple of the alignment 32"),
+    "twice": ([("t", (4,), 0, 0), ("t", (4,), 0, 32)], "t appears twice"),
     "overlapping": ([("a", (16,), 0, 0), ("b", (16,), 0, 32)], "b overlaps a"),
-    "all listed": ([("a", (4,), 0, 8), ("b", (4,), 0, 8)], "; b lies at 8"),
+    "all listed": ([("a", (4,), 0, 8), ("b", (4,), 0, 8)], "; b starts at 8"),
 }
 
 
@@ -867,7 +867,7 @@ def test_templates_generation_config_and_licence(tmp_path: Path) -> None:
         (lambda w: w.add_tokenizer_model("t5"), UnsupportedError, "tokenizer.ggml.model is 't5'"),
         (lambda w: w.add_tokenizer_model("gpt2"), InputError, "tokenizer.ggml.tokens is missing or empty"),
         (bpe_vocabulary(merges=["h e", "hello"]), InputError, "tokenizer.ggml.merges[1] is 'hello'"),
-        (bpe_vocabulary(merges=["zz e"]), InputError, "no tokenizer can be made of its vocabulary"),
+        (bpe_vocabulary(merges=["zz e"]), InputError, "no tokenizer can be built from its vocabulary"),
     ],
 )
 def test_a_tokenizer_that_cannot_be_rebuilt_is_an_error(

@@ -328,7 +328,7 @@ def test_inspect_knows_an_artifact(artifact: Path, model: Path, cli: Run) -> Non
     assert facts["rope"]["kind"] == "lrconvert"
     assert [tier["max_length"] for tier in facts["rope"]["tiers"]] == [64, 128]
     assert facts["manifest"] == {"model": str(model), "recipe": "pico", "parity": "not verified yet"}
-    assert f"made by lrconvert from {model} with pico" in cli("inspect", artifact).out
+    assert f"baked by lrconvert from {model} with pico" in cli("inspect", artifact).out
 
 
 def test_inspect_and_hf_take_a_gguf(tmp_path: Path, cli: Run) -> None:
@@ -485,4 +485,4 @@ def test_what_serves_folders_only_says_so_of_a_gguf(cli: Run, tmp_path: Path) ->
     pushed = cli("push", file, "me/m")
     assert pushed.code == 4 and "hf upload me/m" in pushed.err
     asked = cli("verify", file, "--code", "native")
-    assert asked.code == 2 and "--runtime llama.cpp has one code" in asked.err
+    assert asked.code == 2 and "--runtime llama.cpp has only one" in asked.err

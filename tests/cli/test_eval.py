@@ -133,13 +133,13 @@ def test_bad_input(cli: Run, tmp_path: Path) -> None:
     assert cli("eval", "perplexity", "demo", "--text", short, "--lengths", "much").code == 2
     assert cli("eval", "passkey", "demo", "--lengths", "1k", "--code", "custom").code == 2
     for wrong, code, words in (
-        (("--whole", "--judged", 64), 2, "--judged does not go with"),
+        (("--whole", "--judged", 64), 2, "--judged can't be combined with"),
         (("--sliding-window", "8k"), 2, "longer than the contexts of 4096 tokens"),
         (("--recipe", "nowhere"), 3, "no such recipe"),
         (("--text", "hf:a/b#none"), 2, "does not name a data set"),
         (("--text", "hf:a/b"), 6, "can't be reached"),
         (("--seed", "-1"), 2, "'--seed'"),
-        (("--output", "."), 2, "no name for a file"),
+        (("--output", "."), 2, "does not name a file"),
         (("--output", short / "p"), 2, "short.txt is not a folder"),
         (("--output", tmp_path / "p"), 2, "p.json is a folder"),
         (("--code", "reference", "--device", "much"), 2, "--device much"),

@@ -35,7 +35,7 @@ def test_a_result_and_its_difference_from_an_earlier_one(cli: Run, data: Path, t
     result = cli(*asked(data, "--shots", 2, "-o", tmp_path / "out" / "b"))
     assert result.code == 0, result.err
     assert result.err == "warning: --shots does not apply to truthfulqa_mc2, which has examples of its own\n"
-    assert "score (95 %)" in result.out and "6 questions a task, drawn by the seed" in result.out
+    assert "score (95 %)" in result.out and "6 questions per task, drawn with the seed" in result.out
     assert (tmp_path / "out" / "b.png").read_bytes().startswith(b"\x89PNG")
     path = tmp_path / "out" / "b.json"
     kept = json.loads(path.read_text())

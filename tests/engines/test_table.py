@@ -184,7 +184,7 @@ def test_a_runtime_has_its_own_code(cli: Callable[..., Result], pico: Callable[.
     recipe = write_recipe(recipe_for(model, even=True), tmp_path / "recipe")
     assert cli("hf", model.reference, "--recipe", recipe, "-o", tmp_path / "out").code == 0
     result = cli("verify", tmp_path / "out", "--runtime", "mlx", "--code", "native")
-    assert result.code == 2 and "--runtime mlx has one code" in result.err
+    assert result.code == 2 and "--runtime mlx has only one" in result.err
     for runtime in ("mlx", "vllm"):
         if importlib.util.find_spec(runtime) is None:
             result = cli("verify", tmp_path / "out", "--runtime", runtime)

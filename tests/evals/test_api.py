@@ -36,7 +36,7 @@ def test_passkey_counts_trials() -> None:
 
 def test_errors_are_ours() -> None:
     """Raised before a model is loaded."""
-    with pytest.raises(UsageError, match="--judged does not go with"):
+    with pytest.raises(UsageError, match="--judged can't be combined with"):
         evaluate.perplexity("demo", lengths=[64], texts=[HELDOUT], judged=64, whole=True)
     with pytest.raises(InputError, match="no such recipe"):
         evaluate.passkey("demo", lengths=[64], recipe="nowhere")

@@ -463,9 +463,9 @@ def test_a_damaged_line_is_named(tmp_path: Path, task: str, name: str, line: str
 
 def test_too_few_questions_are_said(tmp_path: Path) -> None:
     write_questions(tmp_path, 5)
-    with pytest.raises(UsageError, match=r"25 examples are asked for; .* has 5"):
+    with pytest.raises(UsageError, match=r"25 examples are needed; .* has 5"):
         prepare(["arc_challenge"], folder=tmp_path, shots=None, limit=None, seed=0)
-    with pytest.raises(UsageError, match="5 questions can't be asked behind 4"):
+    with pytest.raises(UsageError, match="5 questions can't be asked after 4"):
         prepare(["hellaswag"], folder=tmp_path, shots=4, limit=None, seed=0)
     write_questions(tmp_path, 1)
     with pytest.raises(InputError, match="two are needed"):

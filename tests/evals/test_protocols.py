@@ -124,7 +124,7 @@ def test_losses_that_are_no_numbers_are_refused() -> None:
     ("wrong", "said"),
     [
         ({"lengths": (1,)}, "no token to predict"),
-        ({"lengths": (8,), "whole": True, "judged": 4}, "--judged does not go with"),
+        ({"lengths": (8,), "whole": True, "judged": 4}, "--judged can't be combined with"),
         ({"lengths": (8,), "document_tokens": 9}, "--document-tokens needs --sliding-window"),
         ({"lengths": (8, 32), "step": 9}, "--sliding-window 9 is longer than the contexts of 8 tokens"),
         ({"lengths": (8, 32), "step": 8, "document_tokens": 31}, "less than the longest length, 32"),

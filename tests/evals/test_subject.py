@@ -214,7 +214,7 @@ def test_an_adapter_that_the_recipe_carries_is_merged(
 def test_only_plain_models_are_tried(own: tuple[Subject, list[float]], model: Model, tmp_path: Path) -> None:
     """What carries a recipe or a scaling says so and what to do; another model's recipe names both values."""
     path = str(write_recipe(recipe_for(model), tmp_path / "recipe"))
-    with pytest.raises(UsageError, match=r"already carries the recipe pico.*Leave --recipe out"):
+    with pytest.raises(UsageError, match=r"already carries the recipe pico.*Omit --recipe"):
         Subject.of(own[0].reference, path)
     scaled = tmp_path / "scaled"
     shutil.copytree(model.checkpoint.path, scaled)
@@ -230,7 +230,7 @@ def test_only_plain_models_are_tried(own: tuple[Subject, list[float]], model: Mo
 def test_code_that_is_not_there_is_named(own: tuple[Subject, list[float]], model: Model) -> None:
     subject = Subject.of(model.reference)
     with (
-        pytest.raises(UsageError, match=r"has no custom code\. What can be asked: native, reference"),
+        pytest.raises(UsageError, match=r"has no custom code\. Available: native, reference"),
         session(subject, code="custom"),
     ):
         pass

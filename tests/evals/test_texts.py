@@ -190,7 +190,7 @@ def test_a_program_that_makes_a_data_set_is_never_run(tmp_path: Path) -> None:
     folder = tmp_path / "program"
     folder.mkdir()
     (folder / "program.py").write_text("raise SystemExit('run')")
-    with pytest.raises(InputError, match=r"is never run.*refs/convert/parquet"):
+    with pytest.raises(InputError, match=r"never runs.*refs/convert/parquet"):
         read(f"hf:{folder}")
 
 

@@ -241,7 +241,7 @@ def test_what_llama_cpp_can_not_do_is_refused_or_recorded(
     assert json.loads((tmp_path / "m.lrconvert.json").read_text())["losses"] == report.losses
     assert max(row.kl_mean or 0 for case, row in rows_of(report).items() if case.startswith("lost at")) > 1e-3
     shown = cli("inspect", artifact)
-    assert shown.out.count("given up: ") == 3
+    assert shown.out.count("dropped: ") == 3
 
 
 def test_verify_writes_junit_and_exits_5(pico: Pico, tmp_path: Path, cli: Callable[..., Result]) -> None:

@@ -284,11 +284,11 @@ def test_positions_with_gaps_are_refused(session: LlamaSession) -> None:
 
 def test_a_request_that_does_not_fit_is_refused(session: LlamaSession) -> None:
     """Too little room, a token that there isn't, nothing to forget: in words of ours or of llama.cpp."""
-    with pytest.raises(InputError, match="300 tokens, and the context holds 256"):
+    with pytest.raises(InputError, match="300 tokens, but the context holds 256"):
         session.logits([TOKENS[:300]], keep=[0], context=100)
     with pytest.raises(InputError, match=r"invalid token\[1\] = 101"):
         session.logits([[5, 101]], keep=[0])
-    with pytest.raises(InputError, match="257 tokens, and the context holds 256"):
+    with pytest.raises(InputError, match="257 tokens, but the context holds 256"):
         session.generate(TOKENS[:250], 8, context=256)
     for drop in (0, 10):
         with pytest.raises(InputError, match=f"{drop} of 10 tokens can't be forgotten"):
@@ -316,7 +316,7 @@ def test_a_gpu_that_is_not_there_is_not_claimed(file: Path) -> None:
     """llama.cpp computes on the CPU without a word."""
     if os.environ.get("LRCONVERT_LLAMA_LIBRARY"):
         pytest.skip("a library that was named may have a GPU")
-    with pytest.raises(InputError, match="computed on the CPU, wholly or in part: no layers are on a GPU"):
+    with pytest.raises(InputError, match="runs on the CPU, fully or partly: no layers are on a GPU"):
         open_session(file, gpu_layers=999)
 
 
@@ -333,8 +333,8 @@ OFFLOADED = [
         (OFFLOADED, None),
         (OFFLOADED[1:], "no layers are on a GPU"),
         ([OFFLOADED[0].replace("3/3", "2/3"), *OFFLOADED[1:]], "2 of 3 layers are on a GPU"),
-        (OFFLOADED[:2], "weights lie in CPU_Mapped "),
-        ([*OFFLOADED[:2], OFFLOADED[2].replace("CUDA0", "CUDA0_Host")], "weights lie in CPU_Mapped, CUDA0_Host "),
+        (OFFLOADED[:2], "weights are in CPU_Mapped "),
+        ([*OFFLOADED[:2], OFFLOADED[2].replace("CUDA0", "CUDA0_Host")], "weights are in CPU_Mapped, CUDA0_Host "),
     ],
 )
 def test_a_gpu_is_believed_by_the_log_alone(lines: list[str], words: str | None) -> None:
@@ -348,7 +348,7 @@ def test_a_gpu_is_believed_by_the_log_alone(lines: list[str], words: str | None)
     if words is None:
         assert worker.device() == "A card"
     else:
-        with pytest.raises(RuntimeError, match=f"computed on the CPU, wholly or in part: .*{words}"):
+        with pytest.raises(RuntimeError, match=f"runs on the CPU, fully or partly: .*{words}"):
             worker.device()
 
 
@@ -394,7 +394,7 @@ def test_a_struct_of_another_layout_is_refused_before_it_is_used(
 
 def test_a_library_of_something_else_is_refused(file: Path, tmp_path: Path) -> None:
     """By the first function that it lacks; and one that can't be loaded by the loader's words."""
-    with pytest.raises(EnvironmentFailure, match=r"not a llama\.cpp that is known here: llama_log_set is missing"):
+    with pytest.raises(EnvironmentFailure, match=r"not a supported llama\.cpp: llama_log_set is missing"):
         open_session(file, library=find_library(_ctypes.__file__))
     (tmp_path / "libllama.so").write_bytes(b"nothing")
     with pytest.raises(EnvironmentFailure, match=r"libllama\.so can't be loaded: "):

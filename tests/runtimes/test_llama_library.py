@@ -89,7 +89,7 @@ def test_a_path_without_a_library_is_refused_with_what_is_missing(tmp_path: Path
     with pytest.raises(InputError, match="nowhere does not exist"):
         find_library(tmp_path / "nowhere")
     (tmp_path / "model.gguf").touch()
-    with pytest.raises(InputError, match=r"model\.gguf is no shared library"):
+    with pytest.raises(InputError, match=r"model\.gguf is not a shared library"):
         find_library(tmp_path / "model.gguf")
 
 

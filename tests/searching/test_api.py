@@ -40,7 +40,7 @@ def test_a_recipe_is_returned_and_written(text: Path, tmp_path: Path) -> None:
     again = search("demo", texts=[text], output=tmp_path / "r", force=True, **ASKED)
     assert again.recipe == found.recipe
     assert [(note.text.partition(": ")[2], note.warning) for note in again.notes] == [
-        ("going on after 3 evaluations", False)
+        ("continuing after 3 evaluations", False)
     ]
 
 

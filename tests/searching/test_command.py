@@ -81,7 +81,7 @@ def test_killed_and_started_again_it_ends_in_the_same_recipe(text: Path, whole: 
     assert 7 <= before < len(evaluations(whole.with_name("found.journal.jsonl"))) and not output.exists()
     done = subprocess.run([*START, *arguments(text, output)], env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert f"going on after {before} evaluations" in done.stderr
+    assert f"continuing after {before} evaluations" in done.stderr
     assert (output / "recipe.json").read_bytes() == (whole / "recipe.json").read_bytes()
     assert evaluations(journal) == evaluations(whole.with_name("found.journal.jsonl"))
 
@@ -316,7 +316,7 @@ def test_a_search_starts_from_a_recipe(text: Path, whole: Path, cli: Run, tmp_pa
         (["--original-window", "1"], 2, "nothing to extend"),
         (["--seed", "-1"], 2, "'--seed'"),
         (["--start-from", "smollm2-135m-64k"], 3, "is for another model: rope_theta"),
-        (["--output", "."], 2, "no name for a file"),
+        (["--output", "."], 2, "does not name a file"),
         (["--output", str(DATA / "passkey.json" / "r")], 2, "is not a folder"),
         (["--output", str(DATA / "demo" / "heldout.txt")], 2, "is a file"),
         (["--text", "/nowhere.txt"], 3, "can't be read as text"),

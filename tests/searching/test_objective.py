@@ -96,7 +96,7 @@ def test_short_texts_say_by_how_much_and_what_helps() -> None:
         text_documents(texts, 256, 1, [256], join=False)
     assert "--allow-concatenate" in str(error.value)
     assert len(text_documents(texts, 256, 1, [256], join=True)[0].tokens) == 256
-    with pytest.raises(InputError, match="all together have 300") as error:
+    with pytest.raises(InputError, match="all texts together have 300") as error:
         text_documents(texts, 512, 1, [512], join=True)
     assert "--target of at most 300" in str(error.value)
     with pytest.raises(InputError, match="longest text has 0 tokens"):

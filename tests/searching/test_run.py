@@ -184,7 +184,7 @@ def test_another_code_s_journal_is_refused(plan: SearchPlan, tmp_path: Path) -> 
     changed["candidate"]["factors"][-1] += 0.01
     lines[5] = json.dumps(changed) + "\n"
     (tmp_path / "j").write_text("".join(lines))
-    with pytest.raises(InputError, match="evaluation 5 for 512 tokens in the journal is not"):
+    with pytest.raises(InputError, match="evaluation 5 for 512 tokens in the journal differs"):
         run(plan, landscape(plan), tmp_path / "j")
 
 

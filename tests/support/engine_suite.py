@@ -110,6 +110,6 @@ def check_questions_it_can_not_answer(model: Model, output: Path, options: Optio
     (backend,) = chosen_backends(artifact, "hf", options)
     with (
         closing(backend.open(artifact, options)) as session,
-        pytest.raises(InputError, match="no positions but those of a whole"),
+        pytest.raises(InputError, match="only the positions of a whole"),
     ):
         session.logits([[1, 2, 3]], positions=[0, 1, 5], keep=[0])

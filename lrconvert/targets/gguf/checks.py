@@ -65,4 +65,4 @@ def _rope(stored: GgufCheckpoint, spec: RopeSpec, static: bool) -> Iterator[str]
             yield f"{name} is missing"
             continue
         if values.shape != (len(tier.factors),) or not np.allclose(values, tier.factors, rtol=FLOAT32, atol=0):
-            yield f"{name} holds other factors than the recipe's"
+            yield f"{name} holds factors that differ from the recipe's"

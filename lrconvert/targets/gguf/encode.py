@@ -64,7 +64,7 @@ def check(kinds: Iterable[GGMLQuantizationType], library: LlamaLibrary | None, *
     if needing and library is None:
         reason = " with an importance matrix" if weighted else ""
         raise EnvironmentFailure(
-            f"quantising to {', '.join(needing)}{reason} needs llama.cpp's library, which is not here",
+            f"quantising to {', '.join(needing)}{reason} needs llama.cpp's library, which is not installed",
             remedy="pip install 'lrconvert[llama]'",
         )
 

@@ -108,7 +108,7 @@ def check_matrix(
     if missing := [name for name in needing if name not in found]:
         more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
         raise InputError(
-            f"{matrix.path}: lacks tensors that {scheme.name} can't do without: {', '.join(missing[:_SHOWN])}{more}",
+            f"{matrix.path}: lacks tensors that {scheme.name} needs: {', '.join(missing[:_SHOWN])}{more}",
             remedy="Give a matrix that was made for this model, or choose a scheme of more bits",
         )
 
@@ -125,7 +125,7 @@ def _read_header(path: Path) -> GgufHeader:
         raise InputError(f"{path}: can't be read ({error.strerror or error})") from error
     if magic != b"GGUF":
         raise InputError(
-            f"{path}: not a GGUF file; an importance matrix in the older .dat form is not read",
+            f"{path}: not a GGUF file; an importance matrix in the older .dat format is not read",
             remedy=f"`llama-imatrix --in-file {path.name} -o imatrix.gguf` rewrites one",
         )
     if size > MAX_BYTES:

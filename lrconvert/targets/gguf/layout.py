@@ -97,7 +97,7 @@ def _packed(key: str, value: Value) -> bytes:
             return data
     except (struct.error, OverflowError):
         pass
-    raise UnsupportedError(f"{key} is {value!r:.60}, which a GGUF can't hold (it has 32 bits for it)")
+    raise UnsupportedError(f"{key} is {value!r:.60}, which does not fit into the 32 bits of a GGUF")
 
 
 def pack(value: Value) -> bytes:

@@ -39,7 +39,7 @@ _PHI3_NAME = re.compile(r"phi-?3", re.IGNORECASE)
 def rope_keys(architecture: str, spec: RopeSpec, *, static: bool) -> dict[str, Value]:
     """The keys of a spec that llama.cpp can express: two tiers at most, no start tokens, one attention factor."""
     if spec.window > MAX_INTEGER:
-        raise UnsupportedError(f"a window of {spec.window} tokens; llama.cpp counts to {MAX_INTEGER}")
+        raise UnsupportedError(f"a window of {spec.window} tokens; llama.cpp counts up to {MAX_INTEGER}")
     attention = spec.tiers[-1].attention_factor
     keys: dict[str, Value] = {"context_length": spec.window}
     if static and architecture in STATIC_TENSOR:
@@ -126,7 +126,7 @@ def size_label(model: Model) -> str:
 
 
 def provenance_keys(recipe: Recipe, family: str, losses: Sequence[str]) -> dict[str, Value]:
-    """Ours: which recipe this file computes and what of it was given up."""
+    """Ours: which recipe this file computes and what of it was dropped."""
     text = json.dumps(asdict(recipe), ensure_ascii=False, allow_nan=False)
     keys: dict[str, Value] = {"version": __version__, "family": family, "recipe": text}
     if losses:
@@ -135,7 +135,7 @@ def provenance_keys(recipe: Recipe, family: str, losses: Sequence[str]) -> dict[
 
 
 def carried_keys(source: GgufHeader, architecture: str) -> dict[str, Value]:
-    """All metadata of another GGUF as they stand there, but for its rope scaling, its split and what we write anew;
+    """All metadata of another GGUF unchanged except its rope scaling, its split and what we write anew;
     where the architecture changes, under its name."""
     old, new = source.architecture + ".", architecture + "."
     gone = tuple(f"{old}{key}" for key in ("rope.scaling.", "rope.scale_linear", "context_length"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An Ollama Modelfile beside a GGUF: without it Ollama serves a few thousand tokens, whatever the file can do."""
+"""An Ollama Modelfile beside a GGUF: without it Ollama serves a few thousand tokens, regardless of the file."""
 
 from __future__ import annotations
 

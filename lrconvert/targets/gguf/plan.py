@@ -184,7 +184,7 @@ def _check_name(output: Path) -> None:
     whole = manifest_path(output).name.removesuffix(f".{MANIFEST}")
     if whole != output.stem:
         raise UsageError(
-            f"{output}: this is what a part of {whole}{SUFFIX} is called",
+            f"{output}: this is the name of a part of {whole}{SUFFIX}",
             remedy=f"-o {whole}{SUFFIX}; with --split-max-size its parts get such names",
         )
 
@@ -192,9 +192,9 @@ def _check_name(output: Path) -> None:
 def _check_options(options: Options, scheme: Scheme | None, *, is_gguf: bool) -> None:
     """What would be ignored is refused."""
     if options.tokenizer_pre is not None and is_gguf:
-        raise UsageError("--tokenizer-pre: a GGUF is re-baked with the tokenizer that it has")
+        raise UsageError("--tokenizer-pre: a GGUF keeps its tokenizer when it is re-baked")
     if options.imatrix is not None and (scheme is None or not scheme.quantised):
-        raise UsageError("--imatrix: nothing is quantised", remedy="Say which type to write with --type")
+        raise UsageError("--imatrix: nothing is quantised", remedy="Choose the type to write with --type")
 
 
 def _check_shape(model: Model, architecture: str) -> None:
@@ -217,7 +217,7 @@ def _fitted(spec: RopeSpec, options: Options) -> tuple[RopeSpec, list[str]]:
     """What llama.cpp can express of the spec, and what is dropped; refused unless the user allows that."""
     kept, losses = LLAMA_CPP.fit(spec)
     if losses and not options.lossy:
-        advice = "bake to hf, whose own code is exact, or give this up with --allow-lossy"
+        advice = "bake to hf, whose own code is exact, or drop this with --allow-lossy"
         if any("attention factor" in loss for loss in losses):
             advice = f"`recipe derive --uniform` makes one attention factor for both sets; or {advice}"
         raise UnsupportedError("; ".join(losses), remedy=advice[0].upper() + advice[1:])
@@ -236,7 +236,7 @@ def _scheme(model: Model, options: Options, *, rewritten: bool) -> Scheme | None
     if (own := _OWN_TYPE.get(model.dtype)) is None:
         raise UsageError(
             f"{model.reference} is quantised ({model.dtype}), and its weights would change",
-            remedy="Say which type to write with --type; a recipe alone is baked without touching the weights",
+            remedy="Choose the type to write with --type; a recipe alone leaves the weights unchanged",
         )
     return get_scheme(own)
 

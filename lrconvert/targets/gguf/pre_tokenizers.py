@@ -54,16 +54,16 @@ def choose(tokenizer: Mapping[str, Any], where: str, override: str | None) -> tu
     """
     if override is not None and override not in LLAMA_CPP_NAMES:
         raise UsageError(
-            f"--tokenizer-pre {override}: llama.cpp knows no such pre-tokenizer",
-            remedy=f"It knows: {', '.join(sorted(LLAMA_CPP_NAMES))}",
+            f"--tokenizer-pre {override}: llama.cpp has no such pre-tokenizer",
+            remedy=f"It has: {', '.join(sorted(LLAMA_CPP_NAMES))}",
         )
     structure = read_structure(tokenizer)
     found = name_of(structure) if structure else None
     if override is None:
         if found is None or structure is None:
             raise UnsupportedError(
-                f"{where}: llama.cpp has no name that is known here for this way to split text: {_shown(tokenizer)}",
-                remedy="A wrong one would be silently wrong. Known by their structure: "
+                f"{where}: lrconvert knows no llama.cpp name for this pre-tokenizer: {_shown(tokenizer)}",
+                remedy="A wrong name would silently give wrong tokens. Known by their structure: "
                 f"{', '.join(PRE_TOKENIZERS)}. If you know the right name: --tokenizer-pre NAME",
             )
         return found, _losses(structure, found)
@@ -76,8 +76,8 @@ def _contradictions(override: str, structure: PreTokenizer | None, found: str | 
     if meant is not None and structure is not None and _splitting(meant) == _splitting(structure):
         return _losses(structure, override)
     if found is not None:
-        return [f"tokenizer.ggml.pre is {override}, as asked, but tokenizer.json splits text as {found} does"]
-    return [f"tokenizer.ggml.pre is {override}, as asked; tokenizer.json splits text in a way without a known name"]
+        return [f"tokenizer.ggml.pre is {override}, as requested, but tokenizer.json splits text as {found} does"]
+    return [f"tokenizer.ggml.pre is {override}, as requested; tokenizer.json has a pre-tokenizer without a known name"]
 
 
 def name_of(structure: PreTokenizer) -> str | None:

@@ -43,7 +43,7 @@ def explain(checkpoint: Checkpoint) -> list[str]:
     if checkpoint.rope_problems:
         lines += [f"broken: {problem}" for problem in checkpoint.rope_problems]
         lines.append(
-            "llama.cpp would refuse it or compute something else without a word; "
+            "llama.cpp would refuse it or silently compute something else; "
             "`lrconvert gguf FILE --recipe RECIPE` repairs it"
         )
     else:
@@ -51,7 +51,7 @@ def explain(checkpoint: Checkpoint) -> list[str]:
     honoured = {family.gguf_longrope for family in map(get_family, family_names())}
     if checkpoint.architecture not in honoured and {SHORT, LONG, STATIC} & checkpoint.stored.keys():
         lines.append(f"broken: the {checkpoint.architecture} architecture of llama.cpp ignores rope factors")
-    lines += [f"given up: {loss}" for loss in _losses(checkpoint)]
+    lines += [f"dropped: {loss}" for loss in _losses(checkpoint)]
     return lines
 
 
@@ -71,8 +71,8 @@ def _scaling(checkpoint: GgufCheckpoint) -> str:
     usable = original // step * step
     short = f"contexts of up to {usable} tokens use the short factors, larger ones" if usable else "all contexts"
     return (
-        f"longrope: {short} the long ones, up to {window}; llama.cpp chooses once, when a context is made, whatever "
-        f"the length of a prompt (contexts count in steps of {step})"
+        f"longrope: {short} the long ones, up to {window}; llama.cpp chooses once, when a context is made, regardless "
+        f"of the prompt's length (contexts count in steps of {step})"
     )
 
 

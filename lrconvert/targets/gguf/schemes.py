@@ -244,7 +244,7 @@ def get_scheme(name: str) -> Scheme:
     """The scheme of a name, in any case. Raises `UsageError` that lists them."""
     scheme = SCHEMES.get(name.lower())
     if scheme is None:
-        raise UsageError(f"no scheme is called {name!r}; there are {', '.join(SCHEMES)}")
+        raise UsageError(f"no scheme is named {name!r}; there are {', '.join(SCHEMES)}")
     return scheme
 
 

@@ -93,8 +93,8 @@ def space_prefix(tokenizer: Mapping[str, Any], where: str) -> tuple[bool, list[s
 
 _METASPACE: Mapping[str, list[str]] = {
     "first": [
-        "tokenizer.json puts a space before the text only, llama.cpp after every special token as well: text behind "
-        "a special token differs by it",
+        "tokenizer.json puts a space before the text only, llama.cpp after every special token as well: text after "
+        "a special token differs",
         "tokenizer.json puts no second space before text that begins with one, llama.cpp does",
     ],
     "always": ["tokenizer.json puts no second space before text that begins with one, llama.cpp does"],
@@ -165,7 +165,7 @@ def parse(data: bytes, where: str) -> SentencePiece:
         numbers = {"unk": _id(trained, 40, 0), "bos": _id(trained, 41, 1), "eos": _id(trained, 42, 2)}
         numbers["pad"] = _id(trained, 43, -1)
     except (ValueError, struct.error, UnicodeDecodeError) as error:
-        raise InputError(f"{where}: not a whole SentencePiece model ({error})") from error
+        raise InputError(f"{where}: not a complete SentencePiece model ({error})") from error
     notes = []
     if _bytes(normalised.get(2, b"")):
         notes.append(f"{where} normalises text (a character map), llama.cpp doesn't: unusual characters may differ")
@@ -185,7 +185,7 @@ def _refuse_other_models(
     if not _int(trainer.get(35, 0)) or types.count(6) != 256:
         raise UnsupportedError(f"{where}: a SentencePiece model without byte fallback, which llama.cpp needs")
     if _int(trainer.get(24, 0)) or not _int(normalizer.get(5, 1)):
-        raise UnsupportedError(f"{where}: spaces are not made visible in front of words, as llama.cpp has them")
+        raise UnsupportedError(f"{where}: spaces are not marked in front of words, as llama.cpp expects")
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, bytes | int]]:

@@ -88,7 +88,7 @@ def _as_sentencepiece(
     if table.adds_space and tokenizer.get("normalizer") and normalised:
         table.notes.append(
             f"{len(normalised)} added tokens are `normalized` ({normalised[0]!r:.40}): tokenizer.json finds them "
-            "behind a space only, llama.cpp anywhere"
+            "only after a space, llama.cpp anywhere"
         )
     table.types = {vocab[token]: BYTE for token in sentencepiece.BYTES}
     if isinstance(unk := model.get("unk_token"), str) and unk in table.vocab:
@@ -155,14 +155,14 @@ def from_tokenizer_model(files: TokenizerFiles, rows: int) -> TokenTable:
         raise InputError(f"{where}: {len(model.pieces)} pieces, but the embedding has {rows} rows (vocab_size)")
     vocab = {piece: index for index, piece in enumerate(model.pieces)}
     if len(vocab) != len(model.pieces):
-        raise InputError(f"{where}: a piece is there twice")
+        raise InputError(f"{where}: a piece appears twice")
     added, notes = _added(files, vocab, rows)
     replaced = {token.id for token in added}
     whole = {piece: index for piece, index in vocab.items() if index not in replaced}
     whole |= {token.content: token.id for token in added}
     lost = []
     if model.adds_space and USER_DEFINED in model.types:
-        lost.append(f"llama.cpp puts a space behind the pieces of {where} that are user-defined, SentencePiece doesn't")
+        lost.append(f"llama.cpp puts a space after the pieces of {where} that are user-defined, SentencePiece doesn't")
     return TokenTable(
         "llama",
         "default",

@@ -94,7 +94,7 @@ def _without(files: TokenizerFiles, pre: str | None) -> Vocabulary:
         )
     if pre is not None:
         raise UsageError(f"--tokenizer-pre {pre}: the model has no tokenizer")
-    note = "the model has no tokenizer files: the GGUF has no vocabulary and takes ids of tokens only"
+    note = "the model has no tokenizer files: the GGUF has no vocabulary and accepts token ids only"
     return Vocabulary({"tokenizer.ggml.model": "none"}, (note,))
 
 
@@ -247,7 +247,7 @@ def _surrounding(table: TokenTable, files: TokenizerFiles, ids: dict[str, int]) 
         return {name: bool(table.adds.get(name) if flag is None else flag) for name, flag in stated.items()}
     first, last = template
     if unknown := {index for index in template if index is not None} - set(table.vocab.values()):
-        raise InputError(f"{where}: post_processor adds token {min(unknown)}, which there is not")
+        raise InputError(f"{where}: post_processor adds token {min(unknown)}, which does not exist")
     if first is not None and first != ids.get("bos"):
         if "bos" in ids:
             table.notes.append(f"tokenizer.json begins every text with token {first}, not with bos; it becomes bos")
@@ -276,7 +276,9 @@ def _template(processor: Any, where: str, notes: list[str]) -> tuple[int | None,
         return next((template for template in found if template is not None), None)
     if kind != "TemplateProcessing":
         if kind != "ByteLevel":
-            notes.append(f"tokenizer.json's post_processor {kind!r:.40} has no equal in llama.cpp, which adds nothing")
+            notes.append(
+                f"tokenizer.json's post_processor {kind!r:.40} has no equivalent in llama.cpp, which adds nothing"
+            )
         return None
     single, known = processor.get("single"), processor.get("special_tokens")
     items = single if isinstance(single, list) else []

@@ -24,20 +24,20 @@ def _run(repo: str | None) -> list[str]:
 
 def _about(dropped: Sequence[str], losses: Sequence[str]) -> list[str]:
     """What each piece of code in the artifact does, and does not."""
-    exact = "all of the recipe but what is listed below" if dropped else "the recipe exactly"
+    exact = "everything in the recipe except what is listed below" if dropped else "the recipe exactly"
     parts = [
         "transformers 4.57 to 5.x, nothing else needed. `trust_remote_code=True` runs `modeling_longrope.py`, one file "
         f"in this folder: it computes {exact}, gives every row of a batch the tier of its own length, and `generate` "
-        "stays right when a sequence grows into another tier.",
-        "Without it the native class runs, and says nothing about what it loses:",
+        "stays exact when a sequence grows into another tier.",
+        "Without it the native class runs. It loses silently:",
         bullets(
             "a batch gets one tier for all its rows, and cached keys stay as they are when generation crosses the "
             "original window",
-            *(losses or ["of the factor sets themselves, nothing"]),
+            *(losses or ["the factor sets themselves lose nothing"]),
         ),
     ]
     if dropped:
-        parts += ["Given up for the sake of other engines, in all code:", bullets(*dropped)]
+        parts += ["Dropped in all code, for compatibility with other engines:", bullets(*dropped)]
     return parts
 
 

@@ -9,7 +9,7 @@ from lrconvert.rope import RopeSpec
 
 
 def make_portable(spec: RopeSpec, *, lossy: bool = False) -> tuple[RopeSpec, float, list[str]]:
-    """The spec that every engine can rotate, the scale that q and k have to carry for it, and what was given up.
+    """The spec that every engine can rotate, the scale that q and k have to carry for it, and what was dropped.
 
     With the recipe's attention factor a and the engines' f, the scale is a/f and the spec's factor f. Raises
     `UnsupportedError` (exit code 4) that names all that engines can't do, unless `lossy`.
@@ -18,7 +18,7 @@ def make_portable(spec: RopeSpec, *, lossy: bool = False) -> tuple[RopeSpec, flo
     if losses and not lossy:
         raise UnsupportedError(
             f"--portable: {'; '.join(losses)}",
-            remedy="Bake without --portable for the artifact's own code, or give this up with --allow-lossy",
+            remedy="Bake without --portable for the artifact's own code, or drop this with --allow-lossy",
         )
     scale = kept.tiers[-1].attention_factor / formula_attention_factor(kept)
     scale = 1.0 if abs(scale - 1.0) <= SAME else scale

@@ -7,8 +7,8 @@ from lrconvert.artifact.card import CardText
 
 _ABOUT = (
     "The rotation is a function inside the graph, made of standard operators: every row of a batch gets the tier of "
-    "its last position. Programs that keep a cache go on with the keys that they cached before a boundary; what is "
-    "exact is to read the sequence anew there."
+    "its last position. Programs with a cache keep the keys cached before a boundary; only recomputing the sequence "
+    "there is exact."
 )
 
 

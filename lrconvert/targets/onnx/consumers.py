@@ -86,12 +86,12 @@ def genai_config(
 
 
 def _type(spec: RopeSpec) -> str:
-    """The model type that makes onnxruntime-genai compute anew at this recipe's boundary."""
+    """The model type that makes onnxruntime-genai recompute at this recipe's boundary."""
     if len(spec.boundaries) != 1 or spec.boundaries[0] not in GENAI_REWINDS:
         wanted, found = " or ".join(map(str, GENAI_REWINDS)), ", ".join(map(str, spec.boundaries)) or "none"
         raise UsageError(
-            f"--genai-rewind: onnxruntime-genai computes anew after {wanted} tokens only; the recipe's boundaries: "
+            f"--genai-rewind: onnxruntime-genai recomputes after {wanted} tokens only; the recipe's boundaries: "
             f"{found}",
-            remedy="Leave it out; generation that crosses the boundary then keeps its cached keys",
+            remedy="Omit it; generation that crosses the boundary then keeps its cached keys",
         )
     return GENAI_REWINDS[spec.boundaries[0]]

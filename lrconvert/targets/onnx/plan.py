@@ -43,7 +43,7 @@ MAX_GRAPH_BYTES = 2**31 - 1  # of a protobuf message
 @dataclass(frozen=True)
 class Options:
     """What a user may ask of an ONNX folder. `double`: angles in float64, else from float32 tables; `genai_rewind`:
-    have onnxruntime-genai compute a sequence anew at the boundary, where it can."""
+    make onnxruntime-genai recompute a sequence at the boundary, where it can."""
 
     window: int | None = None
     dtype: str = "f32"
@@ -146,10 +146,10 @@ def _notes(options: Options, spec: RopeSpec) -> list[str]:
         if DTYPES[options.dtype][0] == "F32":
             notes.append("GroupQueryAttention has no float32 kernel on CUDA: use f16 or --attention standard there")
     if spec.boundaries:
-        notes.append("programs that keep a cache go on with the keys that they cached before a boundary; what is exact "
-                     "is to read the sequence anew there (docs/onnx.md)")  # fmt: skip
+        notes.append("programs with a cache keep the keys cached before a boundary; only recomputing the sequence "
+                     "there is exact (docs/onnx.md)")  # fmt: skip
     if options.genai_rewind:
-        notes.append("genai_config.json names a model type for which onnxruntime-genai reads a sequence of one row "
-                     f"anew when a generated token is the {spec.boundaries[0] + 1}th: a pause as long as a prompt of "
-                     "that length; not when a prompt that is appended jumps over it")  # fmt: skip
+        notes.append("genai_config.json names a model type for which onnxruntime-genai recomputes a one-row sequence "
+                     f"when a generated token is the {spec.boundaries[0] + 1}th: a pause as long as a prompt of "
+                     "that length; not when an appended prompt skips past it")  # fmt: skip
     return notes

@@ -71,7 +71,7 @@ def foreign(folder: Path) -> Foreign | None:
         return Foreign(None, None, ["several graphs, and none with a name that exporters give to a decoder"])
     name = path.relative_to(folder).as_posix()
     if not (folder / CONFIG).is_file():
-        return Foreign(None, name, ["no config.json beside it, so what it should compute isn't known"])
+        return Foreign(None, name, ["no config.json beside it, so what it should compute is unknown"])
     config = read_json(folder / CONFIG)
     family = get_family(config.get("model_type"))
     shape = read_shape(config, family)
@@ -119,11 +119,11 @@ def verdict(found: FoundRotations, tiers: tuple[Tier, ...], *, scaled: bool) -> 
     present = [name for name in sets if name in found.names]
     unscaled = PLAIN in found.names
     if not found.names:
-        return ["no known rotation was found among the graph's constants: what it computes can't be told from here"]
+        return ["no known rotation was found among the graph's constants, so what it computes isn't known"]
     if not scaled:
         return ["plain RoPE, as config.json says" if unscaled else f"it rotates with {', '.join(found.names)}"]
     if not present:
-        return ["unscaled: the graph rotates with plain RoPE, whatever config.json says"]
+        return ["unscaled: the graph rotates with plain RoPE, regardless of config.json"]
     # A short set of ones is plain RoPE: its presence says nothing about scaling.
     if len(sets) > 1 and sets[-1] not in present:
         also = " (which is plain RoPE)" if set(tiers[0].factors) == {1.0} else ""

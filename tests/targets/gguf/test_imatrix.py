@@ -135,7 +135,7 @@ def test_other_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The older form, a model, a file without its facts, none at all, one that is far too large."""
     legacy = tmp_path / "imatrix.dat"
     legacy.write_bytes(b"\x02\0\0\0\x13\0\0\0blk.0.attn_q.weight")
-    with pytest.raises(InputError, match=r"older \.dat form is not read\. `llama-imatrix --in-file imatrix\.dat -o "):
+    with pytest.raises(InputError, match=r"older \.dat format is not read\. `llama-imatrix --in-file imatrix\.dat -o "):
         Imatrix.load(legacy)
     tensors = tensors_for(Q, [1, 2], 1)
     with pytest.raises(InputError, match=r"not an importance matrix: general\.type is 'model'"):

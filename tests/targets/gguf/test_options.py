@@ -215,7 +215,7 @@ def test_planned_sizes_are_those_of_the_files(pico: Pico, tmp_path: Path, split:
         (("-o", "m"), 2, ("ends in .gguf", "-o m.gguf")),
         (("-o", "m.GGUF"), 2, ("ends in .gguf",)),
         (("-o", "m-00001-of-00002.gguf"), 2, ("part of m.gguf", "--split-max-size")),
-        (("--split-max-size", "12"), 2, ("2G and 500M are",)),
+        (("--split-max-size", "12"), 2, ("examples: 2G, 500M",)),
         (("--window", "128"), 2, ("below the original window, 256",)),
         (("--window", "1k"), 2, ("beyond the recipe's last tier, 512",)),
         (("--tokenizer-pre", "nonsense"), 2, ("no tokenizer", "nonsense")),

@@ -29,7 +29,7 @@ def test_an_unknown_structure_is_refused(styles: Styles, differing: Callable[...
         assert part in str(caught.value)
     written = vocabulary(files_of(tokenizer), rows_of(tokenizer), pre="deepseek-llm")
     assert written.metadata["tokenizer.ggml.pre"] == "deepseek-llm"
-    assert any("in a way without a known name" in note for note in written.notes)
+    assert any("pre-tokenizer without a known name" in note for note in written.notes)
     assert differing(tokenizer, written, {"x": "x"}) == set()  # it loads
 
 
@@ -43,7 +43,7 @@ def test_another_name_of_the_same(styles: Styles) -> None:
 
 def test_a_name_that_llama_cpp_does_not_know(styles: Styles) -> None:
     """Refused, with those that there are."""
-    refused = r"--tokenizer-pre .*: llama.cpp knows no such pre-tokenizer.*llama-bpe"
+    refused = r"--tokenizer-pre .*: llama.cpp has no such pre-tokenizer.*llama-bpe"
     for pre in ("", "nonsense", "whitespace", "LLAMA-BPE"):
         with case(pre), pytest.raises(UsageError, match=refused):
             vocabulary(files_of(styles["gpt-2"]), rows_of(styles["gpt-2"]), pre=pre)

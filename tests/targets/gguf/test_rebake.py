@@ -228,7 +228,11 @@ REPAIRED: dict[str, tuple[str, Change, str]] = {
     "no attn_factor": ("llama", scaling(attn_factor=None), "llama.rope.scaling.attn_factor missing"),
     "no type in llama": ("llama", scaling(type=None), "broken: incomplete longrope: llama.rope.scaling.type missing"),
     "F16": ("llama", quantised(LONG, Ggml.F16), f"broken: {LONG} is F16; llama.cpp takes F32 factors only"),
-    "stacked": ("llama", scaling(factor=2.0), f"broken: rope.scaling.factor 2 would stack on the factors of {SHORT}"),
+    "stacked": (
+        "llama",
+        scaling(factor=2.0),
+        f"broken: rope.scaling.factor 2 would apply on top of the factors of {SHORT}",
+    ),
     "length": ("llama", with_tensors(long=f32(RAMP[:7])), f"broken: {LONG} has shape [7]; the model rotates 16"),
     "not positive": ("llama", with_tensors(short=f32(RAMP - 1)), f"broken: {SHORT} has values that are not positive"),
     "llama 3.1": ("llama", in_order(BARE, with_tensors(static=f32(RAMP))), "one set of factors for every length up to"),
@@ -417,7 +421,7 @@ def test_an_artifact_never_replaces_what_it_is_made_from(pico: Pico, tmp_path: P
     before = {file.name: file.read_bytes() for file in tmp_path.glob("*.*")}
     for source, output in ((whole, whole), (tmp_path / "link.gguf", whole), (part, tmp_path / "s.gguf")):
         result = cli("gguf", source, "--recipe", path, "-o", output, "--force")
-        assert result.code == 2 and "which it is made from" in result.err, result.err
+        assert result.code == 2 and "would replace its own source" in result.err, result.err
     assert {file.name: file.read_bytes() for file in tmp_path.glob("*.*")} == before
 
 
@@ -426,15 +430,15 @@ def test_the_parts_that_a_file_was_made_from_are_not_its_artifact(pico: Pico, tm
     model = model_of(pico, "llama")
     part = stock(tmp_path / "s.gguf", model, split_every=6)
     path = bake(open_model(part), recipe_for(model, even=True), tmp_path / "s.gguf")
-    assert "made by lrconvert" in cli("inspect", path).out
-    assert "made by lrconvert" not in cli("inspect", part).out and part.exists()
+    assert "baked by lrconvert" in cli("inspect", path).out
+    assert "baked by lrconvert" not in cli("inspect", part).out and part.exists()
 
 
 def test_a_tokenizer_name_is_not_changed_in_silence(pico: Pico, tmp_path: Path) -> None:
     """A re-bake keeps the tokenizer: the option has no effect, so it is refused."""
     model = model_of(pico, "llama")
     source = open_model(stock(tmp_path / "s.gguf", model))
-    with pytest.raises(UsageError, match="re-baked with the tokenizer that it has"):
+    with pytest.raises(UsageError, match="keeps its tokenizer when it is re-baked"):
         bake(source, recipe_for(model, even=True), tmp_path / "m.gguf", tokenizer_pre="qwen2")
 
 

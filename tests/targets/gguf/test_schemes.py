@@ -91,7 +91,7 @@ def test_the_record_has_every_scheme() -> None:
 def test_names_of_schemes() -> None:
     """In any case, and by alias; a name that there isn't gets the list."""
     assert get_scheme("Q4_K_M") is get_scheme("q4_k") is SCHEMES["q4_k_m"]
-    with pytest.raises(UsageError, match=r"no scheme is called 'q4_k_xl'; there are f32, f16, .*iq1_m"):
+    with pytest.raises(UsageError, match=r"no scheme is named 'q4_k_xl'; there are f32, f16, .*iq1_m"):
         get_scheme("q4_k_xl")
 
 

@@ -189,8 +189,8 @@ def test_tokenizer_model_alone() -> None:
         ({3: 1}, {}, "a SentencePiece model of type unigram. Supported: BPE"),
         ({3: 4}, {}, "of type char"),
         ({35: 0}, {}, "without byte fallback"),
-        ({24: 1}, {}, "spaces are not made visible in front of words"),
-        ({}, {5: 0}, "spaces are not made visible in front of words"),
+        ({24: 1}, {}, "spaces are not marked in front of words"),
+        ({}, {5: 0}, "spaces are not marked in front of words"),
     ],
 )
 def test_other_sentencepiece_models(trainer: dict[int, int], normalizer: dict[int, int], expected: str) -> None:

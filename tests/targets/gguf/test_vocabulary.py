@@ -107,7 +107,7 @@ def test_a_wrong_style_shows(styles: Styles, differing: Differing) -> None:
             other = "gpt-2" if name not in ("gpt-2", "smollm") else "llama-bpe"
             written = vocabulary(files_of(tokenizer), rows_of(tokenizer), pre=other)
             assert len(differing(tokenizer, written, TEXTS) - set(STYLES[name].known)) >= 2
-            said = f"tokenizer.ggml.pre is {other}, as asked, but tokenizer.json splits text as {name}"
+            said = f"tokenizer.ggml.pre is {other}, as requested, but tokenizer.json splits text as {name}"
             assert any(said in note for note in written.notes)
 
 

@@ -73,7 +73,7 @@ DAMAGE: list[tuple[Any, str]] = [
                 "special_tokens": {"x": {"ids": [9999]}},
             }
         ),
-        "post_processor adds token 9999, which there is not",
+        "post_processor adds token 9999, which does not exist",
     ),
 ]
 

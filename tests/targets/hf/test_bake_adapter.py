@@ -332,4 +332,4 @@ def test_verify_notices_another_adapter(tmp_path: Path, baked: Callable[..., Any
     assert "can't be opened" in fallback.out and "compared with the artifact's own weights" in fallback.out
     against = cli("verify", out, "--code", "native", "--against", base)
     assert against.code != 0
-    assert "adapter is not merged into the model given" in against.out + against.err
+    assert "adapter is not merged into the given model" in against.out + against.err

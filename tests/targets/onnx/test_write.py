@@ -499,7 +499,7 @@ def test_the_whole_command_verifies(tmp_path: Path, plain: tuple[Path, Path], cl
     parity = Manifest.read(tmp_path / "o").parity
     assert parity is not None and parity["passed"] is True
     shown = cli("inspect", tmp_path / "o")
-    assert shown.code == 0 and "made by lrconvert from" in shown.out and "verified: " in shown.out
+    assert shown.code == 0 and "baked by lrconvert from" in shown.out and "verified: " in shown.out
 
 
 def test_a_window_beyond_the_recipe_is_refused(pico: Pico, tmp_path: Path) -> None:

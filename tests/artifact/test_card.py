@@ -166,12 +166,12 @@ def test_tiers_losses_and_licence(pico: Callable[..., Model]) -> None:
         low, high = min(tier.factors), max(tier.factors)
         spread = f"{low:.6g} to {high:.6g}"
         assert f"| {tier.max_length} | 4 | {tier.attention_factor:.6g} | {spread} |" in card
-    assert "- a loss.\n- another.\n" in card and "the factor sets themselves lose nothing" not in card
+    assert "- a loss.\n- another.\n" in card and "the factor sets themselves stay exact" not in card
     assert "The source states no licence." in card and "## Notes" not in card
     card = rendered(model, recipe, dropped=["n̂"], notes=[f"read from {model.reference}"])
     assert "with other engines:\n\n- n̂.\n" in card and "the recipe exactly" not in card
     assert f"## Notes\n\n- read from {Path(model.reference).name}.\n" in card
-    assert "the factor sets themselves lose nothing" in rendered(model, recipe)
+    assert "the factor sets themselves stay exact" in rendered(model, recipe)
     assert "as the source states it: mit." in rendered(model, recipe, source=SourceCard({"license": "mit"}))
 
 

@@ -29,11 +29,11 @@ def _about(dropped: Sequence[str], losses: Sequence[str]) -> list[str]:
         "transformers 4.57 to 5.x, nothing else needed. `trust_remote_code=True` runs `modeling_longrope.py`, one file "
         f"in this folder: it computes {exact}, gives every row of a batch the tier of its own length, and `generate` "
         "stays exact when a sequence grows into another tier.",
-        "Without it the native class runs. It loses silently:",
+        "Without it the native class runs, without a warning. Then:",
         bullets(
             "a batch gets one tier for all its rows, and cached keys stay as they are when generation crosses the "
             "original window",
-            *(losses or ["the factor sets themselves lose nothing"]),
+            *(losses or ["the factor sets themselves stay exact"]),
         ),
     ]
     if dropped:

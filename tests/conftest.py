@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: E402 - libraries read the environment when they are imported
 """Fixtures that every test may use: pico models built once, the command line run in process."""
 
 from __future__ import annotations
 
 import itertools
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,9 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 # As many processes as cores run tests already: threads of theirs would wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Every process that is started would compile the same files again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 import pytest
 from hypothesis import settings

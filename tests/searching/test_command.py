@@ -7,23 +7,27 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Result
+from support.forks import COMMANDS, TRANSFORMERS, ForkedCommands, Process
 from support.onnx_files import write_adapter
+from support.staging import linux_only
 
 from lrconvert.checkpoint import open_model
 from lrconvert.data import DATA
 from lrconvert.searching.journal import read_journal
 
 Run = Callable[..., Result]
-START = [sys.executable, "-c", "from lrconvert.cli import main; main()"]
+MAIN = "from lrconvert.cli import main; main()"
 OPTIONS = ["--original-window", "32", "--target", "128", "--device", "cpu", "--budget", "40"]
 
 
@@ -39,9 +43,20 @@ def arguments(text: Path, output: Path, *more: str) -> list[str]:
     return ["search", "demo", "--text", str(text), "-o", str(output), *OPTIONS, *more]
 
 
-def environment() -> dict[str, str]:
+def environment(**more: str) -> dict[str, str]:
     root = str(DATA.parents[1])
-    return {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", **more}
+
+
+def ranks(count: int) -> list[dict[str, str]]:
+    """What torchrun tells each of the processes that it starts; nothing to one alone."""
+    if count == 1:
+        return [{}]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
 def torchrun(folder: Path) -> list[str]:
@@ -58,6 +73,14 @@ def evaluations(path: Path) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
+def searches() -> Iterator[ForkedCommands]:
+    """Searches in processes of their own, which need not import torch again."""
+    started = ForkedCommands((*TRANSFORMERS, "torch.distributed.fsdp", "sklearn.gaussian_process", *COMMANDS))
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="module")
 def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted search: its recipe's folder, named as all others' are."""
     from lrconvert.cli import run
@@ -67,19 +90,23 @@ def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def test_killed_and_started_again_it_ends_in_the_same_recipe(text: Path, whole: Path, tmp_path: Path) -> None:
+@linux_only
+def test_killed_and_started_again_it_ends_in_the_same_recipe(
+    text: Path, whole: Path, tmp_path: Path, searches: ForkedCommands
+) -> None:
     """kill -9 in the middle of the long set; the second run says that it goes on."""
     output = tmp_path / "found"
     journal = tmp_path / "found.journal.jsonl"
-    process = subprocess.Popen([*START, *arguments(text, output)], env=environment(), stderr=subprocess.PIPE)
+    process = searches.start(MAIN, *arguments(text, output), environment=environment())
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and (not journal.exists() or journal.read_bytes().count(b"\n") < 9):
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.communicate()
+    assert process.wait() == -signal.SIGKILL
     before = len(read_journal(journal).records)
     assert 7 <= before < len(evaluations(whole.with_name("found.journal.jsonl"))) and not output.exists()
-    done = subprocess.run([*START, *arguments(text, output)], env=environment(), capture_output=True, text=True)
+    done = searches.run(MAIN, *arguments(text, output), environment=environment())
     assert done.returncode == 0, done.stderr
     assert f"continuing after {before} evaluations" in done.stderr
     assert (output / "recipe.json").read_bytes() == (whole / "recipe.json").read_bytes()
@@ -124,15 +151,17 @@ if evaluator.leading:
 """
 
 
-def test_shared_weights_give_the_same_losses(tmp_path: Path) -> None:
+@linux_only
+def test_shared_weights_give_the_same_losses(searches: ForkedCommands) -> None:
     """FSDP on CPUs: each process holds half of every layer. One without a question of its own does as the other does,
     or the other would wait for ever; gradients come through too."""
-    script, found = tmp_path / "ask.py", []
-    script.write_text(SHARDED)
-    for launch in ([sys.executable], torchrun(tmp_path)[:-1]):
-        done = subprocess.run([*launch, script], env=environment(), capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
-        found.append(json.loads(done.stdout.strip().splitlines()[-1]))
+    found = []
+    for count in (1, 2):
+        started = [searches.start(SHARDED, environment=environment(**each)) for each in ranks(count)]
+        with ThreadPoolExecutor(count) as readers:
+            said = list(readers.map(Process.communicate, started))
+        assert [process.wait() for process in started] == [0] * count, said[-1][1][-2000:]
+        found.append(json.loads(said[0][0].strip().splitlines()[-1]))
     (whole, losses, gradient), (part, shared_losses, shared_gradient) = found
     assert (whole, part) == ([1.0], [0.5])  # between evaluations, with gradient and without
     assert shared_losses == pytest.approx(losses, abs=1e-6)

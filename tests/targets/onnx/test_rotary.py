@@ -95,17 +95,21 @@ def asked(rows: Sequence[Sequence[int]], **more: int) -> dict[str, Array]:
     return {"position_ids": np.array(rows, np.int64), **{name: np.array(n, np.int64) for name, n in more.items()}}
 
 
-@pytest.mark.parametrize("double", [True, False], ids=["double", "tables"])
-@pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("spec", [FAR, SINGLE], ids=["three tiers", "one tier"])
-@pytest.mark.parametrize("end", [1, 5, 17, 4096, 4097, 262144, 262145, 2097152])
-def test_cos_and_sin_are_exact_at_any_position(runtime: str, spec: RopeSpec, double: bool, end: int) -> None:
+DOUBLE = pytest.mark.parametrize("double", [True, False], ids=["double", "tables"])
+RUNTIME = pytest.mark.parametrize("runtime", RUNTIMES)
+
+
+@DOUBLE
+@RUNTIME
+def test_cos_and_sin_are_exact_at_any_position(runtime: str, double: bool) -> None:
     """Within 1e-6 of float64 at both ends of every tier, among start tokens and at two million; float32 angles are off
     by 0.08 there."""
-    row = sorted({*range(min(end, 40)), *range(max(0, end - 70), end)})
-    (cos, sin) = runner(runtime, spec, double)(asked([row]))
-    assert cos.dtype == sin.dtype == np.float32 and cos.shape == sin.shape == (1, len(row), PAIRS)
-    assert error((cos[0], sin[0]), expected(spec, row)) <= EXACT
+    for name, spec in (("three tiers", FAR), ("one tier", SINGLE)):
+        for end in (1, 5, 17, 4096, 4097, 262144, 262145, 2097152):
+            row = sorted({*range(min(end, 40)), *range(max(0, end - 70), end)})
+            (cos, sin) = runner(runtime, spec, double)(asked([row]))
+            assert cos.dtype == sin.dtype == np.float32 and cos.shape == sin.shape == (1, len(row), PAIRS), (name, end)
+            assert error((cos[0], sin[0]), expected(spec, row)) <= EXACT, (name, end)
 
 
 def test_float32_angles_would_be_seen() -> None:
@@ -119,8 +123,8 @@ def test_float32_angles_would_be_seen() -> None:
         assert error((cos[0], sin[0]), expected(FAR, row)) > at_least
 
 
-@pytest.mark.parametrize("double", [True, False], ids=["double", "tables"])
-@pytest.mark.parametrize("runtime", RUNTIMES)
+@DOUBLE
+@RUNTIME
 def test_a_row_of_a_batch_has_the_tier_of_its_own_length(runtime: str, double: bool) -> None:
     """Rows in three tiers in one call, one of them padded on the left, one a single decoded token's place."""
     lengths = [64, 65, 200, 201, 9]
@@ -133,8 +137,8 @@ def test_a_row_of_a_batch_has_the_tier_of_its_own_length(runtime: str, double: b
         assert error((cos[index], sin[index]), expected(NEAR, [place])) <= EXACT, place
 
 
-@pytest.mark.parametrize("double", [True, False], ids=["double", "tables"])
-@pytest.mark.parametrize("runtime", RUNTIMES)
+@DOUBLE
+@RUNTIME
 def test_a_caller_may_say_how_long_the_sequence_gets(runtime: str, double: bool) -> None:
     """`sequence_length` chooses a later tier than the positions do, never an earlier one."""
     row = list(range(20))
@@ -145,62 +149,63 @@ def test_a_caller_may_say_how_long_the_sequence_gets(runtime: str, double: bool)
     assert error((cos[0], sin[0]), expected(NEAR, list(range(300)))) <= EXACT
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("window", [256, 512, 200, 2097152])
-def test_tables_end_in_no_number_rather_than_a_wrong_one(runtime: str, window: int) -> None:
+@RUNTIME
+def test_tables_end_in_no_number_rather_than_a_wrong_one(runtime: str) -> None:
     """Beyond the tables every value is NaN, which no later step can hide; up to the window every value is right."""
-    spec = spec_of((64, window), (0, 9))
-    end = -(-window // (stride := 2 ** int(np.ceil(np.log2(window) / 2)))) * stride  # of the tables: whole rows
-    run = runner(runtime, spec, False)
-    row = [window - 1, *range(end, end + 40), 10 * window]
-    (cos, sin) = run(asked([row]))
-    assert error((cos[0, :1], sin[0, :1]), expected(spec, row[:1], row[-1])) <= EXACT
-    assert np.isnan(cos[0, 1:]).all() and np.isnan(sin[0, 1:]).all()
-    # The last tier goes on in float64, as every program's does.
-    cos, sin = runner(runtime, spec, True)(asked([row]))
-    assert error((cos[0], sin[0]), expected(spec, row)) <= EXACT
+    for window in (256, 512, 200, 2097152):
+        spec = spec_of((64, window), (0, 9))
+        end = -(-window // (stride := 2 ** int(np.ceil(np.log2(window) / 2)))) * stride  # of the tables: whole rows
+        row = [window - 1, *range(end, end + 40), 10 * window]
+        (cos, sin) = runner(runtime, spec, False)(asked([row]))
+        assert error((cos[0, :1], sin[0, :1]), expected(spec, row[:1], row[-1])) <= EXACT, window
+        assert np.isnan(cos[0, 1:]).all() and np.isnan(sin[0, 1:]).all(), window
+        # The last tier goes on in float64, as every program's does.
+        cos, sin = runner(runtime, spec, True)(asked([row]))
+        assert error((cos[0], sin[0]), expected(spec, row)) <= EXACT, window
 
 
-@pytest.mark.parametrize("double", [True, False], ids=["double", "tables"])
-@pytest.mark.parametrize("starts", [(0, 1, 1), (1, 1, 1), (1, 0, 2)])
-def test_one_start_token_is_none(double: bool, starts: tuple[int, int, int]) -> None:
+@DOUBLE
+def test_one_start_token_is_none(double: bool) -> None:
     """n̂ = 1: position 0 has angle 0 in any set; its attention factor is that of its tier all the same."""
-    spec = spec_of((64, 200, 512), starts)
-    for end in (64, 200, 512):
-        row = list(range(end))
-        cos, sin = by_onnxruntime(alone(spec, double=double))(asked([row]))
-        assert error((cos[0], sin[0]), expected(spec, row)) <= EXACT, end
+    for starts in ((0, 1, 1), (1, 1, 1), (1, 0, 2)):
+        spec = spec_of((64, 200, 512), starts)
+        run = by_onnxruntime(alone(spec, double=double))
+        for end in (64, 200, 512):
+            row = list(range(end))
+            cos, sin = run(asked([row]))
+            assert error((cos[0], sin[0]), expected(spec, row)) <= EXACT, (starts, end)
 
 
-@pytest.mark.parametrize("double", [True, False], ids=["double", "tables"])
-@pytest.mark.parametrize("opset", OPSETS)
-@pytest.mark.parametrize("to", [TensorProto.FLOAT, TensorProto.FLOAT16])
-def test_every_opset_computes_the_same(double: bool, opset: int, to: int) -> None:
+@DOUBLE
+def test_every_opset_computes_the_same(double: bool) -> None:
     """And the result is rounded once, to what the graph computes in."""
     row = list(range(150, 300))
-    model = alone(NEAR, double=double, to=to, opset=opset)
-    onnx.checker.check_model(model, full_check=True)
-    cos, sin = by_onnxruntime(model)(asked([row]))
     wanted = expected(NEAR, row)
-    assert error((cos[0], sin[0]), wanted) <= (EXACT if to == TensorProto.FLOAT else 2**-10)
-    if to == TensorProto.FLOAT16:
-        assert cos.dtype == np.float16
-        rounded = tuple(values.astype(np.float16) for values in wanted)
-        assert np.mean(np.concatenate([cos[0] != rounded[0], sin[0] != rounded[1]])) < 1e-3
+    for opset in OPSETS:
+        for to, bound in ((TensorProto.FLOAT, EXACT), (TensorProto.FLOAT16, 2**-10)):
+            model = alone(NEAR, double=double, to=to, opset=opset)
+            onnx.checker.check_model(model, full_check=True)
+            cos, sin = by_onnxruntime(model)(asked([row]))
+            assert error((cos[0], sin[0]), wanted) <= bound, (opset, to)
+            if to == TensorProto.FLOAT16:
+                assert cos.dtype == np.float16, opset
+                rounded = tuple(values.astype(np.float16) for values in wanted)
+                assert np.mean(np.concatenate([cos[0] != rounded[0], sin[0] != rounded[1]])) < 1e-3, opset
 
 
-@pytest.mark.parametrize("to", [TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16])
-@pytest.mark.parametrize("double", [True, False], ids=["double", "tables"])
-def test_shapes_and_types_follow_from_the_function(double: bool, to: int) -> None:
+def test_shapes_and_types_follow_from_the_function() -> None:
     """Strict inference goes through the function: nothing else says what cos and sin are."""
-    model = alone(NEAR, double=double, to=to)
-    del model.graph.output[:]
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in ("cos", "sin"))
-    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
-    for output in inferred.graph.output:
-        kind = output.type.tensor_type
-        assert kind.elem_type == to and len(kind.shape.dim) == 3
-        assert kind.shape.dim[2].dim_value == PAIRS
+    for double in (True, False):
+        for to in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16):
+            model = alone(NEAR, double=double, to=to)
+            del model.graph.output[:]
+            model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in ("cos", "sin"))
+            inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+            assert len(inferred.graph.output) == 2
+            for output in inferred.graph.output:
+                kind = output.type.tensor_type
+                assert kind.elem_type == to and len(kind.shape.dim) == 3, (double, to)
+                assert kind.shape.dim[2].dim_value == PAIRS, (double, to)
 
 
 def test_only_standard_operators_and_no_double_in_the_tables() -> None:

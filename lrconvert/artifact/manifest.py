@@ -83,7 +83,7 @@ class Manifest:
                 f"{path}: manifest version {found.manifest_version}; this lrconvert reads up to {MANIFEST_VERSION}",
                 remedy="Install a newer lrconvert",
             )
-        found.bake = _record(path, found)
+        found.bake, found.manifest_version = _record(path, found), MANIFEST_VERSION
         return found
 
 

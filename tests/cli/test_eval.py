@@ -128,7 +128,7 @@ def test_bad_input(cli: Run, tmp_path: Path) -> None:
     short.write_text("In the beginning.")
     (tmp_path / "p.json").mkdir()
     said = cli("eval", "perplexity", "demo", "--text", short, "--lengths", "4k")
-    assert said.code == 3 and "tokens; 4096 are asked for" in said.err
+    assert said.code == 3 and "tokens; 4096 are needed" in said.err
     assert cli("eval", "perplexity", "demo", "--text", tmp_path / "none", "--lengths", "4k").code == 3
     assert cli("eval", "perplexity", "demo", "--text", short, "--lengths", "much").code == 2
     assert cli("eval", "passkey", "demo", "--lengths", "1k", "--code", "custom").code == 2

@@ -336,7 +336,7 @@ def test_shots_are_examples_in_front_of_a_question(data: Path) -> None:
     assert again == rows[0]
     assert all(a.prompts_sha256 != b.prompts_sha256 for a, b in zip(rows[0], rows[1], strict=True))
     said = protocol(asked[0], 6)
-    assert "those of hellaswag are questions of the same file" in said and "6 questions a task" in said
+    assert "those of hellaswag are questions of the same file" in said and "6 questions per task" in said
     assert "hellaswag" not in protocol(prepare(LOCAL, folder=data, shots=0, limit=None, seed=0), None)
 
 

@@ -136,5 +136,5 @@ def test_what_does_not_go_together_is_a_usage_error(wrong: dict, said: str) -> N
 
 
 def test_texts_that_are_too_short_say_by_how_much() -> None:
-    with pytest.raises(InputError, match="the longest text has 80 tokens; 90 are asked for"):
+    with pytest.raises(InputError, match="the longest text has 80 tokens; 90 are needed"):
         Plan((50,), step=50, document_tokens=90).contexts([20, 80], 50)

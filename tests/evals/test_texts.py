@@ -167,7 +167,7 @@ def test_the_split_is_test_or_the_only_one_or_named(books: Path) -> None:
 
 
 def test_too_few_long_rows_say_how_long_they_are(books: Path) -> None:
-    with pytest.raises(InputError, match=r"1 of its first rows have 450 tokens or more, 2 are asked for; .* has 500"):
+    with pytest.raises(InputError, match=r"1 of its first rows have 450 tokens or more, 2 are needed; .* has 500"):
         read(f"hf:{books}#2", tokens=450)
     with pytest.raises(InputError, match="0 of its first rows have 900 tokens"):
         read(f"hf:{books}", tokens=900)

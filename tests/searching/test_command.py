@@ -172,7 +172,7 @@ def test_shared_weights_give_the_same_losses(searches: ForkedCommands) -> None:
     ("options", "said"),
     [
         (["--context-parallel", "2"], "torchrun started 1 processes"),
-        (["--shard-weights"], "there is one"),
+        (["--shard-weights"], "there is only one"),
     ],
 )
 def test_what_needs_torchrun_says_so(options: list[str], said: str, text: Path, cli: Run, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ class Manifest:
         if not path.is_file():
             raise InputError(
                 f"{artifact}: no {path.name}, so not an lrconvert artifact",
-                remedy="To verify a folder of another program, give model and recipe: --against MODEL --recipe R",
+                remedy="To verify an artifact of another program, give model and recipe: --against MODEL --recipe R",
             )
         from pydantic import TypeAdapter, ValidationError
 

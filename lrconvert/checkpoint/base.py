@@ -74,7 +74,7 @@ class Encoded:
 
 
 class MergedAdapter(Protocol):
-    """What is asked of an adapter that is merged: how it was named, where it lies, and what a manifest says of it."""
+    """What a merged adapter is described by: how it was named, where it lies, and what a manifest says of it."""
 
     @property
     def reference(self) -> str: ...

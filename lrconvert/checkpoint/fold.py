@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An attention factor folded into weights: a view that scales the rotated channels of q and k as they are read.
 
-Attention logits are q·k with rotated channels times (attention factor)². So code that insists on f computes
+Attention logits are q·k with rotated channels times (attention factor)². So code that fixes the factor f computes
 what a asks for when those channels of q and of k are a/f times as large:
 
     model = folded(open_model("base"), a / f)

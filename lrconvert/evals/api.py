@@ -126,7 +126,7 @@ def passkey(
     form: Path | None = None,
     **options: Unpack[Options],
 ) -> Evaluation:
-    """How often a key of digits, hidden in a text of each length (tokens), is found when it is asked for at the end.
+    """How often a key of digits, hidden in a text of each length (tokens), is found at the end of the prompt.
 
     The key stands at `depths` depths from start to end, in `trials` documents each. `form` is a passkey.json with the
     sentences; None: the model's own, or plain English ones.
@@ -287,7 +287,7 @@ class _Run:
         return Evaluation(kind, protocol, title, tuple(rows), result, warnings, tuple(changes), incomparable)
 
     def saved(self, evaluation: Evaluation, plot: Callable[[Path], None]) -> Evaluation:
-        """STEM.json and STEM.png, where they are asked for."""
+        """STEM.json and STEM.png, if wanted."""
         if self.output is not None:
             path = self.output.with_name(self.output.name + ".json")
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -91,7 +91,7 @@ def check_comparable(earlier: EarlierResult, asked: Sequence[Asked], files: Mapp
 
 
 def changed_prompts(earlier: EarlierResult, rows: Sequence[BenchmarkRow]) -> UsageError | None:
-    """Why the results can't be compared after all, known once the questions are asked: the data on the Hub or lm-eval
+    """Why the results can't be compared after all, known once the questions are read: the data on the Hub or lm-eval
     changed in between."""
     then = {row.task: row for row in earlier.rows}
     if not (other := [row.task for row in rows if row.prompts_sha256 != then[row.task].prompts_sha256]):

@@ -2,7 +2,7 @@
 """Which tokens of which documents count for a perplexity, and what they see: one table of protocols.
 
 A protocol turns texts and a length into contexts: forward passes of their own, since a length chooses its tier. Where
-contexts lie never depends on the model, so two models are asked the same.
+contexts lie never depends on the model, so two models get the same questions.
 """
 
 from __future__ import annotations

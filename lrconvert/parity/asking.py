@@ -40,7 +40,7 @@ CHECKS: dict[Answer, tuple[str, Callable[[Opened], Iterable[Row]]]] = {
 
 @dataclass(frozen=True)
 class Run:
-    """A verification under way: what is asked, how, and the report that grows."""
+    """A verification under way: its cases, its options, and the report so far."""
 
     artifact: Path
     options: Options
@@ -176,5 +176,5 @@ MEASURED: dict[str, Callable[[Case, Opened], Measures]] = {
 
 
 def _context(case: Case) -> dict[str, Any]:
-    """What only sessions that answer "contexts" are asked besides."""
+    """What only sessions that answer "contexts" measure besides."""
     return {} if case.context is None else {"context": case.context}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is asked of an artifact: lengths on both sides of every boundary, the far end, a batch, decoding.
+"""The cases that an artifact is verified with: lengths on both sides of every boundary, the far end, a batch, decoding.
 
-Short sequences are asked with consecutive positions. Where a length is beyond the budget, the same number of
+Short sequences have consecutive positions. Where a length is beyond the budget, the same number of
 tokens is spread over it, dense at both ends: the rotation sees every distance and the true last position, at
 the cost of a short prompt.
 """
@@ -53,7 +53,7 @@ class Case:
     consecutive: bool = False  # spread, but as consecutive positions that end at the length
     context: int | None = None
     cached: bool = False  # keys from before a boundary are kept, as they were rotated then
-    # What the code is known to get wrong, whatever the recipe: measured and shown, not judged.
+    # What the code is known to get wrong, whatever the recipe: measured and shown; it never fails a verification.
     known: str | None = None
     skipped: str | None = None
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an ONNX graph is asked besides its logits: is its rotary function exact at any position, and does a second
+"""What is measured of an ONNX graph besides its logits: is its rotary function exact at any position, and does a second
 implementation of the operators agree? What is read off the file is in the target's checks."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How an artifact is verified: how its sessions are opened, and what is asked of them."""
+"""How an artifact is verified: how its sessions are opened, and which cases they run."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 """The reference: a plain decoder in PyTorch, float64 on a CPU, float32 with float64 angles on a GPU.
 
 One sequence at a time, no cache, no batch, nothing fused: every step is a line that can be held against
-the papers. Attention is made in chunks of queries and logits only where they are asked for, so that 64k
+the papers. Attention is computed in chunks of queries, logits only at the positions wanted, so that 64k
 tokens fit a GPU. Weights are read layer by layer and kept while they fit `keep_bytes`.
 
 Shapes: n tokens, c hidden channels, h query heads, g key/value heads, d channels a head, v words.

@@ -3,7 +3,7 @@
 
 A graph chooses the factor set by the last position of a call, so keys that were cached before a boundary were rotated
 with another set than those after it. Only reading the sequence anew at the boundary is exact, since the cached values
-of all layers but the first depend on those keys too. `policy` says which of the two is asked for.
+of all layers but the first depend on those keys too. `policy` says which of the two is measured.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ class Worker:
             found.update({index: logits[0][index - first] for index in wanted})
         return np.stack([found[index] for index in keep]), caches
 
-    # --- what is asked -----------------------------------------------------------------------------------
+    # --- requests -------------------------------------------------------------------------------------
 
     def logits(self, request):
         rows, positions = request["rows"], request["positions"]

@@ -91,7 +91,7 @@ class TransformersEvaluator:
 
 
 def judged_range(documents: Sequence[Document]) -> tuple[int, int]:
-    """From the first to the last loss that any of the documents is asked for."""
+    """From the first to the last loss that any of the documents needs."""
     ranges = [document.judged for document in documents]
     return min(first for first, _ in ranges), max(end for _, end in ranges)
 

@@ -100,7 +100,7 @@ class SearchPlan:
 
 @dataclass(frozen=True)
 class SearchRequest:
-    """What a search is asked for. `search.api.search` says what each value means."""
+    """The options of a search. `searching.api.search` says what each value means."""
 
     model: str | Path
     target: int

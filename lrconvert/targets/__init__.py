@@ -15,14 +15,14 @@ from pathlib import Path
 from lrconvert.artifact.target import Target
 from lrconvert.errors import UsageError
 
-# Imported when they are asked for. A path is shown to them in this order: a folder is a Hugging Face one if it is
+# Imported when they are needed. A path is shown to them in this order: a folder is a Hugging Face one if it is
 # nothing more special.
 _MODULES = {"gguf": "lrconvert.targets.gguf", "onnx": "lrconvert.targets.onnx", "hf": "lrconvert.targets.hf"}
 _REGISTERED: dict[str, Target] = {}
 
 
 def target_names() -> tuple[str, ...]:
-    """Registered targets first: they are asked before the package's own."""
+    """Registered targets come before the package's own."""
     return (*_REGISTERED, *_MODULES)
 
 

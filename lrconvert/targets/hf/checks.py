@@ -2,7 +2,7 @@
 """What a Hugging Face config has to hold to be read the same by every supported version and engine.
 
 The logits of one version can't show what another would make of the config: `save_pretrained` of transformers 5
-writes a config that 4.57 reads as plain RoPE, without a word. So these are read off the file.
+writes a config that 4.57 silently reads as plain RoPE. So these are read off the file.
 """
 
 from __future__ import annotations

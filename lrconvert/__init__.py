@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lrconvert.api.inspecting import Inspection, inspect
     from lrconvert.api.verifying import verify
     from lrconvert.evals import api as evaluate
+    from lrconvert.extending.api import ExtendResult, extend
     from lrconvert.hub.publish import push
     from lrconvert.parity.report import Report
     from lrconvert.searching.api import SearchResult, search
@@ -25,10 +26,12 @@ __version__ = "0.1.0"
 # Name: the module that has it; for `evaluate`, which is a group of verbs, the module itself.
 _API = {
     "Artifact": "lrconvert.api.baking",
+    "ExtendResult": "lrconvert.extending.api",
     "Inspection": "lrconvert.api.inspecting",
     "Report": "lrconvert.parity.report",
     "SearchResult": "lrconvert.searching.api",
     "evaluate": "lrconvert.evals.api",
+    "extend": "lrconvert.extending.api",
     "gguf": "lrconvert.api.baking",
     "hf": "lrconvert.api.baking",
     "inspect": "lrconvert.api.inspecting",
@@ -37,8 +40,8 @@ _API = {
     "search": "lrconvert.searching.api",
     "verify": "lrconvert.api.verifying",
 }
-__all__ = ["Artifact", "Inspection", "Report", "SearchResult", "evaluate", "gguf", "hf", "inspect", "onnx", "push",
-           "search", "verify"]  # fmt: skip
+__all__ = ["Artifact", "ExtendResult", "Inspection", "Report", "SearchResult", "evaluate", "extend", "gguf", "hf",
+           "inspect", "onnx", "push", "search", "verify"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -18,6 +18,7 @@ from lrconvert.errors import InputError
 from lrconvert.evals.figures import Figure, share_figure
 from lrconvert.evals.perplexity import finite
 from lrconvert.runtimes.base import Session
+from lrconvert.training.keys import split_answer
 
 PROTOCOL = (
     "a key of digits between sentences of noise, at depths from the start of the document to its end, asked for after "
@@ -66,8 +67,7 @@ def build_document(
     """A prompt with the key at `depth` (0 start, 1 end), and the key's tokens: exactly `length` of both together."""
     key = "".join(str(digit) for digit in rng.integers(0, 10, size=form.digits))
     needle = encode(form.needle.replace("{key}", key))
-    question = encode(form.question)
-    answer = _answer(encode, form.question, key)
+    question, answer = split_answer(encode, form.question, key)
     least = len(needle) + len(question) + len(answer)
     noise_tokens = length - least
     if noise_tokens < 0:
@@ -92,13 +92,6 @@ def build_document(
     # Cut from the front of the document, never into the needle.
     prompt = noise[surplus:] + needle + rest if len(noise) >= surplus else needle + rest[surplus - len(noise) :]
     return prompt + question, answer
-
-
-def _answer(encode: Encode, question: str, key: str) -> list[int]:
-    """The key's tokens as they follow the question. Read alone it may begin with a token that no model writes there:
-    the space that SentencePiece puts in front of every text."""
-    before, whole = encode(question), encode(question + key)
-    return whole[len(before) :] if whole[: len(before)] == before else encode(key)
 
 
 @dataclass(frozen=True)

@@ -58,19 +58,30 @@ def measure_perplexity(
 
     Raises `InputError` when no text is long enough, or the model's losses are not numbers.
     """
-    rows = []
-    for length in sorted(plan.lengths):
-        contexts = plan.contexts([len(text) for text in texts], length)
-        parts: list[np.ndarray] = []
-        for number, context in enumerate(contexts):
-            if progress is not None:
-                progress(f"{length} tokens, pass {number + 1} of {len(contexts)}")
-            found = _losses(session, texts[context.text][context.start : context.end], context.judged)
-            parts += np.array_split(found, max(1, context.judged // CLUSTER))
-        figure = perplexity_figure(parts, seed)
-        excerpts = len({context.excerpt for context in contexts})
-        rows.append(PerplexityRow(length, figure, sum(map(len, parts)), excerpts, plan.protocol(length).name))
-    return rows
+    lengths = sorted(plan.lengths)
+    return [measure_length(session, texts, plan, length, seed=seed, progress=progress) for length in lengths]
+
+
+def measure_length(
+    session: Session,
+    texts: Sequence[Tokens],
+    plan: Plan,
+    length: int,
+    *,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> PerplexityRow:
+    """As `measure_perplexity`, at one of the plan's lengths."""
+    contexts = plan.contexts([len(text) for text in texts], length)
+    parts: list[np.ndarray] = []
+    for number, context in enumerate(contexts):
+        if progress is not None:
+            progress(f"{length} tokens, pass {number + 1} of {len(contexts)}")
+        found = _losses(session, texts[context.text][context.start : context.end], context.judged)
+        parts += np.array_split(found, max(1, context.judged // CLUSTER))
+    excerpts = len({context.excerpt for context in contexts})
+    figure = perplexity_figure(parts, seed)
+    return PerplexityRow(length, figure, sum(map(len, parts)), excerpts, plan.protocol(length).name)
 
 
 def _losses(session: Session, tokens: Tokens, judged: int) -> np.ndarray:

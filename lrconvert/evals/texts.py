@@ -17,7 +17,6 @@ from lrconvert.checkpoint.tokenizer import Encode
 from lrconvert.errors import InputError
 from lrconvert.evals.data_sets import PREFIX, Address, open_rows
 
-Source = Path | Address
 MOST_ROWS = 10_000  # rows of a data set that are searched for long ones
 
 
@@ -39,13 +38,19 @@ class Text:
         return found if self.data_set is None else {**found, "data_set": self.data_set}
 
 
-def sources_of(named: Sequence[str | Path]) -> list[Source]:
-    """Files, the .txt files of folders in order, and addresses of data sets (`hf:…`).
+Source = Path | Address | Text
+
+
+def sources_of(named: Sequence[str | Path | Text]) -> list[Source]:
+    """Files, the .txt files of folders in order, addresses of data sets (`hf:…`), and texts that are read already.
 
     Raises `InputError` for an empty folder and for no text at all, `UsageError` for a malformed address.
     """
     found: list[Source] = []
     for name in named:
+        if isinstance(name, Text):
+            found.append(name)
+            continue
         if str(name).startswith(PREFIX):
             found.append(Address.parse(str(name)))
             continue
@@ -67,11 +72,13 @@ def read_texts(
     `tokenizer` is called only if there is text: token ids need none. Raises `InputError` for a file that is no text or
     empty and for ids beyond the vocabulary (if that is known), `EnvironmentFailure` where a data set can't be reached.
     """
-    ids = [isinstance(source, Path) and source.suffix == ".npy" for source in sources]
+    ids = [isinstance(source, Text) or (isinstance(source, Path) and source.suffix == ".npy") for source in sources]
     encode = _no_tokenizer if all(ids) else tokenizer()
     found: list[Text] = []
     for source in sources:
-        if isinstance(source, Address):
+        if isinstance(source, Text):
+            found.append(source)
+        elif isinstance(source, Address):
             found += _read_rows(source, encode, tokens)
         else:
             found.append(_read_ids(source, vocab) if source.suffix == ".npy" else _read_file(source, encode))

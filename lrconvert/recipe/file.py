@@ -37,12 +37,13 @@ class Provenance:
 
     __pydantic_config__: ClassVar = rope.STRICT
 
-    kind: Literal["derived", "searched", "published"]
+    kind: Literal["derived", "searched", "published", "extended"]
     method: str | None = None  # derived: pi, ntk, yarn; searched: the algorithm
     source: str | None = None  # published: where
     licence: str | None = None
     weights: str | None = None  # the weights that the factors fit, when not simply the base model
     search: dict[str, Any] | None = None  # seed, objective, text digest, evaluations, code version
+    stages: tuple[dict[str, Any], ...] = ()  # extended: what each stage did, on what, and what it cost
     notes: tuple[str, ...] = ()
 
 

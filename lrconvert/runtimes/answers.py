@@ -8,11 +8,14 @@ runtime.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-Answer = Literal["contexts", "shift", "cached", "tokens", "rotary", "graph", "placements"]
+if TYPE_CHECKING:
+    from lrconvert.runtimes.base import Scores
+
+Answer = Literal["contexts", "shift", "cached", "tokens", "rotary", "graph", "placements", "behind"]
 
 
 @runtime_checkable
@@ -86,6 +89,15 @@ class AnswersPlacements(Protocol):
     def on_cpu(self) -> list[str]: ...
 
 
+@runtime_checkable
+class AnswersBehind(Protocol):
+    """ "behind": a text is read once, and rows are scored behind it with its keys and values cached."""
+
+    def score_behind(self, prompt: Sequence[int], rows: Sequence[Sequence[int]], judged: Sequence[int]) -> list[Scores]:
+        """As `Session.score` of the prompt with each row behind it."""
+        ...
+
+
 PROTOCOLS: dict[Answer, type] = {
     "contexts": AnswersContexts,
     "shift": AnswersShift,
@@ -94,4 +106,5 @@ PROTOCOLS: dict[Answer, type] = {
     "rotary": AnswersRotary,
     "graph": AnswersGraph,
     "placements": AnswersPlacements,
+    "behind": AnswersBehind,
 }

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Literal
 
 from lrconvert.errors import require
+from lrconvert.evals.texts import Text
 from lrconvert.recipe import Recipe, check_output, write_recipe
 from lrconvert.searching.journal import Contents, Journal, journal_path
+from lrconvert.searching.objective import JumpingRows
 from lrconvert.searching.objective import Kind as ObjectiveKind
 from lrconvert.searching.plan import AlgorithmName, SearchPlan, SearchRequest, plan_search
 from lrconvert.searching.run import Progress, Search
@@ -49,7 +51,7 @@ def search(
     model: str | Path,
     *,
     target: int,
-    texts: Sequence[str | Path] = (),
+    texts: Sequence[str | Path | Text] = (),
     output: str | Path | None = None,
     algorithm: AlgorithmName = "guided",
     space: SpaceKind = "longrope",
@@ -60,6 +62,8 @@ def search(
     budget: int | None = None,
     seed: int = 0,
     start_from: str | Path | None = None,
+    on: str | Path | None = None,
+    rows: JumpingRows | None = None,
     attention_factor: float | None = None,
     uniform: bool = False,
     allow_concatenate: bool = False,
@@ -96,6 +100,10 @@ def search(
         budget: Evaluations for the long set, a quarter of them for the short one; None: the algorithm's own number.
         seed: Of everything that is random.
         start_from: A recipe whose sets are the first candidates. Its sets that are not searched are kept.
+        on: A recipe that the model has already (with its adapter): factors are searched on top of its own, which stay
+            as they are up to its window.
+        rows: Evaluate rows whose positions jump over the target, instead of whole documents. Only a model that was
+            fine-tuned on such rows ranks sets by them as whole documents do.
         attention_factor: The long set's; None: LongRoPE's formula. `uniform`: all sets take the long one's.
         original_window: The window that the model was trained with; None: what its config says.
         name: The recipe's name; None: the output's.
@@ -129,6 +137,8 @@ def search(
         budget=budget,
         seed=seed,
         start_from=start_from,
+        on=on,
+        rows=rows,
         attention_factor=attention_factor,
         uniform=uniform,
         allow_concatenate=allow_concatenate,

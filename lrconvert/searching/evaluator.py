@@ -68,18 +68,19 @@ class TransformersEvaluator:
         return Answer.failed(f"out of memory: {message}", time.perf_counter() - started)
 
     def _evaluate(self, objective: Objective, question: Question, started: float) -> Answer:
-        self.model.rotation = question.candidate
+        self.model.rotation = objective.rotation(question.candidate, objective.length)
         found: list[np.ndarray] = [np.empty(0)] * len(objective.documents)
         total = np.zeros(len(question.candidate.steps))
         for batch in batches(objective.documents, BATCH_TOKENS[self.model.device.type]):
             documents = [objective.documents[index] for index in batch]
             tokens, judged = np.stack([document.tokens for document in documents]), judged_range(documents)
+            at = None if documents[0].positions is None else np.stack([_positions(document) for document in documents])
             if question.gradient:
                 weights = np.stack([objective.token_weights(index) for index in batch])
-                losses, gradient = self.model.losses_and_gradient(tokens, weights, judged)
+                losses, gradient = self.model.losses_and_gradient(tokens, weights, judged, at)
                 total += gradient
             else:
-                losses = self.model.losses(tokens, judged)
+                losses = self.model.losses(tokens, judged, at)
             for index, row in zip(batch, losses, strict=True):
                 found[index] = row
         loss, losses_by_length = objective.score(found)
@@ -88,6 +89,10 @@ class TransformersEvaluator:
             return Answer.failed("the loss is not a number", seconds)
         gradient = tuple(total.tolist()) if question.gradient else None
         return Answer(loss, losses_by_length, gradient, None, seconds)
+
+
+def _positions(document: Document) -> np.ndarray:
+    return np.arange(len(document.tokens)) if document.positions is None else document.positions
 
 
 def judged_range(documents: Sequence[Document]) -> tuple[int, int]:
@@ -103,8 +108,14 @@ def batches(documents: Sequence[Document], tokens: int) -> list[list[int]]:
     for index, document in enumerate(documents):
         length = len(document.tokens)
         last = made[-1] if made else []
-        if last and len(documents[last[0]].tokens) == length and (len(last) + 1) * length <= tokens:
+        alike = last and _kind(documents[last[0]]) == _kind(document)
+        if alike and (len(last) + 1) * length <= tokens:
             last.append(index)
         else:
             made.append([index])
     return made
+
+
+def _kind(document: Document) -> tuple[int, bool]:
+    """What documents that share a forward pass have in common."""
+    return len(document.tokens), document.positions is None

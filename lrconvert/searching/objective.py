@@ -24,6 +24,10 @@ from lrconvert.checkpoint.tokenizer import Encode
 from lrconvert.errors import InputError
 from lrconvert.evals.passkey import PasskeyFormat, build_document
 from lrconvert.evals.texts import Text
+from lrconvert.rope import Tier, compose
+from lrconvert.searching.space import Candidate
+from lrconvert.training.keys import KeyMaker
+from lrconvert.training.rows import RowOptions, make_row
 
 Kind = Literal["perplexity", "needle", "mixed"]
 PARTS: dict[Kind, dict[str, float]] = {
@@ -37,11 +41,15 @@ Losses = NDArray[np.floating]
 
 @dataclass(frozen=True, eq=False)
 class Document:
-    """Tokens, and which losses count at which lengths: `spans` are (length, first, end), indices of losses."""
+    """Tokens, and which losses count at which lengths: `spans` are (length, first, end), indices of losses.
+
+    `positions` are those of the tokens where they jump; None: 0 … n − 1.
+    """
 
     part: str  # "text" or "needle"
     tokens: NDArray[np.int64]
     spans: tuple[tuple[int, int, int], ...]
+    positions: NDArray[np.int64] | None = None
 
     @property
     def judged(self) -> tuple[int, int]:
@@ -51,11 +59,20 @@ class Document:
 
 @dataclass(frozen=True, eq=False)
 class Objective:
-    """Documents and weights: loss = Σ over parts and lengths of their weights times the mean over documents."""
+    """Documents and weights: loss = Σ over parts and lengths of their weights times the mean over documents.
+
+    `own` is the set that the model has already: candidates are applied on top of it (`rope.compose`).
+    """
 
     kind: Kind
     documents: tuple[Document, ...]
     weights: dict[int, float]  # by length, summing to 1
+    own: Tier | None = None
+
+    def rotation(self, candidate: Candidate, length: int) -> Tier:
+        """What the model is rotated with to try a candidate, and what a recipe gets of it."""
+        tier = candidate.tier(length)
+        return tier if self.own is None else compose(self.own, tier)
 
     @property
     def length(self) -> int:
@@ -72,7 +89,9 @@ class Objective:
         """Of all tokens: texts, tokenizer, seed and passkey sentences are all in them."""
         found = hashlib.sha256()
         for document in self.documents:
-            found.update(np.ascontiguousarray(document.tokens, dtype="<i8").tobytes())
+            for values in (document.tokens, document.positions):
+                if values is not None:
+                    found.update(np.ascontiguousarray(values, dtype="<i8").tobytes())
         return found.hexdigest()
 
     def _counts(self) -> dict[tuple[str, int], int]:
@@ -162,6 +181,44 @@ def needle_documents(form: PasskeyFormat, encode: Encode, lengths: Sequence[int]
             span = (length, len(prompt) - 1, len(tokens) - 1)
             made.append(Document("needle", tokens, (span,)))
     return made
+
+
+@dataclass(frozen=True)
+class JumpingRows:
+    """Rows of `length` tokens whose positions jump over the target: `count` of them instead of whole documents.
+
+    On a model that was trained on such rows they rank factor sets as whole documents do, at a fraction of the cost;
+    on any other they don't (docs/search.md).
+    """
+
+    length: int
+    count: int = 4
+    jumps: tuple[int, int] = (1, 4)
+    keys: int = 24
+
+
+def jumping_documents(
+    rows: JumpingRows, kind: Kind, texts: Sequence[Text], target: int, maker: KeyMaker | None, seed: int
+) -> list[Document]:
+    """Rows for every part of the objective: windows of text, and windows with labelled keys of which the answers count.
+
+    Raises `InputError` for texts that are shorter than a row.
+    """
+    sources = [text.tokens for text in texts]
+    made = []
+    for part in PARTS[kind]:
+        options = RowOptions(rows.length, target, rows.jumps, rows.keys if part == "needle" else 0)
+        for index in range(rows.count):
+            row = make_row(sources, options, maker, np.random.default_rng([seed, index, part == "needle"]))
+            spans = [(0, rows.length - 1)] if part == "text" else _runs(row.answers)
+            made.append(Document(part, row.tokens, tuple((target, first, end) for first, end in spans), row.positions))
+    return made
+
+
+def _runs(mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """(first, end) of every run of true entries."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(np.int8), [0]])))
+    return [(int(first), int(end)) for first, end in edges.reshape(-1, 2)]
 
 
 def build_objective(

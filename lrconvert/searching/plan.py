@@ -5,28 +5,36 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from lrconvert.checkpoint import Model, describe_source, open_model
-from lrconvert.checkpoint.adapter import Adapter, merged, open_adapter
+from lrconvert.checkpoint.adapter import Adapter, choose_adapter, merged, open_adapter
 from lrconvert.checkpoint.base import refuse_quantised
 from lrconvert.checkpoint.tokenizer import tokenizer_of
 from lrconvert.errors import UsageError
 from lrconvert.evals.passkey import PasskeyFormat, form_of
 from lrconvert.evals.texts import Text, read_texts, sources_of
-from lrconvert.recipe import Recipe, load_recipe
+from lrconvert.recipe import Recipe, load_recipe, recipe_folder
 from lrconvert.recipe.models import portable_name, scaled_note
-from lrconvert.rope import Tier, serving
+from lrconvert.rope import Tier, longrope_attention_factor, serving
 from lrconvert.searching.evolution import schedule_for
 from lrconvert.searching.guided import GUIDED_BUDGET
-from lrconvert.searching.objective import Document, Objective, build_objective, needle_documents
+from lrconvert.searching.objective import (
+    Document,
+    JumpingRows,
+    Objective,
+    build_objective,
+    jumping_documents,
+    needle_documents,
+)
 from lrconvert.searching.objective import Kind as ObjectiveKind
 from lrconvert.searching.space import Candidate, Space, space_for
 from lrconvert.searching.space import Kind as SpaceKind
+from lrconvert.training.keys import KeyMaker, LabelledForm, training_form
 
 AlgorithmName = Literal["guided", "evolution"]
 SHORT_SHARE = 4  # a tier up to the original window gets a quarter of the evaluations: good sets are near
@@ -44,6 +52,10 @@ class TierPlan:
     @property
     def length(self) -> int:
         return self.space.target
+
+    def tier_of(self, candidate: Candidate) -> Tier:
+        """The set that a recipe gets of a candidate."""
+        return self.objective.rotation(candidate, self.length)
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,7 @@ class SearchPlan:
                     "objective": tier.objective.kind,
                     "lengths": {str(length): weight for length, weight in tier.objective.weights.items()},
                     "documents": [[doc.part, len(doc.tokens)] for doc in tier.objective.documents],
+                    **({} if tier.objective.own is None else {"own": asdict(tier.objective.own)}),
                     "documents_sha256": tier.objective.sha256,
                     "start": [candidate.to_json() for candidate in tier.start],
                 }
@@ -104,7 +117,7 @@ class SearchRequest:
 
     model: str | Path
     target: int
-    texts: Sequence[str | Path] = ()
+    texts: Sequence[str | Path | Text] = ()
     output: Path | None = None
     algorithm: AlgorithmName = "guided"
     space: SpaceKind = "longrope"
@@ -115,6 +128,8 @@ class SearchRequest:
     budget: int | None = None
     seed: int = 0
     start_from: str | Path | None = None
+    on: str | Path | None = None
+    rows: JumpingRows | None = None
     attention_factor: float | None = None
     uniform: bool = False
     allow_concatenate: bool = False
@@ -142,26 +157,31 @@ def plan_search(request: SearchRequest) -> SearchPlan:
     sources = sources_of(request.texts) if request.objective != "needle" or request.texts else []
     model = open_model(str(request.model), revision=request.revision)
     refuse_quantised(model, "a search")
-    adapter = open_adapter(request.adapter) if request.adapter else None
+    on = load_recipe(request.on) if request.on else None
+    adapter = _adapter(request, on)
     if adapter is not None:
         model = merged(model, adapter)
-    window, notes = _original_window(request, model)
+    base, notes = _base(request, model, on)
     start = load_recipe(request.start_from) if request.start_from else None
     if start is not None:
         model.resolve(start)
-    lengths = tier_lengths(request.tiers, request.lengths or (), window, request.target)
+    lengths = tier_lengths(request.tiers, request.lengths or (), base.original_window, request.target)
+    if base.tiers and "long" in (request.tiers or ("long",)) and request.target <= base.reach:
+        raise UsageError(
+            f"--target {request.target} is within the window of {request.on}, {base.reach}", remedy="Use a longer one"
+        )
     texts = read_texts(
         sources,
         lambda: tokenizer_of(model.checkpoint.path),
         vocab=model.shape.vocab,
-        tokens=1 if request.allow_concatenate else request.target,
+        tokens=_needed(request),
     )
     # The longest first: an error about a text that is too short then names the length it needs most.
-    tiers = tuple(_tier(request, model, window, length, texts, start) for length in reversed(lengths))[::-1]
-    kept = [tier for tier in start.tiers if tier.max_length not in lengths] if start else []
+    tiers = tuple(_tier(request, model, base, length, texts, start) for length in reversed(lengths))[::-1]
+    kept = [tier for tier in (start.tiers if start else base.tiers) if tier.max_length not in lengths]
     return SearchPlan(
         model=model,
-        original_window=window,
+        original_window=base.original_window,
         algorithm=request.algorithm,
         seed=request.seed,
         tiers=tiers,
@@ -198,12 +218,44 @@ def tier_lengths(
     return sorted(lengths)
 
 
-def _original_window(request: SearchRequest, model: Model) -> tuple[int, tuple[str, ...]]:
-    """The window to extend from, and notes on how it was found."""
+@dataclass(frozen=True)
+class Base:
+    """What a search starts from: the original window, the window that the model reaches, and the sets it has for that.
+    Without sets its rotation is unscaled."""
+
+    original_window: int
+    reach: int
+    tiers: tuple[Tier, ...] = ()
+
+    def own(self, length: int) -> Tier | None:
+        return serving(self.tiers, length) if self.tiers else None
+
+
+def _base(request: SearchRequest, model: Model, on: Recipe | None) -> tuple[Base, tuple[str, ...]]:
+    """What the search starts from, and notes on how it was found."""
+    if on is not None:
+        model.resolve(on)
+        return Base(on.original_window, on.tiers[-1].max_length, on.tiers), ()
     if request.original_window is not None:
-        return request.original_window, ()
+        return Base(request.original_window, request.original_window), ()
     found = model.rotation
-    return found.original_window, (scaled_note(request.model, found, "search"),) if found.scaled else ()
+    notes = (scaled_note(request.model, found, "search"),) if found.scaled else ()
+    return Base(found.original_window, found.original_window), notes
+
+
+def _adapter(request: SearchRequest, on: Recipe | None) -> Adapter | None:
+    """The adapter that was given, or the one of the recipe that the search stands on."""
+    chosen = request.adapter
+    if on is not None and request.on is not None:
+        chosen = choose_adapter(chosen, on.adapter, recipe_folder(request.on))
+    return open_adapter(chosen) if chosen else None
+
+
+def _needed(request: SearchRequest) -> int:
+    """Tokens that a text must have to be of use."""
+    if request.rows is not None:
+        return request.rows.length
+    return 1 if request.allow_concatenate else request.target
 
 
 def _name(request: SearchRequest, model: Model) -> str:
@@ -223,25 +275,58 @@ def _beside(reference: str, output: Path | None) -> str:
 
 
 def _tier(
-    request: SearchRequest, model: Model, window: int, length: int, texts: list[Text], start: Recipe | None
+    request: SearchRequest, model: Model, base: Base, length: int, texts: list[Text], start: Recipe | None
 ) -> TierPlan:
-    shape, factor = model.shape, request.attention_factor
-    fixed = (factor, factor) if factor is not None and length > window else None
-    space = space_for(shape.rotary_dim, shape.theta, window, length, kind=request.space, attention=fixed)
-    objective = build_objective(
-        request.objective,
-        {at: weight for at, weight in (request.lengths or {}).items() if at <= length} or {length: 1.0},
-        original_window=window,
-        texts=texts,
-        documents=request.documents * (request.target // length),  # as many tokens for every tier
-        join=request.allow_concatenate,
-        needles=_needles(request, model),
+    shape, own = model.shape, base.own(length)
+    space = space_for(
+        shape.rotary_dim,
+        shape.theta,
+        base.original_window if length <= base.original_window else base.reach,
+        length,
+        kind=request.space,
+        attention=_attention(request, base, length),
+        start_tokens=None if own is None or set(own.factors) == {1.0} else (own.start_tokens,),
     )
-    candidates: tuple[Candidate, ...] = ()
+    if request.rows is not None and length > base.original_window:
+        objective = _jumping(request, model, length, texts)
+    else:
+        objective = build_objective(
+            request.objective,
+            {at: weight for at, weight in (request.lengths or {}).items() if at <= length} or {length: 1.0},
+            original_window=base.original_window,
+            texts=texts,
+            documents=request.documents * (1 if request.rows else request.target // length),  # as many tokens each
+            join=request.allow_concatenate,
+            needles=_needles(request, model),
+        )
+    candidates = (space.make((1.0,) * space.size),) if own is not None else ()
     if start is not None:
         old = serving(start.tiers, length)
         candidates = (space.make(old.factors, old.start_tokens, old.attention_factor),)
-    return TierPlan(space, objective, _budget(request, length, window), candidates)
+    budget = _budget(request, length, base.original_window)
+    return TierPlan(space, replace(objective, own=own), budget, candidates)
+
+
+def _attention(request: SearchRequest, base: Base, length: int) -> tuple[float, float] | None:
+    """The attention factors to try on top of what the model has; None: the space's own."""
+    own = base.own(length)
+    if length <= base.original_window or (own is None and request.attention_factor is None):
+        return None
+    whole = request.attention_factor
+    if whole is None:
+        whole = longrope_attention_factor(length / base.original_window, base.original_window)
+    factor = whole / (1.0 if own is None else own.attention_factor)
+    return factor, factor
+
+
+def _jumping(request: SearchRequest, model: Model, length: int, texts: list[Text]) -> Objective:
+    assert request.rows is not None
+    path, maker = model.checkpoint.path, None
+    if request.objective != "perplexity":
+        form = LabelledForm.read(request.form) if request.form else training_form(path)
+        maker = KeyMaker(form, tokenizer_of(path))
+    made = jumping_documents(request.rows, request.objective, texts, length, maker, request.seed)
+    return Objective(request.objective, tuple(made), {length: 1.0})
 
 
 def _budget(request: SearchRequest, length: int, window: int) -> int:

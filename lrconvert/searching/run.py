@@ -166,7 +166,8 @@ class Search:
 
     def _recipe(self, best: dict[int, Record]) -> Recipe:
         plan, shape = self.plan, self.plan.model.shape
-        tiers = [record.question.candidate.tier(length) for length, record in best.items()]
+        plans = {tier.length: tier for tier in plan.tiers}
+        tiers = [plans[length].tier_of(record.question.candidate) for length, record in best.items()]
         tiers += [tier for tier in plan.kept if tier.max_length not in best]
         if plan.original_window not in {tier.max_length for tier in tiers}:
             longest = max(tiers, key=lambda tier: tier.max_length)

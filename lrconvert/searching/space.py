@@ -227,12 +227,13 @@ def space_for(
     *,
     kind: Kind = "longrope",
     attention: tuple[float, float] | None = None,
+    start_tokens: tuple[int, ...] | None = None,
 ) -> Space:
     """The space of one tier. By default LongRoPE's formula fixes the attention factor beyond the original window, and
-    up to it both are searched: it is what a short set gains most by."""
+    up to it both are searched: it is what a short set gains most by. `start_tokens` are the numbers to try."""
     ratio = max(target / original_window, 1.0)
     if attention is None:
         formula = rope.longrope_attention_factor(ratio, original_window)
         attention = (formula, formula) if ratio > 1 else SHORT_ATTENTION
     chosen: Kind = kind if ratio > 1 else "longrope"
-    return Space(rotary_dim, base, original_window, target, attention, chosen)
+    return Space(rotary_dim, base, original_window, target, attention, chosen, start_tokens or START_TOKENS)

@@ -36,6 +36,14 @@ def chunked_losses(head: Head, hidden: torch.Tensor, targets: torch.Tensor, part
     return losses
 
 
+def chunked_choices(head: Head, hidden: torch.Tensor, targets: torch.Tensor, parts: Iterable[slice]) -> torch.Tensor:
+    """Whether each target is its hidden state's first choice: [b, n], false outside of `parts`."""
+    found = torch.zeros(targets.shape, dtype=torch.bool, device=hidden.device)
+    for part in parts:
+        found[:, part] = head(hidden[:, part]).argmax(-1) == targets[:, part]
+    return found
+
+
 def chunked_gradient(
     head: Head, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, parts: Iterable[slice]
 ) -> tuple[torch.Tensor, torch.Tensor]:

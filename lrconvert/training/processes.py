@@ -10,12 +10,15 @@ one again.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -76,7 +79,35 @@ class Workers:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def sum_of_all(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Summed over the questions of all processes; a team's members all have its whole answer."""
+        return values if self.count == 1 else np.sum(self.gather(values, self.width), axis=0)
+
     # --- weights -----------------------------------------------------------------------------------------
+
+    def sum_gradients(self, weights: Sequence[torch.Tensor]) -> None:
+        """Of whole weights, the sum over all processes. FSDP has summed those that are in parts."""
+        if self.count == 1:
+            return
+        for weight in weights:
+            if hasattr(weight, "to_local"):
+                continue
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            dist.all_reduce(weight.grad)
+
+    def norm(self, squares: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> float:
+        """The norm of all gradients, from the sum of squares of each one's own part."""
+        parts = [float(square) for square, weight in zip(squares, weights, strict=True) if hasattr(weight, "to_local")]
+        whole = [
+            float(square) for square, weight in zip(squares, weights, strict=True) if not hasattr(weight, "to_local")
+        ]
+        shared = sum(parts)
+        if parts and self.count > 1:
+            everyone: list[Any] = [None] * self.count
+            dist.all_gather_object(everyone, shared)
+            shared = sum(everyone)
+        return math.sqrt(shared + sum(whole))
 
     def place(self, network: nn.Module, layers: Any, device: torch.device) -> None:
         """Move the network to the device; the weights of its layers in parts where they are shared."""
@@ -87,6 +118,7 @@ class Workers:
             for layer in layers:
                 # Explicit: without a wrapped module above, a layer would keep its whole weights after a forward pass.
                 fully_shard(layer, mesh=whole, reshard_after_forward=True)
+                layer.set_gradient_divide_factor(1.0)  # losses are weighted over all rows: gradients add up
         network.to(device)
 
     # --- documents ---------------------------------------------------------------------------------------

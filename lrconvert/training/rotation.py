@@ -42,7 +42,8 @@ class TrialRope(nn.Module):
         self.log_factors: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two tensors [1, n, d]. All rows share their positions; only dtype and device of x matter."""
+        """Two tensors [b, n, d] for positions [b, n], which have one row where all rows of x share them; only dtype and
+        device of x matter."""
         given = self.log_factors
         if given is None:
             factors = torch.tensor(self.rotation.factors, dtype=torch.float64, device=x.device)
@@ -51,10 +52,10 @@ class TrialRope(nn.Module):
             factors, dtype = given.exp(), torch.float32
         even = torch.arange(0, self.rotary_dim, 2, dtype=torch.float64, device=x.device)
         plain = self.base ** (-even / self.rotary_dim)
-        parts = [self._tables(part, plain, plain / factors, dtype) for part in position_ids[0].split(TABLE_ROWS)]
-        cos, sin = (torch.cat(tables) for tables in zip(*parts, strict=True))
+        parts = [self._tables(part, plain, plain / factors, dtype) for part in position_ids.flatten().split(TABLE_ROWS)]
+        cos, sin = (torch.cat(tables).unflatten(0, position_ids.shape) for tables in zip(*parts, strict=True))
         # Frequency index i turns the channels i and i + d/2.
-        return torch.cat((cos, cos), -1)[None], torch.cat((sin, sin), -1)[None]
+        return torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
 
     def _tables(
         self, positions: torch.Tensor, plain: torch.Tensor, scaled: torch.Tensor, dtype: torch.dtype

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`lrconvert extend`: search, fine-tune and search again, up to a window many times the model's own."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lrconvert.cli import _output as out
+from lrconvert.cli._common import SEED, OutputName, force_option, model_argument, revision_option, text_option
+
+if TYPE_CHECKING:
+    from lrconvert.extending.api import ExtendResult
+    from lrconvert.extending.stages import Progress
+
+PIPED_SECONDS = 30.0  # between two lines of progress where no terminal shows a bar
+
+
+@click.command(name="extend", short_help="Fine-tune and search a recipe for a much longer window.")
+@model_argument
+@text_option
+@click.option("-o", "--output", type=OutputName(".work"), required=True, metavar="RECIPE",
+              help="Folder for the recipe and its adapter.")  # fmt: skip
+@click.option("--plan", default="small", show_default=True, metavar="PLAN",
+              help="The stages: a .toml file, or a built-in plan (paper, small, demo).")  # fmt: skip
+@click.option("--held-out", multiple=True, metavar="TEXT",
+              help="Text to evaluate on, like --text; default: the last tenth of each text.")  # fmt: skip
+@click.option("--until", metavar="STAGE", help="Stop after this stage: 2-tune.")
+@click.option("--from", "again", metavar="STAGE", help="Carry out this stage and all later ones anew.")
+@click.option("--work", type=click.Path(path_type=Path), metavar="DIR",
+              help="Folder for what the stages leave; default: RECIPE.work.")  # fmt: skip
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of everything random.")
+@click.option("--name", help="The recipe's name; default: the output's.")
+@click.option("--device", help="cpu, cuda, cuda:1 …; default: a GPU if there is one.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]),
+              help="Default: bfloat16 on a GPU, float32 on a CPU.")  # fmt: skip
+@click.option("--attention", type=click.Choice(["cudnn", "flash", "efficient", "math"]),
+              help="Attention kernel on a GPU; default: the fastest measured.")  # fmt: skip
+@click.option("--context-parallel", type=click.IntRange(1), default=1, metavar="N",
+              help="Split each row over N of torchrun's processes.")  # fmt: skip
+@click.option("--shard-weights", is_flag=True, help="Split the weights over torchrun's processes (FSDP).")
+@force_option
+@revision_option
+def command(model: str, output: Path, **options: Any) -> None:
+    """Extend MODEL by the stages of a plan: search, fine-tune, search again, recover the short window, evaluate.
+
+    Every stage leaves its result. After an interruption the same command continues from there.
+
+    \b
+    lrconvert extend MODEL --text books/ -o recipes/my-model-2048k
+    lrconvert extend MODEL --text books/ --plan plan.toml --until 2-tune -o recipes/my-model-256k
+    """
+    from lrconvert.extending.api import extend
+
+    try:
+        with _watching() as watch:
+            found = extend(model, output=output, watch=watch, **options)
+    except KeyboardInterrupt:
+        out.hint("\nfinished stages and the state of the last one are kept. To continue, run the same command again:")
+        out.hint(shlex.join(["lrconvert", *sys.argv[1:]]))
+        raise
+    _summary(found)
+    if found.path is None:
+        out.hint(f"stopped after {found.stages[-1].name}; omit --until to go on")
+        return
+    out.say(f"{found.path}: {out.count(len(found.recipe.tiers), 'tier')}, up to {found.recipe.tiers[-1].max_length:,}")
+    baked = f"{output.name}-model"
+    out.hint(f"next: {shlex.join(['lrconvert', 'hf', model, '--recipe', str(output), '-o', baked])}")
+
+
+def _summary(found: ExtendResult) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"{found.recipe.name}: stages")
+    for name in ("stage", "time", "GPU memory"):
+        table.add_column(name, justify="right")
+    for stage in found.stages:
+        table.add_row(stage.name, f"{stage.seconds:,.0f} s", out.size(stage.memory) if stage.memory else "")
+    out.console().print(table)
+    measured = (found.recipe.evaluation or {}).get("measured", {})
+    for key, value in measured.items():
+        kind, _, length = key.partition("@")
+        shown = (
+            f"{value['perplexity']['value']:.4g}" if "perplexity" in value else f"{value['hits']} of {value['trials']}"
+        )
+        out.say(f"{kind} at {int(length):,}: {shown}")
+
+
+@contextlib.contextmanager
+def _watching() -> Iterator[Callable[[Progress], None]]:
+    """Shows progress: a bar a stage on a terminal, a line now and then elsewhere."""
+    if not sys.stderr.isatty():
+        yield _lines()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[text]}"))
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(now: Progress) -> None:
+            if now.stage not in tasks:
+                tasks[now.stage] = bar.add_task(now.stage, total=None, text="")
+            bar.update(tasks[now.stage], completed=now.done, total=now.total or None, text=_described(now))
+
+        yield show
+
+
+def _described(now: Progress) -> str:
+    count = f"{now.done:.0f} of {now.total:.0f}, " if now.total else ""
+    left = "" if now.seconds_left is None else f", {now.seconds_left:.0f} s left"
+    return f"{count}{now.text}{left}"
+
+
+def _lines() -> Callable[[Progress], None]:
+    last: tuple[str, float] = ("", 0.0)
+
+    def show(now: Progress) -> None:
+        nonlocal last
+        if now.stage != last[0] or time.monotonic() - last[1] >= PIPED_SECONDS:
+            last = (now.stage, time.monotonic())
+            out.hint(f"{now.stage}: {_described(now)}")
+
+    return show

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model in memory under the tiers of a recipe, as a session: every evaluation runs on it without an artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lrconvert.rope import Tier, serving
+from lrconvert.runtimes.base import Scores
+from lrconvert.training.cached import Prefilled
+from lrconvert.training.loaded import LoadedModel
+
+
+class LoadedSession:
+    """`tiers` in order; a row of n tokens has the first that reaches n. It scores, and generates nothing."""
+
+    answers: frozenset[str] = frozenset(("behind",))
+
+    def __init__(self, model: LoadedModel, tiers: Sequence[Tier]) -> None:
+        self.model, self.tiers = model, tuple(tiers)
+        self.info: dict[str, Any] = {**model.describe(), "class": type(model.network).__name__}
+
+    def score(self, rows: Sequence[Sequence[int]], judged: Sequence[int]) -> list[Scores]:
+        found = []
+        for row, count in zip(rows, judged, strict=True):
+            tokens = np.asarray(row, dtype=np.int64)
+            self.model.rotation = serving(self.tiers, len(tokens))
+            found.append(Scores(*self.model.scores(tokens, count)))
+        return found
+
+    def score_behind(self, prompt: Sequence[int], rows: Sequence[Sequence[int]], judged: Sequence[int]) -> list[Scores]:
+        """As `score` of the prompt with each row behind it; the prompt is read once."""
+        self.model.rotation = serving(self.tiers, len(prompt) + max(map(len, rows)))
+        cached = Prefilled(self.model, np.asarray(prompt, dtype=np.int64))
+        pairs = zip(rows, judged, strict=True)
+        return [Scores(*cached.score(np.asarray(row, dtype=np.int64), count)) for row, count in pairs]
+
+    def logits(
+        self, rows: Sequence[Sequence[int]], *, positions: Sequence[int] | None = None, keep: Sequence[int]
+    ) -> list[np.ndarray]:
+        raise NotImplementedError("a model in memory scores rows")
+
+    def generate(self, prompt: Sequence[int], new_tokens: int) -> tuple[list[int], np.ndarray]:
+        raise NotImplementedError("a model in memory scores rows")
+
+    def close(self) -> None:
+        self.model.free()

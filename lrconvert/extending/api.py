@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`lrconvert.extend`: from a model and long texts to a recipe for a much longer window, with trained weights."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from lrconvert.checkpoint import open_model
+from lrconvert.checkpoint.base import Model, refuse_quantised
+from lrconvert.checkpoint.tokenizer import tokenizer_of
+from lrconvert.errors import InputError, UsageError, require
+from lrconvert.evals.texts import Text, read_texts, sources_of
+from lrconvert.extending.plan import Plan, load_plan
+from lrconvert.extending.run import Extension, Finished, check_name, extended_recipe
+from lrconvert.extending.stages import ADAPTER, Progress, Task, Watch
+from lrconvert.recipe import Recipe, check_output, load_recipe, write_recipe
+from lrconvert.recipe.models import portable_name
+
+HELD_OUT_SHARE = 10  # of every text the last tenth, where no held-out texts are given
+
+
+@dataclass(frozen=True)
+class ExtendResult:
+    """The recipe and the folder that it was written to; None where the plan was not carried out to its end."""
+
+    recipe: Recipe
+    path: Path | None
+    stages: tuple[Finished, ...]
+    work: Path
+
+
+def extend(
+    model: str | Path,
+    *,
+    texts: Sequence[str | Path],
+    output: str | Path,
+    plan: str | Path | Plan = "small",
+    held_out: Sequence[str | Path] = (),
+    until: str | None = None,
+    again: str | None = None,
+    work: str | Path | None = None,
+    seed: int = 0,
+    name: str | None = None,
+    revision: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    attention: str | None = None,
+    context_parallel: int = 1,
+    shard_weights: bool = False,
+    force: bool = False,
+    watch: Watch | None = None,
+) -> ExtendResult:
+    """Extend the window of `model` by the stages of `plan`; the recipe in the folder `output` has its adapter with it.
+
+    Args:
+        model: A folder, a GGUF file or a Hub id (`revision`: its branch, tag or commit).
+        texts: Long texts to search and train on. `held_out`: texts to evaluate on; none: the last tenth of each text,
+            which is then not trained on.
+        output: A folder for the recipe and the adapter. An existing one is replaced with `force` alone.
+        plan: A plan's file, its name, or a `Plan`.
+        until: The last stage to carry out. `again`: the first of those that are carried out although they are finished.
+        work: The folder for what the stages leave; None: OUTPUT.work. The same call goes on from it.
+        seed, device, dtype, attention, context_parallel, shard_weights: As for `search`.
+        name: The recipe's name; None: the output's.
+        watch: Called with the `Progress` of a stage.
+
+    Raises:
+        UsageError: Options that don't go together, a plan or stage that doesn't exist, an output that exists.
+        InputError: A model, text or plan that is damaged or doesn't fit, a stage's files that were changed.
+        UnsupportedError: A quantised model, or one whose rotation is scaled.
+        EnvironmentFailure: PyTorch, PEFT or a GPU is missing, or a stage does not fit the memory.
+    """
+    folder = Path(output)
+    if folder.suffix == ".json":
+        raise UsageError(f"{folder}: an extension has an adapter beside its recipe", remedy="Name a folder")
+    check_output(folder, force=force)
+    chosen = plan if isinstance(plan, Plan) else load_plan(plan)
+    for option, stage in (("--until", until), ("--from", again)):
+        check_name(chosen, option, stage)
+    opened = open_model(str(model), revision=revision)
+    refuse_quantised(opened, "an extension")
+    _check(opened, chosen, plan)
+    read, kept = _texts(opened, texts, held_out)
+    for module in ("torch", "transformers", "peft"):
+        require(module, "train", "an extension")
+    machine = {"device": device, "dtype": dtype, "attention": attention, "context_parallel": context_parallel,
+               "shard_weights": shard_weights}  # fmt: skip
+    place = Path(work) if work is not None else folder.with_name(folder.name + ".work")
+    task = Task("", opened, str(model), read, kept, place, place, seed, machine, watch or _silent)
+    extension = Extension(chosen, task, place)
+    done = extension.run(until=until, again=again)
+    recipe = replace(
+        extended_recipe(extension, done, name or folder.name), base_model=portable_name(model, opened.checkpoint.path)
+    )
+    whole = len(done) == len(chosen.stage)
+    path = _write(recipe, extension.recipe_file(done), folder, force) if whole else None
+    return ExtendResult(recipe, path, tuple(done), place)
+
+
+def _silent(progress: Progress) -> None:
+    """Nobody watches."""
+
+
+def _check(model: Model, plan: Plan, where: object) -> None:
+    found = model.rotation
+    if found.scaled:
+        raise InputError(
+            f"{model.reference} already carries {found.kind} scaling", remedy="Extend the model it was made from"
+        )
+    plan.check(found.original_window, where if isinstance(where, str | Path) else plan.name)
+
+
+def _texts(
+    model: Model, texts: Sequence[str | Path], held_out: Sequence[str | Path]
+) -> tuple[tuple[Text, ...], tuple[Text, ...]]:
+    """For training, and for evaluation."""
+
+    def read(named: Sequence[str | Path]) -> list[Text]:
+        return read_texts(sources_of(named), lambda: tokenizer_of(model.checkpoint.path), vocab=model.shape.vocab)
+
+    found = read(texts)
+    if held_out:
+        return tuple(found), tuple(read(held_out))
+    return tuple(_part(text, 0, -len(text.tokens) // HELD_OUT_SHARE, "") for text in found), tuple(
+        _part(text, -(len(text.tokens) // HELD_OUT_SHARE) or None, None, ", its last tenth") for text in found
+    )
+
+
+def _part(text: Text, start: int | None, end: int | None, what: str) -> Text:
+    return replace(text, name=text.name + what, tokens=np.ascontiguousarray(text.tokens[start:end]))
+
+
+def _write(recipe: Recipe, source: Path, folder: Path, force: bool) -> Path:
+    """The recipe and its adapter, in one folder."""
+    carried = load_recipe(source).adapter
+    if carried is None:
+        return write_recipe(replace(recipe, adapter=None), folder, force=force)
+    staged = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(staged, ignore_errors=True)
+    shutil.copytree((source.parent / carried).resolve(), staged / ADAPTER)
+    path = write_recipe(replace(recipe, adapter=ADAPTER), staged)
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / ADAPTER, ignore_errors=True)
+    (staged / ADAPTER).replace(folder / ADAPTER)
+    path.replace(folder / path.name)
+    staged.rmdir()
+    return folder / path.name

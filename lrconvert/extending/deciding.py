@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The best sets of a search, compared on whole documents of a true length.
+
+A search on rows with jumping positions is cheap. What it ranks first is confirmed here, and the rank correlation of
+both losses says how far to trust it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lrconvert.extending.plan import Search
+from lrconvert.rope import Tier, compose, serving
+from lrconvert.searching.journal import Record, read_journal
+from lrconvert.searching.objective import PARTS
+from lrconvert.training.keys import KeyMaker, training_form
+from lrconvert.training.rows import Row, RowOptions, make_row
+
+if TYPE_CHECKING:
+    from lrconvert.extending.stages import Task
+    from lrconvert.training.loaded import LoadedModel
+
+DECIDED = "decided.json"
+
+
+@dataclass(frozen=True)
+class Decided:
+    """A set with its loss in the search and on whole documents."""
+
+    rank: int  # in the search, from 0
+    made: str
+    searched: float
+    whole: float
+    tier: Tier
+
+
+def decide(stage: Search, task: Task) -> dict[str, Any]:
+    """Puts the set that is best on whole documents into the stage's recipe; what it was compared with.
+
+    Raises `InputError` for texts that are shorter than a document.
+    """
+    from lrconvert.extending.stages import JOURNAL, with_tier
+    from lrconvert.training.loaded import LoadedModel as Loaded
+
+    assert stage.decide is not None
+    before = task.recipe
+    own = serving(before.tiers, stage.window)
+    ranked = ranking(read_journal(task.folder / JOURNAL).records, stage.window)
+    chosen = spread(len(ranked), stage.finalists)
+    row = whole_row(stage, task)
+    kept = _kept(task.folder / DECIDED)
+    model: LoadedModel | None = None
+    found = []
+    for number, rank in enumerate(chosen):
+        record = ranked[rank]
+        tier = compose(own, record.question.candidate.tier(stage.window))
+        key = json.dumps(asdict(tier))
+        if key not in kept:
+            task.say(f"deciding at {stage.decide} tokens", number, len(chosen))
+            model = model or Loaded(task.trained(), **task.loading)
+            model.rotation = tier
+            kept[key] = loss_of(model, row, stage)
+            (task.folder / DECIDED).write_text(json.dumps(kept), encoding="utf-8")
+        found.append(Decided(rank, record.question.made, record.answer.loss, kept[key], tier))
+    best = min(found[: stage.finalists], key=lambda one: one.whole)
+    recipe = with_tier(before, best.tier)
+    task.write(recipe, task.adapter)
+    rows = [{key: value for key, value in asdict(one).items() if key != "tier"} for one in found]
+    correlation = rank_correlation([one.searched for one in found], [one.whole for one in found])
+    return {
+        "tokens": stage.decide,
+        "judged": stage.judged,
+        "sets": rows,
+        "chosen": best.rank,
+        "rank_correlation": correlation,
+    }
+
+
+def ranking(records: list[Record], length: int) -> list[Record]:
+    """The sets that a search evaluated for `length`, the best first, each once."""
+    best: dict[Any, Record] = {}
+    for record in records:
+        if record.tier == length and np.isfinite(record.answer.loss):
+            best.setdefault(record.question.candidate, record)
+    return sorted(best.values(), key=lambda record: record.answer.loss)
+
+
+def spread(count: int, finalists: int) -> list[int]:
+    """The first ranks, and as many again spread over the rest: a correlation of near ties alone would mean little."""
+    first = list(range(min(finalists, count)))
+    rest = np.linspace(finalists, count - 1, min(finalists, max(count - finalists, 0))).astype(int)
+    return sorted({*first, *rest.tolist()})
+
+
+def whole_row(stage: Search, task: Task) -> Row:
+    """A document of `stage.decide` tokens with consecutive positions, and with keys where the search's objective has
+    some. Texts that are shorter are joined.
+
+    Raises `InputError` for too little text.
+    """
+    assert stage.decide is not None
+    texts = [text.tokens for text in task.texts]
+    joined = texts if max(map(len, texts)) >= stage.decide else [np.concatenate(texts)]
+    keys = stage.keys if "needle" in PARTS[stage.objective] else 0
+    maker = KeyMaker(training_form(task.model.checkpoint.path), task.encode) if keys else None
+    options = RowOptions(stage.decide, stage.decide, keys=keys)
+    return make_row(joined, options, maker, np.random.default_rng([task.seed, stage.decide]))
+
+
+def loss_of(model: LoadedModel, row: Row, stage: Search) -> float:
+    """The search's objective on the document: of its text the last `judged` losses count."""
+    first = max(0, len(row.text) - stage.judged)
+    (losses,) = model.losses(row.tokens[None], (first, len(row.text)))
+    masks = {"text": row.text, "needle": row.answers}
+    means = {part: float(losses[first:][mask[first:]].mean()) for part, mask in masks.items() if mask.any()}
+    return sum(share * means[part] for part, share in PARTS[stage.objective].items())
+
+
+def rank_correlation(first: list[float], second: list[float]) -> float | None:
+    """Spearman's ρ; None for fewer than three pairs."""
+    if len(first) < 3:
+        return None
+    one, other = (np.argsort(np.argsort(values)).astype(float) for values in (first, second))
+    return round(float(np.corrcoef(one, other)[0, 1]), 4)
+
+
+def _kept(path: Path) -> dict[str, float]:
+    """Losses that an interrupted stage had already."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}

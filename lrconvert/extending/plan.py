@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan of an extension: its stages in order, read from TOML. The dataclasses here are the definition of the file.
+
+    [[stage]]
+    kind = "tune"
+    window = "256k"      # lengths are numbers of tokens; 1k is 1024
+    length = "64k"
+    steps = 200
+
+docs/extend.md explains every key.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge, Gt, MinLen
+from pydantic import BeforeValidator, Discriminator
+
+from lrconvert.data import DATA
+from lrconvert.errors import InputError, UsageError
+from lrconvert.recipe.file import Method, read_bounded
+from lrconvert.rope import STRICT
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PLANS = DATA / "plans"
+_UNITS = {"": 1, "k": 1024, "m": 1024**2}
+
+
+def _tokens(value: Any) -> Any:
+    """A number of tokens, which may have a unit."""
+    matched = re.fullmatch(r"(\d{1,10})([km]?)", value.lower()) if isinstance(value, str) else None
+    return value if matched is None else int(matched[1]) * _UNITS[matched[2]]
+
+
+Tokens = Annotated[int, BeforeValidator(_tokens), Ge(2)]
+Lengths = tuple[Tokens, ...]
+Count = Annotated[int, Ge(1)]
+Jumps = tuple[Annotated[int, Ge(0)], Annotated[int, Ge(0)]]
+
+
+@dataclass(frozen=True)
+class Derive:
+    """An analytic set for `window`, on top of the sets that there are. `ratio` is what its base is scaled for; by
+    default twice the extension ratio for ntk, the ratio itself for the others."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    kind: Literal["derive"]
+    window: Tokens
+    method: Method = "ntk"
+    ratio: Annotated[float, Gt(1)] | None = None
+
+
+@dataclass(frozen=True)
+class Search:
+    """A set searched for `window`. With `row_length`, evaluations read `rows` rows with `jumps` jumps over the window
+    instead of whole documents: for a model that was trained so. The `finalists` best are then decided among on whole
+    documents of `decide` tokens, by the last `judged` of them."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    kind: Literal["search"]
+    window: Tokens
+    algorithm: Literal["guided", "evolution"] = "guided"
+    space: Literal["longrope", "longrope2"] = "longrope"
+    objective: Literal["perplexity", "needle", "mixed"] = "perplexity"
+    budget: Count | None = None
+    documents: Count = 1
+    row_length: Tokens | None = None
+    rows: Count = 4
+    jumps: Jumps = (1, 4)
+    keys: Annotated[int, Ge(0)] = 24
+    decide: Tokens | None = None
+    finalists: Count = 5
+    judged: Tokens = 65536
+
+
+@dataclass(frozen=True)
+class Tune:
+    """Fine-tuning under the set for `window`: `steps` of `rows` rows of `length` tokens, whose positions make `jumps`
+    over the window. Every row hides `keys` keys. Every `mixed_every`-th step has `mixed_rows` rows of the original
+    window under the short set; 0: none."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    kind: Literal["tune"]
+    window: Tokens
+    length: Tokens
+    steps: Count
+    rows: Count = 1
+    jumps: Jumps = (1, 4)
+    keys: Annotated[int, Ge(0)] = 24
+    mixed_every: Annotated[int, Ge(0)] = 4
+    mixed_rows: Count = 8
+    method: Literal["lora", "full"] = "lora"
+    rank: Count = 32
+    rate: Annotated[float, Gt(0)] = 1e-3
+    norm_rate: Annotated[float, Gt(0)] = 2e-4
+    warmup: Annotated[int, Ge(0)] = 8
+    final: Annotated[float, Ge(0)] = 0.05
+    answer_weight: Annotated[float, Ge(0)] = 0.5
+
+
+@dataclass(frozen=True)
+class Recover:
+    """The set of the original window searched again on the trained weights, with its attention factor."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    kind: Literal["recover"]
+    budget: Count | None = None
+    documents: Count = 4
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Perplexity of the same last `judged` tokens at `perplexity` lengths, over `excerpts` places, and of the model
+    before its extension at the original window; `keys` labelled keys from each of `texts` texts at `retrieval` lengths;
+    a passkey at each of `depths` depths at `passkey` lengths."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    kind: Literal["evaluate"]
+    perplexity: Lengths = ()
+    excerpts: Count = 2
+    judged: Count = 1024
+    retrieval: Lengths = ()
+    keys: Count = 20
+    texts: Count = 1
+    passkey: Lengths = ()
+    depths: Count = 10
+
+
+Stage = Annotated[Derive | Search | Tune | Recover | Evaluate, Discriminator("kind")]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages of an extension, in order."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    stage: Annotated[tuple[Stage, ...], MinLen(1)]
+    name: str = "plan"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the stages: 1-search, 2-tune, …"""
+        return tuple(f"{number}-{stage.kind}" for number, stage in enumerate(self.stage, 1))
+
+    @property
+    def target(self) -> int:
+        """The longest window of any stage."""
+        return max(getattr(stage, "window", 0) for stage in self.stage)
+
+    def problems(self, window: int) -> list[str]:
+        """What can't be carried out on a model with an original `window`, each with its key."""
+        found, reach = [], window
+        for number, stage in enumerate(self.stage):
+            key = f"stage[{number}]"
+            if isinstance(stage, Derive | Search):
+                if stage.window <= reach:
+                    found.append(f"{key}.window is {stage.window}; windows grow, so more than {reach} is needed")
+                reach = max(reach, stage.window)
+            if isinstance(stage, Tune):
+                if stage.window != reach:
+                    found.append(f"{key}.window is {stage.window}; the sets before it reach {reach}")
+                if stage.length > stage.window:
+                    found.append(f"{key}.length is {stage.length}, longer than its window, {stage.window}")
+            if isinstance(stage, Tune | Search) and stage.jumps[0] > stage.jumps[1]:
+                found.append(f"{key}.jumps is {list(stage.jumps)}; the least comes first")
+            if isinstance(stage, Evaluate):
+                lengths = (*stage.perplexity, *stage.retrieval, *stage.passkey)
+                if not lengths:
+                    found.append(f"{key} measures nothing: give perplexity, retrieval or passkey lengths")
+                elif max(lengths) > reach:
+                    found.append(f"{key} measures at {max(lengths)}; the sets before it reach {reach}")
+        return found
+
+    def check(self, window: int, where: object) -> None:
+        """Raises `InputError` with all `problems`."""
+        if problems := self.problems(window):
+            raise InputError.collect(where, problems)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@cache
+def _adapter() -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Plan)
+
+
+def parse_plan(text: str, where: object) -> Plan:
+    """A plan from the text of its file. Raises `InputError` with every key that is unknown, missing or wrong."""
+    from pydantic import ValidationError
+
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{where}: not TOML ({error})") from None
+    try:
+        return _adapter().validate_json(json.dumps(values, default=str))
+    except ValidationError as error:
+        # A list whose items are wrong is reported as too short as well: that would only repeat it.
+        items = [item for item in error.errors() if not (item["type"] == "too_short" and item["input"])]
+        raise InputError.collect(where, [_problem(item) for item in items]) from None
+
+
+def _problem(item: Any) -> str:
+    """One line for an error of pydantic: the key, and what is wrong with it."""
+    where = list(item["loc"])
+    if len(where) > 1 and where[0] == "stage":
+        where = [f"stage[{where[1]}]", *where[3:]]
+    key = ".".join(str(part) for part in where)
+    if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"unknown key {key}"
+    if item["type"] in ("missing", "union_tag_not_found"):
+        return f"{key}{'.kind' if item['type'] != 'missing' else ''} is missing"
+    if item["type"] == "union_tag_invalid":
+        return f"{key}.kind is {item['ctx']['tag']!r}; one of {item['ctx']['expected_tags']} is needed"
+    return f"{key} is {item['input']!r}; {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def built_in_plans() -> dict[str, Path]:
+    """Name and file of the plans that come with lrconvert."""
+    return {path.stem: path for path in sorted(PLANS.glob("*.toml"))}
+
+
+def load_plan(reference: str | Path) -> Plan:
+    """A plan by its file, or by the name of a built-in one.
+
+    Raises `UsageError` for neither, `InputError` as `parse_plan`.
+    """
+    path = built_in_plans().get(str(reference), Path(reference))
+    if not path.is_file():
+        raise UsageError(f"{reference}: no such plan", remedy=f"Built in: {', '.join(built_in_plans())}")
+    try:
+        text = read_bounded(path).decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8") from error
+    return parse_plan(text, path)

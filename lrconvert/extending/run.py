@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An extension carried out: stage after stage, each in a folder with the digest of what it was made from.
+
+A stage's folder is named by number, kind and digest. The same command finds what is finished and goes on with what was
+interrupted; a changed plan, text or model has other digests, so other folders, and nothing that exists is lost.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lrconvert import __version__
+from lrconvert.checkpoint import describe_source
+from lrconvert.checkpoint.source import sha256_of
+from lrconvert.errors import InputError, UsageError
+from lrconvert.extending.plan import Evaluate, Plan
+from lrconvert.extending.stages import ADAPTER, STAGES, Facts, Task
+from lrconvert.recipe import RECIPE_FILE, SCHEMA_VERSION, Provenance, Recipe, load_recipe, write_recipe
+from lrconvert.rope import Tier
+
+RESULT, START = "result.json", "0-start"
+FORMAT = 1  # of the digests: another one repeats all stages
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A stage's result: its digest, what it found, seconds (of all its runs), peak memory in bytes, and the sha256 of
+    the files that later stages read."""
+
+    name: str
+    digest: str
+    facts: Facts
+    seconds: float
+    memory: int | None
+    files: dict[str, str]
+
+    @classmethod
+    def read(cls, folder: Path, digest: str) -> Finished | None:
+        """The result in a folder; None where the stage is not finished.
+
+        Raises `InputError` for files that are no longer what the stage wrote.
+        """
+        try:
+            found = cls(**json.loads((folder / RESULT).read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(
+                f"{folder / RESULT}: damaged ({error})", remedy="Delete the folder: the stage runs again"
+            ) from error
+        changed = [name for name, digest in found.files.items() if not _same(folder / name, digest)]
+        if changed or found.digest != digest:
+            raise InputError(
+                f"{folder}: {', '.join(changed) or RESULT} changed since the stage was finished",
+                remedy="Delete the folder: the stage runs again",
+            )
+        return found
+
+
+def _same(path: Path, digest: str) -> bool:
+    return path.is_file() and sha256_of(path) == digest
+
+
+class Extension:
+    """A plan on a task's model, in a folder `work`."""
+
+    def __init__(self, plan: Plan, task: Task, work: Path) -> None:
+        self.plan, self.task, self.work = plan, task, work
+
+    def run(self, *, until: str | None = None, again: str | None = None) -> list[Finished]:
+        """Carry out the stages up to `until` (its name), those from `again` on anew; every stage's result."""
+        before, digest = self._start(), self._identity()
+        done: list[Finished] = []
+        anew = False
+        for name, stage in zip(self.plan.names, self.plan.stage, strict=True):
+            digest = _digest({"before": digest, "stage": asdict(stage)})
+            folder = self.work / f"{name}-{digest[:8]}"
+            anew = anew or name == again
+            if anew:
+                _forget(folder)
+            found = Finished.read(folder, digest)
+            if found is None:
+                found = self._carry_out(name, stage, folder, before, digest)
+            done.append(found)
+            before = folder / RECIPE_FILE
+            if name == until:
+                break
+        return done
+
+    def recipe_file(self, done: list[Finished]) -> Path:
+        """The recipe of the last of the stages."""
+        last = done[-1]
+        return self.work / f"{last.name}-{last.digest[:8]}" / RECIPE_FILE
+
+    # --- one stage ---------------------------------------------------------------------------------------
+
+    def _carry_out(self, name: str, stage: Any, folder: Path, before: Path, digest: str) -> Finished:
+        folder.mkdir(parents=True, exist_ok=True)
+        task = Task(**{**self.task.__dict__, "name": name, "before": before, "folder": folder})
+        task.say("starting")
+        started, spent = time.monotonic(), _spent(folder)
+        memory = _memory_meter(task)
+        try:
+            facts = STAGES[stage.kind](stage, task)
+        finally:
+            seconds = spent + time.monotonic() - started
+            (folder / "seconds").write_text(f"{seconds:.3f}", encoding="utf-8")
+        files = {path.relative_to(folder).as_posix(): sha256_of(path) for path in _outputs(folder)}
+        found = Finished(name, digest, facts, round(seconds, 1), memory(), files)
+        temporary = folder / f".{RESULT}"
+        temporary.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
+        temporary.replace(folder / RESULT)
+        return found
+
+    # --- the start ---------------------------------------------------------------------------------------
+
+    def _start(self) -> Path:
+        """The recipe before all stages: the model as it is."""
+        model, shape = self.task.model, self.task.model.shape
+        window = model.rotation.original_window
+        recipe = Recipe(
+            schema_version=SCHEMA_VERSION,
+            name=self.plan.name,
+            family=model.family.name,
+            base_model=self.task.reference,
+            original_window=window,
+            rope_theta=shape.theta,
+            rotary_dim=shape.rotary_dim,
+            tiers=(Tier(window, (1.0,) * (shape.rotary_dim // 2)),),
+            provenance=Provenance(kind="extended", method=self.plan.name),
+        )
+        return write_recipe(recipe, self.work / START, force=True)
+
+    def _identity(self) -> str:
+        source = describe_source(self.task.model)
+        texts = [[text.sha256 for text in group] for group in (self.task.texts, self.task.held_out)]
+        return _digest({"format": FORMAT, "model": {key: source[key] for key in ("family", "config_sha256", "weights")},
+                        "texts": texts, "seed": self.task.seed, "dtype": self.task.machine.get("dtype")})  # fmt: skip
+
+
+def extended_recipe(extension: Extension, done: list[Finished], name: str) -> Recipe:
+    """The recipe of an extension, with what every stage did and cost, and the last evaluation."""
+    recipe = load_recipe(extension.recipe_file(done))
+    stages = []
+    for finished, stage in zip(done, extension.plan.stage, strict=False):
+        evaluates = isinstance(stage, Evaluate)
+        stages.append({"name": finished.name, "digest": finished.digest, "seconds": finished.seconds,
+                       "peak_memory": finished.memory, "options": asdict(stage),
+                       **({} if evaluates else {"facts": finished.facts})})  # fmt: skip
+    evaluations = [finished.facts for finished in done if finished.name.endswith("-evaluate")]
+    task = extension.task
+    provenance = Provenance(
+        kind="extended",
+        method=extension.plan.name,
+        search={"seed": task.seed, "texts": [text.record() for text in task.texts], "code": f"lrconvert {__version__}"},
+        stages=tuple(stages),
+    )
+    from dataclasses import replace
+
+    return replace(recipe, name=name, provenance=provenance, evaluation=evaluations[-1] if evaluations else None)
+
+
+def _digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _outputs(folder: Path) -> Iterator[Path]:
+    """What later stages read: the recipe and the adapter."""
+    yield folder / RECIPE_FILE
+    yield from sorted(path for path in (folder / ADAPTER).glob("*") if path.is_file())
+
+
+def _spent(folder: Path) -> float:
+    """Seconds of earlier runs of an unfinished stage."""
+    try:
+        return float((folder / "seconds").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return 0.0
+
+
+def _forget(folder: Path) -> None:
+    """A stage's result and state, but not a folder that is no stage's."""
+    import shutil
+
+    if folder.is_dir():
+        shutil.rmtree(folder)
+
+
+def _memory_meter(task: Task) -> Any:
+    """Reads the peak of the GPU's memory since now; None on a CPU."""
+    try:
+        import torch
+    except ImportError:
+        return lambda: None
+    device = task.machine.get("device")
+    if not torch.cuda.is_available() or (device is not None and not str(device).startswith("cuda")):
+        return lambda: None
+    torch.cuda.reset_peak_memory_stats()
+    return lambda: int(torch.cuda.max_memory_allocated())
+
+
+def check_name(plan: Plan, option: str, name: str | None) -> None:
+    """Raises `UsageError` for a stage that the plan does not have."""
+    if name is not None and name not in plan.names:
+        raise UsageError(f"{option} {name}: no such stage", remedy=f"The plan has {', '.join(plan.names)}")

@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stages of an extension. Each goes from the recipe of the stage before it to a recipe in a folder of its own.
+
+A stage reads files and writes files: whatever it holds in memory goes away with it, so that the next one has the whole
+device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lrconvert import rope
+from lrconvert.checkpoint import Model
+from lrconvert.checkpoint.adapter import choose_adapter, merged, open_adapter
+from lrconvert.checkpoint.tokenizer import Encode, tokenizer_of
+from lrconvert.evals.texts import Text
+from lrconvert.extending.plan import Derive, Evaluate, Recover, Search, Tune
+from lrconvert.recipe import Recipe, load_recipe, recipe_folder, write_recipe
+from lrconvert.rope import Tier, compose, serving
+from lrconvert.training.keys import KeyMaker, training_form
+
+ADAPTER, JOURNAL = "adapter", "journal.jsonl"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a stage is: `done` of `total` in its own unit, in words, and the seconds that are left, if known."""
+
+    stage: str
+    text: str
+    done: float = 0.0
+    total: float = 0.0
+    seconds_left: float | None = None
+
+
+Watch = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a stage works on.
+
+    `before` is the recipe file of the stage before it, `folder` its own. `texts` are for searching and training,
+    `held_out` for evaluation alone. `machine` has device, dtype, attention, context_parallel and shard_weights.
+    """
+
+    name: str
+    model: Model
+    reference: str
+    texts: tuple[Text, ...]
+    held_out: tuple[Text, ...]
+    before: Path
+    folder: Path
+    seed: int = 0
+    machine: dict[str, Any] = field(default_factory=dict)
+    watch: Watch = lambda progress: None
+
+    @property
+    def recipe(self) -> Recipe:
+        return load_recipe(self.before)
+
+    @property
+    def adapter(self) -> Path | None:
+        """The adapter so far."""
+        chosen = choose_adapter(None, self.recipe.adapter, recipe_folder(self.before))
+        return None if chosen is None else Path(chosen)
+
+    def trained(self) -> Model:
+        """The model with the adapter so far merged."""
+        return self.model if self.adapter is None else merged(self.model, open_adapter(self.adapter))
+
+    @property
+    def encode(self) -> Encode:
+        return tokenizer_of(self.model.checkpoint.path)
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """`machine` as `LoadedModel` calls it."""
+        names = {"context_parallel": "team", "shard_weights": "sharded"}
+        return {names.get(key, key): value for key, value in self.machine.items() if value is not None}
+
+    def say(self, text: str, done: float = 0.0, total: float = 0.0, seconds_left: float | None = None) -> None:
+        self.watch(Progress(self.name, text, done, total, seconds_left))
+
+    def write(self, recipe: Recipe, adapter: Path | None) -> Path:
+        """The stage's own recipe file; it names the adapter by a path relative to its folder."""
+        relative = None if adapter is None else _relative(adapter, self.folder)
+        return write_recipe(replace(recipe, adapter=relative), self.folder, force=True)
+
+
+Facts = dict[str, Any]
+
+
+def _relative(path: Path, folder: Path) -> str:
+    import os
+
+    return Path(os.path.relpath(path, folder)).as_posix()
+
+
+def with_tier(recipe: Recipe, tier: Tier) -> Recipe:
+    """The recipe with a tier added, or put in the place of the one for its window."""
+    others = [old for old in recipe.tiers if old.max_length != tier.max_length]
+    return replace(recipe, tiers=tuple(sorted([*others, tier], key=lambda tier: tier.max_length)))
+
+
+# --- derive ----------------------------------------------------------------------------------------------
+
+
+def derive(stage: Derive, task: Task) -> Facts:
+    recipe = task.recipe
+    own, reach = recipe.tiers[-1], recipe.tiers[-1].max_length
+    extension, dim = stage.window / reach, recipe.rotary_dim
+    ratio = stage.ratio or (2 * extension if stage.method == "ntk" else extension)
+    factors = {
+        "pi": lambda: rope.pi_factors(dim, ratio),
+        "ntk": lambda: rope.ntk_factors(dim, ratio),
+        "yarn": lambda: rope.yarn_factors(dim, recipe.rope_theta, ratio, reach),
+    }[stage.method]()
+    total = rope.longrope_attention_factor(stage.window / recipe.original_window, recipe.original_window)
+    new = Tier(stage.window, tuple(factors.tolist()), own.start_tokens, total / own.attention_factor)
+    task.write(with_tier(recipe, compose(own, new)), task.adapter)
+    return {"method": stage.method, "ratio": ratio}
+
+
+# --- search ----------------------------------------------------------------------------------------------
+
+
+def search(stage: Search, task: Task) -> Facts:
+    from lrconvert.extending.deciding import decide
+    from lrconvert.searching.objective import JumpingRows
+
+    rows = None if stage.row_length is None else JumpingRows(stage.row_length, stage.rows, stage.jumps, stage.keys)
+    facts = _search(
+        task,
+        target=stage.window,
+        tiers=("long",),
+        algorithm=stage.algorithm,
+        space=stage.space,
+        objective=stage.objective,
+        budget=stage.budget,
+        documents=stage.documents,
+        rows=rows,
+    )
+    if stage.decide is not None:
+        facts["decided"] = decide(stage, task)
+    return facts
+
+
+def recover(stage: Recover, task: Task) -> Facts:
+    window = task.recipe.tiers[-1].max_length
+    return _search(
+        task, target=window, tiers=("short",), budget=stage.budget, documents=stage.documents,
+        lengths={task.recipe.original_window: 1.0},
+    )  # fmt: skip
+
+
+def _search(task: Task, **options: Any) -> Facts:
+    """A search on top of the recipe so far; it goes on from its journal."""
+    import lrconvert.searching.api as searching
+    from lrconvert.searching.run import Progress as Searched
+
+    def watch(event: Any) -> None:
+        if isinstance(event, Searched):
+            left = None if event.seconds is None else event.seconds * (event.budget - event.spent)
+            task.say(f"best loss {event.best:.4f}", event.spent, event.budget, left)
+
+    found = searching.search(
+        task.reference,
+        texts=task.texts,
+        output=task.folder,
+        journal=task.folder / JOURNAL,
+        on=task.before,
+        seed=task.seed,
+        name=task.recipe.name,
+        allow_concatenate=True,
+        force=True,
+        watch=watch,
+        **{key: value for key, value in task.machine.items() if value is not None},
+        **options,
+    )
+    recipe = found.recipe
+    assert found.journal is not None
+    searched = recipe.provenance.search or {}
+    if found.leading:  # what an extension's recipe says of its search stands with its stage
+        task.write(replace(recipe, provenance=task.recipe.provenance, evaluation=None), task.adapter)
+    return {"journal_sha256": searched.get("journal_sha256"), "tiers": searched.get("tiers"),
+            "losses": (recipe.evaluation or {}).get("tiers")}  # fmt: skip
+
+
+# --- fine-tuning -----------------------------------------------------------------------------------------
+
+
+def tune(stage: Tune, task: Task) -> Facts:
+    from lrconvert.training.tuning import StepResult, StepRows, TuneOptions, Tuning, load_trainable
+
+    options = TuneOptions(
+        method=stage.method,
+        steps=stage.steps,
+        rate=stage.rate,
+        norm_rate=stage.norm_rate,
+        rank=stage.rank,
+        warmup=stage.warmup,
+        final=stage.final,
+        answer_weight=stage.answer_weight,
+        seed=task.seed,
+    )
+    make = RowMaker.of(stage, task)
+
+    def rows_of(step: int) -> StepRows:
+        rotation, rows, kind = make(step)
+        return StepRows(rotation, rows, kind)
+
+    task.say("loading", 0, stage.steps)
+    model, trainable = load_trainable(task.model, options, task.adapter, **task.loading)
+    tuning = Tuning(model, options, rows_of, task.folder)
+    seconds: list[float] = []
+
+    def watch(result: StepResult) -> None:
+        seconds.append(result.seconds)
+        left = float(np.mean(seconds[-20:])) * (stage.steps - result.step - 1)
+        answers = "" if result.answers is None else f", answers {result.answers:.3f}"
+        task.say(f"text {result.text:.3f}{answers}", result.step + 1, stage.steps, left)
+
+    tuning.run(watch)
+    adapter = task.folder / ADAPTER
+    trainable.save(model.network, adapter)
+    task.write(task.recipe, adapter)
+    facts = {"parameters": sum(weight.numel() for weight in model.trainable), "recomputed": model.recompute}
+    return {**facts, **model.describe(), "seconds_per_step": round(float(np.median(seconds)), 3) if seconds else None}
+
+
+@dataclass(frozen=True)
+class RowMaker:
+    """The rows of every step of a fine-tuning stage, from its seed and the number of the step alone."""
+
+    stage: Tune
+    texts: tuple[np.ndarray, ...]
+    keys: KeyMaker | None
+    long: Tier
+    short: Tier
+    window: int
+    seed: tuple[int, int]
+
+    @classmethod
+    def of(cls, stage: Tune, task: Task) -> RowMaker:
+        recipe = task.recipe
+        keys = KeyMaker(training_form(task.model.checkpoint.path), task.encode) if stage.keys else None
+        return cls(
+            stage,
+            tuple(text.tokens for text in task.texts),
+            keys,
+            serving(recipe.tiers, stage.window),
+            recipe.tiers[0],
+            recipe.original_window,
+            (task.seed, stage.window),
+        )
+
+    def __call__(self, step: int) -> tuple[Tier, tuple[Any, ...], str]:
+        from lrconvert.training.rows import RowOptions, make_row
+
+        stage, every = self.stage, self.stage.mixed_every
+        if every and step % every == every - 1:
+            options, count, tier, kind = (
+                RowOptions(self.window, self.window, (0, 0), stage.keys),
+                stage.mixed_rows,
+                self.short,
+                "short",
+            )
+        else:
+            options = RowOptions(stage.length, stage.window, stage.jumps, stage.keys)
+            count, tier, kind = stage.rows, self.long, "long"
+        seeds = [np.random.default_rng([*self.seed, step, index]) for index in range(count)]
+        return tier, tuple(make_row(self.texts, options, self.keys, rng) for rng in seeds), kind
+
+
+# --- evaluation ------------------------------------------------------------------------------------------
+
+
+def evaluate(stage: Evaluate, task: Task) -> Facts:
+    from lrconvert.extending.evaluating import evaluate as measured
+
+    task.write(task.recipe, task.adapter)
+    return measured(stage, task)
+
+
+STAGES: dict[str, Callable[[Any, Task], Facts]] = {
+    "derive": derive,
+    "search": search,
+    "tune": tune,
+    "recover": recover,
+    "evaluate": evaluate,
+}

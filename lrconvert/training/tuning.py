@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tuning: which weights train, the loop over steps, and its exact continuation after an interruption.
+
+PEFT makes and writes the adapter; PyTorch has the optimizer. The model computes in its own dtype (bf16 on a GPU); the
+optimizer works on float32 copies, since a step of a small learning rate is less than bf16's last digit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lrconvert.checkpoint import Model
+from lrconvert.errors import InputError, require
+from lrconvert.training.devices import is_out_of_memory
+from lrconvert.training.loaded import LoadedModel
+from lrconvert.training.rotation import Rotation
+from lrconvert.training.rows import Row
+
+LOG, STATE = "log.jsonl", "state.safetensors"
+# Every projection of the blocks, under the names that the families' classes have.
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj"]
+FORWARD_TOKENS = {"cpu": 4096, "cuda": 65536}  # short rows share a forward pass up to this many tokens
+BETAS = (0.9, 0.95)
+LARGEST_NORM = 1.0  # of the gradient
+
+Method = Literal["lora", "full"]
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """How weights are trained. Embeddings and head stay frozen: they know nothing of positions.
+
+    `lora` trains an adapter of `rank` on every projection, and the norms; `full` all weights of the blocks.
+    `norm_rate` is the learning rate of norms, `answer_weight` what the mean loss of answers counts beside the mean loss
+    of text. Rates rise over `warmup` steps, then fall along a cosine to `final` of themselves.
+    """
+
+    method: Method = "lora"
+    steps: int = 200
+    rate: float = 1e-3
+    norm_rate: float = 2e-4
+    rank: int = 32
+    warmup: int = 8
+    final: float = 0.05
+    answer_weight: float = 0.5
+    weight_decay: float = 0.0
+    seed: int = 0
+
+    def share(self, step: int) -> float:
+        """Of the learning rates, at a step (from 0)."""
+        rising = min(1.0, (step + 1) / max(self.warmup, 1))
+        cosine = 0.5 * (1 + math.cos(math.pi * step / max(self.steps, 1)))
+        return rising * (self.final + (1 - self.final) * cosine)
+
+
+@dataclass(frozen=True, eq=False)
+class StepRows:
+    """The rows of one step, all under one rotation."""
+
+    rotation: Rotation
+    rows: tuple[Row, ...]
+    kind: str = "long"  # for the log
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One step done. Losses are means in nats: of text, and of answers where there were any."""
+
+    step: int
+    kind: str
+    text: float
+    answers: float | None
+    gradient_norm: float
+    seconds: float
+    tokens: int
+
+    def to_json(self) -> dict[str, Any]:
+        rounded = {"seconds": round(self.seconds, 3)}
+        return {key: value for key, value in {**self.__dict__, **rounded}.items() if value is not None}
+
+
+Watch = Callable[[StepResult], None]
+
+
+# --- which weights train ---------------------------------------------------------------------------------
+
+
+class Trainable:
+    """A model prepared for `TuneOptions`: `adapt` is what `LoadedModel` calls; then `model` is loaded.
+
+    `adapter` is the folder of one that goes on training. Raises `InputError` where it is of another rank.
+    """
+
+    def __init__(self, options: TuneOptions, adapter: Path | None = None) -> None:
+        self.options, self.adapter = options, adapter
+        self.peft: Any = None
+
+    def adapt(self, network: Any) -> None:
+        if self.options.method == "full":
+            for weight in network.get_decoder().layers.parameters():
+                weight.requires_grad_(True)
+            return
+        peft = require("peft", "train", "fine-tuning")
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)  # peft's own
+        norms = sorted({name.rpartition(".")[2] for name, module in network.named_modules() if _is_norm(module)})
+        if self.adapter is not None:
+            self.peft = peft.PeftModel.from_pretrained(
+                network, str(self.adapter), is_trainable=True, autocast_adapter_dtype=False
+            )
+            if (rank := self.peft.peft_config["default"].r) != self.options.rank:
+                raise InputError(f"{self.adapter} has rank {rank}, not {self.options.rank}")
+        else:
+            there = {name.rpartition(".")[2] for name, _ in network.named_modules()}
+            config = peft.LoraConfig(
+                r=self.options.rank,
+                lora_alpha=self.options.rank,
+                target_modules=[name for name in PROJECTIONS if name in there],
+                modules_to_save=norms,
+                task_type="CAUSAL_LM",
+            )
+            with torch.random.fork_rng():
+                torch.manual_seed(self.options.seed)
+                self.peft = peft.get_peft_model(network, config, autocast_adapter_dtype=False)
+
+    def save(self, network: Any, folder: Path) -> None:
+        """The adapter in PEFT layout, or, of full fine-tuning, the changed tensors under their names."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.peft is not None:
+            self.peft.save_pretrained(str(folder))
+            return
+        trained = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
+        save_file({name: _whole(weight).contiguous().cpu() for name, weight in trained.items()},
+                  folder / "weights.safetensors", metadata={"format": "pt"})  # fmt: skip
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, torch.Tensor) and weight.ndim == 1 and not list(module.children())
+
+
+def _whole(weight: torch.Tensor) -> torch.Tensor:
+    """Of a weight that processes share, all of it."""
+    gather = getattr(weight, "full_tensor", None)
+    return (weight if gather is None else gather()).detach()
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """Of a weight that processes share, this one's part."""
+    local = getattr(tensor, "to_local", None)
+    return tensor if local is None else local()
+
+
+# --- the loop --------------------------------------------------------------------------------------------
+
+
+class Tuning:
+    """A run of fine-tuning. `rows_of(step)` makes the rows of a step; `folder` has the state and the log.
+
+    A run that finds its state goes on from it: with the same rows and the same state of the optimizer, losses are those
+    of a run without interruption.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        options: TuneOptions,
+        rows_of: Callable[[int], StepRows],
+        folder: Path,
+        *,
+        every: float = 60.0,
+    ) -> None:
+        self.model, self.options, self.rows_of, self.folder = model, options, rows_of, folder
+        self._every = every  # seconds between two saved states
+        self._masters = [_own(weight.detach()).float().clone() for weight in model.trainable]
+        norms = [index for index, weight in enumerate(model.trainable) if weight.ndim == 1]
+        groups = [
+            {"params": [m for i, m in enumerate(self._masters) if (i in norms) == is_norm], "base": rate, "lr": rate}
+            for is_norm, rate in ((False, options.rate), (True, options.norm_rate))
+        ]
+        self._optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]], betas=BETAS, weight_decay=options.weight_decay
+        )
+        self.step = 0
+        self._restore()
+
+    def run(self, watch: Watch | None = None) -> None:
+        """Train to the last step. Raises `InputError` where a loss is no number."""
+        saved = time.monotonic()
+        while self.step < self.options.steps:
+            result = self._train(self.rows_of(self.step))
+            self.step += 1
+            self._write_log(result)
+            if watch is not None:
+                watch(result)
+            if time.monotonic() - saved >= self._every or self.step == self.options.steps:
+                self._save()
+                saved = time.monotonic()
+
+    def _train(self, given: StepRows) -> StepResult:
+        started = time.perf_counter()
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["base"] * self.options.share(self.step)
+        self.model.rotation = given.rotation
+        counts = [sum(int(mask.sum()) for mask in masks) for masks in _masks(given.rows)]
+        sums = np.zeros(2)
+        for batch in self._batches(given.rows):
+            sums += self._backward(batch, counts)
+        sums = self.model.workers.sum_of_all(sums)
+        self.model.workers.sum_gradients(self.model.trainable)
+        norm = self._update()
+        text, answers = (float(total / count) if count else None for total, count in zip(sums, counts, strict=True))
+        if not np.isfinite(sums).all() or not math.isfinite(norm):
+            raise InputError(f"step {self.step}: the loss is not a number", remedy="Use a smaller learning rate")
+        tokens = sum(len(row.tokens) for row in given.rows)
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        return StepResult(self.step, given.kind, text or 0.0, answers, norm, time.perf_counter() - started, tokens)
+
+    def _batches(self, rows: Sequence[Row]) -> Iterator[list[Row]]:
+        """This process's rows, those of equal length together as far as they fit a forward pass.
+
+        Processes that wait for each other have equally many: one with fewer repeats a row that counts nothing.
+        """
+        workers, most = self.model.workers, FORWARD_TOKENS[self.model.device.type]
+        own = list(rows[workers.rank // workers.team :: workers.width])
+        size = max(1, most // max(len(row.tokens) for row in rows))
+        share = -(-len(rows) // workers.width)
+        if workers.together and len(own) < share:
+            nothing = np.zeros(len(rows[0].tokens) - 1, bool)
+            own.append(Row(rows[0].tokens, rows[0].positions, nothing, nothing))
+        for start in range(0, len(own), size):
+            yield own[start : start + size]
+
+    def _backward(self, batch: list[Row], counts: list[int]) -> np.ndarray:
+        """Add a batch's gradients; its sums of the losses of text and answers. With less memory where it is short."""
+        tokens, at = np.stack([row.tokens for row in batch]), np.stack([row.positions for row in batch])
+        text, answers = (np.stack(masks) for masks in _masks(batch))
+        weights = text / max(counts[0], 1) + self.options.answer_weight * answers / max(counts[1], 1)
+        try:
+            losses = self.model.backward(tokens, weights, at)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or self.model.recompute:
+                raise
+            losses = None
+        if losses is None:  # nothing was added yet: gradients come with the backward pass, which needs less
+            self.model.free()
+            self.model.recompute = True
+            return self._backward(batch, counts)
+        return np.array([losses[text].sum(dtype=np.float64), losses[answers].sum(dtype=np.float64)])
+
+    def _update(self) -> float:
+        """One step of the optimizer; the gradient's norm before it was cut."""
+        weights = self.model.trainable
+        for master, weight in zip(self._masters, weights, strict=True):
+            grad = weight.grad
+            master.grad = torch.zeros_like(master) if grad is None else _own(grad).float()
+            weight.grad = None
+        squares = [master.grad.square().sum() for master in self._masters if master.grad is not None]
+        norm = self.model.workers.norm(squares, weights)
+        if norm > LARGEST_NORM:
+            for master in self._masters:
+                if master.grad is not None:
+                    master.grad.mul_(LARGEST_NORM / norm)
+        self._optimizer.step()
+        with torch.no_grad():
+            for master, weight in zip(self._masters, weights, strict=True):
+                _own(weight).copy_(master)
+        return norm
+
+    # --- state -------------------------------------------------------------------------------------------
+
+    @property
+    def _state_file(self) -> Path:
+        workers = self.model.workers
+        return self.folder / (STATE if not workers.sharded else f"{workers.rank}.{STATE}")
+
+    def _save(self) -> None:
+        workers = self.model.workers
+        if not workers.sharded and workers.rank:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"master.{i}": master for i, master in enumerate(self._masters)}
+        for index, master in enumerate(self._masters):
+            for name, value in self._optimizer.state.get(master, {}).items():
+                tensors[f"{name}.{index}"] = value
+        temporary = self._state_file.with_suffix(".tmp")
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary,
+                  metadata={"step": str(self.step)})  # fmt: skip
+        temporary.replace(self._state_file)
+
+    def _restore(self) -> None:
+        if not self._state_file.is_file():
+            (self.folder / LOG).unlink(missing_ok=True)
+            return
+        from safetensors import safe_open
+
+        with safe_open(self._state_file, "pt") as opened:
+            self.step = int(opened.metadata()["step"])
+        tensors = load_file(self._state_file)
+        with torch.no_grad():
+            for index, (master, weight) in enumerate(zip(self._masters, self.model.trainable, strict=True)):
+                master.copy_(tensors[f"master.{index}"])
+                _own(weight).copy_(master)
+                names = ("step", "exp_avg", "exp_avg_sq")
+                self._optimizer.state[master] = {
+                    name: tensors[f"{name}.{index}"].to("cpu" if name == "step" else master.device) for name in names
+                }
+        if not self.model.workers.rank and (log := self.folder / LOG).is_file():
+            lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+            log.write_text("".join(lines[: self.step]), encoding="utf-8")
+
+    def _write_log(self, result: StepResult) -> None:
+        if self.model.workers.rank:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / LOG).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(result.to_json()) + "\n")
+
+
+def _masks(rows: Sequence[Row]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    return [row.text for row in rows], [row.answers for row in rows]
+
+
+def load_trainable(
+    model: Model, options: TuneOptions, adapter: Path | None = None, **machine: Any
+) -> tuple[LoadedModel, Trainable]:
+    """The model in memory with the weights of `options` trainable; `machine` is what `LoadedModel` takes."""
+    trainable = Trainable(options, adapter)
+    return LoadedModel(model, adapt=trainable.adapt, purpose="fine-tuning", **machine), trainable

@@ -369,8 +369,7 @@ def test_a_struct_of_another_layout_is_refused_before_it_is_used(
 ) -> None:
     """A worker that knows the structs with a field more or less refuses the library, which is the machine's matter,
     and names it, the field, and what would do."""
-    script = llama_cpp.WORKER.read_text()
-    shutil.copy(llama_cpp.WORKER.with_name("worker_loop.py"), tmp_path)
+    script = llama_cpp.WORKER.with_name("worker_llama.py").read_text()
     layouts = {
         "moved": (
             '("n_seq_max", c_uint32),',
@@ -383,8 +382,11 @@ def test_a_struct_of_another_layout_is_refused_before_it_is_used(
     }
     for name, (known, other, words) in layouts.items():
         assert known in script
-        (tmp_path / f"{name}.py").write_text(script.replace(known, other))
-        monkeypatch.setattr(llama_cpp, "WORKER", tmp_path / f"{name}.py")
+        (tmp_path / name).mkdir()
+        for part in (llama_cpp.WORKER, llama_cpp.WORKER.with_name("worker_loop.py")):
+            shutil.copy(part, tmp_path / name)
+        (tmp_path / name / "worker_llama.py").write_text(script.replace(known, other))
+        monkeypatch.setattr(llama_cpp, "WORKER", tmp_path / name / llama_cpp.WORKER.name)
         with pytest.raises(EnvironmentFailure, match=words) as raised:
             open_session(file)
         assert f"{LIBRARY.name} (llama.cpp " in raised.value.message

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from lrconvert.artifact.target import Foreign
-from lrconvert.checkpoint import Checkpoint, read_json
+from lrconvert.checkpoint import read_json
 from lrconvert.checkpoint.folder import CONFIG
 from lrconvert.checkpoint.onnx_folder import GRAPH, OnnxCheckpoint, is_own, load_graph
 from lrconvert.checkpoint.rope_config import read_rope
@@ -51,9 +51,8 @@ def open_artifact(path: Path) -> OnnxCheckpoint:
     return OnnxCheckpoint(path)
 
 
-def explain(checkpoint: Checkpoint) -> list[str]:
+def explain(checkpoint: OnnxCheckpoint) -> list[str]:
     """What our own graph does."""
-    assert isinstance(checkpoint, OnnxCheckpoint)
     angles = "float64" if checkpoint.double else "float32 tables"
     return [f"a function in the graph, angles in {angles}, {checkpoint.attention} attention"]
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from lrconvert.errors import InputError
 from lrconvert.evals.figures import Figure, perplexity_figure
 from lrconvert.evals.protocols import JUDGED, Plan
+from lrconvert.progress import Progress, Steps
 from lrconvert.runtimes.base import Scores, Session
 
 CLUSTER = 64  # judged tokens that are resampled together
@@ -52,24 +53,26 @@ def measure_perplexity(
     plan: Plan,
     *,
     seed: int = 0,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[PerplexityRow]:
     """Perplexity at every length of the plan, shortest first.
 
     Raises `InputError` when no text is long enough, or the model's losses are not numbers.
     """
-    rows = []
-    for length in sorted(plan.lengths):
-        contexts = plan.contexts([len(text) for text in texts], length)
+    rows, steps = [], Steps("passes", progress)
+    passes = {length: plan.contexts([len(text) for text in texts], length) for length in sorted(plan.lengths)}
+    for length, contexts in passes.items():
+        steps.expect(length, len(contexts))
+    for length, contexts in passes.items():
         parts: list[np.ndarray] = []
-        for number, context in enumerate(contexts):
-            if progress is not None:
-                progress(f"{length} tokens, pass {number + 1} of {len(contexts)}")
+        for context in contexts:
+            steps.start(f"{length:,} tokens", length)
             found = _losses(session, texts[context.text][context.start : context.end], context.judged)
             parts += np.array_split(found, max(1, context.judged // CLUSTER))
         figure = perplexity_figure(parts, seed)
         excerpts = len({context.excerpt for context in contexts})
         rows.append(PerplexityRow(length, figure, sum(map(len, parts)), excerpts, plan.protocol(length).name))
+    steps.finish()
     return rows
 
 

@@ -74,6 +74,13 @@ class Case:
         """Tokens that a `shift` forgets."""
         return self.lengths[0] // 4
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that a runtime reads to answer it."""
+        if self.spread:
+            return SPREAD_TOKENS
+        return sum(self.lengths) + (DECODED if self.kind in ("decode", "shift") else 0)
+
     def positions(self) -> np.ndarray:
         """Positions of a spread case: three eighths dense at each end, the rest evenly between."""
         length, edge = self.lengths[0], SPREAD_TOKENS * 3 // 8

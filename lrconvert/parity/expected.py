@@ -75,8 +75,7 @@ def expected(model: Model, spec: RopeSpec, record: BakeRecord, artifact: Path) -
 
 def lost(name: str, exact: RopeSpec, fitted: RopeSpec, reference: ReferenceRunner, budget: Budget) -> list[Row]:
     """What fitting a recipe to code costs, by the reference alone, at the end of every tier that it changes."""
-    changed = [tier.max_length for tier in exact.tiers if tier != fitted.tier_for(tier.max_length)]
-    cases = [end_case("lost", length, budget) for length in changed]
+    cases = [end_case("lost", length, budget) for length in changed_tiers(exact, fitted)]
     reference.prepare(exact, cases)
     reference.prepare(fitted, cases)
     reason = "what the recipe asks for and this code can't express"
@@ -85,6 +84,11 @@ def lost(name: str, exact: RopeSpec, fitted: RopeSpec, reference: ReferenceRunne
         measures = compare(reference.forward(exact, case), reference.forward(fitted, case))
         rows.append(Row(name, case.name, "known", length=case.length, reason=reason, **vars(measures)))
     return rows
+
+
+def changed_tiers(exact: RopeSpec, fitted: RopeSpec) -> list[int]:
+    """The ends of the recipe's tiers that fitting it to code changes."""
+    return [tier.max_length for tier in exact.tiers if tier != fitted.tier_for(tier.max_length)]
 
 
 def rounding_rows(wanted: Expected, rounded: ReferenceRunner, plain: ReferenceRunner, budget: Budget) -> list[Row]:

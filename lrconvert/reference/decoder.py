@@ -10,7 +10,7 @@ Shapes: n tokens, c hidden channels, h query heads, g key/value heads, d channel
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,6 +52,7 @@ class Reference:
         self._stored_dtype = stored_dtype
         self._kept: dict[tuple[str, int | None], torch.Tensor] = {}
         self._room = keep_bytes
+        self.watch: Callable[[float], None] | None = None  # gets the part of a forward pass that is done
 
     # --- weights -----------------------------------------------------------------------------------------
 
@@ -141,6 +142,8 @@ class Reference:
         for layer in range(self.shape.layers):
             x = x + self._attention(self._norm(x, "attention_norm", layer), layer, cos_sin, forgotten)
             x = x + self._mlp(self._norm(x, "ffn_norm", layer), layer)
+            if self.watch is not None:
+                self.watch((layer + 1) / self.shape.layers)
         return x
 
     def _answers(self, x: torch.Tensor, most: int) -> Iterator[torch.Tensor]:

@@ -37,7 +37,7 @@ EXACT = 1e-5  # relative, of perplexities: float32 has 6e-8 a step; a mutant mov
 
 @contextlib.contextmanager
 def session(subject: Subject, **options: Any) -> Iterator[Session]:
-    with opened(subject, progress=contextlib.nullcontext(lambda what: None), text=False, **options) as (found, _, _):
+    with opened(subject, text=False, **options) as (found, _):
         yield found
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import Result, own_name, recipe_for
 from support.pico import FAMILIES
@@ -110,6 +111,18 @@ def test_every_mutant_is_caught(
         caught = [row for row in report.failed if row.code == code]
         assert caught, f"{mutant} passed in {code} code"
         assert max((row.kl_mean or 0) / (row.bound or 1) for row in caught) > ROOM
+
+
+def test_the_mutant_of_a_fused_projection_moves_q_and_k_alone(pico: Callable[..., Model]) -> None:
+    """Phi-3 has q, k and v in one tensor: rows of each head of q and k are interleaved, those of v stay."""
+    model = pico("phi3")
+    shape, name = model.shape, model.roles["qkv", 0].name
+    right, wrong = (each.checkpoint.read(name) for each in (model, unpermuted_qk(model)))
+    rows = np.arange(len(right))
+    heads = (shape.heads + shape.kv_heads) * shape.head_dim
+    halves = rows[:heads].reshape(-1, 2, shape.head_dim // 2).swapaxes(1, 2).reshape(-1)
+    np.testing.assert_array_equal(wrong, right[np.concatenate([halves, rows[heads:]])])
+    assert heads < len(rows) and not np.array_equal(wrong[:heads], right[:heads])
 
 
 def test_mutants_that_do_not_apply_say_so(pico: Callable[..., Model]) -> None:

@@ -299,8 +299,8 @@ def _shift(subject: Subject, file: Path) -> list[float]:
     with subject.llama(file) as session:
         still = session.shifted(tokens, DROPPED, more, context=context, move=False)
         moved = session.shifted(tokens, DROPPED, more, context=context)
-    found, judged = compare(still, moved), np.array(more[1:])
-    changed = scores_of(moved[:-1], judged).losses.mean() - scores_of(still[:-1], judged).losses.mean()
+    found, targets = compare(still, moved), np.array(more[1:])
+    changed = scores_of(moved[:-1], targets).losses.mean() - scores_of(still[:-1], targets).losses.mean()
     return [float(f"{found.kl_mean:.2e}"), float(f"{found.kl_max:.2e}"), round(float(changed), 4)]
 
 

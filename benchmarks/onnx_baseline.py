@@ -204,7 +204,7 @@ def referred(model: Model, recipe: Recipe, rows: Sequence[np.ndarray]) -> list[n
     return [reference.logits(row, keep=np.arange(len(row) - COMPARED, len(row))) for row in rows]
 
 
-def judged(case: Case, scratch: Path, baselines: dict[str, Command]) -> dict[str, dict[str, Any]]:
+def compared(case: Case, scratch: Path, baselines: dict[str, Command]) -> dict[str, dict[str, Any]]:
     """Every tool on one checkpoint: what it cost, and how far its answers are from the recipe's."""
     folder = scratch / case.name.replace(", ", "-").replace(" ", "-")
     recipe = recipe_of(case)
@@ -337,9 +337,10 @@ def keep(
     used: dict[str, dict[str, str]],
 ) -> None:
     broken = missed(results, cost, large)
-    used = {**used, "judge": {"onnxruntime": onnxruntime.__version__}}
-    save("onnx-peers", {"tool_versions": used, "checkpoints": results, "cost": cost, "14 GB": large, "missed": broken})
-    saved = json.loads((RESULTS / "onnx-peers.json").read_text())
+    used = {**used, "runtime": {"onnxruntime": onnxruntime.__version__}}
+    figures = {"checkpoints": results, "cost": cost, "14 GB": large, "missed": broken}
+    save("onnx-baseline", {"tool_versions": used, **figures})
+    saved = json.loads((RESULTS / "onnx-baseline.json").read_text())
     facts = [
         f"- {key}: {json.dumps(saved[key]) if isinstance(saved[key], dict) else saved[key]}"
         for key in ("date", "command", "versions", "tool_versions", "machine")
@@ -352,8 +353,8 @@ def keep(
         text += [f"## A Llama of {cost['shape']} in f16", ""]
         text += [f"{ratio}; a second run gave {'the same' if cost['same_bytes_again'] else 'other'} bytes. The largest "
                  f"tensor has {cost['largest_tensor_mb']} MB.", "", *cost_table(cost, large), ""]  # fmt: skip
-    text += ["Missed: " + "; ".join(broken) if broken else "Every promise is kept.", ""]
-    (RESULTS / "onnx-peers.md").write_text("\n".join(text))
+    text += ["Missed: " + "; ".join(broken) if broken else "Every limit is met.", ""]
+    (RESULTS / "onnx-baseline.md").write_text("\n".join(text))
 
 
 def main() -> None:
@@ -374,7 +375,7 @@ def main() -> None:
     with scratch_folder(arguments.scratch) as scratch:
         for case in CASES:
             if (arguments.only or "") in case.name:
-                results[case.name] = judged(case, scratch, baselines)
+                results[case.name] = compared(case, scratch, baselines)
                 made = {case.name: results[case.name]}
                 print("\n".join([*table(made), *refusals(made)]), flush=True)
         cost: dict[str, Any] = {}

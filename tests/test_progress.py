@@ -3,7 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
+from conftest import recipe_for
+from support.verifying import verify
+
+from lrconvert.artifact.bake import bake
+from lrconvert.checkpoint import Model
 from lrconvert.progress import Step, Steps
+from lrconvert.targets import get_target
 
 
 def test_steps_are_counted_and_weighed() -> None:
@@ -45,3 +54,38 @@ def test_a_task_without_total_has_no_part() -> None:
     assert Step("loading").part == 0.0
     assert Step("writing", done=1, total=4, unit="bytes").part == 0.25
     assert Step("writing", done=0, total=0).part == 0.0
+
+
+def test_a_bake_counts_every_byte(pico: Callable[..., Model], tmp_path: Path) -> None:
+    """Of files that are generated, linked, copied and converted: the count never falls, and ends at the total."""
+    model = pico("llama")
+    recipe = recipe_for(model, even=True)
+    for name, target, link in (("links", "hf", None), ("copies", "hf", False), ("file.gguf", "gguf", None)):
+        plan = get_target(target).plan(model, recipe, tmp_path / name)
+        steps: list[Step] = []
+        bake(plan, link=link, progress=steps.append)
+        done, total = [step.done for step in steps], sum(plan.sizes.values())
+        assert done == sorted(done) and done[-1] == total, name
+        assert {(step.task, step.unit, step.total) for step in steps} == {("writing", "bytes", total)}, name
+
+
+def test_a_verification_counts_its_checks(pico: Callable[..., Model], tmp_path: Path) -> None:
+    """Checksums, weights, checks, in this order; every count ends at its total, and no share falls."""
+    model = pico("llama")
+    recipe = recipe_for(model)  # native code can't express it: what it drops is measured
+    for name, target, tasks in (
+        ("folder", "hf", ["checksums", "checks"]),
+        ("onnx", "onnx", ["checksums", "weights", "checks"]),
+    ):
+        bake(get_target(target).plan(model, recipe, tmp_path / name))
+        steps: list[Step] = []
+        report = verify(tmp_path / name, progress=steps.append)
+        assert report.passed, report.summary
+        assert list(dict.fromkeys(step.task for step in steps)) == tasks
+        for task in tasks:
+            own = [step for step in steps if step.task == task]
+            parts = [step.part for step in own]
+            assert parts == sorted(parts), task
+            assert own[-1].done == own[-1].total and parts[-1] == 1.0, task
+        checks = [step.what for step in steps if step.task == "checks"]
+        assert len(report.rows) / 2 < len(dict.fromkeys(checks)), "a step for each case"

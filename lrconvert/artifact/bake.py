@@ -88,9 +88,11 @@ def _pump(staging: Staging, streams: list[Stream], report: _Report) -> None:
         for stream in streams:
             with staging.create(stream.name) as file:
                 file.write(stream.header)
+                report.done(stream.name, len(stream.header))
                 for tensor in stream.tensors:
                     _write(file, blocks, tensor.nbytes, lambda count, name=tensor.name: report.done(name, count))
                     file.write(bytes(tensor.padding))
+                    report.done(tensor.name, tensor.padding)
 
 
 def _jobs(streams: list[Stream]) -> Iterator[Job]:

@@ -15,7 +15,7 @@ from lrconvert.cli._output import count, duration, size
 from lrconvert.progress import BYTES, Progress, Step, silent
 
 EVERY = 15.0  # seconds between two lines, where there is no terminal
-# Before so much of a task is done, and for so long, nothing is said of the time left.
+# The time left is shown once this part of a task is done and this time has passed.
 KNOWN_PART, KNOWN_SECONDS = 0.02, 2.0
 
 
@@ -75,9 +75,12 @@ def about(left: float) -> str:
 
 
 @contextlib.contextmanager
-def show_progress(quiet: bool = False, every: float | None = None) -> Iterator[Progress]:
-    """Yields what to tell every `Step`. Without a terminal, a line comes `every` so many seconds."""
-    if quiet:
+def show_progress(quiet: bool = False, every: float | None = None, bar: bool = True) -> Iterator[Progress]:
+    """Yields a function that gets every `Step`. Without a terminal, it prints a line `every` so many seconds.
+
+    `bar`: show one on a terminal.
+    """
+    if quiet or (sys.stderr.isatty() and not bar):
         yield silent
     elif sys.stderr.isatty():
         with _bar() as show:

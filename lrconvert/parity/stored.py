@@ -98,6 +98,7 @@ def check_weights(stored: Checkpoint, model: Model, progress: Progress | None = 
             error = error if math.isfinite(error) else math.inf  # NaN would be less than nothing
         exact = exact and error == 0.0
         worst[kind] = max(worst.get(kind, (-1.0, "")), (error, own))
+    steps.finish()
     for kind, (error, name) in sorted(worst.items()):
         bound = weight_error(kind)
         case = f"{kind}, error up to {error:.1e}"

@@ -144,5 +144,5 @@ def test_every_long_command_uses_it() -> None:
     for path in folder.glob("*.py"):
         if path.name != "_progress.py":
             assert "rich.progress" not in path.read_text(encoding="utf-8"), path.name
-    for name in ("_bake", "_evals", "demo", "search", "verify"):
+    for name in ("_bake", "_evals", "demo", "push", "search", "verify"):
         assert "show_progress(" in (folder / f"{name}.py").read_text(encoding="utf-8"), name

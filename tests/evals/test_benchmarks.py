@@ -462,7 +462,7 @@ def test_a_damaged_line_is_named(tmp_path: Path, task: str, name: str, line: str
         prepare([task], folder=folder, shots=1, limit=None, seed=0)
 
 
-def test_too_few_questions_are_said(tmp_path: Path) -> None:
+def test_too_few_questions_are_reported(tmp_path: Path) -> None:
     write_questions(tmp_path, 5)
     with pytest.raises(UsageError, match=r"25 examples are needed; .* has 5"):
         prepare(["arc_challenge"], folder=tmp_path, shots=None, limit=None, seed=0)

@@ -172,7 +172,7 @@ def test_people_may_edit_the_card(artifact: Path, quick: Options) -> None:
 
 
 def test_an_artifact_outlives_its_source(pico_folder: Callable[..., Path], tmp_path: Path, quick: Options) -> None:
-    """Where the source is gone the artifact's own weights are the judge's, and the report says so."""
+    """Where the source is gone the artifact's own weights are the reference's, and the report says so."""
     from lrconvert.checkpoint import open_model
 
     source = tmp_path / "source"

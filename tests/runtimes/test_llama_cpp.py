@@ -129,7 +129,7 @@ def write(path: Path, given: Written | None = None, *, parts_of: int = 0) -> Pat
     return sorted(path.parent.glob(f"{path.stem}-00001-of-*.gguf"))[0] if parts_of else path
 
 
-def judge(folder: Path, attention: float = ATTENTION) -> Reference:
+def reference_of(folder: Path, attention: float = ATTENTION) -> Reference:
     sets = [FactorSet(WINDOW, SHORT.tolist(), 0, attention), FactorSet(2**30, LONG.tolist(), 0, attention)]
     return Reference(open_model(folder), Rotation(10000.0, 16, sets))
 
@@ -147,7 +147,7 @@ def session(file: Path) -> Iterator[LlamaSession]:
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    return judge(write_pico(tmp_path_factory.mktemp("pico"), max_position_embeddings=WINDOW))
+    return reference_of(write_pico(tmp_path_factory.mktemp("pico"), max_position_embeddings=WINDOW))
 
 
 # --- which set, and what it computes ---------------------------------------------------------------------
@@ -250,7 +250,7 @@ def test_a_shift_without_an_attention_factor_is_exact(tmp_path: Path, context: i
     """One layer, whose keys and values know only their own token: after a shift the rest computes what it computes
     alone. In float64 as in llama.cpp, whichever set."""
     path = write(tmp_path / "one.gguf", contents(1.0, num_hidden_layers=1))
-    alone = judge(write_pico(tmp_path / "one", max_position_embeddings=WINDOW, num_hidden_layers=1), 1.0)
+    alone = reference_of(write_pico(tmp_path / "one", max_position_embeddings=WINDOW, num_hidden_layers=1), 1.0)
     with open_session(path, threads=1) as session:
         got = session.shifted(TOKENS[:200], 80, TOKENS[200:230], context=context)
     expected = alone.logits(TOKENS[80:230], length=context, keep=range(120, 150))

@@ -17,7 +17,7 @@ BYTES = "bytes"  # the unit of a task that reads or writes files
 
 @dataclass(frozen=True)
 class Step:
-    """`done` of `total` steps of a task are finished, and `what` is under way. No total: nobody knows it yet.
+    """`done` of `total` steps of a task are finished, and `what` is under way. `total` is None while it is unknown.
 
     `unit` is what is counted, where that is not plain from the task. `share` is the part of the work that is done,
     where steps differ in cost. `left` are the seconds until the task is done, where the task knows better than its

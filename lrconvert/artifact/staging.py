@@ -55,7 +55,7 @@ def _check_output(output: Path, *, force: bool) -> None:
 
 
 def _is_folder(path: Path) -> bool:
-    """A folder itself; what a link names belongs to somebody else."""
+    """A folder itself; the target of a link is not ours."""
     return path.is_dir() and not path.is_symlink()
 
 
@@ -188,7 +188,7 @@ class Staging(contextlib.AbstractContextManager["Staging"]):
         path.write_text(manifest.to_json(), encoding="utf-8")
         for place in (path, self.folder):
             sync(place)
-        self.check()  # somebody may have come meanwhile
+        self.check()  # another process may have written there meanwhile
 
 
 class HashingFile:
@@ -215,7 +215,7 @@ def sync(path: Path) -> None:
 
 
 def _exchange(new: Path, old: Path) -> bool:
-    """Swap two folders in one step (Linux: renameat2 with RENAME_EXCHANGE); False where that isn't to be had."""
+    """Swap two folders in one step (Linux: renameat2 with RENAME_EXCHANGE); False where that is not available."""
     if not sys.platform.startswith("linux"):
         return False
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)

@@ -34,7 +34,7 @@ class PlanFunction(Protocol):
 
 @dataclass(frozen=True)
 class Foreign:
-    """An artifact of this format that another program wrote, as far as it can be told."""
+    """What is known about an artifact of this format that another program wrote."""
 
     family: str | None
     file: str | None
@@ -72,5 +72,5 @@ class Target(Generic[C]):
     repairs: bool = False
 
     def record(self, window: int) -> BakeRecord:
-        """What is taken for granted of an artifact without a manifest."""
+        """What is assumed about an artifact without a manifest."""
         return BakeRecord(window, capability=self.capability)

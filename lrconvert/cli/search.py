@@ -131,8 +131,8 @@ def command(model: str, output: Path, dry_run: bool, **options: Any) -> None:
 
     if dry_run:
         check_output(output, force=True)
-        asked = {field.name: options[field.name] for field in fields(SearchRequest) if field.name in options}
-        _show_cost(plan_search(SearchRequest(model=model, output=output, **asked)))
+        given = {field.name: options[field.name] for field in fields(SearchRequest) if field.name in options}
+        _show_cost(plan_search(SearchRequest(model=model, output=output, **given)))
         return
     try:
         with _watching() as watch:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of another program, and what it makes of a recipe.
+"""What is known about another program, and whether it computes a recipe.
 
 A row says how the program chooses between the short and the long set (`Rule`), what it can express (`Capability`),
 which config keys it needs, and how that is known: measured by running it, or read in its source.
@@ -61,7 +61,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What an engine makes of a recipe: `why` it differs or refuses, and the `limits` of its own rule."""
+    """Whether an engine computes a recipe: `why` it differs or refuses, and the `limits` of its own rule."""
 
     engine: str
     version: str
@@ -85,8 +85,8 @@ class Verdict:
 
 
 def verdict(rows: Sequence[Engine], spec: RopeSpec, family: str, config: Mapping[str, Any] | None = None) -> Verdict:
-    """What a program, which may have a row for each family, makes of a recipe. Without a `config` the keys that it
-    needs are taken for granted."""
+    """Whether a program computes a recipe; it may have a row for each family. Without a `config` the keys that it needs
+    are assumed to be there."""
     engine = next((row for row in rows if row.families is None or family in row.families), None)
     if engine is None:
         return Verdict(rows[0].name, rows[0].version, "unknown", (f"{family} was not examined there",))

@@ -252,8 +252,8 @@ ENGINES: tuple[Engine, ...] = (
 
 
 def assess(spec: RopeSpec, family: str, config: Mapping[str, Any] | None = None) -> list[Verdict]:
-    """What every engine makes of a recipe. With a `config` its keys are looked at too, else those that
-    `lrconvert hf` writes are taken for granted."""
+    """A verdict on every engine. With a `config` its keys are checked too; without one, those that `lrconvert hf`
+    writes are assumed."""
     return [verdict(rows, spec, family, config) for rows in _by_name().values()]
 
 

@@ -61,7 +61,7 @@ class Options(TypedDict, total=False):
 @dataclass(frozen=True)
 class Evaluation:
     """A finished evaluation: `rows` (PerplexityRow, PasskeyRow or BenchmarkRow), how they were measured, and `result`,
-    all of it as it stands in STEM.json.
+    all of it, as in STEM.json.
 
     `incomparable` is why an earlier result could not be compared after all; then there are no `differences`.
     """
@@ -129,8 +129,8 @@ def passkey(
 ) -> Evaluation:
     """How often a key of digits, hidden in a text of each length (tokens), is found at the end of the prompt.
 
-    The key stands at `depths` depths from start to end, in `trials` documents each. `form` is a passkey.json with the
-    sentences; None: the model's own, or plain English ones.
+    The key is placed at `depths` depths from start to end, in `trials` documents each. `form` is a passkey.json with
+    the sentences; None: the model's own, or plain English ones.
 
     Raises `InputError` for a `form` that is damaged and a length that is too short, and as `Subject.of` and `opened`.
     """
@@ -169,7 +169,7 @@ def benchmarks(
     """Scores on short benchmarks, through lm-eval.
 
     `tasks` are arc_challenge, hellaswag, mmlu, truthfulqa_mc2, or without `data` any of lm-eval's. `data` is a folder
-    of JSON lines; None: lm-eval's own data, from the Hub. `shots` examples stand before each question; None: the
+    of JSON lines; None: lm-eval's own data, from the Hub. `shots` examples come before each question; None: the
     LongRoPE paper's number. `limit` questions of each task are drawn; None: all. `against` is the JSON of an earlier
     result: the differences from it are measured question by question.
 

@@ -22,7 +22,7 @@ from lrconvert.parity.opened import Opened
 from lrconvert.parity.options import Options
 from lrconvert.parity.questions import LOADING, Questions, case_cost, reference_cost
 from lrconvert.parity.reference_runner import ReferenceRunner, kept_of_batch
-from lrconvert.parity.report import Report, judged
+from lrconvert.parity.report import Report, case_row
 from lrconvert.parity.tokens import token_rows
 from lrconvert.progress import Progress, Steps
 from lrconvert.rope import Tier
@@ -55,7 +55,7 @@ def ask_backend(run: Run, questions: Questions, reference: ReferenceRunner) -> N
     def start(tier: Tier, tokens: int) -> None:
         steps.start(f"reference, set for {tier.max_length} tokens", reference_cost(tokens))
 
-    reference.prepare(questions.spec, questions.asked, start)
+    reference.prepare(questions.spec, questions.runnable, start)
     steps.start(f"{backend.name} code: loading", LOADING)
     try:
         session = backend.open(run.artifact, replace(options, longest=options.budget.dense))
@@ -106,7 +106,7 @@ def _case_rows(case: Case, opened: Opened) -> list[Row]:
             same, exact = _decode_cached(case, opened)
             cost = "the cost of keeping a cache across the boundary, compared with the exact answer"
             return [
-                judged(opened.name, case.name, case.length, same, tolerance),
+                case_row(opened.name, case.name, case.length, same, tolerance),
                 Row(
                     opened.name, f"{case.name}, against exact", "known", length=case.length, reason=cost, **vars(exact)
                 ),
@@ -114,7 +114,7 @@ def _case_rows(case: Case, opened: Opened) -> list[Row]:
         measures = MEASURED[case.kind](case, opened)
     except InputError as error:
         return [Row(opened.name, case.name, "fail", length=case.length, reason=error.message)]
-    return [judged(opened.name, case.name, case.length, measures, tolerance, known=case.known)]
+    return [case_row(opened.name, case.name, case.length, measures, tolerance, known=case.known)]
 
 
 def _measure_forward(case: Case, opened: Opened) -> Measures:
@@ -176,5 +176,5 @@ MEASURED: dict[str, Callable[[Case, Opened], Measures]] = {
 
 
 def _context(case: Case) -> dict[str, Any]:
-    """What only sessions that answer "contexts" measure besides."""
+    """The argument of sessions that answer "contexts"."""
     return {} if case.context is None else {"context": case.context}

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an artifact has to compute, given how it was baked, and what that costs against the recipe itself.
+"""What an artifact has to compute, given how it was baked, and how far that is from the recipe itself.
 
 An artifact may have part of its attention factor in its weights. Its code is compared with a reference whose weights
-are folded, and rounded, like that. That a fold does what the recipe asks of the original weights is a check of its
-own, reference against reference and without rounding; what rounding costs is measured beside it.
+are folded and rounded in the same way. A separate check, reference against reference and without rounding, shows that
+the fold computes the recipe. What rounding costs is measured beside it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lrconvert.errors import InputError
 from lrconvert.parity.cases import Budget, Case
 from lrconvert.parity.measures import compare
 from lrconvert.parity.reference_runner import ReferenceRunner
-from lrconvert.parity.report import judged
+from lrconvert.parity.report import case_row
 from lrconvert.parity.tolerances import PORTABLE as PORTABLE_TOLERANCES
 from lrconvert.rope import RopeSpec
 from lrconvert.runtimes.tolerances import tolerance_for
@@ -35,8 +35,8 @@ CODE = "portable"
 class Expected:
     """What an artifact has to compute: `spec` on the weights of `model`.
 
-    It stands for `kept`, which is `recipe` without what was `dropped`, on the weights of `source`, whose q and k are
-    `scale` times smaller. `source` is None where nothing was folded, or the weights at hand are folded already.
+    It is equivalent to `kept`, which is `recipe` without what was `dropped`, on the weights of `source`, whose q and k
+    are `scale` times smaller. `source` is None where nothing was folded, or the given weights are folded already.
     """
 
     recipe: RopeSpec
@@ -111,7 +111,7 @@ def exact_fold_rows(wanted: Expected, *, device: str, budget: Budget) -> list[Ro
         ReferenceRunner(folded(wanted.source, scale, rounded=False), device=device) for scale in (1.0, wanted.scale)
     )
     return [
-        judged(
+        case_row(
             CODE,
             f"folded attention factor at {length}",
             length,

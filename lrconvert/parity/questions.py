@@ -46,7 +46,7 @@ class Questions:
         return cls(backend, recipe, fitted, dropped, cases, dtype, budget)
 
     @property
-    def asked(self) -> list[Case]:
+    def runnable(self) -> list[Case]:
         return [case for case in self.cases if not case.skipped]
 
     @property
@@ -65,7 +65,7 @@ class Questions:
 
     def expect(self, steps: Steps) -> None:
         """Every step that these questions will take."""
-        for tokens in dense_passes(self.spec, self.asked).values():
+        for tokens in dense_passes(self.spec, self.runnable).values():
             steps.expect(reference_cost(max(tokens)))
         steps.expect(LOADING)
         for case in self.cases:

@@ -67,8 +67,8 @@ class ReferenceRunner:
     def _prepared(self, tier: Tier, length: int, wanted: np.ndarray | None = None) -> np.ndarray | None:
         """Logits of a pass with this tier that holds all `wanted` indices (default: those of `length`)."""
         wanted = kept(length) if wanted is None else wanted
-        for made_with, longest, indices, logits in self._dense:
-            if made_with == tier and longest >= length and np.isin(wanted, indices).all():
+        for rotated_with, longest, indices, logits in self._dense:
+            if rotated_with == tier and longest >= length and np.isin(wanted, indices).all():
                 return logits[np.searchsorted(indices, wanted)]
         return None
 

@@ -106,7 +106,7 @@ def _compare(run: Run, target: Target[Any], wanted: Expected, record: BakeRecord
     report.rows += target.checks(run.artifact, stored, wanted.model, wanted.spec, record)
     references = _on_model(run, wanted, record) if stored is None else _on_stored(run, wanted, stored)
     report.reference = f"reference in {references.stored.dtype} on {options.device}"
-    asked: list[Questions] = []
+    backend_questions: list[Questions] = []
     for backend in backends:
         if record.static:
             own = backend.capability
@@ -114,15 +114,16 @@ def _compare(run: Run, target: Target[Any], wanted: Expected, record: BakeRecord
         if stored is not None and not stored.takes_padding:
             backend = replace(backend, accepts=replace(backend.accepts, padded=False))
         dtype = references.computing or options.dtype
-        asked.append(Questions.of(backend, wanted.spec, wanted.model.family, dtype, options.budget))
-        asked[-1].expect(run.steps)
+        questions = Questions.of(backend, wanted.spec, wanted.model.family, dtype, options.budget)
+        questions.expect(run.steps)
+        backend_questions.append(questions)
     baked = _bake_checks(run, target, wanted, record, references)
     for check in baked:
         run.steps.expect(check.cost)
     for check in baked:
         run.steps.start(check.what, check.cost)
         report.rows += check.rows()
-    for questions in asked:
+    for questions in backend_questions:
         ask_backend(run, questions, references.stored)
     run.steps.finish()
 
@@ -216,7 +217,7 @@ def _source(
 ) -> tuple[Model, list[str]]:
     """The model to compare with: the one given, the one the manifest names, else the artifact's own weights.
 
-    A GGUF that was repaired is a model whose own rope scaling means nothing: it is opened all the same.
+    The source of a repaired GGUF has a broken rope scaling, so it is opened without complaint.
     """
     if against is not None:
         notes = ["the manifest's adapter is not merged into the given model: it is compared unchanged"]

@@ -107,7 +107,7 @@ class Reference:
             x = x[torch.as_tensor(np.asarray(keep, dtype=np.int64), device=self.device)]
         parts = [logits.double().cpu() for logits in self._answers(x, MAX_LOGITS)]
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # the runtime under test shares the card with its judge
+            torch.cuda.empty_cache()  # the runtime under test shares the GPU with the reference
         return torch.cat(parts).numpy()
 
     @torch.inference_mode()
@@ -147,7 +147,7 @@ class Reference:
         return x
 
     def _answers(self, x: torch.Tensor, most: int) -> Iterator[torch.Tensor]:
-        """Logits [·, v] of hidden states, at most so many of them at a time."""
+        """Logits [·, v] of hidden states, at most `most` of them at a time."""
         x = self._norm(x, "final_norm", None)
         head = self._weight("embedding") if self.shape.tied else self._weight("lm_head")
         for part in x.split(max(1, most // head.shape[0])):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""libllama by ctypes: its structs, its functions, and the check that they are those of the library at hand.
+"""libllama by ctypes: its structs, its functions, and the check that the library has them.
 
 For llama_cpp_worker.py, which loads this file by its path: it imports nothing of lrconvert. The structs are those of
 include/llama.h. They move between versions and a wrong one is undefined behaviour: what the library calls its defaults

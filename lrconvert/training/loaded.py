@@ -124,7 +124,7 @@ class LoadedModel:
 
     def _tensors(self, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Tokens, their positions, and the token that each predicts: [b, n], n rounded up to what a team can share.
-        The padding stands at the end, where no token sees it."""
+        The padding is at the end, where no token sees it."""
         padding = -tokens.shape[1] % self.workers.multiple
         ids = torch.from_numpy(np.pad(tokens, ((0, 0), (0, padding)))).to(self.device)
         positions = torch.arange(ids.shape[1], device=self.device).repeat(len(tokens), 1)

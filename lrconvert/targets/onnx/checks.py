@@ -38,7 +38,7 @@ def _well_formed(artifact: Path) -> list[Row]:
 
 
 def tier_problems(found: tuple[Tier, ...], spec: RopeSpec) -> list[str]:
-    """Every tier of the graph that says something else than the recipe's."""
+    """Every tier of the graph that differs from the recipe's."""
     problems = []
     if len(found) != len(spec.tiers):
         return [f"the graph has {len(found)} tiers; the recipe has {len(spec.tiers)}"]

@@ -177,7 +177,7 @@ def test_a_modelfile_names_the_file_and_the_window(tmp_path: Path, cli: Cli, pla
 def test_a_modelfile_of_parts_is_refused(pico: Pico, tmp_path: Path) -> None:
     """Ollama can't create a model from them: said before anything is written, with both ways out."""
     model = model_of(pico, "llama")
-    with pytest.raises(UnsupportedError, match=r"no split GGUF.*--split-max-size"):
+    with pytest.raises(UnsupportedError, match=r"can't load a split GGUF.*--split-max-size"):
         bake(model, recipe_for(model, even=True), tmp_path / "m.gguf", modelfile=True, split=100_000)
     assert list(tmp_path.iterdir()) == []
 

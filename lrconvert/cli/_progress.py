@@ -53,11 +53,11 @@ class Clock:
 
     @property
     def line(self) -> str:
-        """`checks: 12 of 31, native code: far end (45 s, about 70 s left)`."""
+        """`checks: 12 of 31, native code: far end (0:45, about 70 s left)`."""
         if self.step is None:
             return ""
         details = ", ".join(filter(None, [counted(self.step), self.step.what]))
-        times = duration(self.elapsed) + ("" if self.left is None else f", {about(self.left)}")
+        times = clock_face(self.elapsed) + ("" if self.left is None else f", {about(self.left)}")
         return f"{self.step.task}{': ' if details else ''}{details} ({times})"
 
 
@@ -68,6 +68,13 @@ def counted(step: Step) -> str:
     if step.total is None:
         return count(step.done, step.unit.removesuffix("s")) if step.unit else ""
     return f"{step.done:,} of {step.total:,} {step.unit}".rstrip()
+
+
+def clock_face(seconds: float) -> str:
+    """0:45, 12:05, 3:20:00."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def about(left: float) -> str:
@@ -105,7 +112,7 @@ def _bar() -> Iterator[Progress]:
 
         def render(self, task: Task) -> Text:
             left = "" if clock.left is None else f", {about(clock.left)}"
-            return Text(f"{duration(clock.elapsed)}{left}", no_wrap=True)
+            return Text(f"{clock_face(clock.elapsed)}{left}", no_wrap=True)
 
     columns = (
         SpinnerColumn(),

@@ -37,14 +37,14 @@ def test_the_time_left_follows_the_work_not_the_count(now: Time) -> None:
     """A quarter of the work in 10 s: 30 s are left, whatever the number of steps. Between steps it runs down."""
     clock = Clock(now)
     clock.update(Step("checks", "far end", 0, 31, share=0.0))
-    assert clock.left is None and clock.line == "checks: 0 of 31, far end (0 s)"
+    assert clock.left is None and clock.line == "checks: 0 of 31, far end (0:00)"
     now.seconds += 10
     clock.update(Step("checks", "decode", 3, 31, share=0.25))
-    assert clock.line == "checks: 3 of 31, decode (10 s, about 30 s left)"
+    assert clock.line == "checks: 3 of 31, decode (0:10, about 30 s left)"
     now.seconds += 12
-    assert clock.line == "checks: 3 of 31, decode (22 s, about 18 s left)"
+    assert clock.line == "checks: 3 of 31, decode (0:22, about 18 s left)"
     now.seconds += 60  # the estimate was wrong: nothing is better than "0 s left"
-    assert clock.line == "checks: 3 of 31, decode (82 s)"
+    assert clock.line == "checks: 3 of 31, decode (1:22)"
 
 
 def test_each_task_has_its_own_rate(now: Time) -> None:
@@ -52,9 +52,9 @@ def test_each_task_has_its_own_rate(now: Time) -> None:
     clock.update(Step("checksums", "model.safetensors", 0, 4_000_000_000, BYTES))
     now.seconds += 3
     clock.update(Step("checksums", "model.safetensors", 3_000_000_000, 4_000_000_000, BYTES))
-    assert clock.line == "checksums: 3.0 GB of 4.0 GB, model.safetensors (3 s, about 1 s left)"
+    assert clock.line == "checksums: 3.0 GB of 4.0 GB, model.safetensors (0:03, about 1 s left)"
     clock.update(Step("checks", "far end", 0, 31))
-    assert clock.line == "checks: 0 of 31, far end (3 s)"
+    assert clock.line == "checks: 0 of 31, far end (0:03)"
 
 
 def test_a_task_may_know_better(now: Time) -> None:
@@ -62,9 +62,11 @@ def test_a_task_may_know_better(now: Time) -> None:
     clock = Clock(now)
     clock.update(Step("set for 65,536 tokens", "best loss 2.3456", 12, unit="evaluations", share=0.6, left=600))
     now.seconds += 5
-    assert clock.line == "set for 65,536 tokens: 12 evaluations, best loss 2.3456 (5 s, about 10 min left)"
+    assert clock.line == "set for 65,536 tokens: 12 evaluations, best loss 2.3456 (0:05, about 10 min left)"
     clock.update(Step("set for 65,536 tokens", "best loss 2.3456", 1, unit="evaluations", share=0.6, left=7500))
     assert "1 evaluation, " in clock.line and "about 2.1 h left" in clock.line
+    now.seconds += 3700
+    assert "(1:01:45, " in clock.line
 
 
 def test_work_that_was_done_before_is_not_counted(now: Time) -> None:
@@ -72,7 +74,7 @@ def test_work_that_was_done_before_is_not_counted(now: Time) -> None:
     clock.update(Step("writing", "", 50, 100))
     now.seconds += 10
     clock.update(Step("writing", "", 75, 100))
-    assert clock.line == "writing: 75 of 100 (10 s, about 10 s left)"
+    assert clock.line == "writing: 75 of 100 (0:10, about 10 s left)"
 
 
 def test_a_log_gets_lines_during_one_long_step(capfd: pytest.CaptureFixture[str]) -> None:
@@ -134,7 +136,7 @@ def test_a_terminal_shows_a_bar(width: int) -> None:
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue().decode())
     lines = [line for line in re.split(r"[\r\n]+", text) if "3 of 31" in line]
     assert lines and all(len(line) <= width for line in lines), lines
-    assert re.search(r"checks .*3 of 31 +native code: (\[decode\]|\S*…) +[23] s, about (19|2\d) s left", lines[-1])
+    assert re.search(r"checks .*3 of 31 +native code: (\[decode\]|\S*…) +0:0[23], about (19|2\d) s left", lines[-1])
     assert shown.getvalue().rstrip().endswith((b"\x1b[2K", b"\x1b[?25h"))  # erased
 
 

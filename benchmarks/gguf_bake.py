@@ -52,8 +52,8 @@ class Bench:
 
     def derived(self, factor: str) -> Path:
         recipe = self.folder / f"recipe-{factor}x"
-        asked = ("--method", "yarn", "--factor", factor, "--uniform", "-o", recipe, "--force")
-        run(lrconvert("recipe", "derive", self.source, *asked))
+        options = ("--method", "yarn", "--factor", factor, "--uniform", "-o", recipe, "--force")
+        run(lrconvert("recipe", "derive", self.source, *options))
         return recipe
 
     def kept(self, kind: str) -> Path:
@@ -62,10 +62,10 @@ class Bench:
 
     def bake(self, kind: str, output: Path) -> Cost:
         if kind == REBAKE:
-            asked = (self.kept("bf16"), "--recipe", self.other_recipe)
+            options = (self.kept("bf16"), "--recipe", self.other_recipe)
         else:
-            asked = (self.source, "--recipe", self.recipe, "--type", kind)
-        return run(lrconvert("gguf", *asked, "-o", output))
+            options = (self.source, "--recipe", self.recipe, "--type", kind)
+        return run(lrconvert("gguf", *options, "-o", output))
 
     def bake_and_remove(self, kind: str) -> Cost:
         cost = self.bake(kind, self.folder / "baked.gguf")
@@ -117,8 +117,8 @@ def interleaved(bench: Bench, rounds: int) -> dict[str, dict[str, Any]]:
         wall, copied = median([cost.wall for cost in ours[kind]]), median(copies[kind])
         found[kind] |= {"ratio_to_copy": round(wall / copied, 3), "ratio_allowed": RATIOS_ALLOWED.get(kind)}
         if kind in baselines:
-            found[kind]["stock"] = summary(baselines[kind])
-            found[kind]["times_faster_than_stock"] = round(median([cost.wall for cost in baselines[kind]]) / wall, 2)
+            found[kind]["baseline"] = summary(baselines[kind])
+            found[kind]["times_faster_than_baseline"] = round(median([cost.wall for cost in baselines[kind]]) / wall, 2)
     return found
 
 
@@ -143,14 +143,14 @@ def at_14_gb(scratch: Path, python: Path) -> dict[str, dict[str, Any]]:
     shutil.rmtree(bench.source)
     found[REBAKE] = summary([bench.bake_and_remove(REBAKE)])
     shutil.rmtree(bench.folder)
-    return {kind: {**found[kind], "stock": baselines[kind]} if kind in baselines else found[kind] for kind in KINDS}
+    return {kind: {**found[kind], "baseline": baselines[kind]} if kind in baselines else found[kind] for kind in KINDS}
 
 
 def missed(numbers: dict[str, dict[str, Any]], large: dict[str, dict[str, Any]]) -> list[str]:
-    """The promises that these numbers don't keep."""
+    """The limits that these figures miss."""
     found = []
     for kind, values in numbers.items():
-        faster = values.get("times_faster_than_stock", 0.0)
+        faster = values.get("times_faster_than_baseline", 0.0)
         fast = faster >= SPEEDUP_NEEDED.get(kind, 0.0)
         near = values["ratio_to_copy"] <= RATIOS_ALLOWED.get(kind, math.inf)
         if not (fast or near if kind == "q8_0" else fast and near):
@@ -170,7 +170,7 @@ def table(numbers: dict[str, dict[str, Any]], large: dict[str, dict[str, Any]]) 
         "|" + " --- |" * 15,
     ]
     for kind, values in numbers.items():
-        theirs, big = values.get("stock", {}), large.get(kind, {})
+        theirs, big = values.get("baseline", {}), large.get(kind, {})
         cells = [
             kind,
             f"{values['bytes'] / 1e9:.2f}",
@@ -179,13 +179,13 @@ def table(numbers: dict[str, dict[str, Any]], large: dict[str, dict[str, Any]]) 
             f"{values['ratio_to_copy']:.2f}x",
             f"{values['ratio_allowed']}x" if values["ratio_allowed"] else "",
             median(theirs["seconds"]) if theirs else "",
-            f"{values['times_faster_than_stock']}x" if theirs else "",
+            f"{values['times_faster_than_baseline']}x" if theirs else "",
             median(values["cpu_seconds"]),
             median(theirs["cpu_seconds"]) if theirs else "",
             values["peak_rss_mb"],
             theirs.get("peak_rss_mb", ""),
             big.get("peak_rss_mb", ""),
-            big.get("stock", {}).get("peak_rss_mb", ""),
+            big.get("baseline", {}).get("peak_rss_mb", ""),
             "yes" if values["same_bytes_again"] else "no",
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
@@ -194,13 +194,13 @@ def table(numbers: dict[str, dict[str, Any]], large: dict[str, dict[str, Any]]) 
 
 def keep(numbers: dict[str, dict[str, Any]], large: dict[str, dict[str, Any]], versions: dict[str, str]) -> None:
     broken = missed(numbers, large)
-    save("gguf-bake", {"stock_versions": versions, "2.8 GB": numbers, "14 GB": large, "missed": broken})
+    save("gguf-bake", {"baseline_versions": versions, "2.8 GB": numbers, "14 GB": large, "missed": broken})
     saved = json.loads((RESULTS / "gguf-bake.json").read_text())
     facts = [
         f"- {key}: {json.dumps(saved[key]) if isinstance(saved[key], dict) else saved[key]}"
-        for key in ("date", "command", "versions", "stock_versions", "machine")
+        for key in ("date", "command", "versions", "baseline_versions", "machine")
     ]
-    verdict = "Missed: " + "; ".join(broken) if broken else "Every promise is kept."
+    verdict = "Missed: " + "; ".join(broken) if broken else "Every limit is met."
     text = ["# lrconvert gguf, a plain copy, and llama.cpp's converter", "", *facts, "", ABOUT.strip(), "",
             *table(numbers, large), "", verdict, ""]  # fmt: skip
     (RESULTS / "gguf-bake.md").write_text("\n".join(text))

@@ -5,8 +5,8 @@
 
 Checkpoints have the heads of the published models (96 channels in Phi-3, 128 in LLaMA2 and Mistral, whose keys serve
 four heads each), few of them, two layers and random float32 weights, q and k widened so that a wrong rotation shows.
-Every file is judged by `lrconvert verify`: llama.cpp's answers against the reference. What llama.cpp's converter wrote
-is then repaired by re-baking it, and judged again.
+`lrconvert verify` checks every file: llama.cpp's answers against the reference. What llama.cpp's converter wrote
+is then repaired by re-baking it, and verified again.
 
 llama.cpp makes its angles in float32, one frequency from the one before, and that error grows with the position. To
 tell it from an error of the file, the window's end is also compared with the reference turned by such angles.
@@ -156,16 +156,16 @@ def with_its_angles(artifact: Path, model: Model, spec: RopeSpec, interpreter: I
     return compare(GgmlRunner(model).forward(spec, case), answer).kl_mean
 
 
-def judged(artifact: Path, model: Path, recipe: Recipe, options: Options) -> dict[str, Any]:
+def verified(artifact: Path, model: Path, recipe: Recipe, options: Options) -> dict[str, Any]:
     """Mean KL in nats at every length, the verdict, and what the file says wrongly."""
     report = verify(artifact, get_target("gguf"), against=str(model), recipe=recipe, options=options)
-    asked = {row.case: row for row in report.rows if row.code == "llama.cpp"}
+    rows = {row.case: row for row in report.rows if row.code == "llama.cpp"}
     return {
-        "kl_mean": {case: asked[case].kl_mean if case in asked else None for case in LENGTHS},
+        "kl_mean": {case: rows[case].kl_mean if case in rows else None for case in LENGTHS},
         "passed": report.passed,
         "failed_checks": len(report.failed),
         "file_says": [row.reason for row in report.rows if row.code == "metadata" and row.reason],
-        "loads": asked["loads"].reason if "loads" in asked else "yes",
+        "loads": rows["loads"].reason if "loads" in rows else "yes",
     }
 
 
@@ -175,11 +175,11 @@ def convert(published: Published, factors: Path, scratch: Path, python: Path, op
     recipe = recipe_of(published, factors)
     model = write_model(folder / "model", published, recipe)
     baked = write_recipe(recipe, folder / "recipe", force=True)
-    theirs, ours, repaired = (folder / f"{name}.gguf" for name in ("stock", "lrconvert", "repaired"))
+    theirs, ours, repaired = (folder / f"{name}.gguf" for name in ("baseline", "lrconvert", "repaired"))
     commands = {
-        "stock": (theirs, baseline(python, model, theirs, "f32")),
+        "baseline": (theirs, baseline(python, model, theirs, "f32")),
         "lrconvert": (ours, lrconvert("gguf", model, "--recipe", baked, "--type", "f32", "-o", ours, "--force")),
-        "stock, repaired": (repaired, lrconvert("gguf", theirs, "--recipe", baked, "-o", repaired, "--force")),
+        "baseline, repaired": (repaired, lrconvert("gguf", theirs, "--recipe", baked, "-o", repaired, "--force")),
     }
     opened = open_model(str(model), tolerant=True)
     spec = opened.resolve(recipe)
@@ -188,7 +188,7 @@ def convert(published: Published, factors: Path, scratch: Path, python: Path, op
     for name, (artifact, command) in commands.items():
         cost = run(command)  # raises unless the exit code is 0
         found[name] = {"seconds": round(cost.wall, 2), "peak_rss_mb": round(cost.rss / 1e6, 1)}
-        found[name] |= judged(artifact, model, recipe, options)
+        found[name] |= verified(artifact, model, recipe, options)
         found[name]["kl_mean_its_angles"] = with_its_angles(artifact, opened, spec, options.interpreter)
     window, attention = recipe.tiers[-1].max_length, recipe.tiers[-1].attention_factor
     return {"factors": published.files, "window": window, "attention_factor": attention, "files": found}
@@ -220,8 +220,8 @@ baseline converter takes without a change to it. Every command ended with exit c
 
 
 def keep(results: dict[str, Any], versions: dict[str, str]) -> None:
-    save("gguf-stock", {"stock_versions": versions, "sets": results})
-    saved = json.loads((RESULTS / "gguf-stock.json").read_text())
+    save("gguf-baseline", {"baseline_versions": versions, "sets": results})
+    saved = json.loads((RESULTS / "gguf-baseline.json").read_text())
     head = [f"{key}: {value if isinstance(value, str) else json.dumps(value)}" for key, value in saved.items()
             if key != "sets"]  # fmt: skip
     says = [
@@ -232,7 +232,7 @@ def keep(results: dict[str, Any], versions: dict[str, str]) -> None:
     ]
     lines = ["# llama.cpp's converter and lrconvert gguf", "", *(f"- {line}" for line in head), "", ABOUT.strip(), "",
              table(results).strip(), "", "What verify reads in the files that fail:", "", *says, ""]  # fmt: skip
-    (RESULTS / "gguf-stock.md").write_text("\n".join(lines))
+    (RESULTS / "gguf-baseline.md").write_text("\n".join(lines))
 
 
 def main() -> None:

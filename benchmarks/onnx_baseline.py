@@ -24,11 +24,8 @@ import argparse
 import filecmp
 import json
 import math
-import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +43,9 @@ from _common import (
     write_checkpoint,
     write_random,
 )
+from _exporters import Command, tools, versions
+from _memory import Cost, needed, watched
+from _onnx_tables import ABOUT, cost_table, is_right, missed, refusals, table
 
 from lrconvert.checkpoint import Model, locate, open_model
 from lrconvert.families import get_family
@@ -58,11 +58,8 @@ from lrconvert.rope import Tier, longrope_attention_factor, yarn_factors
 WIDEN = 2.0  # q and k of fresh weights attend almost evenly, which hides rotations; 3 amplifies every rounding
 RATIO = 8
 COMPARED = 128  # last positions of every length
-RIGHT = 1e-6  # nats; the slightest mistake of a tool is a thousand times this
 SMALL = "0.1 GB"  # for trying the script
 SHAPES[SMALL] = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8}
-LONG_LIST = re.compile(r"\[[^\]]{80,}\]")  # factors in a refusal
-COPY_ALLOWED, SPEEDUP_NEEDED, ANONYMOUS_ALLOWED_MB = 1.5, 2.0, 600
 
 # No width of a layer equals the vocabulary: the builder of onnxruntime-genai would take it for lm_head.
 COMMON: dict[str, Any] = {
@@ -166,119 +163,6 @@ def copy_tokenizer(folder: Path) -> None:
         shutil.copy(locate("demo") / name, folder)
 
 
-# --- tools ----------------------------------------------------------------------------------------------------------
-
-Command = Callable[[Path, Path, str], list[str | Path]]  # source, output, dtype → command line
-
-# torch.onnx.export has no command line; this is what its page shows for a model with a dynamic length.
-_DYNAMO = """
-import sys, torch, transformers
-source, output, dtype = sys.argv[1:]
-model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype)).eval()
-
-class Logits(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids):
-        return self.model(input_ids=input_ids, use_cache=False).logits
-
-ids = torch.arange(100)[None]
-length = {"input_ids": {1: torch.export.Dim("length", min=2, max=2**20)}}
-made = torch.onnx.export(Logits(), (ids,), dynamo=True, opset_version=23, dynamic_shapes=length,
-                         input_names=["input_ids"], output_names=["logits"], verbose=False)
-made.save(output, external_data=True)
-"""
-_LONG_NAMES = {"f32": "float32", "f16": "float16"}
-_NUMBERED = {"f32": "fp32", "f16": "fp16"}
-
-
-def tools(genai: Path, optimum: Path) -> dict[str, Command]:
-    """The baselines: environment of the genai builder, and of optimum and mobius."""
-
-    def builder(source: Path, output: Path, dtype: str) -> list[str | Path]:
-        asked = ("-i", source, "-o", output, "-p", _NUMBERED[dtype], "-e", "cpu", "-c", output.parent / "cache")
-        return [genai, "-m", "onnxruntime_genai.models.builder", *asked]
-
-    def dynamo(source: Path, output: Path, dtype: str) -> list[str | Path]:
-        output.mkdir()
-        return [genai, "-c", _DYNAMO, source, output / "model.onnx", _LONG_NAMES[dtype]]
-
-    def traced(source: Path, output: Path, dtype: str) -> list[str | Path]:
-        asked = ("--task", "text-generation-with-past", "--dtype", _NUMBERED[dtype], "--no-post-process")
-        return [optimum.with_name("optimum-cli"), "export", "onnx", "--model", source, *asked, output]
-
-    def mobius(source: Path, output: Path, dtype: str) -> list[str | Path]:
-        return [optimum.with_name("mobius"), "build", "--config", source, "--dtype", dtype, output]
-
-    return {"genai builder": builder, "optimum": traced, "torch dynamo": dynamo, "mobius": mobius}
-
-
-def versions(genai: Path, optimum: Path) -> dict[str, dict[str, str]]:
-    code = "import json, sys; from importlib.metadata import version; "
-    code += "print(json.dumps({name: version(name) for name in sys.argv[1:]}))"
-    asked = {
-        "genai builder, torch dynamo": (genai, ("onnxruntime-genai", "onnxscript", "torch", "transformers")),
-        "optimum, mobius": (optimum, ("optimum-onnx", "mobius-onnx", "torch", "transformers")),
-    }
-    listed = {
-        name: subprocess.run([python, "-c", code, *packages], capture_output=True, check=True).stdout
-        for name, (python, packages) in asked.items()
-    }
-    return {name: json.loads(text) for name, text in listed.items()}
-
-
-# --- costs ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Cost:
-    """A whole process and its children: wall seconds, peak anonymous bytes; `failed`: its last words, if it did."""
-
-    wall: float
-    anonymous: int
-    failed: str | None = None
-
-
-# Started by a small process, which does nothing but look.
-_WATCHER = """
-import json, os, subprocess, sys, time
-
-def anonymous(pid):
-    try:
-        with open(f"/proc/{pid}/status") as status:
-            own = next((int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon")), 0)
-        with open(f"/proc/{pid}/task/{pid}/children") as children:
-            return own + sum(anonymous(int(child)) for child in children.read().split())
-    except OSError:
-        return 0
-
-peak, started = 0, time.perf_counter()
-process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
-while process.poll() is None:
-    peak = max(peak, anonymous(process.pid))
-    time.sleep(0.005)
-print(json.dumps([process.returncode, time.perf_counter() - started, peak]))
-"""
-
-
-def watched(command: Sequence[str | Path]) -> Cost:
-    launched = [sys.executable, "-I", "-S", "-c", _WATCHER, *map(str, command)]
-    done = subprocess.run(launched, capture_output=True, text=True, check=True)
-    code, wall, peak = json.loads(done.stdout)
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    return Cost(wall, peak, (lines or [f"exit code {code}"])[-1] if code else None)
-
-
-def needed(command: Sequence[str | Path]) -> Cost:
-    """The cost of a command that has to succeed."""
-    cost = watched(command)
-    if cost.failed is not None:
-        raise RuntimeError(f"{command} failed: {cost.failed}")
-    return cost
-
-
 def size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
@@ -320,7 +204,7 @@ def referred(model: Model, recipe: Recipe, rows: Sequence[np.ndarray]) -> list[n
     return [reference.logits(row, keep=np.arange(len(row) - COMPARED, len(row))) for row in rows]
 
 
-def judged(case: Case, scratch: Path, baselines: dict[str, Command]) -> dict[str, dict[str, Any]]:
+def compared(case: Case, scratch: Path, baselines: dict[str, Command]) -> dict[str, dict[str, Any]]:
     """Every tool on one checkpoint: what it cost, and how far its answers are from the recipe's."""
     folder = scratch / case.name.replace(", ", "-").replace(" ", "-")
     recipe = recipe_of(case)
@@ -351,10 +235,6 @@ def ours(recipe: Path) -> Command:
         return lrconvert("onnx", source, "--recipe", recipe, "--dtype", dtype, "-o", output)
 
     return command
-
-
-def is_right(values: dict[str, Any]) -> bool:
-    return "kl_mean" in values and max(values["kl_mean"].values()) < RIGHT
 
 
 def right_on_llama(results: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
@@ -447,69 +327,7 @@ def at_14_gb(scratch: Path) -> dict[str, Any]:
     return found
 
 
-# --- what is kept ---------------------------------------------------------------------------------------------------
-
-
-def missed(results: dict[str, dict[str, dict[str, Any]]], cost: dict[str, Any], large: dict[str, Any]) -> list[str]:
-    """The promises that these numbers don't keep."""
-    found = [f"{name}: not right" for name, by_tool in results.items() if not is_right(by_tool["lrconvert"])]
-    if cost:
-        if cost["ratio_to_copy"] > COPY_ALLOWED:
-            found.append(f"{cost['ratio_to_copy']}x of a copy")
-        if cost["times_faster"] and min(cost["times_faster"].values()) < SPEEDUP_NEEDED:
-            found.append(f"{min(cost['times_faster'].values())}x faster than the fastest right baseline")
-        if not cost["same_bytes_again"]:
-            found.append("a second run gave other bytes")
-    memories = [{**cost, **cost["tools"]["lrconvert"]}] if cost else []
-    found += [
-        f"{measured['anonymous_mb']} MB of anonymous memory"
-        for measured in [*memories, *([large] if large else [])]
-        if measured["anonymous_mb"] > max(ANONYMOUS_ALLOWED_MB, 2 * measured["largest_tensor_mb"])
-    ]
-    return found
-
-
-def table(results: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
-    lines = [
-        "| checkpoint | tool | KL below | at | one past | above | s | MB anonymous | MB of files | kB of graph |",
-        "|" + " --- |" * 10,
-    ]
-    for name, by_tool in results.items():
-        for tool, values in by_tool.items():
-            cells = (
-                [f"{kl:.1e}" for kl in values["kl_mean"].values()] if "kl_mean" in values else ["refuses", "", "", ""]
-            )
-            costs = [values["seconds"], values["anonymous_mb"], values.get("mb", ""), values.get("graph_kb", "")]
-            lines.append("| " + " | ".join(map(str, [name, tool, *cells, *costs])) + " |")
-    return lines
-
-
-def refusals(results: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
-    return [
-        f"- {name}, {tool}: {LONG_LIST.sub('[…]', values['refuses'])}"
-        for name, by_tool in results.items()
-        for tool, values in by_tool.items()
-        if "refuses" in values
-    ]
-
-
-def cost_table(cost: dict[str, Any], large: dict[str, Any]) -> list[str]:
-    lines = ["| what | s | times as long as ours | MB anonymous |", "| --- | --- | --- | --- |"]
-    for name, values in cost["tools"].items():
-        ratio = cost["times_faster"].get(name, "")
-        lines.append(f"| {name} | {median(values['seconds'])} | {ratio} | {values['anonymous_mb']} |")
-    lines.append(f"| copy with fsync | {median(cost['copy_seconds'])} | {round(1 / cost['ratio_to_copy'], 2)} | |")
-    if large:
-        lines.append(f"| lrconvert, 14 GB | {large['seconds']} | | {large['anonymous_mb']} |")
-    return lines
-
-
-ABOUT = """
-`KL`: mean over the last 128 positions, in nats, of ONNX Runtime's answers (f32, CPU, an empty cache) against the
-float64 reference. A checkpoint is named by its family, its original window and the attention factor that its config
-states, if it does; otherwise LongRoPE's formula holds. Lengths: one below the original window, at it, one past it, and
-1.5 times it. `MB anonymous`: peak memory without mapped files, of the process and its children. Exports are f32.
-"""
+# --- what is kept ----------------------------------------------------------------------------------------------------
 
 
 def keep(
@@ -519,9 +337,10 @@ def keep(
     used: dict[str, dict[str, str]],
 ) -> None:
     broken = missed(results, cost, large)
-    used = {**used, "judge": {"onnxruntime": onnxruntime.__version__}}
-    save("onnx-peers", {"tool_versions": used, "checkpoints": results, "cost": cost, "14 GB": large, "missed": broken})
-    saved = json.loads((RESULTS / "onnx-peers.json").read_text())
+    used = {**used, "runtime": {"onnxruntime": onnxruntime.__version__}}
+    figures = {"checkpoints": results, "cost": cost, "14 GB": large, "missed": broken}
+    save("onnx-baseline", {"tool_versions": used, **figures})
+    saved = json.loads((RESULTS / "onnx-baseline.json").read_text())
     facts = [
         f"- {key}: {json.dumps(saved[key]) if isinstance(saved[key], dict) else saved[key]}"
         for key in ("date", "command", "versions", "tool_versions", "machine")
@@ -534,8 +353,8 @@ def keep(
         text += [f"## A Llama of {cost['shape']} in f16", ""]
         text += [f"{ratio}; a second run gave {'the same' if cost['same_bytes_again'] else 'other'} bytes. The largest "
                  f"tensor has {cost['largest_tensor_mb']} MB.", "", *cost_table(cost, large), ""]  # fmt: skip
-    text += ["Missed: " + "; ".join(broken) if broken else "Every promise is kept.", ""]
-    (RESULTS / "onnx-peers.md").write_text("\n".join(text))
+    text += ["Missed: " + "; ".join(broken) if broken else "Every limit is met.", ""]
+    (RESULTS / "onnx-baseline.md").write_text("\n".join(text))
 
 
 def main() -> None:
@@ -556,7 +375,7 @@ def main() -> None:
     with scratch_folder(arguments.scratch) as scratch:
         for case in CASES:
             if (arguments.only or "") in case.name:
-                results[case.name] = judged(case, scratch, baselines)
+                results[case.name] = compared(case, scratch, baselines)
                 made = {case.name: results[case.name]}
                 print("\n".join([*table(made), *refusals(made)]), flush=True)
         cost: dict[str, Any] = {}

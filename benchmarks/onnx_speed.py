@@ -86,15 +86,15 @@ def write_model(folder: Path, layers: int) -> Path:
 class Graph:
     """A graph and its caches, which have room for everything that is read and written here."""
 
-    def __init__(self, path: Path, room: int, threads: int) -> None:
+    def __init__(self, path: Path, capacity: int, threads: int) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 3
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         inputs = {value.name: value for value in self.session.get_inputs()}
-        self.asked = set(inputs)
+        self.inputs = set(inputs)
         config = json.loads(next(folder for folder in path.parents if (folder / "genai_config.json").exists())
                             .joinpath("genai_config.json").read_text())["model"]["decoder"]  # fmt: skip
-        shape = (1, config["num_key_value_heads"], room, config["head_size"])
+        shape = (1, config["num_key_value_heads"], capacity, config["head_size"])
         kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
         self.caches = {
             name: onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, kinds[value.type]))
@@ -110,7 +110,7 @@ class Graph:
             "position_ids": np.arange(seen, seen + len(tokens))[None],
         }
         binding = self.session.io_binding()
-        for name in feed.keys() & self.asked:
+        for name in feed.keys() & self.inputs:
             binding.bind_cpu_input(name, feed[name])
         for name, cache in self.caches.items():
             binding.bind_ortvalue_input(name, cache)
@@ -149,9 +149,9 @@ def measured(kind: str, source: Path, arguments: argparse.Namespace, scratch: Pa
     shutil.rmtree(theirs, ignore_errors=True)
     builder = [arguments.genai, "-m", "onnxruntime_genai.models.builder", "-i", source, "-o", theirs]
     run([*builder, "-p", PRECISIONS[kind], "-e", "cpu", "-c", scratch / "cache"])
-    room = READ + arguments.tokens
+    capacity = READ + arguments.tokens
     paths = {OURS: mine / "onnx" / "model.onnx", THEIRS: theirs / "model.onnx"}
-    graphs = {name: Graph(path, room, arguments.threads) for name, path in paths.items()}
+    graphs = {name: Graph(path, capacity, arguments.threads) for name, path in paths.items()}
     tokens = np.random.default_rng(3).integers(3, 4000, READ)
     found: dict[str, Any] = {"mb": {}}
     for name, path in paths.items():
@@ -189,7 +189,7 @@ def keep(results: dict[str, dict[str, Any]], facts: dict[str, Any]) -> None:
     about = (
         "Medians; writing is per token. The ratio is the median of the ratios of pairs that ran one after the other."
     )
-    verdict = "Missed: " + "; ".join(broken) if broken else "Every promise is kept."
+    verdict = "Missed: " + "; ".join(broken) if broken else "Every limit is met."
     text = ["# The speed of the graph in ONNX Runtime on a CPU", "", *head, "", about, "", *lines, "", verdict, ""]
     (RESULTS / "onnx-speed.md").write_text("\n".join(text))
 
@@ -208,20 +208,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--layers", type=int, default=SHAPE["num_hidden_layers"], help="fewer: for trying; nothing is kept"
     )
     parser.add_argument("--scratch", type=Path, help="where to work; default: a temporary folder")
-    asked = parser.parse_args(arguments)
+    chosen = parser.parse_args(arguments)
     results = {}
-    with scratch_folder(asked.scratch) as scratch:
-        source = asked.model or write_model(scratch / "model", asked.layers)
+    with scratch_folder(chosen.scratch) as scratch:
+        source = chosen.model or write_model(scratch / "model", chosen.layers)
         derived = ("--method", "yarn", "--factor", "8", "--uniform", "-o", scratch / "recipe", "--force")
         run(lrconvert("recipe", "derive", source, *derived))
-        for kind in asked.types:
-            results[kind] = measured(kind, source, asked, scratch)
+        for kind in chosen.types:
+            results[kind] = measured(kind, source, chosen, scratch)
             print(json.dumps({kind: results[kind]}, indent=1), flush=True)
-    if asked.layers == SHAPE["num_hidden_layers"]:
+    if chosen.layers == SHAPE["num_hidden_layers"]:
         code = "from importlib.metadata import version; print(version('onnxruntime-genai'))"
-        builder = subprocess.run([asked.genai, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-        facts = {"onnxruntime": onnxruntime.__version__, "genai_builder": builder, "threads": asked.threads}
-        keep(results, {**facts, "model": asked.model.name if asked.model else f"random, {json.dumps(SHAPE)}"})
+        builder = subprocess.run([chosen.genai, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        facts = {"onnxruntime": onnxruntime.__version__, "genai_builder": builder, "threads": chosen.threads}
+        keep(results, {**facts, "model": chosen.model.name if chosen.model else f"random, {json.dumps(SHAPE)}"})
 
 
 if __name__ == "__main__":

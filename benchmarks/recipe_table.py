@@ -5,7 +5,7 @@
         [--devices cuda:0,cuda:1] [--dtype bfloat16] [--windows 4] [--trials 2] [--sets searched,…] [--keep DIR]
         [--page] [--into]
 
-Every recipe is baked and its folder's own code asked: perplexity of whole documents at the original window and at 2, 4
+Every recipe is baked, and its folder's own code runs: perplexity of whole documents at the original window and at 2, 4
 and 8 times it, and passkeys at ten depths. Short benchmarks are `lrconvert eval benchmarks` of two of those folders,
 which --keep keeps; its results are expected as recipe-NAME-before.json and -after.json. --page writes the page alone.
 """
@@ -124,9 +124,9 @@ class Table:
 # --- the page --------------------------------------------------------------------------------------------
 
 
-def promised(result: dict[str, Any]) -> list[str]:
+def comparison(result: dict[str, Any]) -> list[str]:
     """The searched set beside the best other one at the longest length, and beside the unmodified model within its
-    window; nothing where only some sets were asked."""
+    window; nothing where only some sets were measured."""
     values = {
         name: [row["perplexity"]["value"] for row in found["perplexity"]] for name, found in result["sets"].items()
     }
@@ -160,7 +160,7 @@ def page(result: dict[str, Any], before: dict[str, Any] | None, after: dict[str,
         cells = [f"{row['perplexity']['value']:.2f}" for row in found["perplexity"]]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += [
-        *promised(result),
+        *comparison(result),
         "",
         "Passkeys found, and the 95 % interval of their share:",
         "",

@@ -165,7 +165,7 @@ def figures_of(searches: dict[str, list[Record]]) -> dict[str, dict[str, Any]]:
 
 
 def compared(searches: dict[str, list[Record]]) -> dict[str, Any]:
-    """What the promise asks: the cost at which guided reaches the median of evolution's losses at 700 (or its end)."""
+    """The claim: the cost at which guided reaches the median of evolution's losses at 700 (or its end)."""
     others = [records for name, records in searches.items() if name.startswith("evolution")]
     guided = {name: records for name, records in searches.items() if name.startswith("guided")}
     if not others or not guided:

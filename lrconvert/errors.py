@@ -8,7 +8,7 @@
     ├── ParityError           5   the artifact does not compute what its recipe says
     └── EnvironmentFailure    6   the machine: a missing extra, no network, a full disk
 
-A message says what was found, what is needed, where, and the way out. Several problems in one input are
+A message says what was found, what is needed, where, and what to do. Several problems in one input are
 reported together (`InputError.collect`).
 """
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rotation: inverse frequencies, factor sets, attention factors, angles. NumPy float64, no torch.
 
-This is the only place where the formulas are written for production use (the judge in `reference/` writes
+This is the only place where the formulas are written for production use (the reference in `reference/` writes
 them a second time, from the papers). Conventions:
 
 - `rotary_dim` d counts the rotated channels of a head, so a factor set has d/2 entries, one per

@@ -179,18 +179,18 @@ class RetrievalDocuments:
 
         # The tokens between a piece and the questions decide its place; column 0 is the nearest.
         needle_tokens, question_tokens = self.lengths[needle] * present, self.lengths[question] * asked
-        room = length - question_tokens.sum(1, keepdim=True) - needle_tokens.sum(1, keepdim=True)
+        noise_tokens = length - question_tokens.sum(1, keepdim=True) - needle_tokens.sum(1, keepdim=True)
         depth = ((rand(count, most) - ends) / (1 - 2 * ends)).clamp(0, 1)
         if depths is not None:
             depth = depths[:, None].expand(count, most)
-        edge = torch.minimum(self.lengths[filler].cumsum(1), room)  # the farthest sentence is cut to fit
-        edges = torch.cat([edge.double(), (1 - depth.double()) * room], dim=1)
+        edge = torch.minimum(self.lengths[filler].cumsum(1), noise_tokens)  # the farthest sentence is cut to fit
+        edges = torch.cat([edge.double(), (1 - depth.double()) * noise_tokens], dim=1)
         order = edges.argsort(dim=1, stable=True)
 
         tokens = self.pieces[torch.cat([filler, needle], dim=1)]  # (count, pieces, width)
         tokens[:, sentences:].scatter_(2, self.slots[needle], self.digits[number])
         tokens = tokens.gather(1, order[..., None].expand_as(tokens)).flip(1)
-        filler_tokens = edge.diff(dim=1, prepend=torch.zeros_like(room))
+        filler_tokens = edge.diff(dim=1, prepend=torch.zeros_like(noise_tokens))
         size = torch.cat([filler_tokens, needle_tokens], dim=1).gather(1, order).flip(1)
         whole = self.lengths[torch.cat([filler, needle], dim=1)].gather(1, order).flip(1)
         last = self.pieces[question]

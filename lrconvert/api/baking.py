@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lrconvert.artifact.bake import Progress, bake
+from lrconvert.artifact.bake import bake
 from lrconvert.artifact.manifest import Manifest
 from lrconvert.artifact.plan import Plan
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.checkpoint.adapter import choose_adapter, open_adapter
+from lrconvert.progress import Progress
 from lrconvert.recipe import Recipe, load_recipe, recipe_folder
 from lrconvert.targets import get_target
 

@@ -11,7 +11,8 @@ from typing import Any
 from lrconvert.artifact.manifest import Manifest, manifest_path
 from lrconvert.checkpoint import Checkpoint, Model, build_model, locate
 from lrconvert.checkpoint.rope_config import FoundRope
-from lrconvert.engines.table import Verdict, assess
+from lrconvert.engines.engine import Verdict
+from lrconvert.engines.table import assess
 from lrconvert.recipe import Provenance, Recipe
 from lrconvert.recipe.plotting import sparklines
 from lrconvert.rope import RopeSpec

@@ -10,6 +10,7 @@ from lrconvert.artifact.checks import Row
 from lrconvert.errors import require
 from lrconvert.parity import Options, Report
 from lrconvert.parity import verify as compare
+from lrconvert.progress import Progress
 from lrconvert.recipe import Recipe
 from lrconvert.runtimes import runtime_for
 from lrconvert.targets import target_of
@@ -29,7 +30,7 @@ def verify(
     library: str | None = None,
     kv: str = "f32",
     threads: int | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
     watch: Callable[[Row], None] | None = None,
 ) -> Report:
     """Does an artifact compute what its recipe says? `report.passed` is the answer, `report.rows` the evidence.
@@ -37,8 +38,8 @@ def verify(
     `against` and `recipe`: the model and recipe to compare with; by default those that the manifest names. `dtype`:
     what the artifact computes in; the reference stays in float64 (float32 on a GPU). `codes`: "native", "custom" or
     both, of what transformers runs. `runtime`: what runs the artifact; `python`: its interpreter. `full`: consecutive
-    positions at every length. `progress` is told what goes on, `watch` every row when it is known. Raises
-    only where nothing can be compared.
+    positions at every length. `progress` gets every step, `watch` every row when it is known. Raises only where
+    nothing can be compared.
     """
     path = Path(artifact)
     target = target_of(path)

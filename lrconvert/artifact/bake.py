@@ -21,8 +21,7 @@ from lrconvert.artifact.redaction import source_record
 from lrconvert.artifact.staging import HashingFile, Staging, check_output
 from lrconvert.checkpoint.source import check_unchanged
 from lrconvert.errors import UsageError
-
-Progress = Callable[[str, int, int], None]  # what, bytes done, bytes in all
+from lrconvert.progress import BYTES, Progress, Step, silent
 
 
 def check_name(output: Path, *, force: bool) -> None:
@@ -58,8 +57,7 @@ def bake(plan: Plan, *, force: bool = False, link: bool | None = None, progress:
         for name, path in sorted(plan.copies.items()):
             # People edit a tokenizer's or generation's config in place: only weights share bytes with the source.
             place = staging.link_or_copy if name.endswith(".safetensors") else staging.copy
-            place(path, name)
-            report.done(name, path.stat().st_size)
+            place(path, name, lambda count, name=name: report.done(name, count))
         _pump(staging, plan.streams, report)
         check_unchanged(plan.stamps)
         manifest = Manifest(
@@ -90,9 +88,11 @@ def _pump(staging: Staging, streams: list[Stream], report: _Report) -> None:
         for stream in streams:
             with staging.create(stream.name) as file:
                 file.write(stream.header)
+                report.done(stream.name, len(stream.header))
                 for tensor in stream.tensors:
                     _write(file, blocks, tensor.nbytes, lambda count, name=tensor.name: report.done(name, count))
                     file.write(bytes(tensor.padding))
+                    report.done(tensor.name, tensor.padding)
 
 
 def _jobs(streams: list[Stream]) -> Iterator[Job]:
@@ -116,9 +116,8 @@ class _Report:
     """Adds up what is done."""
 
     def __init__(self, plan: Plan, progress: Progress | None) -> None:
-        self._progress, self._total, self._done = progress, sum(plan.sizes.values()), 0
+        self._progress, self._total, self._done = progress or silent, sum(plan.sizes.values()), 0
 
     def done(self, what: str, count: int) -> None:
         self._done += count
-        if self._progress is not None:
-            self._progress(what, self._done, self._total)
+        self._progress(Step("writing", what, self._done, self._total, BYTES))

@@ -6,8 +6,8 @@
 
 `text` is what the target says of its format (`CardText`).
 
-Sections between `<!-- lrconvert: NAME -->` and its end belong to lrconvert; what else stands in the file is
-its owner's to edit. The source's own card is kept below ours, and its licence, languages and base model go
+Sections between `<!-- lrconvert: NAME -->` and its end belong to lrconvert; the rest of the file is
+for its owner to edit. The source's own card is kept below ours, and its licence, languages and base model go
 into the metadata. No local path is in it (`redaction`). Same inputs, same bytes.
 """
 

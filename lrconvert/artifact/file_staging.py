@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing artifacts that are files in somebody's folder: a GGUF or its parts, a Modelfile, the manifest beside them.
+"""Writing artifacts that are files in an existing folder: a GGUF or its parts, a Modelfile, the manifest beside them.
 
     with FileStaging(output, names, force=…) as staging:
         with staging.create(name) as file: …

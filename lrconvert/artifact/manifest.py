@@ -34,7 +34,7 @@ class FileRecord:
 class Manifest:
     """`lrconvert.json`: how the artifact came to be and what it holds. No time, no machine: same inputs, same bytes.
 
-    `bake` is what parity reads of it; `options` are what else the user asked for, for people.
+    `bake` is what parity reads of it; `options` are the user's other options, for people.
     """
 
     target: str

@@ -27,7 +27,7 @@ class StreamTensor:
 
 @dataclass(frozen=True)
 class Stream:
-    """A file of tensors: what stands before them, and the tensors in their order."""
+    """A file of tensors: its header, and the tensors in order."""
 
     name: str
     tensors: Sequence[StreamTensor]
@@ -63,8 +63,8 @@ class Plan:
     """An artifact that isn't written yet.
 
     `spec` is what its code has to rotate with. Files come in three kinds: `texts` are made here, `copies` come along
-    unchanged, `streams` are written from the model's tensors. `place`: they fill a folder of their own, or lie side by
-    side in somebody's folder (`output` is the first of them then).
+    unchanged, `streams` are written from the model's tensors. `place`: a folder of their own, or files in an existing
+    folder (`output` is then the first of them).
     """
 
     target: str

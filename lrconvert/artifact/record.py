@@ -35,12 +35,25 @@ class BakeRecord:
     static: bool = False
 
 
+@dataclass(frozen=True)
+class _Version1:
+    """How version 1 of the manifest recorded a target's bakes: the option that names the stored type, and the
+    capability where it was always the same."""
+
+    stored: str = "dtype"
+    capability: str | None = None
+
+
+_VERSION_1 = {"gguf": _Version1(stored="type", capability="llama.cpp")}
+
+
 def options_of_version_1(target: str, options: Mapping[str, Any], window: Any) -> dict[str, Any]:
     """The record's values, unchecked, as a manifest of version 1 spells them among its `options`."""
+    spelled = _VERSION_1.get(target, _Version1())
     return {
         "window": options.get("window", window),
-        "stored": options.get("type" if target == "gguf" else "dtype"),
+        "stored": options.get(spelled.stored),
         "attention_scale": options.get("folded_attention", 1.0),
-        "capability": "llama.cpp" if target == "gguf" else "portable" if options.get("portable") else None,
+        "capability": spelled.capability or ("portable" if options.get("portable") else None),
         "static": options.get("static_long", False),
     }

@@ -19,7 +19,7 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -55,7 +55,7 @@ def _check_output(output: Path, *, force: bool) -> None:
 
 
 def _is_folder(path: Path) -> bool:
-    """A folder itself; what a link names belongs to somebody else."""
+    """A folder itself; the target of a link is not ours."""
     return path.is_dir() and not path.is_symlink()
 
 
@@ -148,13 +148,16 @@ class Staging(contextlib.AbstractContextManager["Staging"]):
             os.fsync(raw.fileno())
         self.files[name] = FileRecord(file.size, file.sha256.hexdigest())
 
-    def link_or_copy(self, source: Path, name: str) -> None:
-        """The same bytes under a new name: a hard link on one file system, else a copy."""
+    def link_or_copy(self, source: Path, name: str, done: Callable[[int], None] | None = None) -> None:
+        """The same bytes under a new name: a hard link on one file system, else a copy. `done` counts them."""
         real = source.resolve(strict=True)  # a Hub cache holds links to blobs
         if self.link is not False:
             try:
                 os.link(real, self._path(name))
-                self.files[name] = FileRecord(real.stat().st_size, None, linked=True)
+                size = real.stat().st_size
+                self.files[name] = FileRecord(size, None, linked=True)
+                if done is not None:
+                    done(size)
                 return
             except OSError as error:
                 if self.link:
@@ -162,13 +165,15 @@ class Staging(contextlib.AbstractContextManager["Staging"]):
                         f"{name}: can't be hard linked ({error.strerror})",
                         remedy="Omit --link, or use --copy",
                     ) from error
-        self.copy(real, name)
+        self.copy(real, name, done)
 
-    def copy(self, source: Path, name: str) -> None:
-        """The same bytes in a file of its own."""
+    def copy(self, source: Path, name: str, done: Callable[[int], None] | None = None) -> None:
+        """The same bytes in a file of its own. `done` counts them."""
         with source.open("rb") as reader, self.create(name) as writer:
             while part := reader.read(COPY_BYTES):
                 writer.write(part)
+                if done is not None:
+                    done(len(part))
 
     def publish(self, manifest: Manifest) -> None:
         """Write the manifest and put the folder in the output's place, all at once."""
@@ -183,7 +188,7 @@ class Staging(contextlib.AbstractContextManager["Staging"]):
         path.write_text(manifest.to_json(), encoding="utf-8")
         for place in (path, self.folder):
             sync(place)
-        self.check()  # somebody may have come meanwhile
+        self.check()  # another process may have written there meanwhile
 
 
 class HashingFile:
@@ -210,7 +215,7 @@ def sync(path: Path) -> None:
 
 
 def _exchange(new: Path, old: Path) -> bool:
-    """Swap two folders in one step (Linux: renameat2 with RENAME_EXCHANGE); False where that isn't to be had."""
+    """Swap two folders in one step (Linux: renameat2 with RENAME_EXCHANGE); False where that is not available."""
     if not sys.platform.startswith("linux"):
         return False
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)

@@ -110,8 +110,8 @@ def _download(repository: str, revision: str | None) -> Path:
             remedy="For a private or gated model log in first: `hf auth login`",
         ) from error
     except network as error:
-        said = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0]
         raise EnvironmentFailure(
-            f"{repository}: no such folder, and the Hub did not answer ({type(error).__name__}: {said})",
+            f"{repository}: no such folder, and the Hub did not answer ({type(error).__name__}: {reason})",
             remedy="Check the network, or give a local folder",
         ) from error

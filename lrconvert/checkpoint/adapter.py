@@ -55,7 +55,7 @@ _PART_OF = re.compile(
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter on disk, opened and understood as far as that goes without its base model."""
+    """An adapter on disk, opened and checked as far as possible without its base model."""
 
     reference: str  # as the user named it
     path: Path

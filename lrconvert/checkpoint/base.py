@@ -87,7 +87,7 @@ class MergedAdapter(Protocol):
 class Checkpoint(ABC):
     """A model on disk, opened. Nothing but headers is in memory until a block is read.
 
-    What a user of weights has to know is said by what holds of them; `format` is a word for people and manifests.
+    Attributes tell what code that uses the weights has to know. `format` is for people and manifests.
     """
 
     path: Path  # the folder or file

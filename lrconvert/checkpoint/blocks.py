@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tensor in blocks of rows: what a checkpoint hands out, so that nobody holds a large tensor whole."""
+"""A tensor in blocks of rows: how a checkpoint is read, so that no large tensor is held whole."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +59,12 @@ def _head_digest(path: Path) -> str:
         return hashlib.sha256(file.read(min(size, _MOST))).hexdigest()
 
 
-def sha256_of(path: Path) -> str:
-    """The digest of a file, read in parts."""
+def sha256_of(path: Path, done: Callable[[int], None] | None = None) -> str:
+    """The digest of a file, read in parts. `done` counts its bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while part := file.read(COPY_BYTES):
             digest.update(part)
+            if done is not None:
+                done(len(part))
     return digest.hexdigest()

@@ -12,6 +12,7 @@ import click
 
 from lrconvert.cli import _output as out
 from lrconvert.cli._common import TOKENS, force_option, model_argument, revision_option
+from lrconvert.cli._progress import show_progress
 
 if TYPE_CHECKING:
     from lrconvert.artifact.plan import Plan
@@ -74,7 +75,7 @@ def run(
     if dry:
         out.hint("dry run: nothing was written")
         return None
-    with out.byte_progress() as progress:
+    with show_progress() as progress:
         manifest = bake(plan, force=force, link=link, progress=progress)
     total = sum(record.size for record in manifest.files.values())
     linked = sum(record.linked for record in manifest.files.values())

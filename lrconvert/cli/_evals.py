@@ -10,6 +10,7 @@ import click
 
 from lrconvert.cli import _output as out
 from lrconvert.cli._common import SEED, OutputName, Registered
+from lrconvert.cli._progress import show_progress
 from lrconvert.runtimes import backend_choices
 
 if TYPE_CHECKING:
@@ -49,8 +50,8 @@ def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def run(evaluate: Evaluate, table: Callable[[Evaluation], Table], *, as_json: bool, **options: Any) -> None:
     """One evaluation with its options, shown as a table or as JSON."""
-    with out.spinner(quiet=as_json) as say:
-        found = evaluate(options.pop("artifact"), say=say, **options)
+    with show_progress(quiet=as_json) as progress:
+        found = evaluate(options.pop("artifact"), progress=progress, **options)
     for text in found.warnings:
         out.warn(text)
     if as_json:

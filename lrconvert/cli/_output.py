@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Output of the commands: data on stdout, everything else on stderr, progress bars only on a terminal."""
+"""Output of the commands: data on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +13,7 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lrconvert.engines.table import Verdict
+    from lrconvert.engines.engine import Verdict
 
 
 @cache
@@ -39,7 +36,7 @@ def say(text: str = "") -> None:
 
 
 def hint(text: str) -> None:
-    """What to do next, or progress: stderr."""
+    """What to do next: stderr."""
     click.echo(text, err=True)
 
 
@@ -73,57 +70,8 @@ def size(count: int) -> str:
     return f"{value:.1f} TB"
 
 
-EVERY = 15.0  # seconds between lines about a long step, where there is no terminal
-
-
-@contextlib.contextmanager
-def byte_progress(quiet: bool = False) -> Iterator[Callable[[str, int, int], None] | None]:
-    """Yields `report(what, done, total)` over bytes: a bar on a terminal, a line now and then elsewhere."""
-    if quiet:
-        yield None
-        return
-    if not sys.stderr.isatty():
-        line = _now_and_then()
-        yield lambda what, done, total: line(f"{size(done)} of {size(total)}")
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=None)
-        yield lambda what, done, total: progress.update(task, description=what, completed=done, total=total)
-
-
-@contextlib.contextmanager
-def spinner(quiet: bool = False) -> Iterator[Callable[[str], None]]:
-    """Yields `say(what)`: the current step and its time, on a terminal; a line now and then elsewhere."""
-    if quiet:
-        yield lambda what: None
-        return
-    if not sys.stderr.isatty():
-        yield _now_and_then()
-        return
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    # On this stream, whatever a library's own noise is turned away from meanwhile. Rows on stdout appear above it.
-    console = Console(file=sys.stderr)
-    with Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as progress:
-        task = progress.add_task("", total=None)
-        yield lambda what: progress.update(task, description=what)
-
-
-def _now_and_then() -> Callable[[str], None]:
-    """Prints the current step at most every `EVERY` seconds, with the time since the start."""
-    started = last = time.monotonic()
-
-    def line(what: str) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= EVERY:
-            last = now
-            hint(f"{what} ({now - started:.0f} s)")
-
-    return line
+def duration(seconds: float) -> str:
+    """45 s, 12 min, 3.4 h."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

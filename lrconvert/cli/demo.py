@@ -12,6 +12,8 @@ import click
 
 from lrconvert.cli import _output as out
 from lrconvert.cli._common import force_option
+from lrconvert.cli._progress import show_progress
+from lrconvert.progress import Steps
 
 RECIPE = "demo-8x"
 LENGTHS = (4096, 8192, 16384)
@@ -56,13 +58,18 @@ def command(ctx: click.Context, output: Path, force: bool) -> int:
     force_artifact = force and (artifact / MANIFEST).exists()
     ctx.invoke(hf_command, model="demo", recipe=RECIPE, output=artifact, copy=True, force=force_artifact)
     _step(f"lrconvert verify {artifact}")
-    with out.spinner() as progress:
+    with show_progress() as progress:
         report = verify(artifact, progress=progress, watch=row_printer())
     show(report)
     _step(f"lrconvert recipe plot {RECIPE} -o {output / 'factors'}")
     out.say(" ".join(str(path) for path in plot_recipe(load_recipe(RECIPE), output / "factors")))
     _step("before and after: held-out text and passkeys (the same last 1,024 tokens at every length)")
-    results = {"before": _measure(None), "after": _measure(artifact)}
+    with show_progress() as progress:
+        steps = Steps("measurements", progress)
+        for length in LENGTHS * 2:
+            steps.expect(_cost(length))
+        results = {"before": _measure(None, steps), "after": _measure(artifact, steps)}
+        steps.finish()
     _show_results(results)
     plain = {name: [vars(row) for row in rows] for name, rows in results.items()}
     (output / "results.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
@@ -81,7 +88,12 @@ def _step(text: str) -> None:
     out.say(f"\n$ {text}")
 
 
-def _measure(artifact: Path | None) -> list[Measured]:
+def _cost(length: int) -> int:
+    """Tokens read at a length."""
+    return length * (1 + len(DEPTHS.get(length, ())))
+
+
+def _measure(artifact: Path | None, steps: Steps) -> list[Measured]:
     """Perplexity and passkey of the artifact's own code, or of the unmodified model."""
     from lrconvert.checkpoint import locate
     from lrconvert.checkpoint.tokenizer import tokenizer_of
@@ -93,9 +105,9 @@ def _measure(artifact: Path | None) -> list[Measured]:
     encode, form = tokenizer_of(source), PasskeyFormat.read(source / "passkey.json")
     text = encode((source / "heldout.txt").read_text(encoding="utf-8"))
     rows = []
-    with open_session(artifact or source, custom=artifact is not None) as session, out.spinner() as say:
+    with open_session(artifact or source, custom=artifact is not None) as session:
         for length in LENGTHS:
-            say(f"{'after' if artifact else 'before'}: {length} tokens")
+            steps.start(f"{'after' if artifact else 'before'}, {length:,} tokens", _cost(length))
             passkey = passkey_accuracy(session, form, encode, length, DEPTHS[length]) if length in DEPTHS else None
             rows.append(Measured(length, same_token_perplexity(session, text, length), passkey))
     return rows

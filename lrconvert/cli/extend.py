@@ -3,11 +3,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +12,12 @@ import click
 
 from lrconvert.cli import _output as out
 from lrconvert.cli._common import SEED, OutputName, force_option, model_argument, revision_option, text_option
+from lrconvert.cli._progress import show_progress
 
 if TYPE_CHECKING:
     from lrconvert.extending.api import ExtendResult
-    from lrconvert.extending.stages import Progress
 
-PIPED_SECONDS = 30.0  # between two lines of progress where no terminal shows a bar
+PIPED_SECONDS = 30.0  # between two lines of progress where no terminal shows a bar: stages take minutes
 
 
 @click.command(name="extend", short_help="Fine-tune and search a recipe for a much longer window.")
@@ -60,8 +57,8 @@ def command(model: str, output: Path, **options: Any) -> None:
     from lrconvert.extending.api import extend
 
     try:
-        with _watching() as watch:
-            found = extend(model, output=output, watch=watch, **options)
+        with show_progress(every=PIPED_SECONDS) as progress:
+            found = extend(model, output=output, progress=progress, **options)
     except KeyboardInterrupt:
         out.hint("\nfinished stages and the state of the last one are kept. To continue, run the same command again:")
         out.hint(shlex.join(["lrconvert", *sys.argv[1:]]))
@@ -91,43 +88,3 @@ def _summary(found: ExtendResult) -> None:
             f"{value['perplexity']['value']:.4g}" if "perplexity" in value else f"{value['hits']} of {value['trials']}"
         )
         out.say(f"{kind} at {int(length):,}: {shown}")
-
-
-@contextlib.contextmanager
-def _watching() -> Iterator[Callable[[Progress], None]]:
-    """Shows progress: a bar a stage on a terminal, a line now and then elsewhere."""
-    if not sys.stderr.isatty():
-        yield _lines()
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[text]}"))
-    with Bar(*columns, console=Console(stderr=True)) as bar:
-        tasks: dict[str, Any] = {}
-
-        def show(now: Progress) -> None:
-            if now.stage not in tasks:
-                tasks[now.stage] = bar.add_task(now.stage, total=None, text="")
-            bar.update(tasks[now.stage], completed=now.done, total=now.total or None, text=_described(now))
-
-        yield show
-
-
-def _described(now: Progress) -> str:
-    count = f"{now.done:.0f} of {now.total:.0f}, " if now.total else ""
-    left = "" if now.seconds_left is None else f", {now.seconds_left:.0f} s left"
-    return f"{count}{now.text}{left}"
-
-
-def _lines() -> Callable[[Progress], None]:
-    last: tuple[str, float] = ("", 0.0)
-
-    def show(now: Progress) -> None:
-        nonlocal last
-        if now.stage != last[0] or time.monotonic() - last[1] >= PIPED_SECONDS:
-            last = (now.stage, time.monotonic())
-            out.hint(f"{now.stage}: {_described(now)}")
-
-    return show

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lrconvert.cli import _output as out
+from lrconvert.cli._progress import show_progress
 
 if TYPE_CHECKING:
     from lrconvert.hub.publish import Plan
@@ -37,13 +38,15 @@ def command(artifact: Path, name: str, private: bool = False, force: bool = Fals
     from lrconvert import hub
 
     quiet_client()
-    planned = hub.plan(artifact, name, private=private, force=force, progress=out.hint)
+    with show_progress() as progress:
+        planned = hub.plan(artifact, name, private=private, force=force, progress=progress)
     describe(planned)
     planned.check(force=force)
     if dry_run:
         out.hint("dry run: nothing was uploaded")
         return
-    done = hub.upload(planned, force=force, progress=out.hint)
+    with show_progress(bar=False) as progress:  # on a terminal the client has bars of its own
+        done = hub.upload(planned, force=force, progress=progress)
     out.say(done.url if done.changed else f"{planned.repo} is already up to date: {done.url}")
 
 
@@ -63,7 +66,7 @@ def describe(planned: Plan) -> None:
 
 
 def quiet_client() -> None:
-    """The client's own words stay away; its progress bars too, where nobody would see them."""
+    """Silence the client; without a terminal, its progress bars too."""
     from huggingface_hub.utils import disable_progress_bars, logging
 
     logging.set_verbosity_error()

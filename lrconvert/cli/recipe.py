@@ -47,13 +47,13 @@ def list_recipes(folder: Path | None, as_json: bool) -> None:
     from rich.table import Table
 
     table = Table()
-    for name in ("name", "family", "original window", "window", "tiers", "made"):
+    for name in ("name", "family", "original window", "window", "tiers", "provenance"):
         table.add_column(name)
     for name, recipe in recipes:
         about = recipe.summary
-        made = " ".join(filter(None, (about["kind"], about["method"])))
+        origin = " ".join(filter(None, (about["kind"], about["method"])))
         cells = (str(about[key]) for key in ("family", "original_window", "window", "tiers"))
-        table.add_row(name, *cells, made)
+        table.add_row(name, *cells, origin)
     out.console().print(table)
 
 
@@ -71,10 +71,10 @@ def show(recipe: str, as_json: bool) -> None:
         return
     out.say(f"{loaded.name}: {loaded.family}, {loaded.rotary_dim} rotated dimensions, θ {loaded.rope_theta:g}")
     out.say(f"original window {loaded.original_window}, reaches {loaded.tiers[-1].max_length}")
-    made = loaded.provenance
-    details = ", ".join(filter(None, (made.method, made.source, made.licence and f"licence {made.licence}")))
-    out.say(f"{made.kind}{': ' + details if details else ''}")
-    for note in made.notes:
+    origin = loaded.provenance
+    details = ", ".join(filter(None, (origin.method, origin.source, origin.licence and f"licence {origin.licence}")))
+    out.say(f"{origin.kind}{': ' + details if details else ''}")
+    for note in origin.notes:
         out.say(f"note: {note}")
     for line in sparklines(loaded):
         out.say(line)

@@ -9,8 +9,7 @@ import os
 import re
 import shlex
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,14 +27,16 @@ from lrconvert.cli._common import (
     revision_option,
     text_option,
 )
+from lrconvert.cli._progress import show_progress
+from lrconvert.progress import Progress, Step
 
 if TYPE_CHECKING:
     from lrconvert.recipe import Recipe
     from lrconvert.searching.api import Watch
     from lrconvert.searching.plan import SearchPlan
-    from lrconvert.searching.run import Progress
+    from lrconvert.searching.run import Progress as Evaluated
 
-PIPED_SECONDS = 60.0  # between two lines of progress where no terminal shows a bar
+PIPED_SECONDS = 60.0  # between two lines of progress where no terminal shows a bar: a search takes hours
 
 
 class WeightedLengths(click.ParamType):
@@ -130,8 +131,8 @@ def command(model: str, output: Path, dry_run: bool, **options: Any) -> None:
 
     if dry_run:
         check_output(output, force=True)
-        asked = {field.name: options[field.name] for field in fields(SearchRequest) if field.name in options}
-        _show_cost(plan_search(SearchRequest(model=model, output=output, **asked)))
+        given = {field.name: options[field.name] for field in fields(SearchRequest) if field.name in options}
+        _show_cost(plan_search(SearchRequest(model=model, output=output, **given)))
         return
     try:
         with _watching() as watch:
@@ -169,13 +170,7 @@ def _show_cost(plan: SearchPlan) -> None:
             f"{cost.operations / 1e12:.3g} TFLOP each"
         )
     total = sum(cost.evaluations * cost.operations for cost in found)
-    out.say(f"in total {total / 1e15:.3g} PFLOP: {_duration(total / 200e12)} at 200 TFLOP/s")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"about {seconds:.0f} s"
-    return f"about {seconds / 60:.0f} min" if seconds < 7200 else f"about {seconds / 3600:.1f} h"
+    out.say(f"in total {total / 1e15:.3g} PFLOP: about {out.duration(total / 200e12)} at 200 TFLOP/s")
 
 
 def _summary(recipe: Recipe) -> None:
@@ -195,11 +190,11 @@ def _summary(recipe: Recipe) -> None:
 
 @contextlib.contextmanager
 def _watching() -> Iterator[Watch]:
-    """Shows notes, and progress: a bar on a terminal, a line now and then elsewhere."""
+    """Shows notes, and progress from the first evaluation on."""
     from lrconvert.searching.api import Note
 
     with contextlib.ExitStack() as stack:
-        show: Callable[[Progress], None] | None = None
+        show: Progress | None = None
 
         def watch(event: Any) -> None:
             nonlocal show
@@ -207,43 +202,14 @@ def _watching() -> Iterator[Watch]:
                 (out.warn if event.warning else out.hint)(event.text)
                 return
             if show is None:
-                show = stack.enter_context(_bar()) if sys.stderr.isatty() else _lines()
-            show(event)
+                show = stack.enter_context(show_progress(every=PIPED_SECONDS))
+            show(_step(event))
 
         yield watch
 
 
-def _described(now: Progress) -> str:
-    left = "" if now.seconds is None else f", {_duration(now.seconds * (now.budget - now.spent))} left"
-    return f"{out.count(now.evaluations, 'evaluation')}, best loss {now.best:.4f}{left}"
-
-
-@contextlib.contextmanager
-def _bar() -> Iterator[Callable[[Progress], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, TextColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[described]}"))
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        tasks: dict[int, Any] = {}
-
-        def show(now: Progress) -> None:
-            if now.length not in tasks:
-                tasks[now.length] = bar.add_task(f"{now.length:,} tokens", total=now.budget, described="")
-            bar.update(tasks[now.length], completed=now.spent, described=_described(now))
-
-        yield show
-
-
-def _lines() -> Callable[[Progress], None]:
-    """A line every `PIPED_SECONDS`."""
-    last = time.monotonic()
-
-    def show(now: Progress) -> None:
-        nonlocal last
-        if time.monotonic() - last >= PIPED_SECONDS:
-            last = time.monotonic()
-            out.hint(f"set for {now.length:,} tokens: {_described(now)}")
-
-    return show
+def _step(now: Evaluated) -> Step:
+    """Evaluations differ in cost: the budget says how much is done, and what one took how long the rest takes."""
+    left = None if now.seconds is None else now.seconds * (now.budget - now.spent)
+    what, share = f"best loss {now.best:.4f}", now.spent / now.budget
+    return Step(f"set for {now.length:,} tokens", what, now.evaluations, unit="evaluations", share=share, left=left)

@@ -11,6 +11,7 @@ import click
 
 from lrconvert.cli import _output as out
 from lrconvert.cli._common import Registered
+from lrconvert.cli._progress import show_progress
 from lrconvert.runtimes import RUNTIMES, backend_choices
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def command(
     from lrconvert.api.verifying import verify
     from lrconvert.errors import ParityError
 
-    with out.spinner(quiet=as_json) as progress:
+    with show_progress(quiet=as_json) as progress:
         report = verify(
             artifact,
             against=against,

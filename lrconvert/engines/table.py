@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What other programs do with a longrope config: one table of facts, each with its source.
 
-`assess` checks a recipe against every row. A row says how the program chooses between the short and the long
-set (`Rule`), what it can express (`Capability`), which config keys it needs, and how that is known: measured by
-running it, or read in its source. Re-measure when versions move; docs/engines.md is generated from here:
+`assess` checks a recipe against every row. Re-measure when versions move; docs/engines.md is generated from here:
 
     python -m lrconvert.engines.table > docs/engines.md
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from lrconvert.engines.capability import (
@@ -22,79 +20,9 @@ from lrconvert.engines.capability import (
     NATIVE_HF_FORMULA,
     VLLM,
     Capability,
-    switch_length,
 )
+from lrconvert.engines.engine import Engine, Need, Rule, Verdict, verdict
 from lrconvert.rope import RopeSpec
-
-BRIEF = 70  # characters of a reason beside its engine
-Outcome = Literal["right", "differs", "refuses", "unknown"]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How a program chooses a factor set. Texts may name {boundary} and {window}, in tokens.
-
-    `limits`: where it departs from the recipe by itself, so that the user must know; `breaks`: what even a
-    whole prompt beyond the boundary gets instead of its set; `refuses`: what it says instead of working. All but
-    `refuses` matter only where the two sets differ, unless `always`.
-    """
-
-    chooses: str
-    limits: tuple[str, ...] = ()
-    breaks: str | None = None
-    refuses: str | None = None
-    always: bool = False
-
-
-@dataclass(frozen=True)
-class Need:
-    """Keys of config.json, any one of which has to be there, and what happens otherwise."""
-
-    keys: tuple[str, ...]
-    otherwise: Literal["differs", "refuses"]
-
-
-@dataclass(frozen=True)
-class Engine:
-    """One row of the table. `families` None: all of them, as far as the source shows."""
-
-    capability: Capability
-    version: str
-    known: Literal["measured", "read"]
-    source: str
-    rule: Rule
-    families: frozenset[str] | None = None
-    needs: tuple[Need, ...] = ()
-
-    @property
-    def name(self) -> str:
-        return self.capability.name
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What an engine makes of a recipe: `why` it differs or refuses, and the `limits` of its own rule."""
-
-    engine: str
-    version: str
-    outcome: Outcome
-    why: tuple[str, ...] = ()
-    limits: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        reasons = "; ".join(self.why)
-        bounds = f"{', but ' if self.outcome == 'right' else '; also: '}{'; '.join(self.limits)}" if self.limits else ""
-        return f"{self.engine} {self.version}: {self.outcome}{f': {reasons}' if reasons else ''}{bounds}"
-
-    @property
-    def brief(self) -> str:
-        """The first reason, or else the first limit, in at most `BRIEF` characters."""
-        first = next(iter((*self.why, *self.limits)), "")
-        return first if len(first) <= BRIEF else first[: BRIEF - 1].rsplit(" ", 1)[0] + " …"
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 # --- how programs choose ---------------------------------------------------------------------------------
 
@@ -324,9 +252,9 @@ ENGINES: tuple[Engine, ...] = (
 
 
 def assess(spec: RopeSpec, family: str, config: Mapping[str, Any] | None = None) -> list[Verdict]:
-    """What every engine makes of a recipe. With a `config` its keys are looked at too, else those that
-    `lrconvert hf` writes are taken for granted."""
-    return [_assess(rows, spec, family, config) for rows in _by_name().values()]
+    """A verdict on every engine. With a `config` its keys are checked too; without one, those that `lrconvert hf`
+    writes are assumed."""
+    return [verdict(rows, spec, family, config) for rows in _by_name().values()]
 
 
 def _by_name() -> dict[str, list[Engine]]:
@@ -334,37 +262,6 @@ def _by_name() -> dict[str, list[Engine]]:
     for engine in ENGINES:
         found.setdefault(engine.name, []).append(engine)
     return found
-
-
-def _assess(rows: Sequence[Engine], spec: RopeSpec, family: str, config: Mapping[str, Any] | None) -> Verdict:
-    engine = next((row for row in rows if row.families is None or family in row.families), None)
-    if engine is None:
-        return Verdict(rows[0].name, rows[0].version, "unknown", (f"{family} was not examined there",))
-    rule = engine.rule
-    values = {"boundary": switch_length(spec), "window": spec.window}
-    matters = rule.always or len({tier.factors for tier in (spec.tiers[0], spec.tiers[-1])}) > 1
-    missing = [need for need in engine.needs if config is not None and not any(_has(config, k) for k in need.keys)]
-    refusals = [_lacks(need) for need in missing if need.otherwise == "refuses"]
-    refusals += [rule.refuses] if rule.refuses else []
-    if refusals:
-        return Verdict(engine.name, engine.version, "refuses", tuple(refusals))
-    why = [rule.breaks.format(**values)] if rule.breaks and matters else []
-    why += [_lacks(need) for need in missing]
-    if not rule.always:  # what a program can't express is no news where it expresses nothing
-        why += replace(engine.capability, name="it", once=False).fit(spec)[1]
-    limits = tuple(text.format(**values) for text in rule.limits) if matters else ()
-    return Verdict(engine.name, engine.version, "differs" if why else "right", tuple(why), limits)
-
-
-def _has(config: Mapping[str, Any], dotted: str) -> bool:
-    value: Any = config
-    for key in dotted.split("."):
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value is not None
-
-
-def _lacks(need: Need) -> str:
-    return f"config.json has no {' or '.join(need.keys)}"
 
 
 # --- the page --------------------------------------------------------------------------------------------

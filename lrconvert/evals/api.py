@@ -24,8 +24,9 @@ from lrconvert.errors import UsageError, require
 from lrconvert.evals.passkey import PROTOCOL, PasskeyFormat, by_length, form_of, measure_passkey
 from lrconvert.evals.perplexity import measure_perplexity
 from lrconvert.evals.protocols import EXCERPTS, Plan
-from lrconvert.evals.subject import Say, Subject, opened
+from lrconvert.evals.subject import Subject, opened
 from lrconvert.evals.texts import read_texts, sources_of
+from lrconvert.progress import Progress, Step, silent
 from lrconvert.runtimes.base import Session
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Options(TypedDict, total=False):
     threads: Threads of the runtime. library: libllama for a GGUF.
     seed: Of everything that is random; default: 0.
     output: A stem: STEM.json and the picture STEM.png are written.
-    say: Called with what is going on.
+    progress: Gets every step.
     """
 
     recipe: str | None
@@ -54,13 +55,13 @@ class Options(TypedDict, total=False):
     library: str | None
     seed: int
     output: str | Path | None
-    say: Say | None
+    progress: Progress | None
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """A finished evaluation: `rows` (PerplexityRow, PasskeyRow or BenchmarkRow), how they were measured, and `result`,
-    all of it as it stands in STEM.json.
+    all of it, as in STEM.json.
 
     `incomparable` is why an earlier result could not be compared after all; then there are no `differences`.
     """
@@ -105,7 +106,7 @@ def perplexity(
         run.warn(f"{text.name}: the recipe was searched on this text, so the result is too optimistic")
     with run.session(text=False) as (session, _):
         tokens = [text.tokens for text in read]
-        rows = measure_perplexity(session, tokens, plan, seed=run.seed, progress=run.say)
+        rows = measure_perplexity(session, tokens, plan, seed=run.seed, progress=run.progress)
     found = {"texts": [text.record() for text in read], "rows": [row.to_json() for row in rows]}
     evaluation = run.evaluation("perplexity", plan.sentence, rows, found)
 
@@ -128,8 +129,8 @@ def passkey(
 ) -> Evaluation:
     """How often a key of digits, hidden in a text of each length (tokens), is found at the end of the prompt.
 
-    The key stands at `depths` depths from start to end, in `trials` documents each. `form` is a passkey.json with the
-    sentences; None: the model's own, or plain English ones.
+    The key is placed at `depths` depths from start to end, in `trials` documents each. `form` is a passkey.json with
+    the sentences; None: the model's own, or plain English ones.
 
     Raises `InputError` for a `form` that is damaged and a length that is too short, and as `Subject.of` and `opened`.
     """
@@ -137,7 +138,7 @@ def passkey(
     path = form or form_of(run.subject.artifact)
     sentences = PasskeyFormat.read(path)
     with run.session() as (session, encode):
-        asked = {"depths": depths, "trials": trials, "seed": run.seed, "progress": run.say}
+        asked = {"depths": depths, "trials": trials, "seed": run.seed, "progress": run.progress}
         rows = measure_passkey(session, sentences, encode, lengths, **asked)
     found = {
         "form": {"name": path.name, "sha256": sha256(path.read_bytes()).hexdigest()},
@@ -168,7 +169,7 @@ def benchmarks(
     """Scores on short benchmarks, through lm-eval.
 
     `tasks` are arc_challenge, hellaswag, mmlu, truthfulqa_mc2, or without `data` any of lm-eval's. `data` is a folder
-    of JSON lines; None: lm-eval's own data, from the Hub. `shots` examples stand before each question; None: the
+    of JSON lines; None: lm-eval's own data, from the Hub. `shots` examples come before each question; None: the
     LongRoPE paper's number. `limit` questions of each task are drawn; None: all. `against` is the JSON of an earlier
     result: the differences from it are measured question by question.
 
@@ -183,7 +184,7 @@ def benchmarks(
     from lrconvert.evals.tasks import prepare
 
     earlier = None if against is None else read_earlier(against)
-    run.say("questions")
+    run.progress(Step("questions"))
     asked = prepare(tasks, folder=data, shots=shots, limit=limit, seed=run.seed)
     files = {name: digest for benchmark in asked for name, digest in benchmark.files.items()}
     if earlier is not None:
@@ -192,7 +193,7 @@ def benchmarks(
         run.warn(f"--shots does not apply to {', '.join(fixed)}, which has examples of its own")
     with run.session() as (session, _):
         most = batch_tokens or BATCH_TOKENS["cuda" if run.device.startswith("cuda") else "cpu"]
-        model = session_model(session, run.subject.artifact, most, progress=run.say)
+        model = session_model(session, run.subject.artifact, most, progress=run.progress)
         rows = measure_benchmarks(model, asked, run.seed)
     found: dict[str, Any] = {
         "lm_eval": lm_eval.__version__,
@@ -229,7 +230,7 @@ class _Run:
     library: str | None = None
     seed: int = 0
     output: Path | None = None
-    say: Say = lambda what: None
+    progress: Progress = silent
     warnings: list[str] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)  # the runtime's
 
@@ -255,9 +256,9 @@ class _Run:
             dtype=self.dtype,
             threads=self.threads,
             library=self.library,
-            progress=contextlib.nullcontext(self.say),
+            progress=self.progress,
             text=text,
-        ) as (session, encode, _):
+        ) as (session, encode):
             yield session, encode
             self.info = session.info
 

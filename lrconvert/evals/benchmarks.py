@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from lrconvert.evals.prompts import PromptTokenizer, Row
 from lrconvert.evals.scores import BenchmarkRow
 from lrconvert.evals.tasks import Asked, quiet
 from lrconvert.families.base import rope_section
+from lrconvert.progress import Progress, Step
 from lrconvert.runtimes.base import Session
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}  # padding included
@@ -56,7 +57,7 @@ class SessionModel(LM):
     window: int
     boundary: int | None = None
     batch_tokens: int = BATCH_TOKENS["cpu"]
-    progress: Callable[[str], None] | None = None
+    progress: Progress | None = None
     effort: Effort = field(default_factory=Effort)
     asked: str = ""  # the benchmark that is being asked, for progress
 
@@ -67,7 +68,7 @@ class SessionModel(LM):
         """Of every (prompt, answer): the answer's log probability in nats, and whether greedy decoding writes it."""
         pairs: list[Any] = [request.args for request in requests]
         unique = list(dict.fromkeys(pairs))
-        self._say(f"tokens of {len(unique)} requests")
+        self._tell("tokens", 0, len(unique), 0.0)
         found = dict(zip(unique, self._scored(self.tokenizer.rows(unique)), strict=True))
         return [found[pair] for pair in pairs]
 
@@ -101,19 +102,19 @@ class SessionModel(LM):
         self.effort.tokens += sum(lengths)
         self.effort.truncated += sum(len(row.tokens) > length for row, length in zip(rows, lengths, strict=True))
         found: list[tuple[float, bool]] = [(0.0, False)] * len(kept)
-        done = 0
+        done, read, total = 0, 0, sum(lengths)
         for batch in batches(lengths, self.batch_tokens, self.boundary):
-            self._say(f"{done} of {len(kept)} requests")
+            self._tell("", done, len(kept), read / max(total, 1))
             scores = self.session.score([kept[at].tokens.tolist() for at in batch], [kept[at].judged for at in batch])
             for at, score in zip(batch, scores, strict=True):
                 finite(score, lengths[at])
                 found[at] = -float(score.losses.sum()), bool(score.preferred.all())
-            done += len(batch)
+            done, read = done + len(batch), read + sum(lengths[at] for at in batch)
         return found
 
-    def _say(self, what: str) -> None:
+    def _tell(self, what: str, done: int, total: int, share: float) -> None:
         if self.progress is not None:
-            self.progress(f"{self.asked}: {what}" if self.asked else what)
+            self.progress(Step(self.asked or "benchmark", what, done, total, "requests", share))
 
 
 def batches(lengths: Sequence[int], most: int, boundary: int | None = None) -> Iterator[list[int]]:
@@ -132,7 +133,7 @@ def batches(lengths: Sequence[int], most: int, boundary: int | None = None) -> I
 
 
 def session_model(
-    session: Session, artifact: Path, batch_tokens: int, *, progress: Callable[[str], None] | None = None
+    session: Session, artifact: Path, batch_tokens: int, *, progress: Progress | None = None
 ) -> SessionModel:
     """The artifact's session as lm-eval sees it, with the window that its config promises."""
     config = open_checkpoint(artifact, tolerant=True).config

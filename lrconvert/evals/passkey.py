@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from lrconvert.data import DATA
 from lrconvert.errors import InputError
 from lrconvert.evals.figures import Figure, share_figure
 from lrconvert.evals.perplexity import finite
+from lrconvert.progress import Progress, Steps
 from lrconvert.runtimes.base import Session
 from lrconvert.training.keys import split_answer
 
@@ -157,15 +158,19 @@ def measure_passkey(
     depths: int = 10,
     trials: int = 1,
     seed: int = 0,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[PasskeyRow]:
     """Keys found at every length and at `depths` depths from start to end, `trials` documents each."""
-    rows = []
+    rows, steps = [], Steps("documents", progress)
+    for length in lengths:
+        steps.expect(length, depths * trials)
     for length in sorted(lengths):
         for index, depth in enumerate(np.linspace(0.0, 1.0, depths).tolist()):
-            if progress is not None:
-                progress(f"{length} tokens, depth {depth:.0%}")
             rngs = [np.random.default_rng([seed, length, index, trial]) for trial in range(trials)]
-            hits = sum(found_key(session, form, encode, length, depth, rng) for rng in rngs)
+            hits = 0
+            for rng in rngs:
+                steps.start(f"{length:,} tokens, depth {depth:.0%}", length)
+                hits += found_key(session, form, encode, length, depth, rng)
             rows.append(PasskeyRow(length, hits, trials, depth))
+    steps.finish()
     return rows

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from lrconvert.errors import InputError
 from lrconvert.evals.figures import Figure, perplexity_figure
 from lrconvert.evals.protocols import JUDGED, Plan
+from lrconvert.progress import Progress, Steps
 from lrconvert.runtimes.base import Scores, Session
 
 CLUSTER = 64  # judged tokens that are resampled together
@@ -51,37 +52,29 @@ def measure_perplexity(
     texts: Sequence[Tokens],
     plan: Plan,
     *,
+    only: Sequence[int] | None = None,
     seed: int = 0,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[PerplexityRow]:
-    """Perplexity at every length of the plan, shortest first.
+    """Perplexity at every length of the plan, or at those of them that are named by `only`; shortest first.
 
     Raises `InputError` when no text is long enough, or the model's losses are not numbers.
     """
-    lengths = sorted(plan.lengths)
-    return [measure_length(session, texts, plan, length, seed=seed, progress=progress) for length in lengths]
-
-
-def measure_length(
-    session: Session,
-    texts: Sequence[Tokens],
-    plan: Plan,
-    length: int,
-    *,
-    seed: int = 0,
-    progress: Callable[[str], None] | None = None,
-) -> PerplexityRow:
-    """As `measure_perplexity`, at one of the plan's lengths."""
-    contexts = plan.contexts([len(text) for text in texts], length)
-    parts: list[np.ndarray] = []
-    for number, context in enumerate(contexts):
-        if progress is not None:
-            progress(f"{length} tokens, pass {number + 1} of {len(contexts)}")
-        found = _losses(session, texts[context.text][context.start : context.end], context.judged)
-        parts += np.array_split(found, max(1, context.judged // CLUSTER))
-    excerpts = len({context.excerpt for context in contexts})
-    figure = perplexity_figure(parts, seed)
-    return PerplexityRow(length, figure, sum(map(len, parts)), excerpts, plan.protocol(length).name)
+    rows, steps = [], Steps("passes", progress)
+    passes = {length: plan.contexts([len(text) for text in texts], length) for length in sorted(only or plan.lengths)}
+    for length, contexts in passes.items():
+        steps.expect(length, len(contexts))
+    for length, contexts in passes.items():
+        parts: list[np.ndarray] = []
+        for context in contexts:
+            steps.start(f"{length:,} tokens", length)
+            found = _losses(session, texts[context.text][context.start : context.end], context.judged)
+            parts += np.array_split(found, max(1, context.judged // CLUSTER))
+        figure = perplexity_figure(parts, seed)
+        excerpts = len({context.excerpt for context in contexts})
+        rows.append(PerplexityRow(length, figure, sum(map(len, parts)), excerpts, plan.protocol(length).name))
+    steps.finish()
+    return rows
 
 
 def _losses(session: Session, tokens: Tokens, judged: int) -> np.ndarray:

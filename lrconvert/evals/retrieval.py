@@ -7,7 +7,7 @@ few tokens that it has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from lrconvert.data import DATA
 from lrconvert.errors import InputError
 from lrconvert.evals.passkey import PasskeyRow
 from lrconvert.evals.perplexity import finite
+from lrconvert.progress import Progress, Steps
 from lrconvert.runtimes.answers import AnswersBehind
 from lrconvert.runtimes.base import Scores, Session
 from lrconvert.training.keys import Key, KeyMaker, LabelledForm, hidden_in, labelled_form
@@ -69,20 +70,23 @@ def measure_retrieval(
     *,
     keys: int = 20,
     seed: int = 0,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[PasskeyRow]:
     """Keys found at every length and depth; a haystack that is long enough has `keys` keys of its own."""
-    rows = []
-    for length in sorted(lengths):
-        texts = [text for text in haystacks if len(text) >= length] or [max(haystacks, key=len)]
+    rows, steps = [], Steps("texts", progress)
+    chosen = {length: [text for text in haystacks if len(text) >= length] or [max(haystacks, key=len)]
+              for length in sorted(lengths)}  # fmt: skip
+    for length, texts in chosen.items():
+        steps.expect(length, len(texts))
+    for length, texts in chosen.items():
         hits = np.zeros(keys, dtype=int)
         for number, haystack in enumerate(texts):
-            if progress is not None:
-                progress(f"{length} tokens, text {number + 1} of {len(texts)}")
+            steps.start(f"{length:,} tokens", length)
             text = build_text(form, encode, haystack, length, keys, np.random.default_rng([seed, length, number]))
             hits += [bool(finite(scores, length).preferred.all()) for scores in _scores(session, text)]
         depths = np.linspace(0.0, 1.0, keys).tolist()
         rows += [PasskeyRow(length, int(hit), len(texts), depth) for hit, depth in zip(hits, depths, strict=True)]
+    steps.finish()
     return rows
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from lrconvert.errors import UsageError
 from lrconvert.evals.texts import Text
 from lrconvert.parity.expected import expected
 from lrconvert.parity.stored import on_stored_weights
+from lrconvert.progress import Progress, Step, silent
 from lrconvert.recipe import Recipe, load_recipe, parse_recipe, recipe_folder
 from lrconvert.rope import RopeSpec
 from lrconvert.runtimes import runtime_for
@@ -27,7 +28,6 @@ from lrconvert.runtimes.base import Session
 from lrconvert.targets import hf, target_of
 from lrconvert.training.devices import torch_device
 
-Say = Callable[[str], None]
 REFERENCE = "reference"  # not code of an artifact: our implementation over its weights
 
 
@@ -133,10 +133,10 @@ def opened(
     dtype: str = "float32",
     threads: int | None = None,
     library: str | None = None,
-    progress: AbstractContextManager[Say],
+    progress: Progress = silent,
     text: bool = True,
-) -> Iterator[tuple[Session, Encode, Say]]:
-    """A session, its tokenizer, and what reports progress. A folder runs its own code where it has some; a model with a
+) -> Iterator[tuple[Session, Encode]]:
+    """A session and its tokenizer. A folder runs its own code where it has some; a model with a
     recipe is baked for as long as the session lives. Without `text` no tokenizer is needed.
 
     Raises `UsageError` for a `code` that the artifact does not have, `InputError` for one without tokenizer.
@@ -151,8 +151,7 @@ def opened(
         torch_device(device, "hf", purpose)
     options = OpenOptions(device=device, dtype=dtype, threads=threads, library=library)
     with ExitStack() as stack:
-        say = stack.enter_context(progress)
-        say("loading")
+        progress(Step("loading"))
         encode = tokenizer_of(subject.artifact) if text else _no_text
         if code == REFERENCE:
             from lrconvert.evals.reference import open_reference
@@ -161,11 +160,11 @@ def opened(
         else:
             artifact = subject.artifact
             if subject.given is not None:
-                say("baking")
+                progress(Step("baking"))
                 artifact = stack.enter_context(baked(subject))
             backend = _backend_of(subject, artifact, runtime, code)
             session = stack.enter_context(closing(backend.open(artifact, options)))
-        yield session, encode, say
+        yield session, encode
 
 
 def _backend_of(subject: Subject, artifact: Path, runtime: Runtime, name: str | None) -> Backend:

@@ -17,7 +17,8 @@ from lrconvert.errors import InputError, UsageError, require
 from lrconvert.evals.texts import Text, read_texts, sources_of
 from lrconvert.extending.plan import Plan, load_plan
 from lrconvert.extending.run import Extension, Finished, check_name, extended_recipe
-from lrconvert.extending.stages import ADAPTER, Progress, Task, Watch
+from lrconvert.extending.task import ADAPTER, Task
+from lrconvert.progress import Progress, silent
 from lrconvert.recipe import Recipe, check_output, load_recipe, write_recipe
 from lrconvert.recipe.models import portable_name
 
@@ -53,7 +54,7 @@ def extend(
     context_parallel: int = 1,
     shard_weights: bool = False,
     force: bool = False,
-    watch: Watch | None = None,
+    progress: Progress | None = None,
 ) -> ExtendResult:
     """Extend the window of `model` by the stages of `plan`; the recipe in the folder `output` has its adapter with it.
 
@@ -67,7 +68,7 @@ def extend(
         work: The folder for what the stages leave; None: OUTPUT.work. The same call goes on from it.
         seed, device, dtype, attention, context_parallel, shard_weights: As for `search`.
         name: The recipe's name; None: the output's.
-        watch: Called with the `Progress` of a stage.
+        progress: Gets every `Step` of every stage.
 
     Raises:
         UsageError: Options that don't go together, a plan or stage that doesn't exist, an output that exists.
@@ -91,7 +92,7 @@ def extend(
     machine = {"device": device, "dtype": dtype, "attention": attention, "context_parallel": context_parallel,
                "shard_weights": shard_weights}  # fmt: skip
     place = Path(work) if work is not None else folder.with_name(folder.name + ".work")
-    task = Task("", opened, str(model), read, kept, place, place, seed, machine, watch or _silent)
+    task = Task("", opened, str(model), read, kept, place, place, seed, machine, progress or silent)
     extension = Extension(chosen, task, place)
     done = extension.run(until=until, again=again)
     recipe = replace(
@@ -100,10 +101,6 @@ def extend(
     whole = len(done) == len(chosen.stage)
     path = _write(recipe, extension.recipe_file(done), folder, force) if whole else None
     return ExtendResult(recipe, path, tuple(done), place)
-
-
-def _silent(progress: Progress) -> None:
-    """Nobody watches."""
 
 
 def _check(model: Model, plan: Plan, where: object) -> None:

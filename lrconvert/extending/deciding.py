@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lrconvert.extending.plan import Search
+from lrconvert.extending.task import JOURNAL, Task, with_tier
 from lrconvert.rope import Tier, compose, serving
 from lrconvert.searching.journal import Record, read_journal
 from lrconvert.searching.objective import PARTS
@@ -22,7 +23,6 @@ from lrconvert.training.keys import KeyMaker, training_form
 from lrconvert.training.rows import Row, RowOptions, make_row
 
 if TYPE_CHECKING:
-    from lrconvert.extending.stages import Task
     from lrconvert.training.loaded import LoadedModel
 
 DECIDED = "decided.json"
@@ -44,7 +44,6 @@ def decide(stage: Search, task: Task) -> dict[str, Any]:
 
     Raises `InputError` for texts that are shorter than a document.
     """
-    from lrconvert.extending.stages import JOURNAL, with_tier
     from lrconvert.training.loaded import LoadedModel as Loaded
 
     assert stage.decide is not None

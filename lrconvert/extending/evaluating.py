@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -13,15 +13,13 @@ from lrconvert.errors import InputError
 from lrconvert.evals.in_memory import LoadedSession
 from lrconvert.evals.passkey import PROTOCOL as PASSKEY
 from lrconvert.evals.passkey import PasskeyFormat, PasskeyRow, by_length, form_of, measure_passkey
-from lrconvert.evals.perplexity import measure_length
+from lrconvert.evals.perplexity import measure_perplexity
 from lrconvert.evals.protocols import Plan as Protocol
 from lrconvert.evals.retrieval import PROTOCOL as RETRIEVAL
 from lrconvert.evals.retrieval import evaluation_form, measure_retrieval
 from lrconvert.extending.plan import Evaluate
+from lrconvert.extending.task import Task
 from lrconvert.training.loaded import LoadedModel
-
-if TYPE_CHECKING:
-    from lrconvert.extending.stages import Task
 
 MEASURED = "measured.json"
 BASE, EXTENDED = "base", "extended"  # the model before its extension, under its own set, and after it
@@ -65,7 +63,7 @@ def _measures(stage: Evaluate, task: Task) -> dict[str, tuple[str, Measure]]:
 
     def perplexity(length: int) -> Measure:
         plan, documents = _protocol(stage), long_enough(texts, max(stage.perplexity))
-        return lambda session: measure_length(session, documents, plan, length, seed=task.seed).to_json()
+        return lambda session: measure_perplexity(session, documents, plan, only=(length,), seed=task.seed)[0].to_json()
 
     def retrieval(length: int) -> Measure:
         form, documents = evaluation_form(folder), long_enough(texts, length)[: stage.texts]

@@ -31,7 +31,7 @@ from lrconvert.rope import STRICT
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]  # of Python 3.10 alone
 
 PLANS = DATA / "plans"
 _UNITS = {"": 1, "k": 1024, "m": 1024**2}

@@ -20,7 +20,8 @@ from lrconvert.checkpoint import describe_source
 from lrconvert.checkpoint.source import sha256_of
 from lrconvert.errors import InputError, UsageError
 from lrconvert.extending.plan import Evaluate, Plan
-from lrconvert.extending.stages import ADAPTER, STAGES, Facts, Task
+from lrconvert.extending.stages import STAGES, Facts
+from lrconvert.extending.task import ADAPTER, Task
 from lrconvert.recipe import RECIPE_FILE, SCHEMA_VERSION, Provenance, Recipe, load_recipe, write_recipe
 from lrconvert.rope import Tier
 

@@ -8,104 +8,18 @@ device.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from lrconvert import rope
-from lrconvert.checkpoint import Model
-from lrconvert.checkpoint.adapter import choose_adapter, merged, open_adapter
-from lrconvert.checkpoint.tokenizer import Encode, tokenizer_of
-from lrconvert.evals.texts import Text
 from lrconvert.extending.plan import Derive, Evaluate, Recover, Search, Tune
-from lrconvert.recipe import Recipe, load_recipe, recipe_folder, write_recipe
+from lrconvert.extending.task import ADAPTER, JOURNAL, Task, with_tier
 from lrconvert.rope import Tier, compose, serving
 from lrconvert.training.keys import KeyMaker, training_form
 
-ADAPTER, JOURNAL = "adapter", "journal.jsonl"
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a stage is: `done` of `total` in its own unit, in words, and the seconds that are left, if known."""
-
-    stage: str
-    text: str
-    done: float = 0.0
-    total: float = 0.0
-    seconds_left: float | None = None
-
-
-Watch = Callable[[Progress], None]
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a stage works on.
-
-    `before` is the recipe file of the stage before it, `folder` its own. `texts` are for searching and training,
-    `held_out` for evaluation alone. `machine` has device, dtype, attention, context_parallel and shard_weights.
-    """
-
-    name: str
-    model: Model
-    reference: str
-    texts: tuple[Text, ...]
-    held_out: tuple[Text, ...]
-    before: Path
-    folder: Path
-    seed: int = 0
-    machine: dict[str, Any] = field(default_factory=dict)
-    watch: Watch = lambda progress: None
-
-    @property
-    def recipe(self) -> Recipe:
-        return load_recipe(self.before)
-
-    @property
-    def adapter(self) -> Path | None:
-        """The adapter so far."""
-        chosen = choose_adapter(None, self.recipe.adapter, recipe_folder(self.before))
-        return None if chosen is None else Path(chosen)
-
-    def trained(self) -> Model:
-        """The model with the adapter so far merged."""
-        return self.model if self.adapter is None else merged(self.model, open_adapter(self.adapter))
-
-    @property
-    def encode(self) -> Encode:
-        return tokenizer_of(self.model.checkpoint.path)
-
-    @property
-    def loading(self) -> dict[str, Any]:
-        """`machine` as `LoadedModel` calls it."""
-        names = {"context_parallel": "team", "shard_weights": "sharded"}
-        return {names.get(key, key): value for key, value in self.machine.items() if value is not None}
-
-    def say(self, text: str, done: float = 0.0, total: float = 0.0, seconds_left: float | None = None) -> None:
-        self.watch(Progress(self.name, text, done, total, seconds_left))
-
-    def write(self, recipe: Recipe, adapter: Path | None) -> Path:
-        """The stage's own recipe file; it names the adapter by a path relative to its folder."""
-        relative = None if adapter is None else _relative(adapter, self.folder)
-        return write_recipe(replace(recipe, adapter=relative), self.folder, force=True)
-
-
 Facts = dict[str, Any]
-
-
-def _relative(path: Path, folder: Path) -> str:
-    import os
-
-    return Path(os.path.relpath(path, folder)).as_posix()
-
-
-def with_tier(recipe: Recipe, tier: Tier) -> Recipe:
-    """The recipe with a tier added, or put in the place of the one for its window."""
-    others = [old for old in recipe.tiers if old.max_length != tier.max_length]
-    return replace(recipe, tiers=tuple(sorted([*others, tier], key=lambda tier: tier.max_length)))
 
 
 # --- derive ----------------------------------------------------------------------------------------------

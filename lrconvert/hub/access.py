@@ -90,10 +90,10 @@ def hub_errors(doing: str, who: object) -> Iterator[None]:
         if getattr(error, "response", None) is not None:  # older clients raise what the library has
             raise _answered(doing, who, error) from error
         reason = f" ({_line(error.__cause__)})" if error.__cause__ and isinstance(error, RuntimeError) else ""
-        said = f"{doing}: {type(error).__name__}: {_line(error)}{reason}"
-        if "metadata in README.md" in said:  # the Hub looked at the card before anything was sent
-            raise InputError(said, remedy="Fix the metadata at the top of the artifact's README.md") from error
-        raise EnvironmentFailure(said, remedy="Check the network and try again; finished uploads are kept") from error
+        text = f"{doing}: {type(error).__name__}: {_line(error)}{reason}"
+        if "metadata in README.md" in text:  # the Hub looked at the card before anything was sent
+            raise InputError(text, remedy="Fix the metadata at the top of the artifact's README.md") from error
+        raise EnvironmentFailure(text, remedy="Check the network and try again; finished uploads are kept") from error
 
 
 def _line(error: object) -> str:
@@ -102,14 +102,14 @@ def _line(error: object) -> str:
 
 
 def _answered(doing: str, who: object, error: Any) -> EnvironmentFailure:
-    """An answer of the Hub that says no."""
+    """The Hub refused."""
     status = getattr(error.response, "status_code", None)
-    said = _line(getattr(error, "server_message", None) or str(error).partition("\n")[0])
+    reply = _line(getattr(error, "server_message", None) or str(error).partition("\n")[0])
     if status == 401:
-        return EnvironmentFailure(f"{doing}: the Hub does not accept {who} (401: {said})", remedy=LOG_IN)
+        return EnvironmentFailure(f"{doing}: the Hub does not accept {who} (401: {reply})", remedy=LOG_IN)
     if status in (403, 404):
-        return EnvironmentFailure(f"{doing}: {who} may not do that ({status}: {said})", remedy=LOG_IN)
+        return EnvironmentFailure(f"{doing}: {who} may not do that ({status}: {reply})", remedy=LOG_IN)
     if status in (409, 412):
         remedy = "Somebody else changed the repository; check it and try again"
-        return EnvironmentFailure(f"{doing}: the Hub refused ({status}: {said})", remedy=remedy)
-    return EnvironmentFailure(f"{doing}: the Hub answered {status} ({said})", remedy="Try again later")
+        return EnvironmentFailure(f"{doing}: the Hub refused ({status}: {reply})", remedy=remedy)
+    return EnvironmentFailure(f"{doing}: the Hub answered {status} ({reply})", remedy="Try again later")

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -26,16 +25,15 @@ from lrconvert.artifact.manifest import MANIFEST, FileRecord, Manifest
 from lrconvert.artifact.redaction import leaks, public_manifest, without_paths
 from lrconvert.errors import InputError, ParityError, UnsupportedError, UsageError
 from lrconvert.hub.access import Account, client, hub_errors, sign_in
+from lrconvert.progress import BYTES, Progress, Step, silent
 from lrconvert.targets import get_target
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.hf_api import RepoFile
 
-Progress = Callable[[str], None]
-
 GIT_FILES = {".gitattributes"}  # the Hub's own
-# Files of somebody else that loaders would take instead of, or on top of, what the artifact holds.
+# Files that loaders would use instead of the artifact's, or on top of them.
 SHADOWING = ("model.safetensors", "adapter_config.json")
 
 
@@ -111,7 +109,7 @@ def plan(
     Raises `InputError` for an artifact that isn't whole, `ParityError` (unless `force`) for one that failed its
     last verification, and what `sign_in` raises.
     """
-    say = progress or (lambda what: None)
+    progress = progress or silent
     if artifact.is_file():
         raise UnsupportedError(
             f"{artifact} is a file; push publishes folders that have a card",
@@ -125,7 +123,7 @@ def plan(
             remedy="Convert and verify again; --force publishes it anyway, with that report",
         )
     _check_files(artifact, local)
-    say("contacting the Hub")
+    progress(Step("contacting the Hub"))
     api, account, repo = sign_in(name)
     head, is_private, remote = _look(api, account, repo, revision)
     if head is not None and private and not is_private:
@@ -133,8 +131,7 @@ def plan(
             f"{repo} exists and is public; --private applies only to new repositories",
             remedy="Change it in its settings on the Hub, or choose another name",
         )
-    say("checksums")
-    manifest, additions = _operations(artifact, local, repo)
+    manifest, additions = _operations(artifact, local, repo, progress)
     names = {item.path_in_repo for item in additions}
     with hub_errors(f"reading {repo}", account):
         theirs = _remote_manifest(api, repo, head) if head and MANIFEST in remote else None
@@ -162,15 +159,15 @@ def upload(
     from huggingface_hub import CommitOperationDelete
 
     planned.check(force=force)
-    say = progress or (lambda what: None)
+    progress = progress or silent
     api, head = client(), planned.head
     default = f"{planned.manifest.recipe.get('name')}, by lrconvert {planned.manifest.lrconvert}"
     with hub_errors(f"publishing {planned.repo}", planned.account):
         if head is None:
-            say(f"creating {planned.repo}")
+            progress(Step(f"creating {planned.repo}"))
             api.create_repo(planned.repo, private=True if planned.private else None)
             head = api.model_info(planned.repo).sha
-        say(f"uploading to {planned.repo}")
+        progress(Step(f"uploading {sum(planned.sizes.values()) / 1e6:,.1f} MB to {planned.repo}"))
         deletions = [CommitOperationDelete(path, is_folder=False) for path in planned.deleted]
         done = api.create_commit(
             planned.repo,
@@ -200,16 +197,21 @@ def _check_files(artifact: Path, manifest: Manifest) -> None:
         raise InputError.collect(artifact, problems)
 
 
-def _operations(artifact: Path, local: Manifest, repo: str) -> tuple[Manifest, list[CommitOperationAdd]]:
+def _operations(
+    artifact: Path, local: Manifest, repo: str, progress: Progress
+) -> tuple[Manifest, list[CommitOperationAdd]]:
     """The manifest as it is published, and every file of the commit, hashed."""
     from huggingface_hub import CommitOperationAdd
 
     manifest, problems = public_manifest(local), []
     additions: dict[str, CommitOperationAdd] = {}
+    done, total = 0, sum(record.size for record in local.files.values())
     for name, record in sorted(local.files.items()):
         if name == CARD:
             continue
+        progress(Step("checksums", name, done, total, BYTES))
         additions[name] = CommitOperationAdd(name, artifact / name)
+        done += record.size
         digest = additions[name].upload_info.sha256.hex()
         if record.sha256 not in (None, digest):
             problems.append(f"{name} has changed since it was written")
@@ -286,9 +288,9 @@ def _foreign(
     if theirs is None:
         return sorted(set(remote) - GIT_FILES)
     found = sorted(set(remote) - GIT_FILES - {MANIFEST} - set(theirs.files))
-    made = [(m.target, m.source.get("model"), m.source.get("family")) for m in (theirs, ours)]
-    if made[0] != made[1]:
-        found.append(f"an artifact made from {made[0][1]} ({made[0][0]}), not from {made[1][1]}")
+    origins = [(m.target, m.source.get("model"), m.source.get("family")) for m in (theirs, ours)]
+    if origins[0] != origins[1]:
+        found.append(f"an artifact made from {origins[0][1]} ({origins[0][0]}), not from {origins[1][1]}")
     for name in sorted(names & set(theirs.files) & set(remote)):
         record, file = theirs.files[name], remote[name]
         digest = file.lfs.sha256 if file.lfs else record.sha256

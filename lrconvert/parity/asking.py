@@ -13,23 +13,22 @@ import numpy as np
 
 from lrconvert.artifact.checks import Row
 from lrconvert.errors import InputError
-from lrconvert.parity.cases import DECODED, Case, build_cases, kept, stream
+from lrconvert.parity.cases import DECODED, Case, kept, stream
 from lrconvert.parity.expected import lost
 from lrconvert.parity.graph import graph_rows, placement_rows, rotary_rows
 from lrconvert.parity.hypotheses import closest_hypothesis
 from lrconvert.parity.measures import Measures, compare, merge
 from lrconvert.parity.opened import Opened
 from lrconvert.parity.options import Options
+from lrconvert.parity.questions import LOADING, Questions, case_cost, reference_cost
 from lrconvert.parity.reference_runner import ReferenceRunner, kept_of_batch
-from lrconvert.parity.report import Report, judged
+from lrconvert.parity.report import Report, case_row
 from lrconvert.parity.tokens import token_rows
-from lrconvert.rope import RopeSpec
+from lrconvert.progress import Progress, Steps
+from lrconvert.rope import Tier
 from lrconvert.runtimes.answers import Answer, AnswersCached, AnswersShift
-from lrconvert.runtimes.backend import Backend
 
-Progress = Callable[[str], None]
-
-# What some sessions answer besides the cases: how progress calls it, and the rows that come of it.
+# What some sessions answer besides the cases: how progress names it, and the rows that come of it.
 CHECKS: dict[Answer, tuple[str, Callable[[Opened], Iterable[Row]]]] = {
     "graph": ("the graph itself", graph_rows),
     "rotary": ("the rotary function alone", rotary_rows),
@@ -45,20 +44,19 @@ class Run:
     artifact: Path
     options: Options
     report: Report
-    say: Progress
+    progress: Progress
+    steps: Steps  # of the checks
 
 
-def ask_backend(run: Run, backend: Backend, spec: RopeSpec, reference: ReferenceRunner, dtype: str) -> None:
-    """Every case for one backend, into the report. `dtype` is what its products are computed in (its tolerances)."""
-    options, report = run.options, run.report
-    capability = backend.capability(reference.model.family)
-    fitted, dropped = capability.fit(spec)
-    fitted = capability.round_boundaries(fitted)
-    boundaries = spec.boundaries[:1] if capability.once else None
-    cases = list(build_cases(fitted, capability, options.budget, accepts=backend.accepts, boundaries=boundaries))
-    run.say(f"{backend.name} code: reference")
-    reference.prepare(fitted, [case for case in cases if not case.skipped])
-    run.say(f"{backend.name} code: loading")
+def ask_backend(run: Run, questions: Questions, reference: ReferenceRunner) -> None:
+    """Every case for one backend, into the report."""
+    options, report, steps, backend = run.options, run.report, run.steps, questions.backend
+
+    def start(tier: Tier, tokens: int) -> None:
+        steps.start(f"reference, set for {tier.max_length} tokens", reference_cost(tokens))
+
+    reference.prepare(questions.spec, questions.runnable, start)
+    steps.start(f"{backend.name} code: loading", LOADING)
     try:
         session = backend.open(run.artifact, replace(options, longest=options.budget.dense))
     except InputError as error:
@@ -66,25 +64,27 @@ def ask_backend(run: Run, backend: Backend, spec: RopeSpec, reference: Reference
         return
     with closing(session):
         report.runtimes[backend.name] = session.info
-        _ask(run, Opened(run.artifact, backend, session, fitted, reference, dtype), cases)
-    report.losses += dropped
-    if dropped:
-        run.say(f"{backend.name} code: what it can't express")
-        report.rows += lost(backend.name, spec, fitted, reference, options.budget)
+        opened = Opened(run.artifact, backend, session, questions.spec, reference, questions.dtype)
+        _ask(run, questions, opened)
+    report.losses += questions.dropped
+    if questions.lost is not None:
+        steps.start(f"{backend.name} code: what it can't express", questions.lost)
+        report.rows += lost(backend.name, questions.recipe, questions.spec, reference, options.budget)
 
 
-def _ask(run: Run, opened: Opened, cases: Iterable[Case]) -> None:
+def _ask(run: Run, questions: Questions, opened: Opened) -> None:
     """The cases, what else the session answers, and whether the recipe explains its answers best."""
-    rows = run.report.rows
-    for case in cases:
-        run.say(f"{opened.name} code: {case.name}")
+    rows, steps = run.report.rows, run.steps
+    checks = [check for answer, check in CHECKS.items() if answer in opened.session.answers]
+    steps.expect(LOADING, len(checks))
+    for case in questions.cases:
+        steps.start(f"{opened.name} code: {case.name}", case_cost(case))
         rows += _case_rows(case, opened)
-    for answer, (what, check) in CHECKS.items():
-        if answer in opened.session.answers:
-            run.say(f"{opened.name} code: {what}")
-            rows += check(opened)
-    if not opened.backend.is_exact(opened.dtype):
-        run.say(f"{opened.name} code: is the recipe the closest hypothesis?")
+    for what, check in checks:
+        steps.start(f"{opened.name} code: {what}", LOADING)
+        rows += check(opened)
+    if questions.hypotheses is not None:
+        steps.start(f"{opened.name} code: is the recipe the closest hypothesis?", questions.hypotheses)
         try:
             rows += closest_hypothesis(opened, lambda case: _forward(case, opened))
         except InputError as error:
@@ -106,7 +106,7 @@ def _case_rows(case: Case, opened: Opened) -> list[Row]:
             same, exact = _decode_cached(case, opened)
             cost = "the cost of keeping a cache across the boundary, compared with the exact answer"
             return [
-                judged(opened.name, case.name, case.length, same, tolerance),
+                case_row(opened.name, case.name, case.length, same, tolerance),
                 Row(
                     opened.name, f"{case.name}, against exact", "known", length=case.length, reason=cost, **vars(exact)
                 ),
@@ -114,7 +114,7 @@ def _case_rows(case: Case, opened: Opened) -> list[Row]:
         measures = MEASURED[case.kind](case, opened)
     except InputError as error:
         return [Row(opened.name, case.name, "fail", length=case.length, reason=error.message)]
-    return [judged(opened.name, case.name, case.length, measures, tolerance, known=case.known)]
+    return [case_row(opened.name, case.name, case.length, measures, tolerance, known=case.known)]
 
 
 def _measure_forward(case: Case, opened: Opened) -> Measures:
@@ -176,5 +176,5 @@ MEASURED: dict[str, Callable[[Case, Opened], Measures]] = {
 
 
 def _context(case: Case) -> dict[str, Any]:
-    """What only sessions that answer "contexts" measure besides."""
+    """The argument of sessions that answer "contexts"."""
     return {} if case.context is None else {"context": case.context}

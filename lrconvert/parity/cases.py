@@ -59,7 +59,7 @@ class Case:
 
     @property
     def length(self) -> int:
-        """The longest sequence whose logits are judged."""
+        """The longest sequence whose logits are compared."""
         return self.lengths[0] + (DECODED - 1 if self.kind in ("decode", "shift") else 0)
 
     @property
@@ -73,6 +73,13 @@ class Case:
     def dropped(self) -> int:
         """Tokens that a `shift` forgets."""
         return self.lengths[0] // 4
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a runtime reads to answer it."""
+        if self.spread:
+            return SPREAD_TOKENS
+        return sum(self.lengths) + (DECODED if self.kind in ("decode", "shift") else 0)
 
     def positions(self) -> np.ndarray:
         """Positions of a spread case: three eighths dense at each end, the rest evenly between."""
@@ -147,7 +154,7 @@ def _contexts(spec: RopeSpec) -> Iterator[Case]:
 
 
 def _lengths(spec: RopeSpec, budget: Budget, accepts: Accepts, boundaries: Sequence[int]) -> Iterator[Case]:
-    asked: dict[int, str] = {}
+    names: dict[int, str] = {}
     end, dense = spec.window - accepts.reserved, max(budget.dense, SPREAD_TOKENS)
     for boundary in boundaries:
         for length, name in (
@@ -155,17 +162,17 @@ def _lengths(spec: RopeSpec, budget: Budget, accepts: Accepts, boundaries: Seque
             (boundary, f"at {boundary}"),
             (boundary + 1, f"one past {boundary}"),
         ):
-            asked.setdefault(length, name)
+            names.setdefault(length, name)
     if not boundaries:
-        asked.setdefault(min(64, spec.window), "short")
+        names.setdefault(min(64, spec.window), "short")
     counts = sorted({tier.start_tokens for tier in spec.tiers if tier.start_tokens > 1})
     for count in counts:
         if count + 1 <= spec.window:
-            asked.setdefault(count + 1, f"one past {count} start tokens")
-    asked.setdefault(end, "far end")
+            names.setdefault(count + 1, f"one past {count} start tokens")
+    names.setdefault(end, "far end")
     if end > dense and accepts.positions == "none":
-        asked.setdefault(dense, f"at {dense}")
-    for length, name in sorted(asked.items()):
+        names.setdefault(dense, f"at {dense}")
+    for length, name in sorted(names.items()):
         spread = length > dense
         if spread and accepts.positions == "none":
             skipped = f"{length} consecutive tokens are beyond this device's budget; use --full"

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an artifact has to compute, given how it was baked, and what that costs against the recipe itself.
+"""What an artifact has to compute, given how it was baked, and how far that is from the recipe itself.
 
 An artifact may have part of its attention factor in its weights. Its code is compared with a reference whose weights
-are folded, and rounded, like that. That a fold does what the recipe asks of the original weights is a check of its
-own, reference against reference and without rounding; what rounding costs is measured beside it.
+are folded and rounded in the same way. A separate check, reference against reference and without rounding, shows that
+the fold computes the recipe. What rounding costs is measured beside it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lrconvert.errors import InputError
 from lrconvert.parity.cases import Budget, Case
 from lrconvert.parity.measures import compare
 from lrconvert.parity.reference_runner import ReferenceRunner
-from lrconvert.parity.report import judged
+from lrconvert.parity.report import case_row
 from lrconvert.parity.tolerances import PORTABLE as PORTABLE_TOLERANCES
 from lrconvert.rope import RopeSpec
 from lrconvert.runtimes.tolerances import tolerance_for
@@ -35,8 +35,8 @@ CODE = "portable"
 class Expected:
     """What an artifact has to compute: `spec` on the weights of `model`.
 
-    It stands for `kept`, which is `recipe` without what was `dropped`, on the weights of `source`, whose q and k are
-    `scale` times smaller. `source` is None where nothing was folded, or the weights at hand are folded already.
+    It is equivalent to `kept`, which is `recipe` without what was `dropped`, on the weights of `source`, whose q and k
+    are `scale` times smaller. `source` is None where nothing was folded, or the given weights are folded already.
     """
 
     recipe: RopeSpec
@@ -75,8 +75,7 @@ def expected(model: Model, spec: RopeSpec, record: BakeRecord, artifact: Path) -
 
 def lost(name: str, exact: RopeSpec, fitted: RopeSpec, reference: ReferenceRunner, budget: Budget) -> list[Row]:
     """What fitting a recipe to code costs, by the reference alone, at the end of every tier that it changes."""
-    changed = [tier.max_length for tier in exact.tiers if tier != fitted.tier_for(tier.max_length)]
-    cases = [end_case("lost", length, budget) for length in changed]
+    cases = [end_case("lost", length, budget) for length in changed_tiers(exact, fitted)]
     reference.prepare(exact, cases)
     reference.prepare(fitted, cases)
     reason = "what the recipe asks for and this code can't express"
@@ -85,6 +84,11 @@ def lost(name: str, exact: RopeSpec, fitted: RopeSpec, reference: ReferenceRunne
         measures = compare(reference.forward(exact, case), reference.forward(fitted, case))
         rows.append(Row(name, case.name, "known", length=case.length, reason=reason, **vars(measures)))
     return rows
+
+
+def changed_tiers(exact: RopeSpec, fitted: RopeSpec) -> list[int]:
+    """The ends of the recipe's tiers that fitting it to code changes."""
+    return [tier.max_length for tier in exact.tiers if tier != fitted.tier_for(tier.max_length)]
 
 
 def rounding_rows(wanted: Expected, rounded: ReferenceRunner, plain: ReferenceRunner, budget: Budget) -> list[Row]:
@@ -107,7 +111,7 @@ def exact_fold_rows(wanted: Expected, *, device: str, budget: Budget) -> list[Ro
         ReferenceRunner(folded(wanted.source, scale, rounded=False), device=device) for scale in (1.0, wanted.scale)
     )
     return [
-        judged(
+        case_row(
             CODE,
             f"folded attention factor at {length}",
             length,

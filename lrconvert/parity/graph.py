@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured of an ONNX graph besides its logits: is its rotary function exact at any position, and does a second
-implementation of the operators agree? What is read off the file is in the target's checks."""
+"""Measurements of an ONNX graph beyond its logits: is its rotary function exact at any position, and does a second
+implementation of the operators agree? What the file alone shows is in the target's checks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lrconvert.errors import InputError
 from lrconvert.parity.cases import stream
 from lrconvert.parity.measures import compare
 from lrconvert.parity.opened import Opened
-from lrconvert.parity.report import judged
+from lrconvert.parity.report import case_row
 from lrconvert.parity.tolerances import COS_SIN_ERROR
 from lrconvert.runtimes.answers import AnswersGraph, AnswersPlacements, AnswersRotary
 
@@ -78,7 +78,7 @@ def _evaluated(stored: OnnxCheckpoint, opened: Opened) -> Iterator[Row]:
     expected = opened.reference.answer(opened.spec, tokens, len(tokens), keep)
     dtype = "F16" if "F16" in stored.kinds else "F32"
     tolerance = opened.backend.tolerance(dtype, len(tokens))
-    yield judged(CODE, name, len(tokens), compare(expected, answer), tolerance)
+    yield case_row(CODE, name, len(tokens), compare(expected, answer), tolerance)
 
 
 def _padding(opened: Opened) -> Iterator[Row]:

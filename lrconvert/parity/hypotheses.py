@@ -20,7 +20,7 @@ from lrconvert.parity.report import Row
 from lrconvert.rope import RopeSpec, Tier
 
 TOKENS = 1024
-# A mistake whose own effect is a smaller part of the noise can't be told apart by so many tokens (nor does it matter).
+# Of the noise. So many tokens can't distinguish a mistake with a smaller effect, nor does it matter.
 SMALLEST_EFFECT = 0.3
 
 Answer = Callable[[Case], np.ndarray]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -17,7 +17,15 @@ from lrconvert.rope import RopeSpec, Tier
 class ReferenceRunner:
     """The reference implementation over a model, asked case by case."""
 
-    def __init__(self, model: Model, *, device: str = "cpu", stored_dtype: str | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        device: str = "cpu",
+        stored_dtype: str | None = None,
+        watch: Callable[[float], None] | None = None,
+    ) -> None:
+        """`watch` gets the part of a forward pass that is done."""
         require("torch", "hf", "the reference implementation")
         refuse_quantised(model, "the reference implementation")
         from lrconvert.reference import Reference, Rotation
@@ -26,6 +34,7 @@ class ReferenceRunner:
         placeholder = Rotation(model.shape.theta, model.shape.rotary_dim, ())
         self.model, self.stored_dtype = model, stored_dtype
         self._reference = Reference(model, placeholder, device=device, stored_dtype=stored_dtype)
+        self._reference.watch = watch
         self._dense: list[tuple[Tier, int, np.ndarray, np.ndarray]] = []  # tier, tokens, indices, logits
 
     @property
@@ -41,27 +50,25 @@ class ReferenceRunner:
             [FactorSet(t.max_length, t.factors, t.start_tokens, t.attention_factor) for t in spec.tiers],
         )
 
-    def prepare(self, spec: RopeSpec, cases: Iterable[Case]) -> None:
-        """Answer the dense forward cases together: one pass a tier, as long as its longest case."""
-        wanted: dict[int, list[int]] = {}
-        for case in cases:
-            if case.kind == "forward" and not case.spread:
-                tier = spec.tiers.index(spec.tier_for(case.context or case.length))
-                wanted.setdefault(tier, []).append(case.length)
-        for tier, lengths in wanted.items():
-            longest = max(lengths)
+    def prepare(
+        self, spec: RopeSpec, cases: Iterable[Case], start: Callable[[Tier, int], None] = lambda tier, tokens: None
+    ) -> None:
+        """Answer the dense forward cases together: one pass a tier, as long as its longest case. `start` gets the tier
+        and the tokens of each."""
+        for number, lengths in dense_passes(spec, cases).items():
+            tier, longest = spec.tiers[number], max(lengths)
+            start(tier, longest)
             indices = np.unique(np.concatenate([kept(length) for length in lengths]))
-            if self._prepared(spec.tiers[tier], longest, indices) is not None:
+            if self._prepared(tier, longest, indices) is not None:
                 continue
-            reach = spec.tiers[tier].max_length
-            logits = self.answer(spec, stream(self.model.shape.vocab, longest), reach, indices)
-            self._dense.append((spec.tiers[tier], longest, indices, logits))
+            logits = self.answer(spec, stream(self.model.shape.vocab, longest), tier.max_length, indices)
+            self._dense.append((tier, longest, indices, logits))
 
     def _prepared(self, tier: Tier, length: int, wanted: np.ndarray | None = None) -> np.ndarray | None:
         """Logits of a pass with this tier that holds all `wanted` indices (default: those of `length`)."""
         wanted = kept(length) if wanted is None else wanted
-        for made_with, longest, indices, logits in self._dense:
-            if made_with == tier and longest >= length and np.isin(wanted, indices).all():
+        for rotated_with, longest, indices, logits in self._dense:
+            if rotated_with == tier and longest >= length and np.isin(wanted, indices).all():
                 return logits[np.searchsorted(indices, wanted)]
         return None
 
@@ -131,6 +138,16 @@ class ReferenceRunner:
             answer = self.answer(spec, sequence[:longest], context or longest, np.asarray(lengths) - 1)
             rows |= dict(zip(lengths, answer, strict=True))
         return np.stack([rows[end] for end in ends.tolist()])
+
+
+def dense_passes(spec: RopeSpec, cases: Iterable[Case]) -> dict[int, list[int]]:
+    """The lengths of the dense forward cases, by the number of their tier."""
+    wanted: dict[int, list[int]] = {}
+    for case in cases:
+        if case.kind == "forward" and not case.spread:
+            tier = spec.tiers.index(spec.tier_for(case.context or case.length))
+            wanted.setdefault(tier, []).append(case.length)
+    return wanted
 
 
 def kept_of_batch(case: Case, row: int) -> np.ndarray:

@@ -14,10 +14,10 @@ from lrconvert.parity.measures import Measures
 from lrconvert.parity.tolerances import Tolerance
 
 
-def judged(
+def case_row(
     code: str, case: str, length: int, measures: Measures, tolerance: Tolerance, *, known: str | None = None
 ) -> Row:
-    """The row of a case. `known`: what the code is known to get wrong there, so that it isn't judged."""
+    """The row of a case. `known`: what the code is known to get wrong there; no bound applies then."""
     verdict: Verdict = "pass"
     reason, bound = "", tolerance.kl_mean
     if not measures.kl_mean <= tolerance.kl_mean:
@@ -73,14 +73,14 @@ class Report:
 
     @property
     def summary(self) -> str:
-        judged = [row for row in self.rows if row.bound is not None and row.verdict in ("pass", "fail")]
+        compared = [row for row in self.rows if row.bound is not None and row.verdict in ("pass", "fail")]
         if not self.passed:
             worst = self.failed[0] if self.failed else None
             where = f": {worst.code} code, {worst.case}: {worst.reason}" if worst else ": nothing was compared"
             return f"FAILED, {len(self.failed)} of {len(self.rows)} checks{where}"
-        closest = min(judged, key=lambda row: row.margin or 0)
+        closest = min(compared, key=lambda row: row.margin or 0)
         return (
-            f"verified: {len(judged)} cases agree with the reference; closest to its bound: {closest.code} "
+            f"verified: {len(compared)} cases agree with the reference; closest to its bound: {closest.code} "
             f"code, {closest.case}, KL {closest.kl_mean:.1e} of {closest.bound:.0e} allowed"
         )
 

@@ -24,6 +24,7 @@ from lrconvert.parity.expected import end_case
 from lrconvert.parity.measures import compare
 from lrconvert.parity.reference_runner import ReferenceRunner
 from lrconvert.parity.tolerances import weight_error
+from lrconvert.progress import Progress, Steps
 from lrconvert.rope import RopeSpec, Tier
 
 WEIGHTS = "weights"
@@ -68,22 +69,24 @@ def _untied(model: Model) -> Model:
 # --- weights ---------------------------------------------------------------------------------------------
 
 
-def check_weights(stored: Checkpoint, model: Model) -> tuple[list[Row], bool]:
+def check_weights(stored: Checkpoint, model: Model, progress: Progress | None = None) -> tuple[list[Row], bool]:
     """Whether the file's weights are the model's, as closely as their types can say; and whether they are equal.
 
-    The error of a tensor is the norm of the difference over the norm of the tensor; rows in another
-
-    order differ by about √2, whatever the type.
+    The error of a tensor is the norm of the difference over the norm of the tensor. Rows in another order differ by
+    about √2, whatever the type.
     """
     rows, exact = [], True
     worst: dict[str, tuple[float, str]] = {}
     names = {tensor.name: tensor.name for tensor in model.roles.values()}
     if model.shape.tied:  # a head that was quantised is a copy of its own
         names[TIED_HEAD] = model.roles["embedding", None].name
-    for own, name in names.items():
-        if own not in stored.tensors:
-            continue
+    there = {own: name for own, name in names.items() if own in stored.tensors}
+    steps = Steps("weights", progress, "tensors")
+    for own in there:
+        steps.expect(math.prod(stored.tensors[own].shape))
+    for own, name in there.items():
         kind = stored.tensors[own].dtype
+        steps.start(own, math.prod(stored.tensors[own].shape))
         ours, theirs = stored.read(own), model.checkpoint.read(name)
         if ours.dtype == theirs.dtype and np.array_equal(ours, theirs):
             error = 0.0
@@ -95,6 +98,7 @@ def check_weights(stored: Checkpoint, model: Model) -> tuple[list[Row], bool]:
             error = error if math.isfinite(error) else math.inf  # NaN would be less than nothing
         exact = exact and error == 0.0
         worst[kind] = max(worst.get(kind, (-1.0, "")), (error, own))
+    steps.finish()
     for kind, (error, name) in sorted(worst.items()):
         bound = weight_error(kind)
         case = f"{kind}, error up to {error:.1e}"

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does llama.cpp make of text the tokens that the model's own tokenizer makes? A wrong `tokenizer.ggml.pre` is silent.
+"""Does llama.cpp turn text into the same tokens as the model's own tokenizer? A wrong `tokenizer.ggml.pre` is silent.
 
-What llama.cpp is known to do differently is put into words *and* computed: tokenizer.json is changed into what
-llama.cpp can do of it, and a text counts as known only where llama.cpp answers exactly that. So a known difference
-hides no other one, and which apply is read off tokenizer.json.
+Each known difference of llama.cpp has a reason *and* is computed: tokenizer.json is edited to what llama.cpp can do,
+and a text counts as known only where llama.cpp answers exactly that. So a known difference hides no other one.
+tokenizer.json tells which differences apply.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def _own_texts(content: Json) -> Iterator[str]:
 
 
 def _reasons(content: Json, limits: Sequence[Limit], texts: Sequence[str]) -> str:
-    """In words, the limits that change one of the texts by themselves; all, should it take several together."""
+    """The reasons of the limits that change one of the texts alone; of all limits where it takes several."""
     plain = _encoded(_loaded(content), texts)
     alone = [limit for limit in limits if _encoded(_loaded(content, [limit]), texts) != plain]
     return "; ".join(limit.reason for limit in alone or limits)
@@ -196,7 +196,7 @@ def _apart(found: Sequence[int], expected: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class Limit:
-    """A part of tokenizer.json that no GGUF can express. `change` makes of tokenizer.json what llama.cpp does."""
+    """A part of tokenizer.json that no GGUF can express. `change` edits it to what llama.cpp computes."""
 
     reason: str
     applies: Callable[[Json], bool]
@@ -309,7 +309,7 @@ _PHI3_KEEPS = {"<unk>", "<s>", "<|endoftext|>"}
 
 
 def _has_edges(content: Json) -> bool:
-    """Added tokens that take in spaces or stand for whole words, and not just as in Phi-3, which a file can say."""
+    """Added tokens that strip spaces or match whole words only. Phi-3's don't count: a file can express them."""
     added = content.get("added_tokens") or []
     if any(token.get("lstrip") or token.get("single_word") for token in added):
         return True

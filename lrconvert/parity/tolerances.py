@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far apart is allowed where no runtime answers; the bounds of a backend stand in its runtime's file."""
+"""The bounds where the reference is compared with itself; those of a backend are in its runtime's file."""
 
 from __future__ import annotations
 

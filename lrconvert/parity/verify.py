@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,20 @@ from lrconvert.checkpoint.source import sha256_of
 from lrconvert.engines.capability import static
 from lrconvert.errors import InputError, LrconvertError, UsageError
 from lrconvert.parity import stored as stored_rows
-from lrconvert.parity.asking import Progress, Run, ask_backend
+from lrconvert.parity.asking import Run, ask_backend
 from lrconvert.parity.expected import Expected, exact_fold_rows, expected, lost, rounding_rows
 from lrconvert.parity.options import Options, chosen_backends
+from lrconvert.parity.questions import Questions, at_ends
 from lrconvert.parity.reference_runner import ReferenceRunner
 from lrconvert.parity.report import Report, Rows
+from lrconvert.progress import BYTES, Progress, Step, Steps, silent
 from lrconvert.recipe import Recipe, load_recipe, parse_recipe
 from lrconvert.runtimes.backend import Backend
 
 
 def verify(
     artifact: Path,
-    target: Target,
+    target: Target[Any],
     *,
     against: str | None = None,
     recipe: str | Path | Recipe | None = None,
@@ -45,10 +48,10 @@ def verify(
 ) -> Report:
     """Compare an artifact with the reference on the model and recipe it claims (or on those given).
 
-    `progress` gets the current step, `watch` every row when it is known. Returns the report, good or bad; raises only
+    `progress` gets every step, `watch` every row when it is known. Returns the report, good or bad; raises only
     where nothing could be compared.
     """
-    options, say = options or Options(), progress or (lambda what: None)
+    options, progress = options or Options(), progress or silent
     if not artifact.exists():
         raise InputError(f"{artifact}: no such artifact")
     backends = chosen_backends(artifact, target.name, options)
@@ -70,10 +73,9 @@ def verify(
         notes=notes,
         losses=list(wanted.dropped),
     )
-    run = Run(artifact, options, report, say)
+    run = Run(artifact, options, report, progress, Steps("checks", progress))
     if manifest is not None:
-        say("checksums")
-        report.rows += _integrity(manifest_path(artifact).parent, manifest)
+        report.rows += _integrity(manifest_path(artifact).parent, manifest, progress)
     _compare(run, target, wanted, record, backends)
     if manifest is not None and recipe is None:
         engine = None if options.runtime in (None, target.runtime) else options.runtime
@@ -95,7 +97,7 @@ class _References:
     computing: str | None = None  # what products are computed in, where the file decides that
 
 
-def _compare(run: Run, target: Target, wanted: Expected, record: BakeRecord, backends: list[Backend]) -> None:
+def _compare(run: Run, target: Target[Any], wanted: Expected, record: BakeRecord, backends: list[Backend]) -> None:
     """Every row that needs the reference, into the report."""
     report, options = run.report, run.options
     stored = _opened(run, target, wanted)
@@ -104,17 +106,29 @@ def _compare(run: Run, target: Target, wanted: Expected, record: BakeRecord, bac
     report.rows += target.checks(run.artifact, stored, wanted.model, wanted.spec, record)
     references = _on_model(run, wanted, record) if stored is None else _on_stored(run, wanted, stored)
     report.reference = f"reference in {references.stored.dtype} on {options.device}"
-    _bake_rows(run, target, wanted, record, references)
+    backend_questions: list[Questions] = []
     for backend in backends:
         if record.static:
             own = backend.capability
             backend = replace(backend, capability=lambda family, own=own: static(own(family)))
         if stored is not None and not stored.takes_padding:
             backend = replace(backend, accepts=replace(backend.accepts, padded=False))
-        ask_backend(run, backend, wanted.spec, references.stored, references.computing or options.dtype)
+        dtype = references.computing or options.dtype
+        questions = Questions.of(backend, wanted.spec, wanted.model.family, dtype, options.budget)
+        questions.expect(run.steps)
+        backend_questions.append(questions)
+    baked = _bake_checks(run, target, wanted, record, references)
+    for check in baked:
+        run.steps.expect(check.cost)
+    for check in baked:
+        run.steps.start(check.what, check.cost)
+        report.rows += check.rows()
+    for questions in backend_questions:
+        ask_backend(run, questions, references.stored)
+    run.steps.finish()
 
 
-def _opened(run: Run, target: Target, wanted: Expected) -> Checkpoint | None:
+def _opened(run: Run, target: Target[Any], wanted: Expected) -> Checkpoint | None:
     """The artifact's own weights, where the reference needs them; a failed row where they aren't the model's.
 
     Raises `InputError` for files that can't be read.
@@ -132,43 +146,59 @@ def _opened(run: Run, target: Target, wanted: Expected) -> Checkpoint | None:
 
 def _on_model(run: Run, wanted: Expected, record: BakeRecord) -> _References:
     """Weights that stay what they were, or are rounded once to the stored dtype."""
-    device, dtype = run.options.device, record.stored
-    stored = ReferenceRunner(wanted.model, device=device, stored_dtype=dtype)
+    dtype = record.stored
+    runner = partial(ReferenceRunner, device=run.options.device, stored_dtype=dtype, watch=run.steps.within)
+    stored = runner(wanted.model)
     if wanted.source is None:
         return _References(stored, stored)
     unscaled = folded(wanted.source, 1.0, rounded=dtype is None)
-    return _References(stored, ReferenceRunner(unscaled, device=device, stored_dtype=dtype))
+    return _References(stored, runner(unscaled))
 
 
 def _on_stored(run: Run, wanted: Expected, stored: Checkpoint) -> _References:
     """The weights in the artifact. That they are the model's is checked tensor by tensor."""
-    run.say("weights")
-    rows, exact = stored_rows.check_weights(stored, wanted.model)
+    rows, exact = stored_rows.check_weights(stored, wanted.model, run.progress)
     run.report.rows += rows
-    plain = ReferenceRunner(wanted.source or wanted.model, device=run.options.device)
+    runner = partial(ReferenceRunner, device=run.options.device, watch=run.steps.within)
+    plain = runner(wanted.source or wanted.model)
     if exact and wanted.source is None:
         return _References(plain, plain, exact, stored.computing)
     model = stored_rows.on_stored_weights(wanted.model, stored)
-    return _References(ReferenceRunner(model, device=run.options.device), plain, exact, stored.computing)
+    return _References(runner(model), plain, exact, stored.computing)
 
 
-def _bake_rows(run: Run, target: Target, wanted: Expected, record: BakeRecord, references: _References) -> None:
+@dataclass(frozen=True)
+class _Check:
+    """A step of the reference alone."""
+
+    what: str
+    cost: float
+    rows: Callable[[], list[Row]]
+
+
+def _bake_checks(
+    run: Run, target: Target[Any], wanted: Expected, record: BakeRecord, references: _References
+) -> list[_Check]:
     """What the bake itself did: dropped parts of the recipe, a folded attention factor, rounded weights."""
-    report, options, say = run.report, run.options, run.say
+    device, budget = run.options.device, run.options.budget
+    plain, stored = references.plain, references.stored
+    cost = at_ends((tier.max_length for tier in wanted.kept.tiers), budget, passes=2)
+    found = []
     if wanted.source is not None:
-        say("the folded attention factor: reference")
-        report.rows += exact_fold_rows(wanted, device=options.device, budget=options.budget)
+        what = "reference: the folded attention factor"
+        found.append(_Check(what, cost, lambda: exact_fold_rows(wanted, device=device, budget=budget)))
         if not target.stored:
-            report.rows += rounding_rows(wanted, references.stored, references.plain, options.budget)
+            what = "reference: the rounding of folded weights"
+            found.append(_Check(what, cost, lambda: rounding_rows(wanted, stored, plain, budget)))
     if wanted.dropped:
-        say("what was dropped: reference")
         name = record.capability or target.name
-        report.rows += lost(name, wanted.recipe, wanted.kept, references.plain, options.budget)
+        rows = partial(lost, name, wanted.recipe, wanted.kept, plain, budget)
+        found.append(_Check("reference: what was dropped", cost, rows))
     if not references.exact and references.computing != "F32":
-        say("quantisation: reference")
-        report.rows += stored_rows.quantisation(
-            target.runtime, references.plain, wanted.kept, references.stored, wanted.spec, options.budget
-        )
+        kept, spec = wanted.kept, wanted.spec
+        rows = partial(stored_rows.quantisation, target.runtime, plain, kept, stored, spec, budget)
+        found.append(_Check("reference: quantisation", 2 * cost, rows))
+    return found
 
 
 def _recorded(earlier: dict[str, Any] | None, report: dict[str, Any], engine: str | None) -> dict[str, Any]:
@@ -182,10 +212,12 @@ def _recorded(earlier: dict[str, Any] | None, report: dict[str, Any], engine: st
 # --- what is compared with -------------------------------------------------------------------------------
 
 
-def _source(artifact: Path, target: Target, manifest: Manifest | None, against: str | None) -> tuple[Model, list[str]]:
+def _source(
+    artifact: Path, target: Target[Any], manifest: Manifest | None, against: str | None
+) -> tuple[Model, list[str]]:
     """The model to compare with: the one given, the one the manifest names, else the artifact's own weights.
 
-    A GGUF that was repaired is a model whose own rope scaling means nothing: it is opened all the same.
+    The source of a repaired GGUF has a broken rope scaling, so it is opened without complaint.
     """
     if against is not None:
         notes = ["the manifest's adapter is not merged into the given model: it is compared unchanged"]
@@ -228,20 +260,27 @@ def _recipe(artifact: Path, manifest: Manifest | None, recipe: str | Path | Reci
     return parse_recipe(json.dumps(manifest.recipe), manifest_path(artifact).name)
 
 
-def _integrity(folder: Path, manifest: Manifest) -> list[Row]:
+def _integrity(folder: Path, manifest: Manifest, progress: Progress) -> list[Row]:
     """Every file of the manifest: there, as long as it was, the same bytes. Completes missing digests, and takes
     over those of files that people may edit."""
     rows = []
+    total, done, name = sum(record.size for record in manifest.files.values()), 0, ""
+
+    def read(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(Step("checksums", name, done, total, BYTES))
+
     for name, record in sorted(manifest.files.items()):
         path = folder / name
         if not path.is_file():
             rows.append(Row("files", name, "fail", reason=f"{name} is missing"))
         elif name in EDITABLE:
-            record.size, record.sha256 = path.stat().st_size, sha256_of(path)
+            record.size, record.sha256 = path.stat().st_size, sha256_of(path, read)
         elif path.stat().st_size != record.size:
             reason = f"{name} has {path.stat().st_size} bytes; the manifest says {record.size}"
             rows.append(Row("files", name, "fail", reason=reason))
-        elif (digest := sha256_of(path)) != (record.sha256 or digest):
+        elif (digest := sha256_of(path, read)) != (record.sha256 or digest):
             rows.append(Row("files", name, "fail", reason=f"{name} has changed since it was written"))
         else:
             record.sha256 = digest

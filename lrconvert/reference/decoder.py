@@ -10,7 +10,7 @@ Shapes: n tokens, c hidden channels, h query heads, g key/value heads, d channel
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,6 +52,7 @@ class Reference:
         self._stored_dtype = stored_dtype
         self._kept: dict[tuple[str, int | None], torch.Tensor] = {}
         self._room = keep_bytes
+        self.watch: Callable[[float], None] | None = None  # gets the part of a forward pass that is done
 
     # --- weights -----------------------------------------------------------------------------------------
 
@@ -106,7 +107,7 @@ class Reference:
             x = x[torch.as_tensor(np.asarray(keep, dtype=np.int64), device=self.device)]
         parts = [logits.double().cpu() for logits in self._answers(x, MAX_LOGITS)]
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # the runtime under test shares the card with its judge
+            torch.cuda.empty_cache()  # the runtime under test shares the GPU with the reference
         return torch.cat(parts).numpy()
 
     @torch.inference_mode()
@@ -141,10 +142,12 @@ class Reference:
         for layer in range(self.shape.layers):
             x = x + self._attention(self._norm(x, "attention_norm", layer), layer, cos_sin, forgotten)
             x = x + self._mlp(self._norm(x, "ffn_norm", layer), layer)
+            if self.watch is not None:
+                self.watch((layer + 1) / self.shape.layers)
         return x
 
     def _answers(self, x: torch.Tensor, most: int) -> Iterator[torch.Tensor]:
-        """Logits [·, v] of hidden states, at most so many of them at a time."""
+        """Logits [·, v] of hidden states, at most `most` of them at a time."""
         x = self._norm(x, "final_norm", None)
         head = self._weight("embedding") if self.shape.tied else self._weight("lm_head")
         for part in x.split(max(1, most // head.shape[0])):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rotation, written a second time, from the papers: the judge shares no code with what it judges.
+"""The rotation, written a second time, from the papers: the reference shares no code with what it checks.
 
 LongRoPE (arXiv 2402.13753), equation 3: position n of frequency index i turns by n·θ_i while n < n̂ and by
 n·θ_i / λ_i from there on, with θ_i = θ^(−2i/d). The attention factor (YaRN, arXiv 2309.00071, equation 21;

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be asked of some sessions besides logits.
+"""What some sessions answer beyond logits.
 
 A session names its answers in `Session.answers`. Each stands for a protocol here, so that who asks needs to know no
 runtime.

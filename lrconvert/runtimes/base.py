@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a runtime is to lrconvert: something in a process of its own that answers logits.
+"""What a runtime is to lrconvert: a process of its own that returns logits.
 
 A worker script runs in a fresh interpreter with nothing of lrconvert in it: it loads the artifact as a user's program
 would. Parent and worker speak JSON lines; arrays travel as .npy files in a folder that goes away with the session.
@@ -37,7 +37,7 @@ class Session(Protocol):
     """An artifact, loaded. Logits are float64 arrays here, regardless of the runtime's type."""
 
     info: dict[str, Any]  # versions, device, dtype, class: what answered
-    answers: frozenset[str]  # what else can be asked of it (`runtimes.answers`)
+    answers: frozenset[str]  # what it answers beyond logits (`runtimes.answers`)
 
     def logits(
         self,
@@ -54,7 +54,7 @@ class Session(Protocol):
         ...
 
     def score(self, rows: Sequence[Sequence[int]], judged: Sequence[int]) -> list[Scores]:
-        """How likely the last `judged[r]` tokens of row r are behind the tokens before them (at least one)."""
+        """How likely the last `judged[r]` tokens of row r are after the tokens before them (at least one)."""
         ...
 
     def generate(self, prompt: Sequence[int], new_tokens: int) -> tuple[list[int], np.ndarray]:

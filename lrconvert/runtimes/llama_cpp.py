@@ -24,7 +24,7 @@ from lrconvert.runtimes.tolerances import ANY, Tolerance
 WORKER = Path(__file__).with_name("llama_cpp_worker.py")
 MOST_THREADS = 8
 ALL_LAYERS = 999
-GPU_BATCH = 33000  # tokens of a call on a GPU, where nobody says how long prompts get
+GPU_BATCH = 33000  # tokens of a call on a GPU, where the length of prompts is unknown
 
 
 class LlamaSession(WorkerSession):
@@ -91,7 +91,7 @@ class LlamaSession(WorkerSession):
         return self._array("shifted", request, context)["logits"]
 
     def tokenise(self, texts: Sequence[str], *, add_special: bool = False) -> list[list[int]]:
-        """What llama.cpp makes of texts with the file's own tokenizer; special tokens in them are read as such."""
+        """The tokens of texts by the file's own tokenizer in llama.cpp; special tokens in them are read as such."""
         request = {"do": "tokenise", "texts": list(texts), "add_special": add_special}
         return self._interpreter.ask(request)["tokens"]
 

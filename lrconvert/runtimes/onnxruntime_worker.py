@@ -187,8 +187,8 @@ class Worker:
         for event in events:
             about = event.get("args", {})
             if about.get("provider") == "CPUExecutionProvider":
-                made = [kind for output in about.get("output_type_shape", ()) for kind in output]
-                if any("float" in kind or "double" in kind for kind in made):
+                kinds = [kind for output in about.get("output_type_shape", ()) for kind in output]
+                if any("float" in kind or "double" in kind for kind in kinds):
                     found.add(f"{about.get('op_name')} ({event.get('name', '')})")
         return {"operators": sorted(found)}
 
@@ -200,12 +200,12 @@ class Worker:
 
         model = onnx.load(str(self.path), load_external_data=False)
         call = next(node for node in model.graph.node if node.domain == "lrconvert")
-        kind = TensorProto.FLOAT  # whatever the graph rounds them to
+        kind = TensorProto.FLOAT  # before the graph rounds them
         next(attribute for attribute in call.attribute if attribute.name == "to").i = kind
         given = [helper.make_tensor_value_info(call.input[0], TensorProto.INT64, ["batch", "length"])]
-        made = [helper.make_tensor_value_info(name, kind, ["batch", "length", None]) for name in call.output]
+        outputs = [helper.make_tensor_value_info(name, kind, ["batch", "length", None]) for name in call.output]
         zero = [each for each in model.graph.initializer if each.name == call.input[1]]
-        graph = helper.make_graph([call], "rotary", given, made, zero)
+        graph = helper.make_graph([call], "rotary", given, outputs, zero)
         alone = helper.make_model(
             graph, functions=list(model.functions), opset_imports=list(model.opset_import), ir_version=model.ir_version
         )

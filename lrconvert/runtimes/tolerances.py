@@ -5,7 +5,7 @@ Bounds are on the mean KL of a case and on its largest KL, and are chosen agains
 mutant of `parity.mutants` moves at least one case beyond them, which the tests show on pico models (float32) and, on a
 GPU, on the embedded model (bfloat16 too). Measured values: benchmarks/results/.
 
-Rows lie in the file of the runtime that they are about. Here is what several share.
+A row is in the file of its runtime. This file has what several runtimes share.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs in an interpreter of its own: loads a Hugging Face folder with vLLM and answers logits.
 
-The engine serves the window that config.json promises: left alone, vLLM (0.32) would serve the original window
+The engine serves the window in config.json: by default, vLLM (0.32) would serve the original window
 of a longrope config, with the short set.
 """
 
@@ -93,8 +93,9 @@ class Worker:
 
     def generate(self, request):
         (row,) = self.run([request["prompt"]], request["new_tokens"])
-        made = row.outputs[0]
-        return {"tokens": list(made.token_ids), "logits": self.save([self.values(step) for step in made.logprobs])}
+        output = row.outputs[0]
+        logits = [self.values(step) for step in output.logprobs]
+        return {"tokens": list(output.token_ids), "logits": self.save(logits)}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 """What every worker does: JSON lines in, JSON lines out, one object each; whatever libraries print goes to stderr.
 
 Workers load this file by its path and import nothing of lrconvert: what they compute is what a user's program
-computes. (Their folder must not come on sys.path: `transformers.py` in it would be taken for the library.)
+computes. (Their folder must not come on sys.path: `transformers.py` in it would be imported as the library.)
 """
 
 import json
@@ -15,7 +15,7 @@ os.dup2(2, 1)
 
 
 def serve(open_worker, remedy):
-    """Answer `open`, and whatever else is a method of the worker (`logits`, `generate`); `remedy` is what to install
+    """Answer `open`, and every other method of the worker (`logits`, `generate`); `remedy` is what to install
     where a module is missing."""
     worker: Any = None
     for line in sys.stdin:
@@ -28,7 +28,7 @@ def serve(open_worker, remedy):
                 answer = getattr(worker, request["do"])(request)
         except ModuleNotFoundError as error:
             answer = {"missing": error.name or str(error), "remedy": remedy}
-        except Exception as error:  # whatever it is, the parent says it and ends the session
+        except Exception as error:  # the parent reports it and ends the session
             lines = str(error).strip().splitlines() or [""]
             answer = {"error": f"{type(error).__name__}: {lines[0]}"}
         ANSWERS.write(json.dumps(answer) + "\n")

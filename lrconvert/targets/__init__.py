@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from lrconvert.artifact.target import Target
 from lrconvert.errors import UsageError
@@ -18,7 +19,7 @@ from lrconvert.errors import UsageError
 # Imported when they are needed. A path is shown to them in this order: a folder is a Hugging Face one if it is
 # nothing more special.
 _MODULES = {"gguf": "lrconvert.targets.gguf", "onnx": "lrconvert.targets.onnx", "hf": "lrconvert.targets.hf"}
-_REGISTERED: dict[str, Target] = {}
+_REGISTERED: dict[str, Target[Any]] = {}
 
 
 def target_names() -> tuple[str, ...]:
@@ -26,7 +27,7 @@ def target_names() -> tuple[str, ...]:
     return (*_REGISTERED, *_MODULES)
 
 
-def get_target(name: str) -> Target:
+def get_target(name: str) -> Target[Any]:
     """The row of a name; `UsageError` for one that isn't known."""
     if name in _REGISTERED:
         return _REGISTERED[name]
@@ -35,16 +36,16 @@ def get_target(name: str) -> Target:
     return import_module(_MODULES[name]).TARGET
 
 
-def all_targets() -> list[Target]:
+def all_targets() -> list[Target[Any]]:
     return [get_target(name) for name in target_names()]
 
 
-def target_of(path: Path) -> Target:
+def target_of(path: Path) -> Target[Any]:
     """The target of an artifact, by what lies at `path` (or would, by its name)."""
     return next((target for target in all_targets() if target.recognises(path)), get_target("hf"))
 
 
-def register(target: Target) -> None:
+def register(target: Target[Any]) -> None:
     """Add a target, or replace one of this name."""
     _REGISTERED[target.name] = target
 

@@ -162,7 +162,7 @@ class LoadedModel:
 
     def _tensors(self, tokens: Tokens, at: Tokens | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Tokens [b, n], their positions ([1, n] where rows share them), and the token that each predicts, [b, n]; n
-        rounded up to what a team can share. The padding stands at the end, where no token sees it."""
+        rounded up to what a team can share. The padding is at the end, where no token sees it."""
         padding = -tokens.shape[1] % self.workers.multiple
         ids = torch.from_numpy(np.pad(tokens, ((0, 0), (0, padding)))).to(self.device)
         at = np.arange(tokens.shape[1]) if at is None else at

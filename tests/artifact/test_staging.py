@@ -453,7 +453,7 @@ def test_where_links_do_not_work_a_copy_is_made(tmp_path: Path, code: int, monke
     assert not (tmp_path / "other").exists()
 
 
-def test_a_source_that_vanished_is_said(tmp_path: Path) -> None:
+def test_a_source_that_vanished_is_reported(tmp_path: Path) -> None:
     expected = pytest.raises(EnvironmentFailure, match=f"{tmp_path}/gone: No such file")
     with expected, Staging(tmp_path / "out") as staging:
         staging.link_or_copy(tmp_path / "gone", "w")

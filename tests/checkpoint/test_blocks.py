@@ -17,7 +17,7 @@ from conftest import recipe_for
 from gguf import GGMLQuantizationType as Ggml
 from safetensors.numpy import load_file, save_file
 from support import onnx_files
-from support.gguf_files import bake, model_of, stock
+from support.gguf_files import bake, converter_gguf, model_of
 from support.onnx_files import export
 from support.pico import write_pico
 
@@ -62,8 +62,8 @@ def kinds(folder: Path, pico: Pico) -> Iterator[tuple[str, Model]]:
     yield "folder", base
     for kind in (Ggml.F16, Ggml.Q8_0):
         (folder / kind.name).mkdir()
-        yield f"gguf {kind.name}", open_model(stock(folder / kind.name / "m.gguf", wide, kind=kind))
-    parts = stock(folder / "parts.gguf", model_of(pico, "phi3"), split_every=5)
+        yield f"gguf {kind.name}", open_model(converter_gguf(folder / kind.name / "m.gguf", wide, kind=kind))
+    parts = converter_gguf(folder / "parts.gguf", model_of(pico, "phi3"), split_every=5)
     yield "gguf in parts", open_model(parts)
     for dtype in ("f16", "int8", "int4"):
         path = export(wide, recipe_for(wide), folder / dtype, dtype=dtype)

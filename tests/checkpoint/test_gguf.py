@@ -172,13 +172,13 @@ def test_longrope_is_spelled_for_hugging_face(tmp_path: Path) -> None:
     }
 
 
-def test_longrope_as_the_stock_converter_writes_phi3(tmp_path: Path) -> None:
+def test_longrope_as_llama_cpps_converter_writes_phi3(tmp_path: Path) -> None:
     """No scaling type in the file. With the formula's attention factor: the three keys that 4.57 takes."""
     factors = np.linspace(1.0, 2.0, ROTARY["phi3"] // 2, dtype=np.float32)
     values: dict[str, Any] = {"arch": "phi3", "original": 64, "short": factors, "long": factors * 2}
     formula = longrope_attention_factor(8.0, 64)
-    stock = make_pico(tmp_path / "a.gguf", "phi3", edit=rope_edit(**values, attention=formula))
-    config = GgufCheckpoint(stock.path).config
+    written = make_pico(tmp_path / "a.gguf", "phi3", edit=rope_edit(**values, attention=formula))
+    config = GgufCheckpoint(written.path).config
     assert set(config["rope_scaling"]) == {"type", "short_factor", "long_factor"}
     assert config["rope_scaling"]["type"] == "longrope"
     assert config["original_max_position_embeddings"] == 64

@@ -228,7 +228,7 @@ def test_a_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
     refused(pico.path, "model.layers.1.mlp.up_proj.weight has shape [64, 96]; the config needs [96, 64]")
 
 
-def test_what_lrconvert_does_not_read_is_said_by_name(tmp_path: Path) -> None:
+def test_unsupported_types_are_named(tmp_path: Path) -> None:
     """Other architectures, mixtures of experts, layers that differ, adapters, types without dequantisation."""
     writer = gguf.GGUFWriter(tmp_path / "arch.gguf", "mamba")
     writer.add_tensor("t", np.ones(4, np.float32))

@@ -58,7 +58,7 @@ Change = Callable[[onnx.ModelProto], None]
 
 @dataclass(frozen=True)
 class Base:
-    """A healthy folder without manifest, its graph, and what to judge it by."""
+    """A healthy folder without manifest, its graph, and what it is compared with."""
 
     folder: Path
     graph: bytes
@@ -79,8 +79,8 @@ def bases() -> Iterator[dict[str, Base]]:
         model = open_model(source)
         recipe = write_recipe(recipe_for(model, tiers=3, start_tokens=5), root / "recipe")
         made = {}
-        for kind, asked in KINDS.items():
-            folder = export(model, recipe_for(model, tiers=3, start_tokens=5), root / kind, **asked)
+        for kind, options in KINDS.items():
+            folder = export(model, recipe_for(model, tiers=3, start_tokens=5), root / kind, **options)
             (folder / MANIFEST).unlink()
             made[kind] = Base(folder, (folder / GRAPH).read_bytes(), source, recipe)
         yield made
@@ -113,8 +113,8 @@ def look(folder: Path) -> tuple[int, int]:
     return looked, 0
 
 
-def judge(base: Base, options: Options) -> int:
-    """Exit code of `verify` with the source as its judge: 0, 5 or what it refuses with."""
+def exit_code(base: Base, options: Options) -> int:
+    """Exit code of `verify` against the source: 0, 5 or what it refuses with."""
     try:
         recipe: Recipe = load_recipe(base.recipe)
         report = verify(base.folder, against=str(base.source), recipe=recipe, options=options)
@@ -384,10 +384,10 @@ def test_every_damage_with_a_name(
     try:
         (it.folder / GRAPH).write_bytes(model.SerializeToString())
         _, read = look(it.folder)
-        judged = judge(it, options)
+        code = exit_code(it, options)
     finally:
         it.restore()
-    assert judged in (3, 4, 5)
+    assert code in (3, 4, 5)
     if name in PLACES and name not in HARMLESS:
         assert read == 3, "what is read is not what is described"
 
@@ -396,7 +396,7 @@ def test_the_healthy_folders_pass(bases: dict[str, Base], options: Options) -> N
     """The control: with nothing damaged, all of it works."""
     for base in bases.values():
         assert look(base.folder) == (0, 0)
-        assert judge(base, options) == 0
+        assert exit_code(base, options) == 0
 
 
 @pytest.mark.parametrize("left", [0, 1, 100, -1])
@@ -406,7 +406,7 @@ def test_a_cut_graph(bases: dict[str, Base], left: int, options: Options) -> Non
     try:
         (base.folder / GRAPH).write_bytes(base.graph[:left])
         assert look(base.folder)[1] == 3
-        assert judge(base, options) in (3, 5)
+        assert exit_code(base, options) in (3, 5)
     finally:
         base.restore()
 
@@ -496,14 +496,14 @@ def test_constants_of_somebody_else_of_any_shape(
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "{}", '{"model_type": "llama"}', '{"model_type": "gpt2"}', "[" * 9999])
 def test_a_config_that_is_none(bases: dict[str, Base], text: str, tmp_path: Path, options: Options) -> None:
-    """Refused by everything that needs it; verify judges by the source's."""
+    """Refused by everything that needs it; verify uses the source's."""
     folder = tmp_path / "a"
     shutil.copytree(bases["f32"].folder, folder)
     (folder / "config.json").write_text(text)
     looked, read = look(folder)
     assert looked in (3, 4) and read in (3, 4)
     base = bases["f32"]
-    assert judge(Base(folder, b"", base.source, base.recipe), options) in (0, 3, 4, 5)
+    assert exit_code(Base(folder, b"", base.source, base.recipe), options) in (0, 3, 4, 5)
 
 
 def test_a_sparse_graph_is_refused_before_it_is_read(bases: dict[str, Base], tmp_path: Path) -> None:
@@ -594,7 +594,7 @@ def test_a_hundred_thousand_damaged_graphs_are_refused_or_serve(bases: dict[str,
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_damaged_graph_is_verified_or_refused(bases: dict[str, Base], kind: str, options: Options) -> None:
     """By ONNX Runtime too, in a process of its own that has to survive: a report, or one of our errors."""
-    attack(bases[kind], QUICK // 20, lambda: (judge(bases[kind], options), 0))
+    attack(bases[kind], QUICK // 20, lambda: (exit_code(bases[kind], options), 0))
 
 
 @pytest.mark.slow
@@ -603,7 +603,7 @@ def test_thousands_of_damaged_graphs_are_verified_or_refused(
     bases: dict[str, Base], kind: str, options: Options
 ) -> None:
     """The same, for a thirtieth of LRCONVERT_MUTATIONS."""
-    attack(bases[kind], MANY // 30 // len(KINDS), lambda: (judge(bases[kind], options), 0))
+    attack(bases[kind], MANY // 30 // len(KINDS), lambda: (exit_code(bases[kind], options), 0))
 
 
 @contextlib.contextmanager

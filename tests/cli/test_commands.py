@@ -222,7 +222,7 @@ def test_a_request_that_is_off_is_one_line_and_2(name: str, cli: Run) -> None:
     assert (result.out, len(result.err.splitlines())) == ("", 1)
 
 
-def test_nothing_asked_is_answered_with_help(cli: Run) -> None:
+def test_no_command_prints_the_help(cli: Run) -> None:
     for arguments in ([], ["recipe"]):
         result = cli(*arguments)
         assert "Usage: lrconvert" in result.out + result.err

@@ -17,7 +17,8 @@ from support.pico import FAMILIES
 
 from lrconvert.checkpoint import Model
 from lrconvert.engines import table as engines
-from lrconvert.engines.table import ENGINES, Verdict, assess
+from lrconvert.engines.engine import Verdict
+from lrconvert.engines.table import ENGINES, assess
 from lrconvert.families import get_family
 from lrconvert.parity.verify import _recorded
 from lrconvert.recipe import write_recipe

@@ -40,6 +40,7 @@ from lrconvert.evals.tasks import (
     prepare,
     quiet,
 )
+from lrconvert.progress import Step
 from lrconvert.runtimes.base import Scores
 from lrconvert.runtimes.transformers import open_session
 
@@ -410,12 +411,12 @@ def test_a_long_text_is_judged_in_windows_that_fit() -> None:
 
 def test_identical_requests_are_asked_once() -> None:
     session = Judge(lambda text: 0.25)
-    said: list[str] = []
-    model = session_model(session, DEMO, 4096, progress=said.append)
+    steps: list[Step] = []
+    model = session_model(session, DEMO, 4096, progress=steps.append)
     found = model.loglikelihood(instances([("In the", " beginning"), ("In the", " end"), ("In the", " beginning")]))
     assert len(session.asked) == model.effort.requests == 2
     assert [log for log, _ in found] == pytest.approx([math.log(0.25)] * 3)
-    assert said[-1] == "0 of 2 requests"
+    assert (steps[-1].done, steps[-1].total, steps[-1].unit) == (0, 2, "requests")
     with pytest.raises(UnsupportedError, match="generates no text"):
         model.generate_until([])
 
@@ -461,7 +462,7 @@ def test_a_damaged_line_is_named(tmp_path: Path, task: str, name: str, line: str
         prepare([task], folder=folder, shots=1, limit=None, seed=0)
 
 
-def test_too_few_questions_are_said(tmp_path: Path) -> None:
+def test_too_few_questions_are_reported(tmp_path: Path) -> None:
     write_questions(tmp_path, 5)
     with pytest.raises(UsageError, match=r"25 examples are needed; .* has 5"):
         prepare(["arc_challenge"], folder=tmp_path, shots=None, limit=None, seed=0)

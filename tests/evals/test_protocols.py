@@ -105,7 +105,7 @@ def test_figures_of_every_protocol_say_what_they_are_made_of() -> None:
         assert row.perplexity.low <= row.perplexity.value <= row.perplexity.high
 
 
-def test_what_is_asked_is_what_the_plan_says() -> None:
+def test_the_passes_are_those_of_the_plan() -> None:
     """Of every text its own tokens, from where a context starts to where it ends."""
     texts, oracle = [np.arange(1, 401), np.arange(1001, 1301)], Oracle()
     plan = Plan((100,), step=40, document_tokens=180, excerpts=3)

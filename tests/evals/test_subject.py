@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import own_name, recipe_for
 from support.engine_suite import bake
-from support.gguf_files import stock
+from support.gguf_files import converter_gguf
 from support.onnx_files import write_adapter
 
 from lrconvert.artifact.bake import bake as bake_plan
@@ -37,7 +37,7 @@ EXACT = 1e-5  # relative, of perplexities: float32 has 6e-8 a step; a mutant mov
 
 @contextlib.contextmanager
 def session(subject: Subject, **options: Any) -> Iterator[Session]:
-    with opened(subject, progress=contextlib.nullcontext(lambda what: None), text=False, **options) as (found, _, _):
+    with opened(subject, text=False, **options) as (found, _):
         yield found
 
 
@@ -133,7 +133,7 @@ def test_a_plain_model_has_its_unscaled_rotation(model: Model) -> None:
     np.testing.assert_allclose(perplexities(subject, code="reference"), theirs, rtol=EXACT)
 
 
-def test_a_folded_artifact_is_asked_with_what_is_left_to_rotate(model: Model, tmp_path: Path) -> None:
+def test_a_folded_artifact_runs_with_the_remaining_attention_factor(model: Model, tmp_path: Path) -> None:
     """Its weights carry the attention factor already: folded and unfolded say the same."""
     recipe = recipe_for(model, tiers=2, even=True)
     subjects = [
@@ -191,9 +191,9 @@ def test_a_recipe_is_tried_without_baking_it(
 def test_a_gguf_is_converted_to_be_tried(
     own: tuple[Subject, list[float]], model: Model, recipe: Recipe, tmp_path: Path
 ) -> None:
-    """A stock GGUF, which carries no recipe, under one: as the model that it was made of."""
+    """A GGUF of llama.cpp's converter, which carries no recipe, under one: as the model that it was made of."""
     path = write_recipe(recipe, tmp_path / "recipe")
-    plain = stock(tmp_path / "plain.gguf", model)
+    plain = converter_gguf(tmp_path / "plain.gguf", model)
     np.testing.assert_allclose(perplexities(Subject.of(str(plain), str(path))), own[1], rtol=EXACT)
 
 

@@ -92,7 +92,7 @@ HEAD = b"\x93NUMPY\x01\x00G\x00{'descr': '<i8', 'fortran_order': False, 'shape':
         ("folder", "folder", "no .txt file"),
     ],
 )
-def test_what_is_no_text_is_said(name: str, content: object, expected: str, tmp_path: Path) -> None:
+def test_what_is_not_text_is_reported(name: str, content: object, expected: str, tmp_path: Path) -> None:
     path = tmp_path / name
     if isinstance(content, np.ndarray):
         np.save(path, content)
@@ -173,7 +173,7 @@ def test_too_few_long_rows_say_how_long_they_are(books: Path) -> None:
         read(f"hf:{books}", tokens=900)
 
 
-def test_folders_that_are_no_data_set_are_said(books: Path, tmp_path: Path) -> None:
+def test_folders_that_are_no_data_set_are_reported(books: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="gone: no such folder"):
         read(f"hf:{tmp_path}/gone")
     (tmp_path / "empty").mkdir()

@@ -44,9 +44,9 @@ def model_of(pico: Pico, family: str, **more: Any) -> Model:
     return pico(family, max_position_embeddings=WINDOW, **extra, **more)
 
 
-def bake(model: Model, recipe: Recipe, output: Path, **asked: Any) -> Path:
+def bake(model: Model, recipe: Recipe, output: Path, **options: Any) -> Path:
     """The file to open: the first part of a split one."""
-    planned = gguf.plan(model, recipe, output, gguf.Options(**{"type": "f32", **asked}))
+    planned = gguf.plan(model, recipe, output, gguf.Options(**{"type": "f32", **options}))
     bake_plan(planned)
     return output.parent / planned.names[0]
 
@@ -90,7 +90,7 @@ def test_every_mutant_is_caught_in_llama_cpp(
     assert max((row.kl_mean or 0) / (row.bound or 1) for row in caught) > FAR
 
 
-def test_a_boundary_one_late_is_told_by_the_metadata(pico: Pico, tmp_path: Path, options: Options) -> None:
+def test_a_boundary_one_late_shows_in_the_metadata(pico: Pico, tmp_path: Path, options: Options) -> None:
     """llama.cpp makes contexts of 256 and 512 tokens: a boundary of 257 behaves like 256, and is still said."""
     model = model_of(pico, "llama")
     right = recipe_for(model, even=True)
@@ -129,7 +129,7 @@ def _stacked(metadata: dict[str, Any], tensors: Tensors) -> None:
 
 
 def _plain(metadata: dict[str, Any], tensors: Tensors) -> None:
-    """What the stock converter writes for Llama: no trace of the scaling."""
+    """What llama.cpp's converter writes for Llama: no trace of the scaling."""
     for key in [key for key in metadata if ".rope.scaling." in key]:
         del metadata[key]
     for name in [name for name in tensors if name.startswith("rope_")]:
@@ -170,7 +170,7 @@ def test_every_broken_file_is_caught_by_its_metadata_and_in_llama_cpp(
 def test_quantised_files_pass_and_say_what_the_types_cost(
     pico: Pico, tmp_path: Path, family: str, kind: str, options: Options
 ) -> None:
-    """llama.cpp is judged on the weights of the file; beside it stands the cost of the types alone, with the
+    """llama.cpp is compared on the weights of the file; beside it stands the cost of the types alone, with the
     factors and without any."""
     model = model_of(pico, family, **WIDE)
     report = verify(bake(model, recipe_for(model, even=True), tmp_path / "m.gguf", type=kind), options=options)

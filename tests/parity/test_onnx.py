@@ -18,7 +18,7 @@ from conftest import Result, recipe_for
 from gguf import GGMLQuantizationType
 from onnx import numpy_helper
 from safetensors.numpy import load_file, save_file
-from support.gguf_files import stock
+from support.gguf_files import converter_gguf
 from support.onnx_files import (
     DATA,
     GRAPH,
@@ -70,11 +70,11 @@ def healthy(pico: Pico, tmp_path_factory: pytest.TempPathFactory) -> Healthy:
     """A folder with three tiers and start tokens; exported once for each set of arguments."""
     made: dict[object, Path] = {}
 
-    def get(family: str = "llama", changes: dict[str, Any] | None = None, **asked: Any) -> Path:
-        key = (family, repr(changes), tuple(sorted(asked.items())))
+    def get(family: str = "llama", changes: dict[str, Any] | None = None, **options: Any) -> Path:
+        key = (family, repr(changes), tuple(sorted(options.items())))
         if key not in made:
             model = pico(family, **(changes or {}))
-            made[key] = export(model, three(model), tmp_path_factory.mktemp("onnx") / "a", **asked)
+            made[key] = export(model, three(model), tmp_path_factory.mktemp("onnx") / "a", **options)
         return made[key]
 
     return get
@@ -90,7 +90,7 @@ def rows_of(report: Report, code: str = "onnxruntime", verdict: str | None = Non
 
 
 def worst(report: Report) -> float:
-    """Largest KL of what is judged."""
+    """Largest KL of what has a bound."""
     return max(row.kl_mean or 0.0 for row in report.rows if row.bound is not None)
 
 
@@ -169,7 +169,7 @@ def test_every_layout_of_weights_passes(
 def test_narrow_weights_pass_and_say_what_they_cost(
     pico: Pico, tmp_path: Path, family: str, dtype: str, attention: str, options: Options
 ) -> None:
-    """ONNX Runtime is judged on the weights in the folder; beside it stands what the types cost by themselves, with
+    """ONNX Runtime is compared on the weights in the folder; beside it stands what the types cost by themselves, with
     the factors and without any. float16 stays within 1e-4."""
     model = pico(family)
     artifact = export(model, three(model), tmp_path / "a", dtype=dtype, attention=attention)
@@ -199,7 +199,7 @@ def test_a_gguf_is_a_source(pico: Pico, tmp_path: Path, family: str, options: Op
     """Weights of a GGUF, q and k in Hugging Face order again, dequantised where they have to be."""
     model = pico(family)
     for name, kind in (("f32", GGMLQuantizationType.F32), ("q8", GGMLQuantizationType.Q8_0)):
-        source = open_model(stock(tmp_path / f"{name}.gguf", model, kind=kind))
+        source = open_model(converter_gguf(tmp_path / f"{name}.gguf", model, kind=kind))
         artifact = export(source, three(source), tmp_path / name)
         report = verify(artifact, options=options)
         assert report.passed and worst(report) <= 1e-9, report.summary
@@ -321,7 +321,7 @@ def test_every_mutant_is_caught(
         artifact = export(model, wrong, tmp_path / "a", **KINDS[kind])
     report = verify(artifact, against=model.reference, recipe=right, options=options)
     assert not report.passed
-    if mutant == "unpermuted q/k":  # the folder's weights are the judge's: rows in another order are theirs to show
+    if mutant == "unpermuted q/k":  # the folder's weights are the reference's: rows in another order show there
         assert [row.code for row in report.failed] == ["weights"]
         return
     assert rows_of(report, "graph", "fail"), "the graph's own tiers tell"
@@ -479,8 +479,8 @@ def test_every_broken_graph_is_caught_in_onnx_runtime(
 ) -> None:
     """Graphs whose weights are right and whose attributes may be: ONNX Runtime's answers tell, or its refusal."""
     model = pico("llama")
-    asked, change = GRAPH_MUTANTS[mutant]
-    broken = changed(healthy("llama", **asked), tmp_path / "broken", change)
+    export_options, change = GRAPH_MUTANTS[mutant]
+    broken = changed(healthy("llama", **export_options), tmp_path / "broken", change)
     report = verify(broken, against=model.reference, recipe=three(model), options=options)
     caught = rows_of(report, verdict="fail")
     assert caught, f"{mutant} passed"
@@ -498,8 +498,8 @@ def test_a_broken_graph_does_not_hide_behind_narrow_weights(
 ) -> None:
     """The same mistakes beside the noise of float16 and of quantised products."""
     model = pico("llama")
-    asked, change = GRAPH_MUTANTS[mutant]
-    broken = changed(healthy("llama", dtype=dtype, **asked), tmp_path / "broken", change)
+    export_options, change = GRAPH_MUTANTS[mutant]
+    broken = changed(healthy("llama", dtype=dtype, **export_options), tmp_path / "broken", change)
     report = verify(broken, against=model.reference, recipe=three(model), options=options)
     assert rows_of(report, verdict="fail"), f"{mutant} passed in {dtype}"
 
@@ -680,10 +680,10 @@ def test_an_odd_config_is_refused_or_fails(
         assert [row.case for row in report.failed] == ["config.json"]
 
 
-# --- the judge's other side ------------------------------------------------------------------------------
+# --- the reference's other side ----------------------------------------------------------------------------------
 
 
-def test_a_graph_of_another_shape_is_said(pico: Pico, healthy: Healthy, options: Options) -> None:
+def test_a_graph_of_another_shape_is_reported(pico: Pico, healthy: Healthy, options: Options) -> None:
     """Against a model with other tensors: metadata, not a crash."""
     other = pico("llama", intermediate_size=64)
     report = verify(healthy("llama"), against=other.reference, recipe=three(other), options=options)
@@ -707,7 +707,7 @@ def test_tiers_that_the_recipe_does_not_have_are_named(pico: Pico, healthy: Heal
 
 
 def test_a_folder_outlives_its_source(pico_folder: Callable[..., Path], tmp_path: Path, options: Options) -> None:
-    """Where the source is gone the folder's own weights are the judge's, and the report says so; quantised ones too."""
+    """Where the source is gone, the reference has the folder's own weights, quantised ones too; the report says so."""
     for dtype in ("f32", "f16", "int8"):
         source = tmp_path / f"source-{dtype}"
         shutil.copytree(pico_folder("mistral"), source)
@@ -760,7 +760,7 @@ def test_the_command_exits_5_and_writes_junit(
 
 
 def test_a_cache_that_is_kept_is_shown_for_what_it_costs(healthy: Healthy, options: Options) -> None:
-    """Both policies are rows, each judged against its own reference, and the difference between them is large."""
+    """Both policies are rows, each compared with its own reference, and the difference between them is large."""
     for attention in ("gqa", "standard"):
         report = verify(healthy("qwen2", attention=attention), options=options)
         for edge in (64, 128):

@@ -248,7 +248,7 @@ def test_a_damaged_tokenizer_json_is_skipped_with_the_reason(content: bytes, tmp
 
 
 def test_a_source_whose_tokenizer_is_not_known_is_skipped(tmp_path: Path, interpreter: Interpreter) -> None:
-    """A GGUF that is re-baked may name a pre-tokenizer that nothing here knows; its rope is judged all the same."""
+    """A GGUF that is re-baked may name a pre-tokenizer that nothing here knows; its rope is compared anyway."""
     source = demo_file(tmp_path, pre="deepseek-llm")
     with open_session(source, threads=1, interpreter=interpreter) as session:
         (row,) = tokenisation_of(open_model(source).checkpoint, session)

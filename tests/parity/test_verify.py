@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import Result, own_name, recipe_for
 from support.pico import FAMILIES
@@ -112,6 +113,18 @@ def test_every_mutant_is_caught(
         assert max((row.kl_mean or 0) / (row.bound or 1) for row in caught) > ROOM
 
 
+def test_the_mutant_of_a_fused_projection_moves_q_and_k_alone(pico: Callable[..., Model]) -> None:
+    """Phi-3 has q, k and v in one tensor: rows of each head of q and k are interleaved, those of v stay."""
+    model = pico("phi3")
+    shape, name = model.shape, model.roles["qkv", 0].name
+    right, wrong = (each.checkpoint.read(name) for each in (model, unpermuted_qk(model)))
+    rows = np.arange(len(right))
+    heads = (shape.heads + shape.kv_heads) * shape.head_dim
+    halves = rows[:heads].reshape(-1, 2, shape.head_dim // 2).swapaxes(1, 2).reshape(-1)
+    np.testing.assert_array_equal(wrong, right[np.concatenate([halves, rows[heads:]])])
+    assert heads < len(rows) and not np.array_equal(wrong[:heads], right[:heads])
+
+
 def test_mutants_that_do_not_apply_say_so(pico: Callable[..., Model]) -> None:
     model = pico("llama")
     plain = recipe_for(model, tiers=1)
@@ -159,7 +172,7 @@ def test_people_may_edit_the_card(artifact: Path, quick: Options) -> None:
 
 
 def test_an_artifact_outlives_its_source(pico_folder: Callable[..., Path], tmp_path: Path, quick: Options) -> None:
-    """Where the source is gone the artifact's own weights are the judge's, and the report says so."""
+    """Where the source is gone the artifact's own weights are the reference's, and the report says so."""
     from lrconvert.checkpoint import open_model
 
     source = tmp_path / "source"

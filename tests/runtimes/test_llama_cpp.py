@@ -129,7 +129,7 @@ def write(path: Path, given: Written | None = None, *, parts_of: int = 0) -> Pat
     return sorted(path.parent.glob(f"{path.stem}-00001-of-*.gguf"))[0] if parts_of else path
 
 
-def judge(folder: Path, attention: float = ATTENTION) -> Reference:
+def reference_of(folder: Path, attention: float = ATTENTION) -> Reference:
     sets = [FactorSet(WINDOW, SHORT.tolist(), 0, attention), FactorSet(2**30, LONG.tolist(), 0, attention)]
     return Reference(open_model(folder), Rotation(10000.0, 16, sets))
 
@@ -147,7 +147,7 @@ def session(file: Path) -> Iterator[LlamaSession]:
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    return judge(write_pico(tmp_path_factory.mktemp("pico"), max_position_embeddings=WINDOW))
+    return reference_of(write_pico(tmp_path_factory.mktemp("pico"), max_position_embeddings=WINDOW))
 
 
 # --- which set, and what it computes ---------------------------------------------------------------------
@@ -250,7 +250,7 @@ def test_a_shift_without_an_attention_factor_is_exact(tmp_path: Path, context: i
     """One layer, whose keys and values know only their own token: after a shift the rest computes what it computes
     alone. In float64 as in llama.cpp, whichever set."""
     path = write(tmp_path / "one.gguf", contents(1.0, num_hidden_layers=1))
-    alone = judge(write_pico(tmp_path / "one", max_position_embeddings=WINDOW, num_hidden_layers=1), 1.0)
+    alone = reference_of(write_pico(tmp_path / "one", max_position_embeddings=WINDOW, num_hidden_layers=1), 1.0)
     with open_session(path, threads=1) as session:
         got = session.shifted(TOKENS[:200], 80, TOKENS[200:230], context=context)
     expected = alone.logits(TOKENS[80:230], length=context, keep=range(120, 150))
@@ -369,8 +369,7 @@ def test_a_struct_of_another_layout_is_refused_before_it_is_used(
 ) -> None:
     """A worker that knows the structs with a field more or less refuses the library, which is the machine's matter,
     and names it, the field, and what would do."""
-    script = llama_cpp.WORKER.read_text()
-    shutil.copy(llama_cpp.WORKER.with_name("worker_loop.py"), tmp_path)
+    script = llama_cpp.WORKER.with_name("worker_llama.py").read_text()
     layouts = {
         "moved": (
             '("n_seq_max", c_uint32),',
@@ -383,8 +382,11 @@ def test_a_struct_of_another_layout_is_refused_before_it_is_used(
     }
     for name, (known, other, words) in layouts.items():
         assert known in script
-        (tmp_path / f"{name}.py").write_text(script.replace(known, other))
-        monkeypatch.setattr(llama_cpp, "WORKER", tmp_path / f"{name}.py")
+        (tmp_path / name).mkdir()
+        for part in (llama_cpp.WORKER, llama_cpp.WORKER.with_name("worker_loop.py")):
+            shutil.copy(part, tmp_path / name)
+        (tmp_path / name / "worker_llama.py").write_text(script.replace(known, other))
+        monkeypatch.setattr(llama_cpp, "WORKER", tmp_path / name / llama_cpp.WORKER.name)
         with pytest.raises(EnvironmentFailure, match=words) as raised:
             open_session(file)
         assert f"{LIBRARY.name} (llama.cpp " in raised.value.message

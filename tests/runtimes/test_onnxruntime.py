@@ -43,12 +43,12 @@ def folder(pico: Pico, tmp_path_factory: pytest.TempPathFactory) -> Callable[...
     """An exported pico Llama (or another) with three tiers and start tokens; made once for each set of arguments."""
     made: dict[object, Path] = {}
 
-    def get(family: str = "llama", **asked: Any) -> Path:
-        key = (family, tuple(sorted(asked.items())))
+    def get(family: str = "llama", **options: Any) -> Path:
+        key = (family, tuple(sorted(options.items())))
         if key not in made:
             model = pico(family)
             recipe = recipe_for(model, tiers=3, start_tokens=12)
-            made[key] = export(model, recipe, tmp_path_factory.mktemp("onnx") / "a", **asked)
+            made[key] = export(model, recipe, tmp_path_factory.mktemp("onnx") / "a", **options)
         return made[key]
 
     return get
@@ -58,10 +58,10 @@ def folder(pico: Pico, tmp_path_factory: pytest.TempPathFactory) -> Callable[...
 def opened(folder: Callable[..., Path], interpreter: Interpreter) -> Open:
     """A folder in the shared interpreter, which holds one at a time."""
 
-    def get(family: str = "llama", **asked: Any) -> OnnxSession:
-        fused = asked.get("attention", "gqa") == "gqa"
+    def get(family: str = "llama", **options: Any) -> OnnxSession:
+        fused = options.get("attention", "gqa") == "gqa"
         return open_session(
-            folder(family, **asked), boundaries=LENGTHS[:-1], heads=4, fused=fused, threads=1, interpreter=interpreter
+            folder(family, **options), boundaries=LENGTHS[:-1], heads=4, fused=fused, threads=1, interpreter=interpreter
         )
 
     return get
@@ -97,17 +97,17 @@ def test_exact_generation_is_a_fresh_pass_at_every_step(family: str, attention: 
 def test_cached_generation_keeps_the_keys_that_it_has(family: str, attention: str, opened: Open, pico: Pico) -> None:
     """Equal to the reference with cached keys, equal to exact up to the boundary, and another answer after it."""
     model = pico(family)
-    judge, spec, prompt = ReferenceRunner(model), spec_of(model), tokens(61)
+    reference, spec, prompt = ReferenceRunner(model), spec_of(model), tokens(61)
     with opened(family, attention=attention) as session:
         made, answers = session.generate(prompt, 72, policy="cached")
         other, exact = session.generate(prompt, 72, policy="exact")
     assert made == answers.argmax(axis=-1).tolist()
-    kept = judge.decoded(spec, np.array(prompt), made, cached=True)
+    kept = reference.decoded(spec, np.array(prompt), made, cached=True)
     assert compare(kept, answers).kl_max < 100 * EXACT
     assert compare(kept, answers).kl_mean < EXACT
     assert made[:3] == other[:3]
     assert compare(exact[:4], answers[:4]).kl_mean < EXACT  # lengths 61 to 64
-    fresh = judge.decoded(spec, np.array(prompt), made)
+    fresh = reference.decoded(spec, np.array(prompt), made)
     assert compare(fresh[:4], answers[:4]).kl_mean < EXACT
     assert compare(fresh[4:], answers[4:]).kl_mean > 1e-3
 
@@ -136,20 +136,20 @@ def test_one_token_is_generated_without_a_second_call(opened: Open) -> None:
 # --- calls -----------------------------------------------------------------------------------------------
 
 
-def test_kept_indices_and_positions_are_those_asked_for(opened: Open, pico: Pico) -> None:
+def test_kept_indices_and_positions_are_the_requested_ones(opened: Open, pico: Pico) -> None:
     """From either end, in any order; positions far apart count as they are."""
     model = pico("llama")
-    judge, spec = ReferenceRunner(model), spec_of(model)
+    reference, spec = ReferenceRunner(model), spec_of(model)
     row = tokens(100)
-    whole = judge.answer(spec, row, 100, np.arange(100))
+    whole = reference.answer(spec, row, 100, np.arange(100))
     with opened() as session:
         (found,) = session.logits([row], keep=[5, -1, 0, 99, -100])
         assert compare(whole[[5, 99, 0, 99, 0]], found).kl_max < 100 * EXACT
         assert found.dtype == np.float64
         places = [0, 3, 90, 91, 129]
         (found,) = session.logits([row[:5]], positions=places, keep=range(5))
-    judge._rotate_like(spec)
-    wanted = judge._reference.logits(row[:5], positions=places)
+    reference._rotate_like(spec)
+    wanted = reference._reference.logits(row[:5], positions=places)
     assert compare(wanted, found).kl_mean < EXACT
 
 
@@ -172,7 +172,7 @@ def test_rows_of_a_batch_are_what_they_are_alone(opened: Open) -> None:
 
 
 @pytest.mark.parametrize("double", [True, False], ids=["double", "tables"])
-def test_the_function_is_asked_alone(double: bool, opened: Open, pico: Pico) -> None:
+def test_the_rotary_function_runs_alone(double: bool, opened: Open, pico: Pico) -> None:
     """By ONNX Runtime and by onnx.reference, at places of any tier, in float32 whatever the graph's dtype is."""
     spec = spec_of(pico("llama"))
     for dtype in ("f32", "f16"):
@@ -186,7 +186,7 @@ def test_the_function_is_asked_alone(double: bool, opened: Open, pico: Pico) -> 
                         np.testing.assert_allclose(ours, theirs, atol=1e-6, rtol=0)
 
 
-def test_what_answered_is_said(opened: Open) -> None:
+def test_the_report_names_what_answered(opened: Open) -> None:
     """Versions and device, for reports."""
     with opened() as session:
         assert session.info["device"] == "cpu" and session.info["class"] == "InferenceSession"
@@ -301,7 +301,7 @@ def test_a_runtime_that_is_missing_is_the_environment(folder: Callable[..., Path
     assert caught.value.exit_code == 6
 
 
-def test_a_device_that_is_missing_is_said(folder: Callable[..., Path]) -> None:
+def test_a_missing_device_is_an_error(folder: Callable[..., Path]) -> None:
     with pytest.raises(InputError, match="no CUDA provider; onnxruntime-gpu has one"):
         open_session(folder(), boundaries=(), heads=4, fused=True, device="cuda")
 
@@ -322,7 +322,7 @@ def test_a_folder_that_does_not_load_is_bad_input(what: str, folder: Callable[..
 
 
 def test_reference_evaluator_refuses_what_is_not_standard(opened: Open) -> None:
-    """GroupQueryAttention is Microsoft's: the second judge says so, the first goes on."""
+    """GroupQueryAttention is Microsoft's: the second evaluator refuses it, the first does not."""
     with opened(attention="gqa") as session:
         with pytest.raises(InputError):
             session.evaluated(tokens(8), [7])
@@ -348,9 +348,9 @@ def test_the_tier_is_chosen_by_the_graph_not_by_the_session(
     model = open_model(pico_folder("llama"))
     recipe = recipe_with(model, (64, 256))
     artifact = export(model, recipe, tmp_path / "a")
-    spec, judge = spec_of(model, recipe), ReferenceRunner(model)
+    spec, reference = spec_of(model, recipe), ReferenceRunner(model)
     with open_session(artifact, boundaries=(7,), heads=4, fused=True, threads=1, interpreter=interpreter) as session:
         for count in (64, 65):
             (found,) = session.logits([tokens(count)], keep=[-1])
-            wanted = judge.answer(spec, tokens(count), count, np.array([count - 1]))
+            wanted = reference.answer(spec, tokens(count), count, np.array([count - 1]))
             assert compare(wanted, found).kl_mean < EXACT

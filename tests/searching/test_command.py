@@ -175,7 +175,7 @@ def test_shared_weights_give_the_same_losses(searches: ForkedCommands) -> None:
         (["--shard-weights"], "there is only one"),
     ],
 )
-def test_what_needs_torchrun_says_so(options: list[str], said: str, text: Path, cli: Run, tmp_path: Path) -> None:
+def test_torchrun_options_need_torchrun(options: list[str], said: str, text: Path, cli: Run, tmp_path: Path) -> None:
     found = cli(*arguments(text, tmp_path / "r", *options))
     assert found.code == 2 and said in found.err
 
@@ -254,7 +254,7 @@ def test_a_journal_of_another_search_is_refused(text: Path, whole: Path, cli: Ru
     assert "is the journal of another search: seed was 0, is 7" in found.err
 
 
-def test_a_torn_line_is_said_and_made_again(text: Path, whole: Path, cli: Run, tmp_path: Path) -> None:
+def test_a_torn_line_is_reported_and_repeated(text: Path, whole: Path, cli: Run, tmp_path: Path) -> None:
     journal = tmp_path / "found.journal.jsonl"
     journal.write_bytes(whole.with_name("found.journal.jsonl").read_bytes()[:-30])
     found = cli(*arguments(text, tmp_path / "found"))
@@ -354,7 +354,7 @@ def test_a_search_starts_from_a_recipe(text: Path, whole: Path, cli: Run, tmp_pa
         (["--space", "longrope3"], 2, "longrope3"),
     ],
 )
-def test_bad_input_is_said(changes: list[str], code: int, expected: str, text: Path, cli: Run, tmp_path: Path) -> None:
+def test_bad_input_is_named(changes: list[str], code: int, expected: str, text: Path, cli: Run, tmp_path: Path) -> None:
     found = cli(*arguments(text, tmp_path / "r", *changes))
     assert (found.code, expected in found.err) == (code, True), found.err
     assert not (tmp_path / "r").exists()

@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from support.gguf_files import stock
+from support.gguf_files import converter_gguf
 from support.onnx_files import write_adapter
 from support.pico import FAMILIES
 
@@ -227,7 +227,7 @@ def test_a_gguf_file_is_searched_as_its_folder(pico_folder: Callable[..., Path],
     candidate, objective = candidate_for(model), objective_for(model)
     losses = [
         loss_of(TransformersEvaluator(each, device="cpu"), objective, candidate).loss
-        for each in (model, open_model(stock(tmp_path / "model.gguf", model)))
+        for each in (model, open_model(converter_gguf(tmp_path / "model.gguf", model)))
     ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 

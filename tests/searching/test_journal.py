@@ -54,7 +54,7 @@ def test_it_goes_on_where_it_ended(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 40, 200])
-def test_a_torn_last_line_is_dropped_and_said(cut: int, tmp_path: Path) -> None:
+def test_a_torn_last_line_is_dropped_with_a_message(cut: int, tmp_path: Path) -> None:
     path = write(tmp_path / "j.jsonl", records())
     path.write_bytes(path.read_bytes()[:-cut])
     with Journal.open(path, IDENTITY) as journal:

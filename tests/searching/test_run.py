@@ -158,7 +158,7 @@ def test_failures_are_counted_and_never_best(plan: SearchPlan, tmp_path: Path) -
     assert all(math.isfinite(tier["loss"]) for tier in recipe.evaluation["tiers"])
 
 
-def test_no_loss_at_all_is_said(plan: SearchPlan, tmp_path: Path) -> None:
+def test_no_loss_at_all_is_an_error(plan: SearchPlan, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no candidate for 512 tokens has a loss: the loss is not a number"):
         run(plan, landscape(plan, fail={0: "the loss is not a number"}), tmp_path / "j")
 

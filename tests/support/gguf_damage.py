@@ -13,7 +13,7 @@ import gguf
 from conftest import recipe_for
 from gguf import GGMLQuantizationType as Ggml
 from hypothesis import strategies as st
-from support.gguf_files import LONG, SHORT, STATIC, Tensors, bake, contents, stock, write_gguf
+from support.gguf_files import LONG, SHORT, STATIC, Tensors, bake, contents, converter_gguf, write_gguf
 from support.pico import write_pico
 
 from lrconvert.artifact.manifest import manifest_path
@@ -108,9 +108,9 @@ def make_base(name: str, folder: Path) -> Base:
     recipe = recipe_for(model, even=True)
     file = folder / "source.gguf"
     if name == "qwen2":
-        path = stock(file, model, kind=Ggml.Q8_0, edit=vocabulary)
+        path = converter_gguf(file, model, kind=Ggml.Q8_0, edit=vocabulary)
     elif name == "split":
-        path = stock(file, model, kind=Ggml.F16, edit=vocabulary, split_every=5)
+        path = converter_gguf(file, model, kind=Ggml.F16, edit=vocabulary, split_every=5)
     else:
         path = bake(model, recipe, file, static=name == "static")
         manifest_path(path).unlink()

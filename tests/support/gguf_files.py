@@ -83,9 +83,9 @@ def model_of(pico: Callable[..., Model], family: str, **more: Any) -> Model:
     return pico(family, max_position_embeddings=WINDOW, **extra, **more)
 
 
-def bake(model: Model, recipe: Recipe, output: Path, **asked: Any) -> Path:
+def bake(model: Model, recipe: Recipe, output: Path, **options: Any) -> Path:
     """The file to open: the first part of a split one. Options as `target.Options` has them."""
-    planned = target.plan(model, recipe, output, target.Options(**asked))
+    planned = target.plan(model, recipe, output, target.Options(**options))
     bake_plan(planned)
     return output.parent / planned.names[0]
 
@@ -101,7 +101,7 @@ def interleaved(values: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any
     return values.reshape(heads, 2, half, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
 
 
-def stock(
+def converter_gguf(
     path: Path,
     model: Model,
     *,
@@ -132,7 +132,7 @@ def stock(
         writer.add_uint32(f"{a}.{key}", value)
     writer.add_float32(f"{a}.attention.layer_norm_rms_epsilon", shape.norm_eps)
     writer.add_float32(f"{a}.rope.freq_base", shape.theta)
-    writer.add_name("stock")
+    writer.add_name("converter")
     writer.add_tokenizer_model("none")
     if edit:
         edit(writer)

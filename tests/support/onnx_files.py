@@ -26,9 +26,9 @@ DATA = "onnx/model.onnx_data"
 Array = np.ndarray[Any, Any]
 
 
-def export(model: Model, recipe: Recipe, output: Path, **asked: Any) -> Path:
+def export(model: Model, recipe: Recipe, output: Path, **options: Any) -> Path:
     """The folder; options as `target.Options` has them."""
-    bake_plan(target.plan(model, recipe, output, target.Options(**asked)))
+    bake_plan(target.plan(model, recipe, output, target.Options(**options)))
     return output
 
 

@@ -120,8 +120,7 @@ def as_bytes(block: Block) -> memoryview:
     return memoryview(np.ascontiguousarray(block.read(), np.float32).tobytes())
 
 
-def checks(artifact: Path, stored: Checkpoint | None, model: Model, spec: RopeSpec, record: BakeRecord) -> list[Row]:
-    assert stored is not None
+def checks(artifact: Path, stored: NpyCheckpoint, model: Model, spec: RopeSpec, record: BakeRecord) -> list[Row]:
     right = stored.config["max_position_embeddings"] == spec.window
     return rows_of("config", "window is the recipe's", [] if right else [("window", "it is another")])
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the metadata of a GGUF say, held against the recipe and the model."""
+"""The metadata of a GGUF, compared with the recipe and the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from lrconvert.artifact.checks import Row, rows_of
 from lrconvert.artifact.record import BakeRecord
-from lrconvert.checkpoint import Checkpoint, Model
+from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.gguf import GgufCheckpoint
 from lrconvert.checkpoint.gguf_config import LONG, SHORT, STATIC
 from lrconvert.rope import RopeSpec
@@ -19,9 +19,8 @@ from lrconvert.rope import RopeSpec
 FLOAT32 = 1e-6  # metadata and factors are float32: one rounding
 
 
-def checks(artifact: Path, stored: Checkpoint | None, model: Model, spec: RopeSpec, record: BakeRecord) -> list[Row]:
-    """A row for everything in the file that says something else than `spec`; one `pass` when there is nothing."""
-    assert isinstance(stored, GgufCheckpoint)
+def checks(artifact: Path, stored: GgufCheckpoint, model: Model, spec: RopeSpec, record: BakeRecord) -> list[Row]:
+    """A row for everything in the file that contradicts `spec`; one `pass` where nothing does."""
     problems = [*stored.rope_problems, *_numbers(stored, model), *_rope(stored, spec, record.static)]
     good = "rope and shape are the recipe's and the model's"
     return rows_of("metadata", good, [(problem.partition(":")[0][:60], problem) for problem in problems])

@@ -67,7 +67,7 @@ class Imatrix:
         if name == _EMBEDDING:
             return None
         raise InputError(
-            f"{self.path}: has {mean.size} columns for {name}, the model {columns}",
+            f"{self.path}: has {mean.size} columns for {name}; the model has {columns}",
             remedy="Give the matrix that was made for this model",
         )
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bytes of a GGUF file around its tensors: header, metadata, where each tensor lies (ggml/docs/gguf.md, version 3).
 
-gguf-py's `GGUFWriter` is not used: re-baking copies a value as it stands in another file (49k tokens as one
+gguf-py's `GGUFWriter` is not used: re-baking copies a value unchanged from another file (49k tokens as one
 block of bytes), and every offset has to be known before the first tensor is made.
 """
 

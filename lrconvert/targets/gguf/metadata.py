@@ -39,7 +39,9 @@ _PHI3_NAME = re.compile(r"phi-?3", re.IGNORECASE)
 def rope_keys(architecture: str, spec: RopeSpec, *, static: bool) -> dict[str, Value]:
     """The keys of a spec that llama.cpp can express: two tiers at most, no start tokens, one attention factor."""
     if spec.window > MAX_INTEGER:
-        raise UnsupportedError(f"a window of {spec.window} tokens; llama.cpp counts up to {MAX_INTEGER}")
+        raise UnsupportedError(
+            f"a window of {spec.window} tokens is too long for llama.cpp, which counts to {MAX_INTEGER}"
+        )
     attention = spec.tiers[-1].attention_factor
     keys: dict[str, Value] = {"context_length": spec.window}
     if static and architecture in STATIC_TENSOR:

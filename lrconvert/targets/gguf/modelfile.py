@@ -18,7 +18,7 @@ def name_of(output: Path) -> str:
 def render(files: Sequence[str], spec: RopeSpec) -> str:
     """Raises `UnsupportedError` for a split file, which Ollama can't create a model from."""
     if len(files) > 1:
-        raise UnsupportedError("Ollama takes no split GGUF", remedy="Leave out --split-max-size or --modelfile")
+        raise UnsupportedError("Ollama can't load a split GGUF", remedy="Leave out --split-max-size or --modelfile")
     lines = [f"FROM ./{files[0]}", f"PARAMETER num_ctx {spec.window}"]
     if len(spec.tiers) > 1:
         short = spec.tiers[0].max_length

@@ -162,7 +162,7 @@ def _metadata(model: Model, architecture: str, options: Options) -> tuple[dict[s
 
 
 def _library(named: str | None) -> llama_library.LlamaLibrary | None:
-    """llama.cpp's library: the one named, an installed one, or None (who needs it says so)."""
+    """llama.cpp's library: the one named, an installed one, or None (an encoder that needs it raises)."""
     try:
         return llama_library.find_library(named)
     except EnvironmentFailure:
@@ -279,7 +279,7 @@ def _streams(
     encoder: encode.Encoder,
 ) -> list[Stream]:
     """One file, or the parts of a split one as llama.cpp's gguf-split writes them: all metadata in the first."""
-    made = {source.planned.name: _stream_tensor(checkpoint, source, encoder) for source in sources}
+    tensors = {source.planned.name: _stream_tensor(checkpoint, source, encoder) for source in sources}
     parts = split_parts([source.planned for source in sources], limit)
     streams = []
     for number, part in enumerate(parts):
@@ -292,7 +292,7 @@ def _streams(
                 "split.count": Scalar(GGUFValueType.UINT16, len(parts)),
                 "split.tensors.count": Scalar(GGUFValueType.INT32, len(sources)),
             }
-        streams.append(Stream(name, [made[planned.name] for planned in part], header_of(keys, part)))
+        streams.append(Stream(name, [tensors[planned.name] for planned in part], header_of(keys, part)))
     return streams
 
 

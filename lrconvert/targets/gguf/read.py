@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lrconvert.checkpoint import Checkpoint, Model, first_bytes
+from lrconvert.checkpoint import Model, first_bytes
 from lrconvert.checkpoint.gguf import GgufCheckpoint
 from lrconvert.checkpoint.gguf_config import LONG, SHORT, STATIC
 from lrconvert.checkpoint.gguf_header import GgufArray
@@ -36,9 +36,8 @@ def refuses(model: Model) -> str | None:
     return None
 
 
-def explain(checkpoint: Checkpoint) -> list[str]:
+def explain(checkpoint: GgufCheckpoint) -> list[str]:
     """Lines for people. A file whose scaling means nothing to llama.cpp gets one that begins with `broken`."""
-    assert isinstance(checkpoint, GgufCheckpoint)
     lines = []
     if checkpoint.rope_problems:
         lines += [f"broken: {problem}" for problem in checkpoint.rope_problems]

@@ -30,10 +30,10 @@ def scores_of(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], added
     The piece that is made first has the highest. For a vocabulary that was converted from SentencePiece these are
     its own scores again: transformers sorts the merges by the score of what they make.
     """
-    made = dict.fromkeys(left + right for left, right in merges)
-    apart = set(added) | made.keys() | set(BYTES)
-    rest = sorted((index, piece) for piece, index in vocab.items() if piece not in apart)
-    order = [*made, *(piece for _, piece in rest)]
+    merged = dict.fromkeys(left + right for left, right in merges)
+    others = set(added) | merged.keys() | set(BYTES)
+    rest = sorted((index, piece) for piece, index in vocab.items() if piece not in others)
+    order = [*merged, *(piece for _, piece in rest)]
     return {piece: -float(rank) for rank, piece in enumerate(order)}
 
 

@@ -32,7 +32,7 @@ Make = Callable[[], memoryview]  # the bytes of some rows
 
 @dataclass(frozen=True)
 class Source:
-    """Where a tensor comes from. `heads`: its rows have to be interleaved, as those of so many heads; None: they
+    """Where a tensor comes from. `heads`: the number of heads whose rows are interleaved; None: rows
     stay in their order. `values`: made here, not read."""
 
     planned: Planned

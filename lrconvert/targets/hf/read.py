@@ -9,7 +9,7 @@ from lrconvert.checkpoint import Checkpoint, open_checkpoint
 
 
 def recognises(path: Path) -> bool:
-    """A folder, whatever lies in it: targets that look closer come first."""
+    """Any folder: more special targets are asked first."""
     return path.is_dir() or not path.suffix
 
 

@@ -57,7 +57,7 @@ def _index(shards: Sequence[Shard]) -> bytes:
 
 
 def _edited_index(checkpoint: Checkpoint, path: Path, used: set[str]) -> dict[str, bytes]:
-    """The source's index with the tensors that the merge adds, and without those that nobody uses and that a
+    """The source's index with the tensors that the merge adds, and without the unused ones that a
     rewritten shard leaves out; nothing where it stays as it is."""
     index = read_json(path)
     rewritten = {checkpoint.tensors[name].file for name in checkpoint.touched}
@@ -85,8 +85,8 @@ def _values(info: TensorInfo) -> int:
 
 def stream(checkpoint: Checkpoint, name: str, tensors: Sequence[PlannedTensor]) -> Stream:
     """A shard, written tensor by tensor."""
-    made = [StreamTensor(tensor.name, tensor.nbytes, partial(_jobs, checkpoint, tensor)) for tensor in tensors]
-    return Stream(name, made, header_of(tensors))
+    streamed = [StreamTensor(tensor.name, tensor.nbytes, partial(_jobs, checkpoint, tensor)) for tensor in tensors]
+    return Stream(name, streamed, header_of(tensors))
 
 
 def _jobs(checkpoint: Checkpoint, tensor: PlannedTensor) -> Iterator[Job]:

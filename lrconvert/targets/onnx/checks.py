@@ -10,17 +10,17 @@ import numpy as np
 
 from lrconvert.artifact.checks import Row, rows_of
 from lrconvert.artifact.record import BakeRecord
-from lrconvert.checkpoint import Checkpoint, Model
-from lrconvert.checkpoint.onnx_folder import GRAPH
+from lrconvert.checkpoint import Model
+from lrconvert.checkpoint.onnx_folder import GRAPH, OnnxCheckpoint
 from lrconvert.errors import require
 from lrconvert.rope import RopeSpec, Tier
 
 CODE = "graph"
 
 
-def checks(artifact: Path, stored: Checkpoint | None, model: Model, spec: RopeSpec, record: BakeRecord) -> list[Row]:
+def checks(artifact: Path, stored: OnnxCheckpoint, model: Model, spec: RopeSpec, record: BakeRecord) -> list[Row]:
     """By onnx's own checker, and tier by tier."""
-    assert stored is not None and stored.tiers is not None
+    assert stored.tiers is not None  # our own graphs have them
     problems = tier_problems(stored.tiers, spec)
     return [
         *_well_formed(artifact),
@@ -38,7 +38,7 @@ def _well_formed(artifact: Path) -> list[Row]:
 
 
 def tier_problems(found: tuple[Tier, ...], spec: RopeSpec) -> list[str]:
-    """Every tier of the graph that says something else than the recipe's."""
+    """Every tier of the graph that differs from the recipe's."""
     problems = []
     if len(found) != len(spec.tiers):
         return [f"the graph has {len(found)} tiers; the recipe has {len(spec.tiers)}"]

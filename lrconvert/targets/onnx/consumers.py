@@ -19,8 +19,8 @@ if TYPE_CHECKING:  # it imports onnx, which `plan` asks for by name
 ONNX_FOLDER = "onnx"
 MODEL_FILE = "onnx/model.onnx"
 GENAI = "genai_config.json"
-# onnxruntime-genai computes a sequence anew when it steps onto the token after this length, by the model's type and
-# whatever the model's own window is (src/generators.cpp, InitializePhi3RopeThreshold).
+# onnxruntime-genai recomputes a sequence at the token after this length. The model's type chooses it, not its window
+# (src/generators.cpp, InitializePhi3RopeThreshold).
 GENAI_REWINDS = {4096: "phi3", 8192: "phi3small"}
 # A shared buffer holds the caches of max_length tokens from the start: beyond this they had better grow.
 MAX_SHARED_BYTES = 2 * 2**30
@@ -30,7 +30,7 @@ _CACHE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 def config_of(config: dict[str, Any], choices: Choices, files: int) -> dict[str, Any]:
     """config.json of an artifact, from that of a Hugging Face one: no code, and what transformers.js needs."""
     edited = {key: value for key, value in config.items() if key not in ("auto_map", "transformers.js_config")}
-    # "fp32" is its name for the file without a suffix; the cache's type is said apart.
+    # "fp32" is its name for the file without a suffix; the cache has a key of its own.
     own: dict[str, Any] = {"dtype": "fp32", "use_external_data_format": files}
     if choices.computing == "F16":
         own["kv_cache_dtype"] = "float16"

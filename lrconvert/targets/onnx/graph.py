@@ -38,7 +38,7 @@ LEFT_PADDED = "left-padded batches need an export with --attention standard"
 
 @dataclass(frozen=True)
 class Choices:
-    """What the graph is to be made of. `computing`: the dtype of activations and caches, a safetensors name."""
+    """How to build the graph. `computing`: the dtype of activations and caches, a safetensors name."""
 
     computing: str = "F32"
     attention: Attention = "gqa"
@@ -53,11 +53,11 @@ def build(model: Model, spec: RopeSpec, stored: Sequence[Stored], choices: Choic
     opsets = [helper.make_opsetid("", choices.opset), helper.make_opsetid(DOMAIN, rotary.VERSION)]
     if any(node.domain == MICROSOFT for node in graph.nodes):
         opsets.append(helper.make_opsetid(MICROSOFT, 1))
-    made = helper.make_graph(
+    body = helper.make_graph(
         graph.nodes, "decoder", graph.inputs(), graph.outputs(), graph.initializers(), value_info=graph.between
     )
     return helper.make_model(
-        made,
+        body,
         functions=[rotary.function(choices.opset, double=choices.double)],
         opset_imports=opsets,
         ir_version=helper.find_min_ir_version_for(opsets[:1]),

@@ -129,10 +129,10 @@ def _stream(model: Model, name: str, tensors: list[Stored]) -> Stream:
     from lrconvert.targets.onnx.tensors import jobs
 
     tied = {TIED_HEAD: model.roles["embedding", None].name} if model.shape.tied else {}
-    made = [
+    streamed = [
         StreamTensor(t.name, t.nbytes, partial(jobs, model.checkpoint, t, tied.get(t.name, t.name))) for t in tensors
     ]
-    return Stream(name, made)
+    return Stream(name, streamed)
 
 
 def _notes(options: Options, spec: RopeSpec) -> list[str]:

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """ONNX folders, read back: ours as checkpoints, and those of other exporters by their numbers.
 
-Does somebody else's graph scale, does it switch?
-
-Exporters spell a rotation in many ways, but all of them have to store its frequencies: as a vector, as its reciprocal,
-or as a table of cos and sin whose second row has them. So every constant of the graph, in branches and functions too,
-is held against the frequencies of plain RoPE and of each tier that config.json describes.
+Does another exporter's graph scale, and does it switch? Exporters write a rotation in many ways, but all of them store
+its frequencies: as a vector, as its reciprocal, or as a table of cos and sin whose second row has them. So every
+constant of the graph, in branches and functions too, is compared with the frequencies of plain RoPE and of each tier in
+config.json.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lrconvert.artifact.target import Foreign
-from lrconvert.checkpoint import Checkpoint, read_json
+from lrconvert.checkpoint import read_json
 from lrconvert.checkpoint.folder import CONFIG
 from lrconvert.checkpoint.onnx_folder import GRAPH, OnnxCheckpoint, is_own, load_graph
 from lrconvert.checkpoint.rope_config import read_rope
@@ -51,9 +50,8 @@ def open_artifact(path: Path) -> OnnxCheckpoint:
     return OnnxCheckpoint(path)
 
 
-def explain(checkpoint: Checkpoint) -> list[str]:
+def explain(checkpoint: OnnxCheckpoint) -> list[str]:
     """What our own graph does."""
-    assert isinstance(checkpoint, OnnxCheckpoint)
     angles = "float64" if checkpoint.double else "float32 tables"
     return [f"a function in the graph, angles in {angles}, {checkpoint.attention} attention"]
 
@@ -133,8 +131,8 @@ def verdict(found: FoundRotations, tiers: tuple[Tier, ...], *, scaled: bool) -> 
     lines = [f"the graph has {' and '.join(present)}, so it may switch between them"]
     wanted = {round(tier.attention_factor, 5) for tier in tiers}
     if odd := [factor for factor in found.factors if all(abs(factor - right) > 1e-3 for right in wanted)]:
-        asked = ", ".join(f"{value:g}" for value in sorted(wanted))
-        lines.append(f"its tables carry an attention factor of {odd[0]:g}; config.json asks for {asked}")
+        expected = ", ".join(f"{value:g}" for value in sorted(wanted))
+        lines.append(f"its tables carry an attention factor of {odd[0]:g}; config.json asks for {expected}")
     return lines
 
 

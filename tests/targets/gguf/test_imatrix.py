@@ -94,7 +94,7 @@ def test_other_columns(tmp_path: Path) -> None:
     """An error, but for the embedding, of which llama.cpp does not use it then either."""
     path = write(tmp_path / "m.gguf", tensors_for(Q, np.ones(64), 1) | tensors_for("token_embd.weight", np.ones(64), 1))
     matrix = Imatrix.load(path)
-    with pytest.raises(InputError, match=rf"m\.gguf: has 64 columns for {Q}, the model 128\. Give the matrix that"):
+    with pytest.raises(InputError, match=rf"m\.gguf: has 64 columns for {Q}; the model has 128\. Give the matrix that"):
         matrix.weights(Q, 128)
     assert matrix.weights("token_embd.weight", 128) is None
     assert matrix.weights("token_embd.weight", 64) is not None

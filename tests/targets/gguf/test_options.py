@@ -177,7 +177,7 @@ def test_a_modelfile_names_the_file_and_the_window(tmp_path: Path, cli: Cli, pla
 def test_a_modelfile_of_parts_is_refused(pico: Pico, tmp_path: Path) -> None:
     """Ollama can't create a model from them: said before anything is written, with both ways out."""
     model = model_of(pico, "llama")
-    with pytest.raises(UnsupportedError, match=r"no split GGUF.*--split-max-size"):
+    with pytest.raises(UnsupportedError, match=r"can't load a split GGUF.*--split-max-size"):
         bake(model, recipe_for(model, even=True), tmp_path / "m.gguf", modelfile=True, split=100_000)
     assert list(tmp_path.iterdir()) == []
 
@@ -245,7 +245,7 @@ def test_a_name_that_is_not_utf_8_is_a_usage_error(tmp_path: Path, cli: Cli, pla
         assert result.code == 2 and "is not UTF-8" in result.err and len(result.err.splitlines()) == 1
 
 
-def test_a_pre_tokenizer_that_was_asked_for_is_written(tmp_path: Path, cli: Cli) -> None:
+def test_a_requested_pre_tokenizer_is_written(tmp_path: Path, cli: Cli) -> None:
     """Found in the tokenizer's structure otherwise; a name that contradicts it is written with a warning."""
     folder = write_pico(tmp_path / "m", max_position_embeddings=WINDOW, vocab_size=1010)
     (folder / "tokenizer.json").write_text(byte_level(split(QWEN2)).to_str())

@@ -31,11 +31,11 @@ from support.gguf_files import (
     as_f32,
     bake,
     changed,
+    converter_gguf,
     f32,
     fields,
     interleaved,
     model_of,
-    stock,
     tensors,
 )
 from support.verifying import verify
@@ -107,7 +107,7 @@ def source_of(pico: Pico, folder: Path, family: str, kind: str, edit: Edit = awk
     model = model_of(pico, family, **wide)
     recipe = recipe_for(model, even=True)
     if not wide:
-        return stock(folder / "source.gguf", model, kind=Ggml[kind.upper()], edit=edit), model, recipe
+        return converter_gguf(folder / "source.gguf", model, kind=Ggml[kind.upper()], edit=edit), model, recipe
 
     def unbaked(metadata: dict[str, Any], stored: Tensors) -> None:
         for key in [key for key in metadata if ".rope.scaling." in key or key.startswith("lrconvert.")]:
@@ -142,7 +142,7 @@ def test_parts_in_and_parts_out(pico: Pico, tmp_path: Path, parts_in: int, limit
     """Whole or in parts on either side: the same tensors and keys, and llama.cpp computes the recipe."""
     model = model_of(pico, "llama")
     recipe = recipe_for(model, even=True)
-    source = stock(tmp_path / "s.gguf", model, kind=Ggml.Q8_0, edit=awkward, split_every=parts_in)
+    source = converter_gguf(tmp_path / "s.gguf", model, kind=Ggml.Q8_0, edit=awkward, split_every=parts_in)
     path = bake(open_model(source), recipe, tmp_path / "m.gguf", split=limit)
     assert len(list(tmp_path.glob("m*.gguf"))) == (1 if limit is None else 2)
     assert digests(path) == digests(source)
@@ -155,7 +155,7 @@ def test_parts_in_and_parts_out(pico: Pico, tmp_path: Path, parts_in: int, limit
 def test_an_alignment_of_its_own_is_read_and_not_kept(pico: Pico, tmp_path: Path) -> None:
     """Another program's 128 becomes the format's 32; the weights are the same."""
     model = model_of(pico, "llama")
-    source = stock(tmp_path / "s.gguf", model, edit=lambda writer: writer.add_custom_alignment(128))
+    source = converter_gguf(tmp_path / "s.gguf", model, edit=lambda writer: writer.add_custom_alignment(128))
     path = bake(open_model(source), recipe_for(model, even=True), tmp_path / "m.gguf")
     assert digests(path) == digests(source)
     assert "general.alignment" in fields(source) and "general.alignment" not in fields(path)
@@ -290,7 +290,9 @@ def test_a_broken_file_is_named_and_repaired(
 def test_a_linear_scaling_of_2023_is_replaced(pico: Pico, tmp_path: Path) -> None:
     """`rope.scale_linear` would stack on the factors, as `rope.scaling.factor` does."""
     model = model_of(pico, "llama")
-    source = stock(tmp_path / "s.gguf", model, edit=lambda writer: writer.add_float32("llama.rope.scale_linear", 4.0))
+    source = converter_gguf(
+        tmp_path / "s.gguf", model, edit=lambda writer: writer.add_float32("llama.rope.scale_linear", 4.0)
+    )
     path = bake(open_model(source), recipe_for(model, even=True), tmp_path / "m.gguf")
     assert not [key for key in fields(path) if "scale_linear" in key or key.endswith("scaling.factor")]
 
@@ -312,7 +314,7 @@ def test_a_qwen2_file_becomes_a_llama_with_rows_permuted_inside_their_blocks(
         writer.add_float32("llama.rope.scaling.factor", 2.0)  # means nothing to qwen2
         writer.add_uint32("llama.block_count", 7)
 
-    source = stock(tmp_path / "s.gguf", model, kind=Ggml[kind], edit=edit)
+    source = converter_gguf(tmp_path / "s.gguf", model, kind=Ggml[kind], edit=edit)
     if kind == "Q4_1":  # a bias in blocks is unheard of; its values move apart, so they become F32
         q_bias = "blk.0.attn_q.bias"
         source = changed(source, tmp_path / "q.gguf", quantised(q_bias, Ggml.Q8_0))
@@ -370,7 +372,7 @@ def test_a_type_is_converted(pico: Pico, tmp_path: Path, old: str, new: str, opt
     """From the values that the source has, by gguf-py's own arithmetic; `general.file_type` says the new one."""
     model = model_of(pico, "llama")
     recipe = recipe_for(model, even=True)
-    source = stock(tmp_path / "s.gguf", model, kind=Ggml[old.upper()])
+    source = converter_gguf(tmp_path / "s.gguf", model, kind=Ggml[old.upper()])
     path = bake(open_model(source), recipe, tmp_path / "m.gguf", type=new)
     found = tensors(path)
     for name, (stored, values) in tensors(source).items():
@@ -405,7 +407,7 @@ def test_what_changes_weights_needs_a_type_where_they_are_quantised(
     """Quantised again they would lose more than anybody asked for: exit code 2 and the option; with it, it's done.
     An F16 file stays one."""
     model = model_of(pico, "llama")
-    source = stock(tmp_path / "s.gguf", model, kind=Ggml.Q8_0)
+    source = converter_gguf(tmp_path / "s.gguf", model, kind=Ggml.Q8_0)
     recipe = write_recipe(recipe_for(model, even=True), tmp_path / "recipe")
     more = ("--fold-attention-factor",) if change == "fold" else ("--adapter", lora(tmp_path / "adapter"))
     base = ("--recipe", recipe, "-o", tmp_path / "m.gguf", *more)
@@ -415,7 +417,7 @@ def test_what_changes_weights_needs_a_type_where_they_are_quantised(
     assert cli("gguf", source, *base, "--type", "q8_0").code == 0
     report = verify(tmp_path / "m.gguf", options=options)
     assert report.passed, report.summary
-    half = stock(tmp_path / "h.gguf", model, kind=Ggml.F16)
+    half = converter_gguf(tmp_path / "h.gguf", model, kind=Ggml.F16)
     assert cli("gguf", half, *base, "--force").code == 0
     assert tensors(tmp_path / "m.gguf")["blk.0.ffn_up.weight"][0] == "F16"
 
@@ -442,7 +444,7 @@ def test_an_artifact_never_replaces_what_it_is_made_from(pico: Pico, tmp_path: P
 def test_the_parts_that_a_file_was_made_from_are_not_its_artifact(pico: Pico, tmp_path: Path, cli: Cli) -> None:
     """`s-00001-of-00004.gguf` joined into `s.gguf` beside it: the manifest is the new file's alone."""
     model = model_of(pico, "llama")
-    part = stock(tmp_path / "s.gguf", model, split_every=6)
+    part = converter_gguf(tmp_path / "s.gguf", model, split_every=6)
     path = bake(open_model(part), recipe_for(model, even=True), tmp_path / "s.gguf")
     assert "baked by lrconvert" in cli("inspect", path).out
     assert "baked by lrconvert" not in cli("inspect", part).out and part.exists()
@@ -451,7 +453,7 @@ def test_the_parts_that_a_file_was_made_from_are_not_its_artifact(pico: Pico, tm
 def test_a_tokenizer_name_is_not_changed_in_silence(pico: Pico, tmp_path: Path) -> None:
     """A re-bake keeps the tokenizer: the option has no effect, so it is refused."""
     model = model_of(pico, "llama")
-    source = open_model(stock(tmp_path / "s.gguf", model))
+    source = open_model(converter_gguf(tmp_path / "s.gguf", model))
     with pytest.raises(UsageError, match="keeps its tokenizer when it is re-baked"):
         bake(source, recipe_for(model, even=True), tmp_path / "m.gguf", tokenizer_pre="qwen2")
 
@@ -459,7 +461,7 @@ def test_a_tokenizer_name_is_not_changed_in_silence(pico: Pico, tmp_path: Path) 
 def test_a_recipe_for_mistral_fits_the_file_that_says_llama(pico: Pico, tmp_path: Path, options: Options) -> None:
     """A GGUF does not say which of the two it is; what it is not (Qwen2) stays another model."""
     model = model_of(pico, "mistral")
-    source = stock(tmp_path / "s.gguf", model, kind=Ggml.Q8_0)
+    source = converter_gguf(tmp_path / "s.gguf", model, kind=Ggml.Q8_0)
     assert open_model(source).family.name == "llama"
     path = bake(open_model(source), recipe_for(model, even=True), tmp_path / "m.gguf")
     assert fields(path)["lrconvert.family"] == ("STRING", "mistral")

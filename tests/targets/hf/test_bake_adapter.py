@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Baking with an adapter: only shards that it touches are written, and verify judges on merged weights."""
+"""Baking with an adapter: only shards that it touches are written, and verify uses merged weights."""
 
 from __future__ import annotations
 
@@ -291,7 +291,7 @@ def baked(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path,
 
 
 @pytest.mark.parametrize("options", [{}, {"dtype": "bf16"}])
-def test_verify_judges_on_merged_weights(options: dict[str, Any], tmp_path: Path, baked: Callable[..., Any]) -> None:
+def test_verify_uses_merged_weights(options: dict[str, Any], tmp_path: Path, baked: Callable[..., Any]) -> None:
     """Native and custom code pass; an adapter whose scale is 1 % off fails in both, in float32."""
     pytest.importorskip("transformers", reason="needs lrconvert[hf]")
     from support.verifying import verify

@@ -135,7 +135,7 @@ def test_a_wrong_fold_is_caught_twice(
     mutant: Callable[..., dict[str, Any]],
     dtype: str | None,
 ) -> None:
-    """By the codes, which compute something else than the judge's fold; and where the judge makes the same
+    """By the codes, which compute something else than the reference's fold; and where the reference makes the same
     mistake, by the check of that fold against the original weights. In bfloat16 too."""
     model, right = pico(family), fold.row_scales
 
@@ -185,7 +185,7 @@ def test_shards_without_q_and_k_stay_as_they_are(tmp_path: Path) -> None:
 
 
 def test_a_merged_adapter_and_the_fold_are_rounded_once(tmp_path: Path, options: Options) -> None:
-    """q is merged and scaled, o is merged, k is scaled: each rounded to bfloat16 once, as the judge has them."""
+    """q is merged and scaled, o is merged, k is scaled: each rounded to bfloat16 once, as the reference has them."""
     half = {name: array.astype(ml_dtypes.bfloat16) for name, array in pico_tensors(pico_config("llama")).items()}
     folder = write_pico(tmp_path / "model", torch_dtype="bfloat16")
     save_file(half, folder / "model.safetensors", metadata={"format": "pt"})

@@ -76,7 +76,7 @@ def tables(frequency: np.ndarray, factor: float, dtype: type = np.float32) -> li
 
 
 @pytest.mark.parametrize("where", ["initializer", "constant", "branch"])
-def test_an_unscaled_graph_is_said_to_be(pico, tmp_path: Path, where: str) -> None:
+def test_an_unscaled_graph_is_reported(pico, tmp_path: Path, where: str) -> None:
     """Plain frequencies under a longrope config, wherever the graph keeps them."""
     model = pico("llama")
     folder = folder_with(tmp_path, model, [frequencies(spec_of(model)).astype(np.float32)], where=where)

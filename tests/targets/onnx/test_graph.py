@@ -192,8 +192,8 @@ def test_caches_have_the_dtype_of_activations(pico: Pico, tmp_path: Path, dtype:
     assert config["transformers.js_config"].get("kv_cache_dtype") == ("float16" if dtype == "f16" else None)
 
 
-def genai(model: Model, recipe: Recipe, output: Path, **asked: Any) -> dict[str, Any]:
-    planned = target.plan(model, recipe, output, target.Options(**asked))
+def genai(model: Model, recipe: Recipe, output: Path, **options: Any) -> dict[str, Any]:
+    planned = target.plan(model, recipe, output, target.Options(**options))
     return json.loads(planned.texts["genai_config.json"])
 
 

@@ -29,6 +29,7 @@ from lrconvert.artifact.record import BakeRecord
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.checkpoint.source import sha256_of
 from lrconvert.errors import InputError, LrconvertError, UnsupportedError, UsageError
+from lrconvert.progress import Step
 from lrconvert.recipe import write_recipe
 from lrconvert.targets import onnx as target
 
@@ -88,11 +89,12 @@ def test_a_plan_knows_every_size(tmp_path: Path) -> None:
     for kind in KINDS:
         output = tmp_path / "-".join(map(str, ["o", *kind.values()]))
         planned = target.plan(model, recipe_for(model), output, target.Options(**kind))
-        steps: list[tuple[int, int]] = []
-        manifest = bake_plan(planned, progress=lambda what, done, total, into=steps: into.append((done, total)))
+        steps: list[Step] = []
+        manifest = bake_plan(planned, progress=steps.append)
         written = {name: len(data) for name, data in files_of(output).items() if name != MANIFEST}
         assert planned.sizes == written
-        assert steps[-1] == (sum(written.values()),) * 2 and steps == sorted(steps)
+        total, done = sum(written.values()), [step.done for step in steps]
+        assert done[-1] == total and done == sorted(done) and {step.total for step in steps} == {total}
         assert {name: record.size for name, record in manifest.files.items()} == written
         assert all(record.sha256 == sha256_of(output / name) for name, record in manifest.files.items())
         assert Manifest.read(output).to_json() == manifest.to_json() and manifest.target == "onnx"

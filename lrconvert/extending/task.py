@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a stage of an extension works on: the model, the texts, the recipe of the stage before it, its own folder."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lrconvert.checkpoint import Model
+from lrconvert.checkpoint.adapter import choose_adapter, merged, open_adapter
+from lrconvert.checkpoint.tokenizer import Encode, tokenizer_of
+from lrconvert.evals.texts import Text
+from lrconvert.progress import Progress, Step, silent
+from lrconvert.recipe import Recipe, load_recipe, recipe_folder, write_recipe
+from lrconvert.rope import Tier
+
+ADAPTER, JOURNAL = "adapter", "journal.jsonl"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a stage works on.
+
+    `before` is the recipe file of the stage before it, `folder` its own. `texts` are for searching and training,
+    `held_out` for evaluation alone. `machine` has device, dtype, attention, context_parallel and shard_weights.
+    """
+
+    name: str
+    model: Model
+    reference: str
+    texts: tuple[Text, ...]
+    held_out: tuple[Text, ...]
+    before: Path
+    folder: Path
+    seed: int = 0
+    machine: dict[str, Any] = field(default_factory=dict)
+    progress: Progress = silent
+
+    @property
+    def recipe(self) -> Recipe:
+        return load_recipe(self.before)
+
+    @property
+    def adapter(self) -> Path | None:
+        """The adapter so far."""
+        chosen = choose_adapter(None, self.recipe.adapter, recipe_folder(self.before))
+        return None if chosen is None else Path(chosen)
+
+    def trained(self) -> Model:
+        """The model with the adapter so far merged."""
+        return self.model if self.adapter is None else merged(self.model, open_adapter(self.adapter))
+
+    @property
+    def encode(self) -> Encode:
+        return tokenizer_of(self.model.checkpoint.path)
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """`machine` as `LoadedModel` calls it."""
+        names = {"context_parallel": "team", "shard_weights": "sharded"}
+        return {names.get(key, key): value for key, value in self.machine.items() if value is not None}
+
+    def say(self, what: str, done: float = 0, total: float = 0, left: float | None = None) -> None:
+        """How far the stage is; `left`: seconds."""
+        self.progress(Step(self.name, what, int(done), int(total) or None, left=left))
+
+    def write(self, recipe: Recipe, adapter: Path | None) -> Path:
+        """The stage's own recipe file; it names the adapter by a path relative to its folder."""
+        relative = None if adapter is None else _relative(adapter, self.folder)
+        return write_recipe(replace(recipe, adapter=relative), self.folder, force=True)
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return Path(os.path.relpath(path, folder)).as_posix()
+
+
+def with_tier(recipe: Recipe, tier: Tier) -> Recipe:
+    """The recipe with a tier added, or put in the place of the one for its window."""
+    others = [old for old in recipe.tiers if old.max_length != tier.max_length]
+    return replace(recipe, tiers=tuple(sorted([*others, tier], key=lambda tier: tier.max_length)))

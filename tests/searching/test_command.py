@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from conftest import Result
-from support.forks import COMMANDS, TRANSFORMERS, ForkedCommands, Process
+from support.forks import MAIN, ForkedCommands, Process
 from support.onnx_files import write_adapter
 from support.staging import linux_only
 
@@ -27,7 +27,6 @@ from lrconvert.data import DATA
 from lrconvert.searching.journal import read_journal
 
 Run = Callable[..., Result]
-MAIN = "from lrconvert.cli import main; main()"
 OPTIONS = ["--original-window", "32", "--target", "128", "--device", "cpu", "--budget", "40"]
 
 
@@ -59,11 +58,10 @@ def ranks(count: int) -> list[dict[str, str]]:
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
-def torchrun(folder: Path) -> list[str]:
+def torchrun(program: Path) -> list[str]:
     """Two processes of what the installed command does."""
-    script = folder / "start.py"
-    script.write_text("from lrconvert.cli import main\nmain()\n")
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    options = ["--standalone", "--nproc-per-node", "2", "--no-python"]
+    return [sys.executable, "-m", "torch.distributed.run", *options, str(program)]
 
 
 def evaluations(path: Path) -> list[Any]:
@@ -75,7 +73,7 @@ def evaluations(path: Path) -> list[Any]:
 @pytest.fixture(scope="module")
 def searches() -> Iterator[ForkedCommands]:
     """Searches in processes of their own, which need not import torch again."""
-    started = ForkedCommands((*TRANSFORMERS, "torch.distributed.fsdp", "sklearn.gaussian_process", *COMMANDS))
+    started = ForkedCommands(training=True)
     yield started
     started.close()
 
@@ -113,11 +111,12 @@ def test_killed_and_started_again_it_ends_in_the_same_recipe(
     assert evaluations(journal) == evaluations(whole.with_name("found.journal.jsonl"))
 
 
-def test_two_processes_keep_the_same_journal(text: Path, whole: Path, tmp_path: Path) -> None:
+def test_two_processes_keep_the_same_journal(text: Path, whole: Path, tmp_path: Path, searches: ForkedCommands) -> None:
     """torchrun on CPUs: every process answers its share, all see all answers, one writes."""
     output = tmp_path / "found"
     given = arguments(text, output)
-    done = subprocess.run([*torchrun(tmp_path), *given], env=environment(), capture_output=True, text=True)
+    command = [*torchrun(searches.program(tmp_path / "lrconvert", MAIN)), *given]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (output / "recipe.json").read_bytes() == (whole / "recipe.json").read_bytes()
     assert evaluations(tmp_path / "found.journal.jsonl") == evaluations(whole.with_name("found.journal.jsonl"))

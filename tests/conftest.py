@@ -23,7 +23,7 @@ sys.dont_write_bytecode = False
 
 import pytest
 from hypothesis import settings
-from support.forks import FOLDER, MAIN_FORKING, ForkedCommands, ForkedSessions
+from support.forks import FOLDER, MAIN_FORKING, ForkedCommands, ForkedSessions, wait_for_servers
 from support.pico import write_pico
 
 from lrconvert.checkpoint import Model, open_model
@@ -85,6 +85,7 @@ def forked_sessions() -> Iterator[ForkedSessions]:
         patch.setattr(base, "subprocess", sessions)
         yield sessions
     sessions.close()
+    wait_for_servers()  # the first fixture of all ends last: nothing here is connected any more
 
 
 @pytest.fixture(scope="session")
@@ -98,6 +99,14 @@ def main_forking(forked_sessions: ForkedSessions) -> str:
 def commands() -> Iterator[ForkedCommands]:
     """Code in processes of their own that need not import lrconvert again."""
     started = ForkedCommands()
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="session")
+def training() -> Iterator[ForkedCommands]:
+    """The same for what imports transformers."""
+    started = ForkedCommands(training=True)
     yield started
     started.close()
 

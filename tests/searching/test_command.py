@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -71,14 +71,6 @@ def evaluations(path: Path) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def searches() -> Iterator[ForkedCommands]:
-    """Searches in processes of their own, which need not import torch again."""
-    started = ForkedCommands(training=True)
-    yield started
-    started.close()
-
-
-@pytest.fixture(scope="module")
 def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted search: its recipe's folder, named as all others' are."""
     from lrconvert.cli import run
@@ -90,12 +82,12 @@ def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @linux_only
 def test_killed_and_started_again_it_ends_in_the_same_recipe(
-    text: Path, whole: Path, tmp_path: Path, searches: ForkedCommands
+    text: Path, whole: Path, tmp_path: Path, training: ForkedCommands
 ) -> None:
     """kill -9 in the middle of the long set; the second run says that it goes on."""
     output = tmp_path / "found"
     journal = tmp_path / "found.journal.jsonl"
-    process = searches.start(MAIN, *arguments(text, output), environment=environment())
+    process = training.start(MAIN, *arguments(text, output), environment=environment())
     deadline = time.monotonic() + 600  # a busy machine gets there too
     while time.monotonic() < deadline and (not journal.exists() or journal.read_bytes().count(b"\n") < 9):
         time.sleep(0.01)
@@ -104,18 +96,18 @@ def test_killed_and_started_again_it_ends_in_the_same_recipe(
     assert process.wait() == -signal.SIGKILL
     before = len(read_journal(journal).records)
     assert 7 <= before < len(evaluations(whole.with_name("found.journal.jsonl"))) and not output.exists()
-    done = searches.run(MAIN, *arguments(text, output), environment=environment())
+    done = training.run(MAIN, *arguments(text, output), environment=environment())
     assert done.returncode == 0, done.stderr
     assert f"continuing after {before} evaluations" in done.stderr
     assert (output / "recipe.json").read_bytes() == (whole / "recipe.json").read_bytes()
     assert evaluations(journal) == evaluations(whole.with_name("found.journal.jsonl"))
 
 
-def test_two_processes_keep_the_same_journal(text: Path, whole: Path, tmp_path: Path, searches: ForkedCommands) -> None:
+def test_two_processes_keep_the_same_journal(text: Path, whole: Path, tmp_path: Path, training: ForkedCommands) -> None:
     """torchrun on CPUs: every process answers its share, all see all answers, one writes."""
     output = tmp_path / "found"
     given = arguments(text, output)
-    command = [*torchrun(searches.program(tmp_path / "lrconvert", MAIN)), *given]
+    command = [*torchrun(training.program(tmp_path / "lrconvert", MAIN)), *given]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (output / "recipe.json").read_bytes() == (whole / "recipe.json").read_bytes()
@@ -151,12 +143,12 @@ if evaluator.leading:
 
 
 @linux_only
-def test_shared_weights_give_the_same_losses(searches: ForkedCommands) -> None:
+def test_shared_weights_give_the_same_losses(training: ForkedCommands) -> None:
     """FSDP on CPUs: each process holds half of every layer. One without a question of its own does as the other does,
     or the other would wait for ever; gradients come through too."""
     found = []
     for count in (1, 2):
-        started = [searches.start(SHARDED, environment=environment(**each)) for each in ranks(count)]
+        started = [training.start(SHARDED, environment=environment(**each)) for each in ranks(count)]
         with ThreadPoolExecutor(count) as readers:
             said = list(readers.map(Process.communicate, started))
         assert [process.wait() for process in started] == [0] * count, said[-1][1][-2000:]

@@ -96,6 +96,15 @@ class Process:
             os.kill(self.pid, signal.SIGKILL)
 
 
+_STARTED: list[subprocess.Popen[bytes]] = []  # servers of this process
+
+
+def wait_for_servers() -> None:
+    """Until those have ended that were started here; other processes of the test run may still use them."""
+    for server in _STARTED:
+        server.wait(timeout=600)
+
+
 class ForkServer:
     """Started at the first request, by whichever process of the test run makes it; then it serves them all."""
 
@@ -105,7 +114,6 @@ class ForkServer:
         self.path = Path(os.environ[FOLDER], name)
         self._command, self._environment = asked, environment
         self._connection: socket.socket | None = None
-        self._server: subprocess.Popen[bytes] | None = None
 
     def connect(self) -> socket.socket:
         """A connection to the server, which is started where there is none."""
@@ -127,13 +135,14 @@ class ForkServer:
             listener.bind(str(self.path))
             listener.listen()
             start = self._command.index(str(SERVER)) + 1
-            self._server = subprocess.Popen(
+            server = subprocess.Popen(
                 [*self._command[:start], str(listener.fileno()), *self._command[start:]],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 env=self._environment,
                 pass_fds=[listener.fileno()],
             )
+        _STARTED.append(server)
 
     def start(self, stdin: int, stdout: int, stderr: int, **request: Any) -> tuple[int, IO[str]]:
         """The id of a process with these streams, and where its exit status will come."""
@@ -143,8 +152,6 @@ class ForkServer:
         """The server ends with the last of those that it serves."""
         if self._connection is not None:
             self._connection.close()
-        if self._server is not None:
-            self._server.wait(timeout=600)
 
 
 # What a library may read while it is imported: where one of these differs, there is a server of its own. Of the names

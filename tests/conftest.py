@@ -77,6 +77,19 @@ def own_name(output: Path) -> Path:
     return output.with_name(f"{output.name}{next(_NAMES)}")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test comes first: whoever had it last would work alone."""
+    items.sort(key=lambda item: "test_oldest_transformers" not in item.nodeid)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_power_cut() -> Iterator[None]:
+    """Tests write thousands of files, and none of them has to outlive the machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda handle: None)
+        yield
+
+
 @pytest.fixture(scope="session", autouse=True)
 def forked_sessions() -> Iterator[ForkedSessions]:
     """Sessions of transformers run in processes that need not import it again."""

@@ -273,7 +273,7 @@ def test_check_without_a_library() -> None:
 def test_a_library_can_encode_every_type_of_ggml(library: LlamaLibrary, weighted: bool) -> None:
     """Those that NumPy can't do are refused without it."""
     check(GGML_TYPES, library, weighted=weighted)
-    with pytest.raises(EnvironmentFailure, match="needs llama.cpp's library"):
+    with pytest.raises(EnvironmentFailure, match=r"needs llama\.cpp's library"):
         check(GGML_TYPES, None, weighted=weighted)
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ from lrconvert.artifact.manifest import Manifest
 from lrconvert.artifact.plan import Plan
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.checkpoint.adapter import choose_adapter, open_adapter
-from lrconvert.recipe import Recipe, load_recipe, recipe_folder
+from lrconvert.recipe import Recipe
+from lrconvert.recipe.importing import open_recipe
+from lrconvert.recipe.models import own_recipe, replaced_note
 from lrconvert.targets import get_target
 
 
@@ -27,7 +29,7 @@ class Artifact:
 def plan_bake(
     target: str,
     model: str | Path | Model,
-    recipe: str | Path | Recipe,
+    recipe: str | Path | Recipe | None,
     output: str | Path,
     options: Any = None,
     *,
@@ -36,22 +38,32 @@ def plan_bake(
 ) -> Plan:
     """What baking `recipe` into `model` would write; nothing is written yet.
 
-    `model`: a folder, a GGUF file, a Hub id (at `revision`), or a model that is open. `recipe`: a file, a folder, a
-    shipped name, or a recipe. `options`: the target's own, None for its defaults. `adapter`: a LoRA adapter's folder or
-    Hub id; None takes the recipe's, if it has one.
+    `model`: a folder, a GGUF file, a Hub id (at `revision`), or a model that is open. `recipe`: a file, a folder or a
+    shipped name; a config.json, a model or its Hub id, whose rotation it then is (`recipe.importing.open_recipe`); a
+    recipe; None for the rotation that the model carries itself. `options`: the target's own, None for its defaults.
+    `adapter`: a LoRA adapter's folder or Hub id; None takes the recipe's, if it has one.
     """
     row = get_target(target)
     opened = model if isinstance(model, Model) else open_model(str(model), revision=revision, tolerant=row.repairs)
-    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    folder = Path() if isinstance(recipe, Recipe) else recipe_folder(recipe)
+    loaded, folder, notes = _recipe(opened, recipe)
     chosen = choose_adapter(adapter, loaded.adapter, folder)
     merged = None if chosen is None else open_adapter(chosen)
+    opened = replace(opened, notes=(*opened.notes, *notes))
     return row.plan(opened, loaded, Path(output), options, adapter=merged)
+
+
+def _recipe(model: Model, recipe: str | Path | Recipe | None) -> tuple[Recipe, Path, list[str]]:
+    """The recipe to bake, the folder that its adapter is relative to, and notes on both."""
+    if recipe is None:
+        own, notes = own_recipe(model)
+        return own, Path(), notes
+    loaded, folder, notes = (recipe, Path(), []) if isinstance(recipe, Recipe) else open_recipe(recipe)
+    return loaded, folder, [*notes, *replaced_note(model, loaded)]
 
 
 def hf(
     model: str | Path | Model,
-    recipe: str | Path | Recipe,
+    recipe: str | Path | Recipe | None,
     output: str | Path,
     *,
     window: int | None = None,
@@ -79,7 +91,7 @@ def hf(
 
 def gguf(
     model: str | Path | Model,
-    recipe: str | Path | Recipe,
+    recipe: str | Path | Recipe | None,
     output: str | Path,
     *,
     window: int | None = None,
@@ -123,7 +135,7 @@ def gguf(
 
 def onnx(
     model: str | Path | Model,
-    recipe: str | Path | Recipe,
+    recipe: str | Path | Recipe | None,
     output: str | Path,
     *,
     window: int | None = None,

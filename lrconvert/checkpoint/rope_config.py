@@ -33,6 +33,11 @@ class FoundRope:
     def scaled(self) -> bool:
         return self.kind != "default"
 
+    @property
+    def window(self) -> int:
+        """Up to where the rotation serves, in tokens."""
+        return self.tiers[-1].max_length
+
 
 def _positive(value: object) -> TypeGuard[float]:
     """A finite number above zero, whatever JSON made of it (10**400 is an int there)."""

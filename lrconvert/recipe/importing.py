@@ -8,17 +8,29 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from lrconvert import rope
-from lrconvert.checkpoint import locate, open_checkpoint, read_json
+from lrconvert.checkpoint import GGUF_MAGIC, first_bytes, locate_config, names_hub_id, open_checkpoint, read_json
+from lrconvert.checkpoint.folder import CONFIG
 from lrconvert.checkpoint.rope_config import FoundRope, read_rope
 from lrconvert.errors import InputError, UsageError
 from lrconvert.families import Family, ModelShape, family_names, get_family, read_shape
-from lrconvert.recipe import MAX_RECIPE_BYTES, SCHEMA_VERSION, Provenance, Recipe, read_bounded
+from lrconvert.recipe import (
+    MAX_RECIPE_BYTES,
+    RECIPE_FILE,
+    SCHEMA_VERSION,
+    Provenance,
+    Recipe,
+    find_recipe,
+    load_recipe,
+    read_bounded,
+    shipped_recipes,
+)
+from lrconvert.recipe.models import portable_name
 from lrconvert.rope import Tier
 
 _LENGTH_IN_NAME = re.compile(r"^(?:ft_[a-z0-9]+_)?(\d+)k", re.IGNORECASE)
@@ -101,6 +113,37 @@ def import_recipe(
     return recipe, notes
 
 
+def open_recipe(reference: str | Path) -> tuple[Recipe, Path, list[str]]:
+    """What `--recipe` names: the recipe, the folder that its adapter is relative to, and notes on what was assumed.
+
+    A recipe file, a folder with one, or a shipped name; else a config.json, a model's folder, a GGUF or a Hub id, whose
+    rotation is imported. A folder that holds both is a recipe's. Raises as `load_recipe` and `import_recipe`.
+    """
+    path = find_recipe(reference)
+    if path is None:
+        try:
+            where = locate_config(reference)
+        except InputError as error:
+            raise InputError(
+                f"{reference}: no such recipe file, folder, shipped recipe or model",
+                remedy=f"Shipped: {', '.join(sorted(shipped_recipes())) or 'none'}; see `lrconvert recipe list`",
+            ) from error
+        if where.is_dir() and not (where / CONFIG).is_file():
+            raise InputError(f"{reference}: holds neither {RECIPE_FILE} nor {CONFIG}")
+    elif first_bytes(path) != GGUF_MAGIC and not _is_config(path):
+        return load_recipe(path), path.parent, []
+    recipe, notes = import_recipe([str(reference)])
+    return recipe, Path(), notes
+
+
+def _is_config(path: Path) -> bool:
+    """Whether a JSON file is a model's config. What isn't JSON is left to the reader of recipes."""
+    try:
+        return "model_type" in read_json(path, MAX_RECIPE_BYTES)
+    except InputError:
+        return False
+
+
 def _name_of(sources: Sequence[str], base: Base) -> str:
     if base.model:
         return f"{Path(base.model).name}-longrope"
@@ -170,8 +213,17 @@ def _read(source: str, given: Base) -> _Piece:
     found = read_rope(config, shape)
     if not found.scaled:
         raise InputError(f"{source}: carries no scaled RoPE", remedy="`lrconvert recipe derive` makes a recipe for it")
-    base = Base(config.get("model_type"), shape.theta, found.original_window, config.get("_name_or_path") or None)
-    return _Piece(base, shape.rotary_dim, found.tiers, f"{source} ({found.kind})", notes=(*notes, *found.notes))
+    base = Base(config.get("model_type"), shape.theta, found.original_window, _model_in(config))
+    described = f"{portable_name(source, path)} ({found.kind})"
+    return _Piece(base, shape.rotary_dim, found.tiers, described, notes=(*notes, *found.notes))
+
+
+def _model_in(config: Mapping[str, Any]) -> str | None:
+    """What a config calls its model: a Hub id, or the last part of a path on somebody's machine. None: nothing."""
+    name = config.get("_name_or_path")
+    if not isinstance(name, str) or not name:
+        return None
+    return name if names_hub_id(name) else PurePath(name.replace("\\", "/")).name or None
 
 
 def _config_of(reference: str) -> tuple[dict[str, Any], ModelShape, tuple[str, ...]]:
@@ -180,8 +232,8 @@ def _config_of(reference: str) -> tuple[dict[str, Any], ModelShape, tuple[str, .
     if path.is_file() and path.suffix.lower() == ".json":
         config = read_json(path)
     else:
-        path = locate(reference)
-        config = read_json(path / "config.json") if path.is_dir() else open_checkpoint(path).config
+        path = locate_config(reference)
+        config = read_json(path / CONFIG) if path.is_dir() else open_checkpoint(path).config
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise InputError(f"{reference}: model_type is {model_type!r}; not a Hugging Face config")

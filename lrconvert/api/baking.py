@@ -45,17 +45,17 @@ def plan_bake(
     """
     row = get_target(target)
     opened = model if isinstance(model, Model) else open_model(str(model), revision=revision, tolerant=row.repairs)
-    loaded, folder, notes = _recipe(opened, recipe)
+    loaded, folder, notes = _recipe(opened, recipe, getattr(options, "window", None))
     chosen = choose_adapter(adapter, loaded.adapter, folder)
     merged = None if chosen is None else open_adapter(chosen)
     opened = replace(opened, notes=(*opened.notes, *notes))
     return row.plan(opened, loaded, Path(output), options, adapter=merged)
 
 
-def _recipe(model: Model, recipe: str | Path | Recipe | None) -> tuple[Recipe, Path, list[str]]:
+def _recipe(model: Model, recipe: str | Path | Recipe | None, window: int | None) -> tuple[Recipe, Path, list[str]]:
     """The recipe to bake, the folder that its adapter is relative to, and notes on both."""
     if recipe is None:
-        own, notes = own_recipe(model)
+        own, notes = own_recipe(model, window)
         return own, Path(), notes
     loaded, folder, notes = (recipe, Path(), []) if isinstance(recipe, Recipe) else open_recipe(recipe)
     return loaded, folder, [*notes, *replaced_note(model, loaded)]

@@ -20,12 +20,12 @@ def free_name(stem: str, suffix: str = "", *taken: str | Path | None) -> str:
     return name
 
 
-def bake_step(target: str, model: str, stem: str, recipe: str | Path | None = None) -> str:
-    """The command that bakes `model` into a target, by default with the rotation it carries."""
+def bake_step(target: str, model: str, stem: str, recipe: str | Path | None = None, *more: str) -> str:
+    """The command that bakes `model` into a target, by default with the rotation it carries; `more`: further words."""
     suffix = SUFFIXES.get(target, "")
     name = free_name(Path(stem).name, suffix, model, recipe)
     named = [] if recipe is None else ["--recipe", str(recipe)]
-    return shlex.join(["lrconvert", target, model, *named, "-o", name])
+    return shlex.join(["lrconvert", target, model, *named, *more, "-o", name])
 
 
 def derive_step(model: str, *ratio: str) -> str:

@@ -79,7 +79,8 @@ def _next(found: Inspection) -> str | None:
     if found.problems:
         return _steps.bake_step("gguf", found.model, f"{name}-repaired", "RECIPE")
     if rope.kind in LONGROPE_KINDS:
-        return _steps.bake_step(target, found.model, name if target == "gguf" else f"{name}-{target}")
+        window = ["--window", "N"] if rope.question else []
+        return _steps.bake_step(target, found.model, name if target == "gguf" else f"{name}-{target}", None, *window)
     ratio = ("--target", str(4 * rope.window)) if rope.scaled else ("--factor", "8")
     return _steps.derive_step(found.model, *ratio)
 

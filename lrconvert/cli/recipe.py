@@ -138,6 +138,8 @@ def derive(model: str, output: Path | None, force: bool, **options: Any) -> None
 @click.option("--family", help="The model's family, as in model_type.")
 @click.option("--theta", type=Number(1), help="The model's rope_theta.")
 @click.option("--original-window", type=TOKENS, help="The window that the model was trained with.")
+@click.option("--window", type=TOKENS, help="The window that a config's rotation serves, where it doesn't say or says "
+              "otherwise.")  # fmt: skip
 @click.option("--name", help="The recipe's name.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="RECIPE", help="Folder or .json file.")
 @force_option
@@ -147,6 +149,7 @@ def import_(
     family: str | None,
     theta: float | None,
     original_window: int | None,
+    window: int | None,
     name: str | None,
     output: Path | None,
     force: bool,
@@ -164,7 +167,7 @@ def import_(
     """
     from lrconvert.recipe.importing import Base, import_recipe
 
-    recipe, notes = import_recipe(sources, Base(family, theta, original_window, model), name)
+    recipe, notes = import_recipe(sources, Base(family, theta, original_window, model, window), name)
     for note in notes:
         out.hint(f"note: {note}")
     _finish(recipe, output, force, model or _model_of(sources) or recipe.base_model or "MODEL")

@@ -50,6 +50,8 @@ class Family:
     ignored: tuple[str, ...] = ()  # stored by some programs, never used
     # The GGUF architecture whose C++ honours longrope factors for this family's weights; None: there is none.
     gguf_longrope: str | None = None
+    # What names of scalings mean in this family's configs, where that is not what they mean in others.
+    rope_kinds: Mapping[str, str] = field(default_factory=dict)
     hf_three_key_scaling: bool = False  # transformers 4.57 takes only {type, short_factor, long_factor}
 
 
@@ -174,7 +176,11 @@ def rope_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
     for key in ("rope_scaling", "rope_parameters"):
         section = config.get(key)
         if isinstance(section, Mapping):
-            if nested := [name for name, value in section.items() if isinstance(value, Mapping)]:
+            nested = {name: value for name, value in section.items() if isinstance(value, Mapping)}
+            first = next(iter(nested.values()), None)
+            if first is not None and all(value == first for value in section.values()):
+                return first  # settings for each kind of layer, and all the same
+            if nested:
                 raise UnsupportedError(
                     f"config.json: {key} has separate settings for {', '.join(nested)}; lrconvert "
                     "converts models with one rotation for all layers"
@@ -219,6 +225,17 @@ class _Reader:
         return value is True
 
 
+def _theta(reader: _Reader, section: Mapping[str, Any]) -> float:
+    """θ, from either place that versions of transformers read; a problem where the two differ."""
+    inside, outside = section.get("rope_theta"), reader.config.get("rope_theta")
+    if inside is not None and outside is not None and inside != outside:
+        reader.problems.append(
+            f"rope_theta is {_short(outside)} at the top level and {_short(inside)} in the rotary settings; versions "
+            "of transformers disagree on which counts"
+        )
+    return reader.number("rope_theta", 10000.0, at=section)
+
+
 def _short(value: object) -> str:
     text = "missing" if value is None else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
@@ -254,7 +271,7 @@ def read_shape(config: Mapping[str, Any], family: Family) -> ModelShape:
         ffn=reader.integer("intermediate_size"),
         vocab=reader.integer("vocab_size"),
         norm_eps=reader.number("rms_norm_eps", 1e-6),
-        theta=reader.number("rope_theta", 10000.0, at=section),
+        theta=_theta(reader, section),
         window=reader.integer("max_position_embeddings"),
         tied=reader.flag("tie_word_embeddings"),
         attention_bias=reader.flag("attention_bias"),

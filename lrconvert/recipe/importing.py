@@ -16,6 +16,7 @@ from typing import Any
 from lrconvert import rope
 from lrconvert.checkpoint import GGUF_MAGIC, first_bytes, locate_config, names_hub_id, open_checkpoint, read_json
 from lrconvert.checkpoint.folder import CONFIG
+from lrconvert.checkpoint.other_configs import familiar, text_part
 from lrconvert.checkpoint.rope_config import FoundRope, read_rope
 from lrconvert.errors import InputError, UsageError
 from lrconvert.families import Family, ModelShape, family_names, get_family, read_shape
@@ -44,6 +45,8 @@ class Base:
     theta: float | None = None
     original_window: int | None = None
     model: str | None = None
+    window: int | None = None  # up to where a config's rotation serves, where it doesn't say or says otherwise
+    rotary_dim: int | None = None
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,8 @@ def _completed(given: Base) -> Base:
         theta=given.theta or shape.theta,
         original_window=given.original_window or found.original_window,
         model=given.model,
+        window=given.window,
+        rotary_dim=shape.rotary_dim,
     )
 
 
@@ -170,6 +175,8 @@ def _agreed(pieces: list[_Piece], given: Base) -> Base:
     problems = []
     if len(widths := sorted({piece.rotary_dim for piece in pieces})) > 1:
         problems.append(f"sources rotate {' and '.join(str(width) for width in widths)} dimensions")
+    elif given.rotary_dim not in (None, widths[0]):
+        problems.append(f"they rotate {widths[0]} dimensions, {given.model} {given.rotary_dim}")
     for key in ("family", "theta", "original_window", "model"):
         override = getattr(given, key)
         values_found = list(dict.fromkeys(v for piece in pieces if (v := getattr(piece.base, key)) is not None))
@@ -210,7 +217,11 @@ def _read(source: str, given: Base) -> _Piece:
         if "model_type" not in values and {"short_factor", "long_factor"} & set(values):
             return _read_factor_file(path, values, given)
     config, shape, notes = _config_of(source)
-    found = read_rope(config, shape)
+    if given.theta is not None:
+        shape = replace(shape, theta=given.theta)
+    if given.original_window is not None:  # at the top level, where it wins
+        config = {**config, "original_max_position_embeddings": given.original_window}
+    found = read_rope(config, shape, window=given.window).settled(source)
     if not found.scaled:
         raise InputError(f"{source}: carries no scaled RoPE", remedy="`lrconvert recipe derive` makes a recipe for it")
     base = Base(config.get("model_type"), shape.theta, found.original_window, _model_in(config))
@@ -234,18 +245,22 @@ def _config_of(reference: str) -> tuple[dict[str, Any], ModelShape, tuple[str, .
     else:
         path = locate_config(reference)
         config = read_json(path / CONFIG) if path.is_dir() else open_checkpoint(path).config
-    model_type = config.get("model_type")
+    part, notes = text_part(config)
+    model_type = part.get("model_type")
     if not isinstance(model_type, str):
         raise InputError(f"{reference}: model_type is {model_type!r}; not a Hugging Face config")
-    known = model_type in family_names()
-    family = get_family(model_type) if known else Family(model_type, "", "", rows=())
+    if model_type in family_names():
+        return dict(part), read_shape(part, get_family(model_type)), tuple(notes)
     # A recipe needs only what decides the rotation; let a config of another family omit the rest.
-    blanks = {} if known else {"intermediate_size": 1, "vocab_size": 1, "num_hidden_layers": 1, "hidden_act": "silu"}
-    return config, read_shape({**config, **blanks}, family), ()
+    found, more = familiar(part)
+    blanks = {"intermediate_size": 1, "vocab_size": 1, "num_hidden_layers": 1, "hidden_act": "silu"}
+    shape = read_shape({**found, **blanks}, Family(model_type, "", "", rows=()))
+    return found, shape, (*notes, *more)
 
 
 def _read_csv(path: Path, length: str) -> _Piece:
-    """LongRoPE's own layout: one row of d/2 factors per layer, all rows the same, no header."""
+    """LongRoPE's own layouts, without a header: one row of d/2 factors per layer, all rows the same, as its tables are
+    published; or one factor a line, as its search writes its result."""
     text = read_bounded(path).decode("utf-8", errors="replace")
     rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines() if line.strip()]
     if not rows:
@@ -254,6 +269,10 @@ def _read_csv(path: Path, length: str) -> _Piece:
         numbers = [[float(cell) for cell in row] for row in rows]
     except ValueError as error:
         raise InputError(f"{path}: not a table of numbers ({error})") from error
+    if all(len(row) == 1 for row in numbers):
+        numbers = [[row[0] for row in numbers]]
+    if len(numbers[0]) == 1:
+        raise InputError(f"{path}: holds one number; a factor for each rotated pair of channels is needed")
     for index, row in enumerate(numbers):
         if row != numbers[0]:
             raise InputError(f"{path}: row {index + 1} differs from row 1; one factor set for all layers is needed")

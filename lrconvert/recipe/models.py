@@ -36,10 +36,11 @@ def scaled_note(reference: str | Path, found: FoundRope, what: str) -> str:
     )
 
 
-def own_recipe(model: Model) -> tuple[Recipe, list[str]]:
+def own_recipe(model: Model, window: int | None = None) -> tuple[Recipe, list[str]]:
     """The model's own rotation as a recipe, and notes on it: what is baked where no other recipe is named.
 
-    Raises `InputError` for a GGUF whose rope scaling means nothing, and what `Model.rotation` raises.
+    `window` (tokens) says how far it serves where the config leaves that open. Raises `InputError` for a GGUF whose
+    rope scaling means nothing, and what `Model.rotation` and `FoundRope.settled` raise.
     """
     if problems := model.checkpoint.rope_problems:
         raise InputError(
@@ -47,6 +48,9 @@ def own_recipe(model: Model) -> tuple[Recipe, list[str]]:
             remedy="Name the recipe that it should have with --recipe",
         )
     found, name = model.rotation, portable_name(model.reference, model.checkpoint.path)
+    if found.question and window is not None:
+        found = read_rope(model.checkpoint.config, model.shape, window=window)
+    found = found.settled(model.reference)
     recipe = Recipe(
         schema_version=SCHEMA_VERSION,
         name=f"{Path(name).name}-own",
@@ -132,9 +136,10 @@ def ground_of(
     """What an extension of the model stands on.
 
     By default that is the rotation it has, up to the window it has. `from_plain`: the unscaled rotation, up to the
-    window from before its scaling. `window` (tokens) overrides where it ends.
+    window from before its scaling. `window` (tokens) overrides where it ends. Raises as `FoundRope.settled`.
     """
     ones = (1.0,) * (shape.rotary_dim // 2)
+    found = found if from_plain else found.settled(reference)
     if not found.scaled:
         return Ground("default", (Tier(window or found.window, ones),), found.notes)
     if from_plain:
@@ -185,6 +190,8 @@ def derive_for(
     family = get_family(checkpoint.config.get("model_type"))
     shape = read_shape(checkpoint.config, family)
     found = read_rope(checkpoint.config, shape)
+    if found.question and original_window is not None:
+        found = read_rope(checkpoint.config, shape, window=original_window)
     ground = ground_of(model, found, shape, from_plain=from_plain, window=original_window)
     if target is not None:
         ground.check_target(target)

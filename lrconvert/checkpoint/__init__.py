@@ -8,8 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lrconvert.checkpoint.base import Checkpoint, Model, TensorInfo, build_model, read_json
+from lrconvert.checkpoint.base import Checkpoint, Model, TensorInfo, read_json
 from lrconvert.checkpoint.folder import CONFIG, FolderCheckpoint
+from lrconvert.checkpoint.matching import build_model
 from lrconvert.checkpoint.source import describe_source
 from lrconvert.data import DATA
 from lrconvert.errors import EnvironmentFailure, InputError

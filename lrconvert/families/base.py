@@ -178,7 +178,7 @@ def rope_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
         if isinstance(section, Mapping):
             nested = {name: value for name, value in section.items() if isinstance(value, Mapping)}
             first = next(iter(nested.values()), None)
-            if first is not None and all(value == first for value in section.values()):
+            if first and all(value == first for value in section.values()):
                 return first  # settings for each kind of layer, and all the same
             if nested:
                 raise UnsupportedError(

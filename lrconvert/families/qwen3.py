@@ -19,4 +19,5 @@ FAMILY = base.Family(
         base.LM_HEAD,
     ),
     defaults={"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768, "sliding_window": 4096},
+    ignored=base.STORED_TABLES,
 )

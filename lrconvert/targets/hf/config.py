@@ -32,6 +32,8 @@ def edited_config(
     sliding = source.get("sliding_window", family.defaults.get("sliding_window"))
     if isinstance(sliding, int) and not isinstance(sliding, bool) and sliding < spec.window:
         config["sliding_window"] = spec.window
+    if model.shape.tied != (source.get("tie_word_embeddings") is True):
+        config["tie_word_embeddings"] = model.shape.tied
     config["architectures"] = [family.hf_class]
     config["auto_map"] = dict(AUTO_MAP)
     if dtype is not None:

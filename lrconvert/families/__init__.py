@@ -31,9 +31,12 @@ __all__ = [
 ]
 
 
+HELPERS = ("base", "keys")  # modules here that are no family
+
+
 def family_names() -> list[str]:
     """Names of all families, sorted."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in HELPERS)
 
 
 def get_family(model_type: object) -> Family:

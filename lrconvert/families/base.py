@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lrconvert.errors import InputError, UnsupportedError
+from lrconvert.families.keys import check_keys
 
 LAYER = "{layer}"
 # Architectures of GGUF files whose q and k rows are permuted: llama.cpp rotates pairs (2i, 2i+1) there.
@@ -242,9 +243,11 @@ def _short(value: object) -> str:
 
 
 def read_shape(config: Mapping[str, Any], family: Family) -> ModelShape:
-    """The checked numbers of a Hugging Face config. Raises `InputError` listing every bad key."""
+    """The checked numbers of a Hugging Face config. Raises `InputError` listing every bad key, and `UnsupportedError`
+    naming those that change what the model computes and aren't understood."""
     reader = _Reader(config, family)
     section = rope_section(config)
+    check_keys(config, section, family.name if family.rows else "")
     hidden, heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
     kv_heads = reader.integer("num_key_value_heads", heads)
     head_dim = reader.integer("head_dim", max(hidden // heads, 1))

@@ -69,6 +69,7 @@ def hf(
     window: int | None = None,
     dtype: str | None = None,
     adapter: str | None = None,
+    lift: bool = False,
     portable: bool = False,
     lossy: bool = False,
     link: bool | None = None,
@@ -80,11 +81,11 @@ def hf(
 
     `window`: stop there, in tokens. `dtype`: bf16, f16 or f32; None keeps the stored bytes. `portable`: only what other
     engines compute right too, `lossy`: and drop what they can't. `link`: see `lrconvert.artifact.bake.bake`. `force`
-    replaces an artifact. Raises what `lrconvert.errors` lists.
+    replaces an artifact. `lift`: without the model's sliding windows. Raises what `lrconvert.errors` lists.
     """
     from lrconvert.targets.hf import Options
 
-    options = Options(window=window, dtype=dtype, portable=portable, lossy=lossy)
+    options = Options(window=window, dtype=dtype, portable=portable, lossy=lossy, lift=lift)
     plan = plan_bake("hf", model, recipe, output, options, adapter=adapter, revision=revision)
     return Artifact(plan.opens, bake(plan, force=force, link=link, progress=progress))
 
@@ -97,6 +98,7 @@ def gguf(
     window: int | None = None,
     type: str | None = None,
     adapter: str | None = None,
+    lift: bool = False,
     static: bool = False,
     fold: bool = False,
     lossy: bool = False,
@@ -128,6 +130,7 @@ def gguf(
         imatrix=None if imatrix is None else Path(imatrix),
         modelfile=modelfile,
         library=library,
+        lift=lift,
     )
     plan = plan_bake("gguf", model, recipe, output, options, adapter=adapter, revision=revision)
     return Artifact(plan.opens, bake(plan, force=force, progress=progress))
@@ -145,6 +148,7 @@ def onnx(
     double: bool = True,
     genai_rewind: bool = False,
     adapter: str | None = None,
+    lift: bool = False,
     force: bool = False,
     revision: str | None = None,
     progress: Progress | None = None,
@@ -157,6 +161,6 @@ def onnx(
     """
     from lrconvert.targets.onnx import Options
 
-    options = Options(window, dtype, attention, opset, double, genai_rewind)
+    options = Options(window, dtype, attention, opset, double, genai_rewind, lift)
     plan = plan_bake("onnx", model, recipe, output, options, adapter=adapter, revision=revision)
     return Artifact(plan.opens, bake(plan, force=force, progress=progress))

@@ -7,7 +7,7 @@ import json
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -197,6 +197,10 @@ class Model:
         for info in self.checkpoint.tensors.values():
             counts[info.dtype] = counts.get(info.dtype, 0) + int(np.prod(info.shape, dtype=np.float64))
         return max(counts, key=lambda name: counts[name])
+
+    def lifted(self) -> Model:
+        """The model without its sliding windows: every layer attends to every token."""
+        return replace(self, shape=replace(self.shape, sliding=()))
 
     def family_name(self, name: str) -> str:
         """The family's name; `name` where the weights may be of that family too (a GGUF of Mistral says llama)."""

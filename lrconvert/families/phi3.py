@@ -22,4 +22,5 @@ FAMILY = base.Family(
     rope_kinds={"yarn": "longrope"},  # its first configs' name; transformers and llama.cpp read the two lists
     hf_three_key_scaling=True,
     ignored=base.STORED_TABLES,
+    sliding="all",
 )

@@ -25,7 +25,7 @@ from lrconvert.engines.capability import static
 from lrconvert.errors import InputError, LrconvertError, UsageError
 from lrconvert.parity import stored as stored_rows
 from lrconvert.parity.asking import Progress, Run, ask_backend
-from lrconvert.parity.expected import Expected, exact_fold_rows, expected, lost, rounding_rows
+from lrconvert.parity.expected import Expected, exact_fold_rows, expected, lifted_rows, lost, rounding_rows
 from lrconvert.parity.options import Options, chosen_backends
 from lrconvert.parity.reference_runner import ReferenceRunner
 from lrconvert.parity.report import Report, Rows
@@ -160,6 +160,9 @@ def _bake_rows(run: Run, target: Target, wanted: Expected, record: BakeRecord, r
         report.rows += exact_fold_rows(wanted, device=options.device, budget=options.budget)
         if not target.stored:
             report.rows += rounding_rows(wanted, references.stored, references.plain, options.budget)
+    if wanted.limited is not None:
+        say("the lifted sliding window: reference")
+        report.rows += lifted_rows(wanted, references.plain, device=options.device, budget=options.budget)
     if wanted.dropped:
         say("what was dropped: reference")
         name = record.capability or target.name

@@ -32,6 +32,9 @@ __all__ = [
 ]
 
 
+HELPERS = ("base", "keys")  # modules here that are no family
+
+
 def family_names() -> list[str]:
     """Names of all families, sorted."""
     return list(_names_in(*__path__))
@@ -40,7 +43,7 @@ def family_names() -> list[str]:
 @cache
 def _names_in(*folders: str) -> tuple[str, ...]:
     """Asked for every file that is opened; the folders are listed once."""
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(folders) if module.name != "base"))
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(folders) if module.name not in HELPERS))
 
 
 def get_family(model_type: object) -> Family:

@@ -65,6 +65,7 @@ def search(
     on: str | Path | None = None,
     rows: JumpingRows | None = None,
     start_tokens: bool = True,
+    from_plain: bool = False,
     attention_factor: float | None = None,
     uniform: bool = False,
     allow_concatenate: bool = False,
@@ -107,7 +108,8 @@ def search(
             fine-tuned on such rows ranks sets by them as whole documents do.
         start_tokens: Search their number too; otherwise there are none.
         attention_factor: The long set's; None: LongRoPE's formula. `uniform`: all sets take the long one's.
-        original_window: The window that the model was trained with; None: what its config says.
+        original_window: The window that the model serves today; None: what its config says. A model with scaling of
+            its own keeps it up to there, and factors are searched on top of it; `from_plain` replaces it.
         name: The recipe's name; None: the output's.
         adapter: A LoRA adapter, merged into the model for the search and named in the recipe.
         journal: The file of all evaluations; None: beside `output`. A search that finds its journal goes on from it.
@@ -142,6 +144,7 @@ def search(
         on=on,
         rows=rows,
         start_tokens=start_tokens,
+        from_plain=from_plain,
         attention_factor=attention_factor,
         uniform=uniform,
         allow_concatenate=allow_concatenate,

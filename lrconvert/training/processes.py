@@ -116,7 +116,9 @@ class Workers:
             for layer in layers:
                 # Explicit: without a wrapped module above, a layer would keep its whole weights after a forward pass.
                 fully_shard(layer, mesh=whole, reshard_after_forward=True)
-                layer.set_gradient_divide_factor(1.0)  # losses are weighted over all rows: gradients add up
+                # Losses are weighted over all rows, so gradients add up. A plain sum: gloo knows no other.
+                layer.set_gradient_divide_factor(1.0)
+                layer.set_force_sum_reduction_for_comms(True)
         network.to(device)
 
     # --- documents ---------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ Angles are made in float64: in float32 they are off by 7.8e-3 rad at position 25
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
@@ -66,6 +66,7 @@ def yarn_factors(
     ratio: float,
     original_window: int,
     *,
+    own: Sequence[float] | None = None,
     beta_fast: float = 32.0,
     beta_slow: float = 1.0,
     truncate: bool = True,
@@ -74,12 +75,11 @@ def yarn_factors(
 
     Above `beta_fast` turns λ = 1, below `beta_slow` turns λ = s, between them the *inverse* frequencies
     are blended linearly in the frequency index. `truncate` rounds the ramp's ends outwards to whole
-    indices, as the authors' code and transformers do.
+    indices, as the authors' code and transformers do. `own`: divisors that the frequencies have already, d/2 of them;
+    the turns are then those of the divided frequencies.
     """
-
-    def index_of(turns: float) -> float:
-        return rotary_dim * math.log(original_window / (turns * 2 * math.pi)) / (2 * math.log(base))
-
+    turns = original_window * inverse_frequencies(rotary_dim, base) / (2 * math.pi)
+    index_of = _index_of_turns(turns if own is None else turns / np.asarray(own), 2 * math.log(base) / rotary_dim)
     low, high = index_of(beta_fast), index_of(beta_slow)
     if truncate:
         low, high = math.floor(low), math.ceil(high)
@@ -89,6 +89,20 @@ def yarn_factors(
     index = np.arange(rotary_dim // 2, dtype=np.float64)
     interpolated = np.clip((index - low) / (high - low), 0.0, 1.0)
     return 1.0 / (interpolated / ratio + (1.0 - interpolated))
+
+
+def _index_of_turns(turns: Array, fall: float) -> Callable[[float], float]:
+    """Where, among frequencies that make so many `turns` in a window (shape [d/2]), a number of turns lies: a fraction
+    between two indices. Beyond the first and the last one, turns fall by the factor e^`fall` an index."""
+    falling = np.minimum.accumulate(np.log(turns))  # divided by published sets they are not always monotone
+    index = np.arange(len(turns), dtype=np.float64)
+
+    def index_of(wanted: float) -> float:
+        level = math.log(wanted)
+        beyond = max(falling[-1] - level, 0.0) - max(level - falling[0], 0.0)
+        return float(np.interp(-level, -falling, index)) + beyond / fall
+
+    return index_of
 
 
 def llama3_factors(

@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ sys.dont_write_bytecode = False
 
 import pytest
 from hypothesis import settings
-from support.forks import ForkedCommands, ForkedSessions
+from support.forks import FOLDER, MAIN_FORKING, ForkedCommands, ForkedSessions, wait_for_servers
 from support.pico import write_pico
 
 from lrconvert.checkpoint import Model, open_model
@@ -33,6 +34,11 @@ from lrconvert.runtimes import base
 # The same examples on every run and every machine: a failure is everybody's. No deadline: a busy machine is no failure.
 settings.register_profile("deterministic", derandomize=True, deadline=None)
 settings.load_profile("deterministic")
+
+# Processes of one test run share what can be forked. The first one makes the folder, the others inherit its name.
+if FOLDER not in os.environ:
+    _folder = tempfile.TemporaryDirectory(prefix="lrconvert-forks-")
+    os.environ[FOLDER] = _folder.name
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -71,20 +77,49 @@ def own_name(output: Path) -> Path:
     return output.with_name(f"{output.name}{next(_NAMES)}")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test comes first: whoever had it last would work alone."""
+    items.sort(key=lambda item: "test_oldest_transformers" not in item.nodeid)
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _forked_sessions() -> Iterator[None]:
+def _no_power_cut() -> Iterator[None]:
+    """Tests write thousands of files, and none of them has to outlive the machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda handle: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_sessions() -> Iterator[ForkedSessions]:
     """Sessions of transformers run in processes that need not import it again."""
     sessions = ForkedSessions()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(base, "subprocess", sessions)
-        yield
+        yield sessions
     sessions.close()
+    wait_for_servers()  # the first fixture of all ends last: nothing here is connected any more
+
+
+@pytest.fixture(scope="session")
+def main_forking(forked_sessions: ForkedSessions) -> str:
+    """The command line's code, for a process whose sessions of transformers are forked too."""
+    forked_sessions.prepare()
+    return MAIN_FORKING
 
 
 @pytest.fixture(scope="session")
 def commands() -> Iterator[ForkedCommands]:
     """Code in processes of their own that need not import lrconvert again."""
     started = ForkedCommands()
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="session")
+def training() -> Iterator[ForkedCommands]:
+    """The same for what imports transformers."""
+    started = ForkedCommands(training=True)
     yield started
     started.close()
 

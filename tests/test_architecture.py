@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import shutil
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -49,11 +50,21 @@ def within(module: str, package: str) -> bool:
     return not package or module == package or module.startswith(f"{package}.")
 
 
-def imports_of(path: Path, module: str) -> Iterator[tuple[int, str]]:
+def imports_of(path: Path, module: str) -> tuple[tuple[int, str], ...]:
     """Line and name, without `lrconvert.`, of every import of the package: at any depth, relative too,
     and by `import_module` of a plain string."""
     package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    return _imports_in(path.read_text(encoding="utf-8"), tuple(package))
+
+
+@cache
+def _imports_in(text: str, package: tuple[str, ...]) -> tuple[tuple[int, str], ...]:
+    """Of a module of `package`; the many copies of the package differ in one file only."""
+    return tuple(_found_in(ast.parse(text), package))
+
+
+def _found_in(tree: ast.Module, package: tuple[str, ...]) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.forks import ForkedCommands
 from support.snippets import blocks_of, short_demo
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -28,8 +29,8 @@ def script(*, python: bool = False) -> str:
     return "\n".join(lines)
 
 
-def run(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+def run(text: str, folder: Path, programs: Path = Path(sys.executable).parent) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(programs), os.environ.get("PATH", "")])
     environment = {**os.environ, "PATH": path, "HF_HOME": str(folder / "hub")}
     return subprocess.run(
         ["sh", "-c", text], cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8", check=False
@@ -44,12 +45,20 @@ def test_only_the_two_install_lines_are_left_out() -> None:
     assert "pip install" not in script()
 
 
-def test_the_commands_run_top_to_bottom(tmp_path: Path) -> None:
+@pytest.fixture
+def programs(tmp_path: Path, commands: ForkedCommands, main_forking: str) -> Path:
+    """A folder whose `lrconvert` need not import everything anew; `.ci/run` runs the installed one."""
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    return commands.program(folder / "lrconvert", main_forking).parent
+
+
+def test_the_commands_run_top_to_bottom(tmp_path: Path, programs: Path) -> None:
     """On the embedded model with a short window in place of `demo`."""
     text = script()
     assert text.count("MODEL=demo\n") == 1
     model = short_demo(tmp_path / "short-demo", window=64)
-    done = run(text.replace("MODEL=demo\n", f"MODEL={model}\n"), tmp_path)
+    done = run(text.replace("MODEL=demo\n", f"MODEL={model}\n"), tmp_path, programs)
     assert done.returncode == 0, done.stdout + done.stderr
     for name in ("my-recipe/recipe.json", "my-model/lrconvert.json", "my-model.gguf", "my-onnx/lrconvert.json"):
         assert (tmp_path / name).is_file(), name
@@ -64,8 +73,8 @@ def test_the_commands_run_as_they_are_printed(tmp_path: Path) -> None:
     assert "verified:" in done.stdout
 
 
-def test_a_command_that_fails_is_noticed(tmp_path: Path) -> None:
+def test_a_command_that_fails_is_noticed(tmp_path: Path, programs: Path) -> None:
     """The script stops at the first failure, wherever it stands."""
-    done = run(script().replace("lrconvert inspect $MODEL", "lrconvert inspect nowhere"), tmp_path)
+    done = run(script().replace("lrconvert inspect $MODEL", "lrconvert inspect nowhere"), tmp_path, programs)
     assert done.returncode == 3
     assert not (tmp_path / "my-recipe").exists()

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from lrconvert.artifact.plan import Plan
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.checkpoint.adapter import choose_adapter, open_adapter
 from lrconvert.progress import Progress
-from lrconvert.recipe import Recipe, load_recipe, recipe_folder
+from lrconvert.recipe import Recipe
+from lrconvert.recipe.importing import open_recipe
+from lrconvert.recipe.models import own_recipe, replaced_note
 from lrconvert.targets import get_target
 
 
@@ -28,7 +30,7 @@ class Artifact:
 def plan_bake(
     target: str,
     model: str | Path | Model,
-    recipe: str | Path | Recipe,
+    recipe: str | Path | Recipe | None,
     output: str | Path,
     options: Any = None,
     *,
@@ -37,27 +39,38 @@ def plan_bake(
 ) -> Plan:
     """What baking `recipe` into `model` would write; nothing is written yet.
 
-    `model`: a folder, a GGUF file, a Hub id (at `revision`), or a model that is open. `recipe`: a file, a folder, a
-    shipped name, or a recipe. `options`: the target's own, None for its defaults. `adapter`: a LoRA adapter's folder or
-    Hub id; None takes the recipe's, if it has one.
+    `model`: a folder, a GGUF file, a Hub id (at `revision`), or a model that is open. `recipe`: a file, a folder or a
+    shipped name; a config.json, a model or its Hub id, whose rotation it then is (`recipe.importing.open_recipe`); a
+    recipe; None for the rotation that the model carries itself. `options`: the target's own, None for its defaults.
+    `adapter`: a LoRA adapter's folder or Hub id; None takes the recipe's, if it has one.
     """
     row = get_target(target)
     opened = model if isinstance(model, Model) else open_model(str(model), revision=revision, tolerant=row.repairs)
-    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    folder = Path() if isinstance(recipe, Recipe) else recipe_folder(recipe)
+    loaded, folder, notes = _recipe(opened, recipe, getattr(options, "window", None))
     chosen = choose_adapter(adapter, loaded.adapter, folder)
     merged = None if chosen is None else open_adapter(chosen)
+    opened = replace(opened, notes=(*opened.notes, *notes))
     return row.plan(opened, loaded, Path(output), options, adapter=merged)
+
+
+def _recipe(model: Model, recipe: str | Path | Recipe | None, window: int | None) -> tuple[Recipe, Path, list[str]]:
+    """The recipe to bake, the folder that its adapter is relative to, and notes on both."""
+    if recipe is None:
+        own, notes = own_recipe(model, window)
+        return own, Path(), notes
+    loaded, folder, notes = (recipe, Path(), []) if isinstance(recipe, Recipe) else open_recipe(recipe)
+    return loaded, folder, [*notes, *replaced_note(model, loaded)]
 
 
 def hf(
     model: str | Path | Model,
-    recipe: str | Path | Recipe,
+    recipe: str | Path | Recipe | None,
     output: str | Path,
     *,
     window: int | None = None,
     dtype: str | None = None,
     adapter: str | None = None,
+    lift: bool = False,
     portable: bool = False,
     lossy: bool = False,
     link: bool | None = None,
@@ -69,23 +82,24 @@ def hf(
 
     `window`: stop there, in tokens. `dtype`: bf16, f16 or f32; None keeps the stored bytes. `portable`: only what other
     engines compute right too, `lossy`: and drop what they can't. `link`: see `lrconvert.artifact.bake.bake`. `force`
-    replaces an artifact. Raises what `lrconvert.errors` lists.
+    replaces an artifact. `lift`: without the model's sliding windows. Raises what `lrconvert.errors` lists.
     """
     from lrconvert.targets.hf import Options
 
-    options = Options(window=window, dtype=dtype, portable=portable, lossy=lossy)
+    options = Options(window=window, dtype=dtype, portable=portable, lossy=lossy, lift=lift)
     plan = plan_bake("hf", model, recipe, output, options, adapter=adapter, revision=revision)
     return Artifact(plan.opens, bake(plan, force=force, link=link, progress=progress))
 
 
 def gguf(
     model: str | Path | Model,
-    recipe: str | Path | Recipe,
+    recipe: str | Path | Recipe | None,
     output: str | Path,
     *,
     window: int | None = None,
     type: str | None = None,
     adapter: str | None = None,
+    lift: bool = False,
     static: bool = False,
     fold: bool = False,
     lossy: bool = False,
@@ -117,6 +131,7 @@ def gguf(
         imatrix=None if imatrix is None else Path(imatrix),
         modelfile=modelfile,
         library=library,
+        lift=lift,
     )
     plan = plan_bake("gguf", model, recipe, output, options, adapter=adapter, revision=revision)
     return Artifact(plan.opens, bake(plan, force=force, progress=progress))
@@ -124,7 +139,7 @@ def gguf(
 
 def onnx(
     model: str | Path | Model,
-    recipe: str | Path | Recipe,
+    recipe: str | Path | Recipe | None,
     output: str | Path,
     *,
     window: int | None = None,
@@ -134,6 +149,7 @@ def onnx(
     double: bool = True,
     genai_rewind: bool = False,
     adapter: str | None = None,
+    lift: bool = False,
     force: bool = False,
     revision: str | None = None,
     progress: Progress | None = None,
@@ -146,6 +162,6 @@ def onnx(
     """
     from lrconvert.targets.onnx import Options
 
-    options = Options(window, dtype, attention, opset, double, genai_rewind)
+    options = Options(window, dtype, attention, opset, double, genai_rewind, lift)
     plan = plan_bake("onnx", model, recipe, output, options, adapter=adapter, revision=revision)
     return Artifact(plan.opens, bake(plan, force=force, progress=progress))

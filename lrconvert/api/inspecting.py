@@ -101,6 +101,7 @@ def inspect(model: str | Path, *, revision: str | None = None) -> Inspection:
     checkpoint, rotation = opened.checkpoint, opened.rotation
     recipe = _as_recipe(opened, rotation)
     tensors, files = checkpoint.tensors, checkpoint.weight_files()
+    open_questions = [rotation.question] if rotation.question else []
     return Inspection(
         model=reference,
         family=opened.family.name,
@@ -116,7 +117,12 @@ def inspect(model: str | Path, *, revision: str | None = None) -> Inspection:
         problems=checkpoint.rope_problems,
         sparklines=sparklines(recipe) if rotation.scaled else [],
         engines=_engines(opened, rotation),
-        notes=[*opened.notes, *rotation.notes, *(recipe.warnings() if rotation.scaled else [])],
+        notes=[
+            *opened.notes,
+            *rotation.notes,
+            *open_questions,
+            *(recipe.warnings() if rotation.scaled else []),
+        ],
         targets={t.name: t.refuses(opened) for t in reversed(all_targets())} if checkpoint.tiers is None else {},
         manifest=_origin(checkpoint),
     )

@@ -12,6 +12,7 @@ from lrconvert.parity import Options, Report
 from lrconvert.parity import verify as compare
 from lrconvert.progress import Progress
 from lrconvert.recipe import Recipe
+from lrconvert.recipe.importing import open_recipe
 from lrconvert.runtimes import runtime_for
 from lrconvert.targets import target_of
 
@@ -35,7 +36,8 @@ def verify(
 ) -> Report:
     """Does an artifact compute what its recipe says? `report.passed` is the answer, `report.rows` the evidence.
 
-    `against` and `recipe`: the model and recipe to compare with; by default those that the manifest names. `dtype`:
+    `against` and `recipe`: the model and recipe to compare with; by default those that the manifest names. A recipe is
+    named as for baking: a file, a folder, a shipped name, or a model whose rotation it is. `dtype`:
     what the artifact computes in; the reference stays in float64 (float32 on a GPU). `codes`: "native", "custom" or
     both, of what transformers runs. `runtime`: what runs the artifact; `python`: its interpreter. `full`: consecutive
     positions at every length. `progress` gets every step, `watch` every row when it is known. Raises only where
@@ -48,6 +50,7 @@ def verify(
     chosen.require("verify")
     for module, extra in (*target.needs, ("torch", "hf")):
         require(module, extra, "verify")
+    named = recipe if recipe is None or isinstance(recipe, Recipe) else open_recipe(recipe)[0]
     options = Options(
         device=device,
         dtype=dtype,
@@ -59,4 +62,4 @@ def verify(
         backends=tuple(codes) or None,
         full=full,
     )
-    return compare(path, target, against=against, recipe=recipe, options=options, progress=progress, watch=watch)
+    return compare(path, target, against=against, recipe=named, options=options, progress=progress, watch=watch)

@@ -23,7 +23,7 @@ class BakeRecord:
     they keep their bytes. `attention_scale`: how many times larger the rotated channels of q and k are than the
     model's, so that code computes that much less of the attention factor. `capability`: the name of what the recipe
     was fitted to (`engines.capability.NAMED`), None where the artifact expresses all of it. `static`: the last set
-    serves every length.
+    serves every length. `lifted`: the model's sliding windows are gone, and every layer attends to every token.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -33,6 +33,7 @@ class BakeRecord:
     attention_scale: Annotated[float, Gt(0)] = 1.0
     capability: str | None = None
     static: bool = False
+    lifted: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lrconvert.checkpoint.base import Checkpoint, Model, TensorInfo, build_model, read_json
-from lrconvert.checkpoint.folder import FolderCheckpoint
+from lrconvert.checkpoint.base import Checkpoint, Model, TensorInfo, read_json
+from lrconvert.checkpoint.folder import CONFIG, FolderCheckpoint
+from lrconvert.checkpoint.matching import build_model
 from lrconvert.checkpoint.source import describe_source
 from lrconvert.data import DATA
 from lrconvert.errors import EnvironmentFailure, InputError
 
 __all__ = [
+    "GGUF_MAGIC",
     "Checkpoint",
     "Model",
     "TensorInfo",
@@ -22,12 +24,15 @@ __all__ = [
     "describe_source",
     "first_bytes",
     "locate",
+    "locate_config",
+    "names_hub_id",
     "open_checkpoint",
     "open_model",
     "read_json",
 ]
 
 DEMO = "demo"
+GGUF_MAGIC = b"GGUF"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Everything of a repository but what is never read: pickles, and copies of the weights for other programs.
 _NOT_DOWNLOADED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "onnx/*",
@@ -50,7 +55,7 @@ def open_checkpoint(reference: str | Path, *, revision: str | None = None, toler
             return OnnxCheckpoint(path)
         return FolderCheckpoint(path)
     start = first_bytes(path)
-    if start == b"GGUF":
+    if start == GGUF_MAGIC:
         from lrconvert.checkpoint.gguf import GgufCheckpoint
 
         return GgufCheckpoint(path, tolerant=tolerant)
@@ -82,12 +87,29 @@ def locate(reference: str | Path, *, revision: str | None = None) -> Path:
     with contextlib.suppress(OSError):  # a name that no file can have names none
         if path.exists():
             return path
-    if not _HUB_ID.fullmatch(str(reference)):
+    if not names_hub_id(reference):
         raise InputError(f"{reference}: no such folder or file", remedy=f"`{DEMO}` names the embedded model")
     return _download(str(reference), revision)
 
 
-def _download(repository: str, revision: str | None) -> Path:
+def locate_config(reference: str | Path, *, revision: str | None = None) -> Path:
+    """As `locate`, for who reads nothing but the config: of a Hub id that one file is downloaded. The model's folder or
+    file."""
+    if names_hub_id(reference):
+        return _download(str(reference), revision, only=CONFIG)
+    return locate(reference, revision=revision)
+
+
+def names_hub_id(reference: str | Path) -> bool:
+    """Whether something has the form of a Hub id, and is no path on this machine."""
+    with contextlib.suppress(OSError):  # a name that no file can have names none
+        if reference == DEMO or Path(reference).exists():
+            return False
+    return bool(_HUB_ID.fullmatch(str(reference)))
+
+
+def _download(repository: str, revision: str | None, *, only: str | None = None) -> Path:
+    """The folder of a repository's files: all that are read, or `only` one."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -99,7 +121,9 @@ def _download(repository: str, revision: str | None) -> Path:
     # The bases are those of its HTTP library, whichever that is: a download may break off in the middle.
     network: tuple[Any, ...] = (*HfHubHTTPError.__bases__, OSError)
     try:
-        return Path(snapshot_download(repository, revision=revision, ignore_patterns=_NOT_DOWNLOADED))
+        return Path(
+            snapshot_download(repository, revision=revision, allow_patterns=only, ignore_patterns=_NOT_DOWNLOADED)
+        )
     except HFValidationError as error:
         raise InputError(f"{repository}: no such folder, and not a valid Hub id") from error
     except RevisionNotFoundError as error:

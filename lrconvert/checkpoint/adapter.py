@@ -35,11 +35,11 @@ from lrconvert.checkpoint.base import (
     CheckpointView,
     Model,
     TensorInfo,
-    build_model,
     numpy_dtype,
     refuse_quantised,
 )
 from lrconvert.checkpoint.blocks import Array, Block
+from lrconvert.checkpoint.matching import build_model
 from lrconvert.checkpoint.source import describe_source, sha256_of
 from lrconvert.checkpoint.tensor_file import TensorFile, other_dtypes
 from lrconvert.errors import InputError, UnsupportedError, UsageError
@@ -222,7 +222,7 @@ def merged(model: Model, adapter: Adapter, *, rounded: bool = True) -> Model:
     plan = _Matching(model, adapter)
     changes, untied, tie_note = plan.changes()
     checkpoint = MergedCheckpoint(model.checkpoint, adapter, changes, untied=untied, rounded=rounded)
-    result = build_model(model.reference, checkpoint)
+    result = build_model(model.reference, checkpoint, tied=model.shape.tied and not untied)
     notes = [*model.notes, *tie_note]
     named = adapter.config.base
     if named and named.rstrip("/").rpartition("/")[2] != model.reference.rstrip("/").rpartition("/")[2]:
@@ -321,7 +321,8 @@ class _Matching:
         embedding = replace(embedding, saved=embedding.saved or shared)
         plain = head.left is None and embedding.left is None
         if plain and head.saved and embedding.saved and self._equal(head.saved, embedding.saved):
-            return {**found, EMBEDDING: embedding}, False, []
+            copied = {LM_HEAD: embedding} if LM_HEAD in self.base else {}  # a stored copy stays one
+            return {**found, EMBEDDING: embedding, **copied}, False, []
         changed = {} if embedding == Change(EMBEDDING) else {EMBEDDING: embedding}
         note = "the adapter changes one of two tied embeddings: lm_head.weight is written, tie_word_embeddings is false"
         return {**found, **changed, LM_HEAD: head}, True, [note]

@@ -7,7 +7,7 @@ import json
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,7 +17,7 @@ import numpy as np
 from lrconvert.checkpoint.blocks import Array, Block
 from lrconvert.checkpoint.rope_config import FoundRope, read_rope
 from lrconvert.errors import InputError, UnsupportedError
-from lrconvert.families import ExpectedTensor, Family, ModelShape, expected_tensors, get_family, read_shape
+from lrconvert.families import ExpectedTensor, Family, ModelShape
 from lrconvert.recipe import Recipe, resolve
 from lrconvert.rope import RopeSpec, Tier
 
@@ -198,6 +198,10 @@ class Model:
             counts[info.dtype] = counts.get(info.dtype, 0) + int(np.prod(info.shape, dtype=np.float64))
         return max(counts, key=lambda name: counts[name])
 
+    def lifted(self) -> Model:
+        """The model without its sliding windows: every layer attends to every token."""
+        return replace(self, shape=replace(self.shape, sliding=()))
+
     def family_name(self, name: str) -> str:
         """The family's name; `name` where the weights may be of that family too (a GGUF of Mistral says llama)."""
         return name if name in self.checkpoint.families else self.family.name
@@ -224,37 +228,6 @@ class Model:
         """The tensor of a role, or None where this model has none."""
         expected = self.roles.get((role, layer))
         return None if expected is None else self.checkpoint.read(expected.name)
-
-
-def build_model(reference: str, checkpoint: Checkpoint) -> Model:
-    """The model of a checkpoint: every tensor matched with its family's table.
-
-    Raises `UnsupportedError` for a family that isn't known and `InputError` that lists all tensors that are
-    missing, unknown, or of another shape or dtype than the config promises.
-    """
-    family = get_family(checkpoint.config.get("model_type"))
-    shape = read_shape(checkpoint.config, family)
-    if checkpoint.quantised_with:
-        _ = checkpoint.tensors  # headers, index and shards are checked all the same
-        note = f"weights are quantised with {checkpoint.quantised_with}: copied unchanged and not inspected"
-        return Model(reference, checkpoint, family, shape, notes=(note,))
-    found = checkpoint.tensors
-    expected = {tensor.name: tensor for tensor in expected_tensors(family, shape)}
-    ignored = {pattern.replace("{layer}", str(layer)) for pattern in family.ignored for layer in range(shape.layers)}
-    problems = []
-    if missing := [t.name for t in expected.values() if t.required and t.name not in found]:
-        problems.append(f"missing tensors: {', '.join(missing)}")
-    if unknown := [name for name in found if name not in expected and name not in ignored]:
-        problems.append(f"tensors that {family.name} does not have: {', '.join(unknown)}")
-    for name, tensor in expected.items():
-        if name in found and found[name].shape != tensor.shape:
-            problems.append(f"{name} has shape {list(found[name].shape)}; the config needs {list(tensor.shape)}")
-        elif name in found and not checkpoint.dequantises and found[name].dtype not in FLOAT_DTYPES:
-            problems.append(f"{name} is {found[name].dtype}; one of {', '.join(FLOAT_DTYPES)} is needed")
-    if problems:
-        raise InputError.collect(checkpoint.path, problems)
-    roles = {(t.role, t.layer): t for t in expected.values() if t.name in found}
-    return Model(reference, checkpoint, family, shape, roles=roles)
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:

@@ -25,7 +25,7 @@ COMMANDS = {
     "gguf": ("gguf", "Bake a recipe into a GGUF for llama.cpp."),
     "onnx": ("onnx", "Bake a recipe into an ONNX folder."),
     "verify": ("verify", "Compare an artifact with the reference implementation."),
-    "eval": ("eval", "Long-text perplexity, passkey retrieval, short benchmarks."),
+    "eval": ("eval", "Long-text perplexity, retrieval of keys, short benchmarks."),
     "push": ("push", "Publish an artifact on the Hugging Face Hub."),
     "demo": ("demo", "Run the whole path on the embedded model, in about three minutes."),
 }

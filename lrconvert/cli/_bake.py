@@ -18,13 +18,25 @@ if TYPE_CHECKING:
     from lrconvert.artifact.plan import Plan
 
 
+RECIPE_HELP = (
+    "Recipe file, folder or shipped name; or a config.json, a model or a Hub id whose rotation to take. "
+    "Default: the rotation that MODEL carries."
+)
+
+
 def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Model, recipe, adapter and window; --dry-run, --verify, --force, --verbose."""
     options = (
         model_argument,
-        click.option("--recipe", required=True, metavar="RECIPE", help="Recipe file, folder or shipped name."),
+        click.option("--recipe", metavar="RECIPE", help=RECIPE_HELP),
         click.option("--adapter", metavar="PATH|HUB_ID", help="Merge this LoRA adapter; default: the recipe's."),
         click.option("--window", type=TOKENS, help="Stop at this window instead of the recipe's last tier."),
+        click.option(
+            "--lift-sliding-window",
+            "lift",
+            is_flag=True,
+            help="Let every layer attend to every token, where the model's own attend to the last ones only.",
+        ),
         click.option("--dry-run", is_flag=True, help="Print what would be written; write nothing."),
         click.option("--verify", "verify_too", is_flag=True, help="Run `lrconvert verify` on the artifact."),
         click.option("--verbose", is_flag=True, help="Show every file, edit and engine."),

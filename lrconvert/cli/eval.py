@@ -31,7 +31,7 @@ _lengths = click.option("--lengths", type=Lengths(), required=True, metavar="TOK
                         help="Lengths to measure at, in tokens: 4k,8k,16k.")  # fmt: skip
 
 
-@click.group(name="eval", short_help="Long-text perplexity, passkey retrieval, short benchmarks.")
+@click.group(name="eval", short_help="Long-text perplexity, retrieval of keys, short benchmarks.")
 def command() -> None:
     """Evaluate a model or an artifact on long texts and on short questions.
 
@@ -96,3 +96,28 @@ def passkey(**options: Any) -> None:
         return ("tokens", "found", "share (95 %)"), rows
 
     run(passkey, table, **options)
+
+
+@command.command()
+@shared_options
+@_lengths
+@text_option
+@click.option("--keys", type=click.IntRange(2), default=20, show_default=True,
+              help="Keys in each text, at even depths from its start to its end.")  # fmt: skip
+@click.option("--form", type=click.Path(path_type=Path), metavar="FILE",
+              help="passkey.json with labelled sentences; default: the model's, or plain English ones.")  # fmt: skip
+def retrieval(**options: Any) -> None:
+    """Find many labelled keys in one long text. The text is read once, and every key is asked for behind it.
+
+    \b
+    lrconvert eval retrieval my-model --text book.txt --lengths 8k,64k,256k --device cuda --dtype bfloat16
+    """
+    from lrconvert.evals.api import retrieval
+    from lrconvert.evals.passkey import by_length
+
+    def table(found: Evaluation) -> Table:
+        totals = by_length(found.rows)
+        rows = [(f"{total.length:,}", f"{total.hits} of {total.trials}", str(total.share)) for total in totals]
+        return ("tokens", "found", "share (95 %)"), rows
+
+    run(retrieval, table, **options)

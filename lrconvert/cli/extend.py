@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from lrconvert.cli._progress import show_progress
 
 if TYPE_CHECKING:
     from lrconvert.extending.api import ExtendResult
+    from lrconvert.extending.estimate import Estimate
+    from lrconvert.extending.run import Finished
 
 PIPED_SECONDS = 30.0  # between two lines of progress where no terminal shows a bar: stages take minutes
 
@@ -43,9 +46,10 @@ PIPED_SECONDS = 30.0  # between two lines of progress where no terminal shows a 
 @click.option("--context-parallel", type=click.IntRange(1), default=1, metavar="N",
               help="Split each row over N of torchrun's processes.")  # fmt: skip
 @click.option("--shard-weights", is_flag=True, help="Split the weights over torchrun's processes (FSDP).")
+@click.option("--dry-run", is_flag=True, help="Print time and memory of every stage, estimated on this device.")
 @force_option
 @revision_option
-def command(model: str, output: Path, **options: Any) -> None:
+def command(model: str, output: Path, dry_run: bool, **options: Any) -> None:
     """Extend MODEL by the stages of a plan: search, fine-tune, search again, recover the short window, evaluate.
 
     Every stage leaves its result. After an interruption the same command continues from there.
@@ -54,8 +58,14 @@ def command(model: str, output: Path, **options: Any) -> None:
     lrconvert extend MODEL --text books/ -o recipes/my-model-2048k
     lrconvert extend MODEL --text books/ --plan plan.toml --until 2-tune -o recipes/my-model-256k
     """
-    from lrconvert.extending.api import extend
+    from lrconvert.extending.api import estimate_extension, extend
 
+    if dry_run:
+        given = {key: value for key, value in options.items() if key not in ("until", "again", "seed", "name", "force")}
+        with show_progress() as progress:
+            found = estimate_extension(model, output=output, progress=progress, **given)
+        _stages(f"{output.name}: estimated", found)
+        return
     try:
         with show_progress(every=PIPED_SECONDS) as progress:
             found = extend(model, output=output, progress=progress, **options)
@@ -72,15 +82,26 @@ def command(model: str, output: Path, **options: Any) -> None:
     out.hint(f"next: {shlex.join(['lrconvert', 'hf', model, '--recipe', str(output), '-o', baked])}")
 
 
-def _summary(found: ExtendResult) -> None:
+def _stages(title: str, stages: Sequence[Estimate | Finished]) -> None:
     from rich.table import Table
 
-    table = Table(title=f"{found.recipe.name}: stages")
-    for name in ("stage", "time", "GPU memory"):
+    memory = any(stage.memory for stage in stages)
+    table = Table(title=title)
+    for name in ("stage", "time", *(["GPU memory"] if memory else [])):
         table.add_column(name, justify="right")
-    for stage in found.stages:
-        table.add_row(stage.name, f"{stage.seconds:,.0f} s", out.size(stage.memory) if stage.memory else "")
+    for stage in stages:
+        row = [
+            stage.name,
+            out.duration(stage.seconds),
+            *([out.size(stage.memory) if stage.memory else ""] if memory else []),
+        ]
+        table.add_row(*row)
     out.console().print(table)
+    out.say(f"in total {out.duration(sum(stage.seconds for stage in stages))}")
+
+
+def _summary(found: ExtendResult) -> None:
+    _stages(f"{found.recipe.name}: stages", found.stages)
     measured = (found.recipe.evaluation or {}).get("measured", {})
     for key, value in measured.items():
         kind, _, length = key.partition("@")

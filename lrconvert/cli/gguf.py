@@ -78,5 +78,6 @@ def command(
         imatrix=imatrix,
         modelfile=modelfile,
         library=library,
+        lift=shared["lift"],
     )
     return _bake.run("gguf", options, shared)

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from lrconvert.cli import _output as out
+from lrconvert.cli import _steps
 from lrconvert.cli._common import model_argument, revision_option
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ def _show(found: Inspection, verbose: bool) -> None:
     )
     out.say(
         f"RoPE: {found.kind}, θ {shape['theta']:g}, {shape['rotary_dim']} of {shape['head_dim']} channels rotate, "
-        f"original window {rope.original_window}"
+        f"original window {rope.original_window}" + (f", serves {rope.window}" if rope.scaled else "")
     )
     for line in [*found.words, *found.sparklines]:
         out.say(f"  {line}")
@@ -61,12 +63,30 @@ def _show(found: Inspection, verbose: bool) -> None:
     if found.manifest:
         made = found.manifest
         out.say(f"baked by lrconvert from {made.model} with {made.recipe}: {made.parity}")
-    elif found.targets:
-        out.hint(f"next: lrconvert recipe derive {found.model} --method yarn --factor 8 -o my-recipe")
+    elif found.targets and (step := _next(found)):
+        out.hint(f"next: {step}")
+
+
+def _next(found: Inspection) -> str | None:
+    """What to do with the model: bake a LongRoPE that it carries, else extend what it has; None where it can become
+    nothing."""
+    from lrconvert.api.inspecting import LONGROPE_KINDS
+
+    target, rope = _steps.other_format(found.targets, found.format), found.rope
+    if target is None or rope is None:
+        return None
+    name = Path(found.model).name.removesuffix(".gguf")
+    if found.problems:
+        return _steps.bake_step("gguf", found.model, f"{name}-repaired", "RECIPE")
+    if rope.kind in LONGROPE_KINDS:
+        window = ["--window", "N"] if rope.question else []
+        return _steps.bake_step(target, found.model, name if target == "gguf" else f"{name}-{target}", None, *window)
+    ratio = ("--target", str(4 * rope.window)) if rope.scaled else ("--factor", "8")
+    return _steps.derive_step(found.model, *ratio)
 
 
 def _show_foreign(found: Inspection) -> None:
     out.say(f"{found.model}: {found.family or 'an unknown family'}, a graph from another exporter, {found.graph}")
     for line in found.words:
         out.say(f"  {line}")
-    out.hint("convert its source checkpoint instead: lrconvert onnx MODEL --recipe RECIPE -o DIR")
+    out.hint("convert its source checkpoint instead: lrconvert onnx MODEL -o DIR")

@@ -34,5 +34,5 @@ def command(dtype: str, attention: str, opset: int, no_double: bool, genai_rewin
     """
     from lrconvert.targets.onnx import Options
 
-    options = Options(shared["window"], dtype, attention, opset, not no_double, genai_rewind)
+    options = Options(shared["window"], dtype, attention, opset, not no_double, genai_rewind, shared["lift"])
     return _bake.run("onnx", options, shared)

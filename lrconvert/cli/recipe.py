@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lrconvert.cli import _output as out
+from lrconvert.cli import _steps
 from lrconvert.cli._common import TOKENS, Number, force_option, model_argument, revision_option
 
 if TYPE_CHECKING:
@@ -102,12 +103,13 @@ def check(recipe: str, model: str | None) -> None:
 @command.command()
 @model_argument
 @click.option("--method", type=click.Choice(METHODS), required=True, help="Interpolation method.")
-@click.option(
-    "--factor", type=Number(0, 1e6), required=True, metavar="S", help="Extension ratio: window / original window."
-)
+@click.option("--factor", type=Number(0, 1e6), metavar="S", help="Extension ratio: the new window / the model's.")
+@click.option("--target", type=TOKENS, help="The window to reach, instead of --factor: 131072, 128k.")
 @click.option("--attention-factor", type=Number(0), help="Attention factor; default: the method's own.")
 @click.option("--uniform", is_flag=True, help="Give both tiers one attention factor, for runtimes with one factor.")
-@click.option("--original-window", type=TOKENS, help="Override the original window of the model's config.")
+@click.option("--original-window", type=TOKENS, help="Override the window that the model's config says it serves.")
+@click.option("--from-plain", is_flag=True, help="Of a scaled model, start from the plain rotation and its original "
+              "window; default: from its own factors and its own window.")  # fmt: skip
 @click.option("--name", help="The recipe's name.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="RECIPE", help="Folder or .json file.")
 @force_option
@@ -115,14 +117,18 @@ def check(recipe: str, model: str | None) -> None:
 def derive(model: str, output: Path | None, force: bool, **options: Any) -> None:
     """Make an analytic recipe for MODEL; no search needed.
 
+    A model that is scaled already keeps its own rotation within its window; beyond it the method's factors multiply
+    the model's.
+
     \b
     lrconvert recipe derive demo --method yarn --factor 8 -o recipes/demo-8x
+    lrconvert recipe derive meta-llama/Llama-3.2-1B --method ntk --target 512k -o recipes/llama-512k
     """
     from lrconvert.recipe.models import derive_for
 
     recipe, notes = derive_for(model, **options)
     for note in notes:
-        out.warn(note)
+        out.hint(f"note: {note}")
     _finish(recipe, output, force, model)
 
 
@@ -132,6 +138,8 @@ def derive(model: str, output: Path | None, force: bool, **options: Any) -> None
 @click.option("--family", help="The model's family, as in model_type.")
 @click.option("--theta", type=Number(1), help="The model's rope_theta.")
 @click.option("--original-window", type=TOKENS, help="The window that the model was trained with.")
+@click.option("--window", type=TOKENS, help="The window that a config's rotation serves, where it doesn't say or says "
+              "otherwise.")  # fmt: skip
 @click.option("--name", help="The recipe's name.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="RECIPE", help="Folder or .json file.")
 @force_option
@@ -141,6 +149,7 @@ def import_(
     family: str | None,
     theta: float | None,
     original_window: int | None,
+    window: int | None,
     name: str | None,
     output: Path | None,
     force: bool,
@@ -158,10 +167,10 @@ def import_(
     """
     from lrconvert.recipe.importing import Base, import_recipe
 
-    recipe, notes = import_recipe(sources, Base(family, theta, original_window, model), name)
+    recipe, notes = import_recipe(sources, Base(family, theta, original_window, model, window), name)
     for note in notes:
         out.hint(f"note: {note}")
-    _finish(recipe, output, force, model or recipe.base_model or "MODEL")
+    _finish(recipe, output, force, model or _model_of(sources) or recipe.base_model or "MODEL")
 
 
 @command.command()
@@ -205,6 +214,15 @@ def plot(recipe: str, output: Path | None, journal: Path | None) -> None:
     out.say(" ".join(str(path) for path in paths))
 
 
+def _model_of(sources: tuple[str, ...]) -> str | None:
+    """The one source, where that is a model and not only its config or a table."""
+    path = Path(sources[0])
+    if path.name == "config.json":
+        path = path.parent
+        return str(path) if any(path.glob("*.safetensors")) else None
+    return None if len(sources) > 1 or path.suffix in (".json", ".csv") or "=" in path.name else str(path)
+
+
 def _finish(recipe: Recipe, output: Path | None, force: bool, model: str = "MODEL") -> None:
     """Write the recipe, or print it without an output."""
     from lrconvert.recipe import write_recipe
@@ -216,4 +234,4 @@ def _finish(recipe: Recipe, output: Path | None, force: bool, model: str = "MODE
         return
     path = write_recipe(recipe, output, force=force)
     out.say(f"{path}: {out.count(len(recipe.tiers), 'tier')}, up to {recipe.tiers[-1].max_length} tokens")
-    out.hint(f"next: lrconvert hf {model} --recipe {output} -o {recipe.name}")
+    out.hint(f"next: {_steps.bake_step('hf', model, recipe.name, output)}")

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lrconvert.evaluate`: perplexity, passkey retrieval and short benchmarks of a model or an artifact.
+"""`lrconvert.evaluate`: perplexity, retrieval and short benchmarks of a model or an artifact.
 
     evaluate.perplexity("my-model", lengths=[4096, 16384], texts=["book.txt"])
     evaluate.passkey("my-model.gguf", lengths=[4096])
+    evaluate.retrieval("my-model", lengths=[4096, 65536], texts=["book.txt"])
     evaluate.benchmarks("my-model", tasks=["hellaswag"], limit=200)
 
 Each returns an `Evaluation`: rows with figures and their 95 % intervals, and how they were measured.
@@ -20,14 +21,17 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from lrconvert import __version__
 from lrconvert.checkpoint.tokenizer import Encode, tokenizer_of
-from lrconvert.errors import UsageError, require
+from lrconvert.errors import InputError, UsageError, require
 from lrconvert.evals.passkey import PROTOCOL, PasskeyFormat, by_length, form_of, measure_passkey
 from lrconvert.evals.perplexity import measure_perplexity
 from lrconvert.evals.protocols import EXCERPTS, Plan
+from lrconvert.evals.retrieval import PROTOCOL as RETRIEVAL_PROTOCOL
+from lrconvert.evals.retrieval import evaluation_form, measure_retrieval
 from lrconvert.evals.subject import Subject, opened
 from lrconvert.evals.texts import read_texts, sources_of
 from lrconvert.progress import Progress, Step, silent
 from lrconvert.runtimes.base import Session
+from lrconvert.training.keys import LabelledForm
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -151,6 +155,56 @@ def passkey(
         from lrconvert.evals.plotting import plot_passkey
 
         plot_passkey(rows, path, title=evaluation.title, protocol=PROTOCOL)
+
+    return run.saved(evaluation, plot)
+
+
+def retrieval(
+    artifact: str | Path,
+    *,
+    lengths: Sequence[int],
+    texts: Sequence[str | Path],
+    keys: int = 20,
+    form: Path | None = None,
+    **options: Unpack[Options],
+) -> Evaluation:
+    """How many labelled keys of digits, hidden in a text of each length (tokens), are found behind it.
+
+    `keys` keys are placed at even depths of each text that is long enough; each is asked for on its own. A runtime
+    with a cache reads the text once for all of them. `form` is a passkey.json with labelled sentences; None: the
+    model's own, or plain English ones.
+
+    Raises `InputError` for a `form` that is damaged, texts that are too short and lengths without room, and as
+    `Subject.of` and `opened`.
+    """
+    run = _Run.of(artifact, options)
+    path = form or form_of(run.subject.artifact)
+    sentences = LabelledForm.read(path) if form else evaluation_form(run.subject.artifact)
+    subject = run.subject
+    read = read_texts(
+        sources_of(texts), lambda: tokenizer_of(subject.artifact), vocab=subject.vocab(), tokens=max(lengths)
+    )
+    if (longest := max(len(text.tokens) for text in read)) < max(lengths):
+        raise InputError(
+            f"the longest text has {longest} tokens; {max(lengths)} are needed",
+            remedy="Give longer texts, or shorter --lengths",
+        )
+    with run.session() as (session, encode):
+        tokens = [text.tokens for text in read]
+        asked = {"keys": keys, "seed": run.seed, "progress": run.progress}
+        rows = measure_retrieval(session, sentences, encode, tokens, lengths, **asked)
+    found = {
+        "form": {"name": path.name, "sha256": sha256(path.read_bytes()).hexdigest()},
+        "texts": [text.record() for text in read],
+        "lengths": [total.to_json() for total in by_length(rows)],
+        "rows": [row.to_json() for row in rows],
+    }
+    evaluation = run.evaluation("retrieval", RETRIEVAL_PROTOCOL, rows, found)
+
+    def plot(path: Path) -> None:
+        from lrconvert.evals.plotting import plot_passkey
+
+        plot_passkey(rows, path, title=evaluation.title, protocol=RETRIEVAL_PROTOCOL)
 
     return run.saved(evaluation, plot)
 

@@ -21,7 +21,7 @@ from lrconvert.training.devices import torch_device
 class ReferenceSession:
     """The reference over a model, asked row by row in this process: a `Session` that scores and doesn't decode.
 
-    A row's length chooses its tier. Attention is full, regardless of a config's sliding window, as in artifacts.
+    A row's length chooses its tier. Layers attend as the artifact's config says.
     """
 
     answers: frozenset[str] = frozenset()

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,12 +16,15 @@ from lrconvert.checkpoint.base import Model, refuse_quantised
 from lrconvert.checkpoint.tokenizer import tokenizer_of
 from lrconvert.errors import InputError, UsageError, require
 from lrconvert.evals.texts import Text, read_texts, sources_of
-from lrconvert.extending.plan import Plan, load_plan
+from lrconvert.extending.plan import Evaluate, Plan, Search, Tune, load_plan
 from lrconvert.extending.run import Extension, Finished, check_name, extended_recipe
 from lrconvert.extending.task import ADAPTER, Task
 from lrconvert.progress import Progress, silent
 from lrconvert.recipe import Recipe, check_output, load_recipe, write_recipe
 from lrconvert.recipe.models import portable_name
+
+if TYPE_CHECKING:
+    from lrconvert.extending.estimate import Estimate
 
 HELD_OUT_SHARE = 10  # of every text the last tenth, where no held-out texts are given
 
@@ -76,31 +80,93 @@ def extend(
         UnsupportedError: A quantised model, or one whose rotation is scaled.
         EnvironmentFailure: PyTorch, PEFT or a GPU is missing, or a stage does not fit the memory.
     """
+    task, chosen, folder = _prepared(model, texts, output, plan, held_out, work, seed, revision, force, progress,
+                                     device=device, dtype=dtype, attention=attention,
+                                     context_parallel=context_parallel, shard_weights=shard_weights)  # fmt: skip
+    for option, stage in (("--until", until), ("--from", again)):
+        check_name(chosen, option, stage)
+    for module in ("torch", "transformers", "peft"):
+        require(module, "train", "an extension")
+    extension = Extension(chosen, task, task.folder)
+    done = extension.run(until=until, again=again)
+    recipe = replace(
+        extended_recipe(extension, done, name or folder.name),
+        base_model=portable_name(model, task.model.checkpoint.path),
+    )
+    whole = len(done) == len(chosen.stage)
+    path = _write(recipe, extension.recipe_file(done), folder, force) if whole else None
+    return ExtendResult(recipe, path, tuple(done), task.folder)
+
+
+def estimate_extension(
+    model: str | Path,
+    *,
+    texts: Sequence[str | Path],
+    output: str | Path,
+    plan: str | Path | Plan = "small",
+    held_out: Sequence[str | Path] = (),
+    work: str | Path | None = None,
+    revision: str | None = None,
+    progress: Progress | None = None,
+    **machine: Any,
+) -> list[Estimate]:
+    """Time and memory of every stage of `extend` on this device. Nothing is written. Raises as `extend`."""
+    from lrconvert.extending.estimate import estimate
+
+    task, chosen, _ = _prepared(model, texts, output, plan, held_out, work, 0, revision, True, progress, **machine)
+    for module in ("torch", "transformers", "peft"):
+        require(module, "train", "an extension")
+    return estimate(chosen, replace(task, name="estimate"))
+
+
+def _prepared(
+    model: str | Path,
+    texts: Sequence[str | Path],
+    output: str | Path,
+    plan: str | Path | Plan,
+    held_out: Sequence[str | Path],
+    work: str | Path | None,
+    seed: int,
+    revision: str | None,
+    force: bool,
+    progress: Progress | None,
+    **machine: Any,
+) -> tuple[Task, Plan, Path]:
+    """The task of the whole extension, its plan and its output: everything is checked, and nothing is loaded."""
     folder = Path(output)
     if folder.suffix == ".json":
         raise UsageError(f"{folder}: an extension has an adapter beside its recipe", remedy="Name a folder")
     check_output(folder, force=force)
     chosen = plan if isinstance(plan, Plan) else load_plan(plan)
-    for option, stage in (("--until", until), ("--from", again)):
-        check_name(chosen, option, stage)
     opened = open_model(str(model), revision=revision)
     refuse_quantised(opened, "an extension")
     _check(opened, chosen, plan)
     read, kept = _texts(opened, texts, held_out)
-    for module in ("torch", "transformers", "peft"):
-        require(module, "train", "an extension")
-    machine = {"device": device, "dtype": dtype, "attention": attention, "context_parallel": context_parallel,
-               "shard_weights": shard_weights}  # fmt: skip
+    check_texts(chosen, [len(text.tokens) for text in read], [len(text.tokens) for text in kept])
     place = Path(work) if work is not None else folder.with_name(folder.name + ".work")
     task = Task("", opened, str(model), read, kept, place, place, seed, machine, progress or silent)
-    extension = Extension(chosen, task, place)
-    done = extension.run(until=until, again=again)
-    recipe = replace(
-        extended_recipe(extension, done, name or folder.name), base_model=portable_name(model, opened.checkpoint.path)
-    )
-    whole = len(done) == len(chosen.stage)
-    path = _write(recipe, extension.recipe_file(done), folder, force) if whole else None
-    return ExtendResult(recipe, path, tuple(done), place)
+    return task, chosen, folder
+
+
+def check_texts(plan: Plan, texts: Sequence[int], held_out: Sequence[int]) -> None:
+    """Raises `InputError` where a stage needs more text than there is; the numbers are tokens of each text."""
+    problems = []
+    for number, stage in enumerate(plan.stage):
+        key = f"stage[{number}]"
+        if isinstance(stage, Tune) and stage.length > max(texts):
+            problems.append(f"{key}.length is {stage.length}; the longest text has {max(texts)} tokens")
+        if isinstance(stage, Search):
+            row = stage.row_length
+            if row is not None and row > max(texts):
+                problems.append(f"{key}.row_length is {row}; the longest text has {max(texts)} tokens")
+            if (needed := max(stage.decide or 0, 0 if row else stage.window)) > sum(texts):
+                problems.append(f"{key} needs {needed} tokens of text; there are {sum(texts)}")
+        if isinstance(stage, Evaluate):
+            needed = max((*stage.perplexity, *stage.retrieval), default=0)
+            if needed > sum(held_out):
+                problems.append(f"{key} needs {needed} tokens of held-out text; there are {sum(held_out)}")
+    if problems:
+        raise InputError("; ".join(problems), remedy="Give more text, or shorter lengths in the plan")
 
 
 def _check(model: Model, plan: Plan, where: object) -> None:

@@ -50,7 +50,7 @@ def decide(stage: Search, task: Task) -> dict[str, Any]:
     before = task.recipe
     own = serving(before.tiers, stage.window)
     ranked = ranking(read_journal(task.folder / JOURNAL).records, stage.window)
-    chosen = spread(len(ranked), stage.finalists)
+    chosen = spread([record.answer.loss for record in ranked], stage.finalists)
     row = whole_row(stage, task)
     kept = _kept(task.folder / DECIDED)
     model: LoadedModel | None = None
@@ -89,11 +89,15 @@ def ranking(records: list[Record], length: int) -> list[Record]:
     return sorted(best.values(), key=lambda record: record.answer.loss)
 
 
-def spread(count: int, finalists: int) -> list[int]:
-    """The first ranks, and as many again spread over the rest: a correlation of near ties alone would mean little."""
-    first = list(range(min(finalists, count)))
-    rest = np.linspace(finalists, count - 1, min(finalists, max(count - finalists, 0))).astype(int)
-    return sorted({*first, *rest.tolist()})
+def spread(losses: list[float], finalists: int) -> list[int]:
+    """The first ranks, and up to as many again whose losses are ever further from the best: among near ties alone, a
+    rank correlation is noise."""
+    first, rest = list(range(min(finalists, len(losses)))), np.arange(finalists, len(losses))
+    if not len(rest):
+        return first
+    gaps = np.maximum(np.asarray(losses)[rest] - losses[0], 1e-6)
+    wanted = np.geomspace(gaps[0], gaps[-1], finalists)
+    return sorted({*first, *(int(rest[np.abs(gaps - gap).argmin()]) for gap in wanted)})
 
 
 def whole_row(stage: Search, task: Task) -> Row:

@@ -64,9 +64,9 @@ class Derive:
 
 @dataclass(frozen=True)
 class Search:
-    """A set searched for `window`. With `row_length`, evaluations read `rows` rows with `jumps` jumps over the window
-    instead of whole documents: for a model that was trained so. The `finalists` best are then decided among on whole
-    documents of `decide` tokens, by the last `judged` of them."""
+    """A set searched for `window`; with `start_tokens`, their number too. With `row_length`, evaluations read `rows`
+    rows with `jumps` jumps over the window instead of whole documents: for a model that was trained so. The `finalists`
+    best are then decided among on whole documents of `decide` tokens, of whose text the last `judged` count."""
 
     __pydantic_config__: ClassVar = STRICT
 
@@ -77,6 +77,7 @@ class Search:
     objective: Literal["perplexity", "needle", "mixed"] = "perplexity"
     budget: Count | None = None
     documents: Count = 1
+    start_tokens: bool = False
     row_length: Tokens | None = None
     rows: Count = 4
     jumps: Jumps = (1, 4)

@@ -58,6 +58,7 @@ def search(stage: Search, task: Task) -> Facts:
         objective=stage.objective,
         budget=stage.budget,
         documents=stage.documents,
+        start_tokens=stage.start_tokens,
         rows=rows,
     )
     if stage.decide is not None:
@@ -68,7 +69,7 @@ def search(stage: Search, task: Task) -> Facts:
 def recover(stage: Recover, task: Task) -> Facts:
     window = task.recipe.tiers[-1].max_length
     return _search(
-        task, target=window, tiers=("short",), budget=stage.budget, documents=stage.documents,
+        task, target=window, tiers=("short",), start_tokens=False, budget=stage.budget, documents=stage.documents,
         lengths={task.recipe.original_window: 1.0},
     )  # fmt: skip
 

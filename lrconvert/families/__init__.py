@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import pkgutil
+from functools import cache
 from importlib import import_module
 
 from lrconvert.errors import UnsupportedError
@@ -31,9 +32,18 @@ __all__ = [
 ]
 
 
+HELPERS = ("base", "keys")  # modules here that are no family
+
+
 def family_names() -> list[str]:
     """Names of all families, sorted."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
+    return list(_names_in(*__path__))
+
+
+@cache
+def _names_in(*folders: str) -> tuple[str, ...]:
+    """Asked for every file that is opened; the folders are listed once."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(folders) if module.name not in HELPERS))
 
 
 def get_family(model_type: object) -> Family:

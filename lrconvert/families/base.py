@@ -11,15 +11,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from lrconvert.errors import InputError, UnsupportedError
+from lrconvert.families.keys import check_keys
 
 LAYER = "{layer}"
 # Architectures of GGUF files whose q and k rows are permuted: llama.cpp rotates pairs (2i, 2i+1) there.
 GGUF_INTERLEAVED = frozenset({"llama"})
 # Counts beyond these are damage or malice, not a model; they also bound the time and memory of the checks.
-MAX_COUNT = {"num_hidden_layers": 4096, "default": 2**31 - 1}
+MAX_LAYERS = 4096
+MAX_COUNT = {"num_hidden_layers": MAX_LAYERS, "default": 2**31 - 1}
+LAYER_KINDS = ("sliding_attention", "full_attention")
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,11 @@ class Family:
     ignored: tuple[str, ...] = ()  # stored by some programs, never used
     # The GGUF architecture whose C++ honours longrope factors for this family's weights; None: there is none.
     gguf_longrope: str | None = None
+    # What names of scalings mean in this family's configs, where that is not what they mean in others.
+    rope_kinds: Mapping[str, str] = field(default_factory=dict)
+    # Which layers attend to the last `sliding_window` tokens only: all of them, those that `use_sliding_window` and
+    # `max_window_layers` or `layer_types` name, or none, whatever the config says.
+    sliding: Literal["all", "named"] | None = None
     hf_three_key_scaling: bool = False  # transformers 4.57 takes only {type, short_factor, long_factor}
 
 
@@ -71,6 +79,12 @@ class ModelShape:
     tied: bool
     attention_bias: bool
     mlp_bias: bool
+    # How many tokens each layer attends to, itself included; 0 for all. Empty where no layer has a limit.
+    sliding: tuple[int, ...] = ()
+
+    def slides_within(self, window: int) -> bool:
+        """Whether a layer attends to less than a sequence of `window` tokens."""
+        return any(0 < width < window for width in self.sliding)
 
     @property
     def untied(self) -> bool:
@@ -174,7 +188,11 @@ def rope_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
     for key in ("rope_scaling", "rope_parameters"):
         section = config.get(key)
         if isinstance(section, Mapping):
-            if nested := [name for name, value in section.items() if isinstance(value, Mapping)]:
+            nested = {name: value for name, value in section.items() if isinstance(value, Mapping)}
+            first = next(iter(nested.values()), None)
+            if first and all(value == first for value in section.values()):
+                return first  # settings for each kind of layer, and all the same
+            if nested:
                 raise UnsupportedError(
                     f"config.json: {key} has separate settings for {', '.join(nested)}; lrconvert "
                     "converts models with one rotation for all layers"
@@ -219,15 +237,49 @@ class _Reader:
         return value is True
 
 
+def _sliding(reader: _Reader, family: Family) -> tuple[int, ...]:
+    """How many tokens each layer attends to, as transformers reads it."""
+    if family.sliding is None or reader.values.get("sliding_window") in (None, False):
+        return ()
+    width, layers = reader.integer("sliding_window"), min(reader.integer("num_hidden_layers"), MAX_LAYERS)
+    if family.sliding == "all":
+        return (width,) * layers
+    if not reader.flag("use_sliding_window"):
+        return ()
+    kinds = reader.values.get("layer_types")
+    if kinds is None:
+        first = reader.values.get("max_window_layers")
+        limited = [not isinstance(first, int) or layer >= first for layer in range(layers)]
+    elif isinstance(kinds, list) and len(kinds) == layers and set(map(str, kinds)) <= set(LAYER_KINDS):
+        limited = [kind == LAYER_KINDS[0] for kind in kinds]
+    else:
+        reader.problems.append(f"layer_types is {_short(kinds)}; {layers} of {' and '.join(LAYER_KINDS)} are needed")
+        return ()
+    return tuple(width if limit else 0 for limit in limited) if any(limited) else ()
+
+
+def _theta(reader: _Reader, section: Mapping[str, Any]) -> float:
+    """θ, from either place that versions of transformers read; a problem where the two differ."""
+    inside, outside = section.get("rope_theta"), reader.config.get("rope_theta")
+    if inside is not None and outside is not None and inside != outside:
+        reader.problems.append(
+            f"rope_theta is {_short(outside)} at the top level and {_short(inside)} in the rotary settings; versions "
+            "of transformers disagree on which counts"
+        )
+    return reader.number("rope_theta", 10000.0, at=section)
+
+
 def _short(value: object) -> str:
     text = "missing" if value is None else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def read_shape(config: Mapping[str, Any], family: Family) -> ModelShape:
-    """The checked numbers of a Hugging Face config. Raises `InputError` listing every bad key."""
+    """The checked numbers of a Hugging Face config. Raises `InputError` listing every bad key, and `UnsupportedError`
+    naming those that change what the model computes and aren't understood."""
     reader = _Reader(config, family)
     section = rope_section(config)
+    check_keys(config, section, family.name if family.rows else "")
     hidden, heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
     kv_heads = reader.integer("num_key_value_heads", heads)
     head_dim = reader.integer("head_dim", max(hidden // heads, 1))
@@ -254,11 +306,12 @@ def read_shape(config: Mapping[str, Any], family: Family) -> ModelShape:
         ffn=reader.integer("intermediate_size"),
         vocab=reader.integer("vocab_size"),
         norm_eps=reader.number("rms_norm_eps", 1e-6),
-        theta=reader.number("rope_theta", 10000.0, at=section),
+        theta=_theta(reader, section),
         window=reader.integer("max_position_embeddings"),
         tied=reader.flag("tie_word_embeddings"),
         attention_bias=reader.flag("attention_bias"),
         mlp_bias=reader.flag("mlp_bias"),
+        sliding=_sliding(reader, family),
     )
     if reader.problems:
         raise InputError.collect("config.json", reader.problems)

@@ -18,6 +18,9 @@ FAMILY = base.Family(
         base.FINAL_NORM,
         base.LM_HEAD,
     ),
-    defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+    defaults={"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+    rope_kinds={"yarn": "longrope"},  # its first configs' name; transformers and llama.cpp read the two lists
     hf_three_key_scaling=True,
+    ignored=base.STORED_TABLES,
+    sliding="all",
 )

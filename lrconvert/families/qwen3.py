@@ -18,5 +18,13 @@ FAMILY = base.Family(
         base.FINAL_NORM,
         base.LM_HEAD,
     ),
-    defaults={"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768, "sliding_window": 4096},
+    defaults={
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+    ignored=base.STORED_TABLES,
+    sliding="named",
 )

@@ -37,6 +37,7 @@ class Expected:
 
     It is equivalent to `kept`, which is `recipe` without what was `dropped`, on the weights of `source`, whose q and k
     are `scale` times smaller. `source` is None where nothing was folded, or the given weights are folded already.
+    `limited` is the model with the sliding windows that the bake lifted, None where it lifted none.
     """
 
     recipe: RopeSpec
@@ -46,6 +47,7 @@ class Expected:
     model: Model
     source: Model | None = None
     scale: float = 1.0
+    limited: Model | None = None
 
 
 def expected(model: Model, spec: RopeSpec, record: BakeRecord, artifact: Path) -> Expected:
@@ -53,6 +55,8 @@ def expected(model: Model, spec: RopeSpec, record: BakeRecord, artifact: Path) -
 
     Raises `InputError` for a capability that isn't known.
     """
+    limited = model if record.lifted and model.shape.sliding else None
+    model = model.lifted() if record.lifted else model
     kept, dropped = spec, []
     if record.capability is not None:
         if record.capability not in NAMED:
@@ -68,9 +72,9 @@ def expected(model: Model, spec: RopeSpec, record: BakeRecord, artifact: Path) -
     scale = record.attention_scale
     computed = divide_attention(kept, scale)
     if scale == 1.0 or model.checkpoint.path.resolve() == artifact.resolve():
-        return Expected(spec, kept, dropped, computed, model)
+        return Expected(spec, kept, dropped, computed, model, limited=limited)
     rounded = record.stored is None  # else they are rounded once, when they are stored
-    return Expected(spec, kept, dropped, computed, folded(model, scale, rounded=rounded), model, scale)
+    return Expected(spec, kept, dropped, computed, folded(model, scale, rounded=rounded), model, scale, limited)
 
 
 def lost(name: str, exact: RopeSpec, fitted: RopeSpec, reference: ReferenceRunner, budget: Budget) -> list[Row]:
@@ -89,6 +93,16 @@ def lost(name: str, exact: RopeSpec, fitted: RopeSpec, reference: ReferenceRunne
 def changed_tiers(exact: RopeSpec, fitted: RopeSpec) -> list[int]:
     """The ends of the recipe's tiers that fitting it to code changes."""
     return [tier.max_length for tier in exact.tiers if tier != fitted.tier_for(tier.max_length)]
+
+
+def lifted_rows(wanted: Expected, plain: ReferenceRunner, *, device: str, budget: Budget) -> list[Row]:
+    """What lifting sliding windows costs, by the reference alone, at the end of the window that the model has."""
+    assert wanted.limited is not None
+    length = min(wanted.limited.shape.window, wanted.kept.window)
+    case, limited = end_case("lifted sliding window", length, budget), ReferenceRunner(wanted.limited, device=device)
+    measures = compare(limited.forward(wanted.kept, case), plain.forward(wanted.kept, case))
+    reason = "the model's layers attend to the last tokens only, and the artifact's to all"
+    return [Row("lifted", case.name, "known", length=length, reason=reason, **vars(measures))]
 
 
 def rounding_rows(wanted: Expected, rounded: ReferenceRunner, plain: ReferenceRunner, budget: Budget) -> list[Row]:

@@ -26,7 +26,7 @@ from lrconvert.engines.capability import static
 from lrconvert.errors import InputError, LrconvertError, UsageError
 from lrconvert.parity import stored as stored_rows
 from lrconvert.parity.asking import Run, ask_backend
-from lrconvert.parity.expected import Expected, exact_fold_rows, expected, lost, rounding_rows
+from lrconvert.parity.expected import Expected, exact_fold_rows, expected, lifted_rows, lost, rounding_rows
 from lrconvert.parity.options import Options, chosen_backends
 from lrconvert.parity.questions import Questions, at_ends
 from lrconvert.parity.reference_runner import ReferenceRunner
@@ -190,6 +190,9 @@ def _bake_checks(
         if not target.stored:
             what = "reference: the rounding of folded weights"
             found.append(_Check(what, cost, lambda: rounding_rows(wanted, stored, plain, budget)))
+    if wanted.limited is not None:
+        what = "reference: the lifted sliding window"
+        found.append(_Check(what, cost, lambda: lifted_rows(wanted, plain, device=device, budget=budget)))
     if wanted.dropped:
         name = record.capability or target.name
         rows = partial(lost, name, wanted.recipe, wanted.kept, plain, budget)

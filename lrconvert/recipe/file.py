@@ -202,17 +202,21 @@ def recipe_folder(reference: str | Path) -> Path:
     return _recipe_path(reference).parent
 
 
-def _recipe_path(reference: str | Path) -> Path:
+def find_recipe(reference: str | Path) -> Path | None:
+    """The file of a recipe: that file, the one in a folder, or a shipped one by name. None where there is none."""
     path = Path(reference)
     try:
         if not path.exists() and str(reference) in shipped_recipes():
             path = shipped_recipes()[str(reference)]
         if path.is_dir():
             path = path / RECIPE_FILE
-        found = path.is_file()
+        return path if path.is_file() else None
     except (OSError, ValueError):  # a name that no file can have
-        found = False
-    if not found:
+        return None
+
+
+def _recipe_path(reference: str | Path) -> Path:
+    if (path := find_recipe(reference)) is None:
         raise InputError(
             f"{reference}: no such recipe file, folder or shipped recipe",
             remedy=f"Shipped: {', '.join(sorted(shipped_recipes())) or 'none'}; see `lrconvert recipe list`",

@@ -8,17 +8,30 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from lrconvert import rope
-from lrconvert.checkpoint import locate, open_checkpoint, read_json
+from lrconvert.checkpoint import GGUF_MAGIC, first_bytes, locate_config, names_hub_id, open_checkpoint, read_json
+from lrconvert.checkpoint.folder import CONFIG
+from lrconvert.checkpoint.other_configs import familiar, text_part
 from lrconvert.checkpoint.rope_config import FoundRope, read_rope
 from lrconvert.errors import InputError, UsageError
 from lrconvert.families import Family, ModelShape, family_names, get_family, read_shape
-from lrconvert.recipe import MAX_RECIPE_BYTES, SCHEMA_VERSION, Provenance, Recipe, read_bounded
+from lrconvert.recipe import (
+    MAX_RECIPE_BYTES,
+    RECIPE_FILE,
+    SCHEMA_VERSION,
+    Provenance,
+    Recipe,
+    find_recipe,
+    load_recipe,
+    read_bounded,
+    shipped_recipes,
+)
+from lrconvert.recipe.models import portable_name
 from lrconvert.rope import Tier
 
 _LENGTH_IN_NAME = re.compile(r"^(?:ft_[a-z0-9]+_)?(\d+)k", re.IGNORECASE)
@@ -32,6 +45,8 @@ class Base:
     theta: float | None = None
     original_window: int | None = None
     model: str | None = None
+    window: int | None = None  # up to where a config's rotation serves, where it doesn't say or says otherwise
+    rotary_dim: int | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +116,37 @@ def import_recipe(
     return recipe, notes
 
 
+def open_recipe(reference: str | Path) -> tuple[Recipe, Path, list[str]]:
+    """What `--recipe` names: the recipe, the folder that its adapter is relative to, and notes on what was assumed.
+
+    A recipe file, a folder with one, or a shipped name; else a config.json, a model's folder, a GGUF or a Hub id, whose
+    rotation is imported. A folder that holds both is a recipe's. Raises as `load_recipe` and `import_recipe`.
+    """
+    path = find_recipe(reference)
+    if path is None:
+        try:
+            where = locate_config(reference)
+        except InputError as error:
+            raise InputError(
+                f"{reference}: no such recipe file, folder, shipped recipe or model",
+                remedy=f"Shipped: {', '.join(sorted(shipped_recipes())) or 'none'}; see `lrconvert recipe list`",
+            ) from error
+        if where.is_dir() and not (where / CONFIG).is_file():
+            raise InputError(f"{reference}: holds neither {RECIPE_FILE} nor {CONFIG}")
+    elif first_bytes(path) != GGUF_MAGIC and not _is_config(path):
+        return load_recipe(path), path.parent, []
+    recipe, notes = import_recipe([str(reference)])
+    return recipe, Path(), notes
+
+
+def _is_config(path: Path) -> bool:
+    """Whether a JSON file is a model's config. What isn't JSON is left to the reader of recipes."""
+    try:
+        return "model_type" in read_json(path, MAX_RECIPE_BYTES)
+    except InputError:
+        return False
+
+
 def _name_of(sources: Sequence[str], base: Base) -> str:
     if base.model:
         return f"{Path(base.model).name}-longrope"
@@ -118,6 +164,8 @@ def _completed(given: Base) -> Base:
         theta=given.theta or shape.theta,
         original_window=given.original_window or found.original_window,
         model=given.model,
+        window=given.window,
+        rotary_dim=shape.rotary_dim,
     )
 
 
@@ -127,6 +175,8 @@ def _agreed(pieces: list[_Piece], given: Base) -> Base:
     problems = []
     if len(widths := sorted({piece.rotary_dim for piece in pieces})) > 1:
         problems.append(f"sources rotate {' and '.join(str(width) for width in widths)} dimensions")
+    elif given.rotary_dim not in (None, widths[0]):
+        problems.append(f"they rotate {widths[0]} dimensions, {given.model} {given.rotary_dim}")
     for key in ("family", "theta", "original_window", "model"):
         override = getattr(given, key)
         values_found = list(dict.fromkeys(v for piece in pieces if (v := getattr(piece.base, key)) is not None))
@@ -167,11 +217,24 @@ def _read(source: str, given: Base) -> _Piece:
         if "model_type" not in values and {"short_factor", "long_factor"} & set(values):
             return _read_factor_file(path, values, given)
     config, shape, notes = _config_of(source)
-    found = read_rope(config, shape)
+    if given.theta is not None:
+        shape = replace(shape, theta=given.theta)
+    if given.original_window is not None:  # at the top level, where it wins
+        config = {**config, "original_max_position_embeddings": given.original_window}
+    found = read_rope(config, shape, window=given.window).settled(source)
     if not found.scaled:
         raise InputError(f"{source}: carries no scaled RoPE", remedy="`lrconvert recipe derive` makes a recipe for it")
-    base = Base(config.get("model_type"), shape.theta, found.original_window, config.get("_name_or_path") or None)
-    return _Piece(base, shape.rotary_dim, found.tiers, f"{source} ({found.kind})", notes=(*notes, *found.notes))
+    base = Base(config.get("model_type"), shape.theta, found.original_window, _model_in(config))
+    described = f"{portable_name(source, path)} ({found.kind})"
+    return _Piece(base, shape.rotary_dim, found.tiers, described, notes=(*notes, *found.notes))
+
+
+def _model_in(config: Mapping[str, Any]) -> str | None:
+    """What a config calls its model: a Hub id, or the last part of a path on somebody's machine. None: nothing."""
+    name = config.get("_name_or_path")
+    if not isinstance(name, str) or not name:
+        return None
+    return name if names_hub_id(name) else PurePath(name.replace("\\", "/")).name or None
 
 
 def _config_of(reference: str) -> tuple[dict[str, Any], ModelShape, tuple[str, ...]]:
@@ -180,20 +243,24 @@ def _config_of(reference: str) -> tuple[dict[str, Any], ModelShape, tuple[str, .
     if path.is_file() and path.suffix.lower() == ".json":
         config = read_json(path)
     else:
-        path = locate(reference)
-        config = read_json(path / "config.json") if path.is_dir() else open_checkpoint(path).config
-    model_type = config.get("model_type")
+        path = locate_config(reference)
+        config = read_json(path / CONFIG) if path.is_dir() else open_checkpoint(path).config
+    part, notes = text_part(config)
+    model_type = part.get("model_type")
     if not isinstance(model_type, str):
         raise InputError(f"{reference}: model_type is {model_type!r}; not a Hugging Face config")
-    known = model_type in family_names()
-    family = get_family(model_type) if known else Family(model_type, "", "", rows=())
+    if model_type in family_names():
+        return dict(part), read_shape(part, get_family(model_type)), tuple(notes)
     # A recipe needs only what decides the rotation; let a config of another family omit the rest.
-    blanks = {} if known else {"intermediate_size": 1, "vocab_size": 1, "num_hidden_layers": 1, "hidden_act": "silu"}
-    return config, read_shape({**config, **blanks}, family), ()
+    found, more = familiar(part)
+    blanks = {"intermediate_size": 1, "vocab_size": 1, "num_hidden_layers": 1, "hidden_act": "silu"}
+    shape = read_shape({**found, **blanks}, Family(model_type, "", "", rows=()))
+    return found, shape, (*notes, *more)
 
 
 def _read_csv(path: Path, length: str) -> _Piece:
-    """LongRoPE's own layout: one row of d/2 factors per layer, all rows the same, no header."""
+    """LongRoPE's own layouts, without a header: one row of d/2 factors per layer, all rows the same, as its tables are
+    published; or one factor a line, as its search writes its result."""
     text = read_bounded(path).decode("utf-8", errors="replace")
     rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines() if line.strip()]
     if not rows:
@@ -202,6 +269,10 @@ def _read_csv(path: Path, length: str) -> _Piece:
         numbers = [[float(cell) for cell in row] for row in rows]
     except ValueError as error:
         raise InputError(f"{path}: not a table of numbers ({error})") from error
+    if all(len(row) == 1 for row in numbers):
+        numbers = [[row[0] for row in numbers]]
+    if len(numbers[0]) == 1:
+        raise InputError(f"{path}: holds one number; a factor for each rotated pair of channels is needed")
     for index, row in enumerate(numbers):
         if row != numbers[0]:
             raise InputError(f"{path}: row {index + 1} differs from row 1; one factor set for all layers is needed")

@@ -194,13 +194,15 @@ class Reference:
         if ("q_norm", layer) in self.model.roles:
             q, k = self._norm(q, "q_norm", layer), self._norm(k, "k_norm", layer)
         q, k = self.rotation.rotate(q, *cos_sin), self.rotation.rotate(k, *cos_sin)
-        mixed = self._attend(q, k, v, forgotten).transpose(0, 1).reshape(n, q_width)
+        reach = shape.sliding[layer] if shape.sliding else 0
+        mixed = self._attend(q, k, v, forgotten, reach).transpose(0, 1).reshape(n, q_width)
         return self._linear(mixed, "o", layer)
 
     def _attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, forgotten: tuple[int, int] | None
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, forgotten: tuple[int, int] | None, reach: int
     ) -> torch.Tensor:
-        """Causal softmax attention, a chunk of queries at a time; query head j reads key head j // (h/g)."""
+        """Causal softmax attention, a chunk of queries at a time; query head j reads key head j // (h/g). A token sees
+        the last `reach` tokens, itself included; all where that is 0."""
         heads, n, width = q.shape
         groups = len(k)
         q, k, v = q / width**0.5, k.transpose(1, 2).contiguous(), v.contiguous()
@@ -212,6 +214,9 @@ class Reference:
             scores = (grouped @ k[:, :, :end]).reshape(heads, end - start, end)
             future = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).triu(1)
             scores[:, :, start:].masked_fill_(future, float("-inf"))
+            if reach:
+                own, other = (torch.arange(*ends, device=q.device) for ends in ((start, end), (0, end)))
+                scores.masked_fill_(own[:, None] - other >= reach, float("-inf"))
             if forgotten is not None and end > forgotten[1]:
                 scores[:, max(forgotten[1] - start, 0) :, : forgotten[0]] = float("-inf")
             weights = torch.softmax(scores, dim=-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,9 +20,17 @@ WORKER = Path(__file__).with_name("transformers_worker.py")
 class TransformersSession(WorkerSession):
     """A folder in transformers, which scores tokens by itself: logits stay in its process."""
 
+    answers = frozenset({"behind"})
+
     def score(self, rows: Sequence[Sequence[int]], judged: Sequence[int]) -> list[Scores]:
+        return self._scores({"do": "score"}, rows, judged)
+
+    def score_behind(self, prompt: Sequence[int], rows: Sequence[Sequence[int]], judged: Sequence[int]) -> list[Scores]:
+        return self._scores({"do": "behind", "prompt": [int(token) for token in prompt]}, rows, judged)
+
+    def _scores(self, request: dict[str, Any], rows: Sequence[Sequence[int]], judged: Sequence[int]) -> list[Scores]:
         plain = [[int(token) for token in row] for row in rows]
-        answer = self._interpreter.ask({"do": "score", "rows": plain, "judged": [int(count) for count in judged]})
+        answer = self._interpreter.ask({**request, "rows": plain, "judged": [int(count) for count in judged]})
         losses, preferred = (self._interpreter.array(answer[name]) for name in ("losses", "preferred"))
         ends = np.cumsum(judged)[:-1]
         parts = zip(np.split(losses, ends), np.split(preferred, ends), strict=True)

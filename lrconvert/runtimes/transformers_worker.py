@@ -88,6 +88,26 @@ class Worker:
                 preferred.append(logits.argmax(-1) == wanted)
         return {"losses": self.save(torch.cat(losses)), "preferred": self.save(torch.cat(preferred))}
 
+    def behind(self, request):
+        """Losses and choices of the last tokens of every row, each behind the same prompt, which is read once."""
+        import transformers
+
+        torch, cache = self.torch, transformers.DynamicCache()
+        losses, preferred = [], []
+        with torch.inference_mode():
+            prompt = torch.tensor([request["prompt"]], device=self.device)
+            # Through the whole model: an artifact's own code notes the cache's tier there.
+            self.model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            for row, count in zip(request["rows"], request["judged"], strict=True):
+                ids = torch.tensor([row], device=self.device)
+                out = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
+                logits = out.logits[0, -count - 1 : -1].float()
+                wanted = ids[0, -count:]
+                losses.append(torch.nn.functional.cross_entropy(logits, wanted, reduction="none"))
+                preferred.append(logits.argmax(-1) == wanted)
+                cache.crop(-len(row))
+        return {"losses": self.save(torch.cat(losses)), "preferred": self.save(torch.cat(preferred))}
+
     def generate(self, request):
         torch = self.torch
         prompt = torch.tensor([request["prompt"]], device=self.device)

@@ -64,6 +64,7 @@ def search(
     start_from: str | Path | None = None,
     on: str | Path | None = None,
     rows: JumpingRows | None = None,
+    start_tokens: bool = True,
     attention_factor: float | None = None,
     uniform: bool = False,
     allow_concatenate: bool = False,
@@ -104,6 +105,7 @@ def search(
             as they are up to its window.
         rows: Evaluate rows whose positions jump over the target, instead of whole documents. Only a model that was
             fine-tuned on such rows ranks sets by them as whole documents do.
+        start_tokens: Search their number too; otherwise there are none.
         attention_factor: The long set's; None: LongRoPE's formula. `uniform`: all sets take the long one's.
         original_window: The window that the model was trained with; None: what its config says.
         name: The recipe's name; None: the output's.
@@ -139,6 +141,7 @@ def search(
         start_from=start_from,
         on=on,
         rows=rows,
+        start_tokens=start_tokens,
         attention_factor=attention_factor,
         uniform=uniform,
         allow_concatenate=allow_concatenate,

@@ -130,6 +130,7 @@ class SearchRequest:
     start_from: str | Path | None = None
     on: str | Path | None = None
     rows: JumpingRows | None = None
+    start_tokens: bool = True
     attention_factor: float | None = None
     uniform: bool = False
     allow_concatenate: bool = False
@@ -285,7 +286,7 @@ def _tier(
         length,
         kind=request.space,
         attention=_attention(request, base, length),
-        start_tokens=None if own is None or set(own.factors) == {1.0} else (own.start_tokens,),
+        start_tokens=_start_tokens(request, own),
     )
     if request.rows is not None and length > base.original_window:
         objective = _jumping(request, model, length, texts)
@@ -305,6 +306,13 @@ def _tier(
         candidates = (space.make(old.factors, old.start_tokens, old.attention_factor),)
     budget = _budget(request, length, base.original_window)
     return TierPlan(space, replace(objective, own=own), budget, candidates)
+
+
+def _start_tokens(request: SearchRequest, own: Tier | None) -> tuple[int, ...] | None:
+    """The numbers to try; None: the space's own. On top of a set that scales, its number alone composes."""
+    if own is not None and set(own.factors) != {1.0}:
+        return (own.start_tokens,)
+    return None if request.start_tokens else (0,)
 
 
 def _attention(request: SearchRequest, base: Base, length: int) -> tuple[float, float] | None:

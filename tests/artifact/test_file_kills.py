@@ -24,12 +24,6 @@ from lrconvert.errors import EnvironmentFailure, InputError, UsageError
 Cli = Callable[..., Result]
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kill is no power cut: what was written is there, on the disk or not."""
-    monkeypatch.setattr("os.fsync", lambda handle: None)
-
-
 # Starts a conversion in a copy of every folder and kills it before its n-th access to the file system, for all n.
 KILLER = """
 import itertools, os, pickle, shutil, signal, sys

@@ -271,15 +271,16 @@ def test_a_broken_tie_is_in_config_notes_and_tensors(pico_folder: Callable[..., 
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_stored_head_of_a_tied_model_is_not_what_an_adapter_starts_from(tmp_path: Path) -> None:
-    """transformers ignores it, so does the merge: both ends start from the embedding."""
+def test_a_head_that_differs_from_a_tied_embedding_is_what_an_adapter_starts_from(tmp_path: Path) -> None:
+    """What the file holds counts: the adapter's embedding replaces the embedding, and the head stays."""
     base = write_pico(tmp_path / "base", tie_word_embeddings=True)
     tensors = load_file(base / "model.safetensors")
-    stale = np.ones_like(tensors[EMBEDDING])
+    other = np.ones_like(tensors[EMBEDDING])
     adapter = make_adapter(base, tmp_path / "adapter", modules_to_save=["embed_tokens"])
-    save_file({**tensors, LM_HEAD: stale}, base / "model.safetensors", metadata={"format": "pt"})
+    save_file({**tensors, LM_HEAD: other}, base / "model.safetensors", metadata={"format": "pt"})
     model = with_ours(base, adapter)
-    np.testing.assert_array_equal(model.checkpoint.read(LM_HEAD), tensors[EMBEDDING])
+    assert not model.shape.tied
+    np.testing.assert_array_equal(model.checkpoint.read(LM_HEAD), other)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -10,7 +10,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -302,7 +302,7 @@ def smollm2() -> Path:
     return Path(named)
 
 
-def test_smollm2_logits_agree_with_the_loader_of_transformers() -> None:
+def test_smollm2_logits_agree_with_the_loader_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     """float32 logits of LlamaForCausalLM with our tensors and config: within 1e-4 of transformers' own GGUF
     loader (1e-4 is rounding; the control, q and k left in llama.cpp's order, is off by more than 1)."""
     path = smollm2()
@@ -317,21 +317,31 @@ def test_smollm2_logits_agree_with_the_loader_of_transformers() -> None:
         with torch.no_grad():
             return model.eval()(ids).logits
 
-    def ours(change: Callable[[str, np.ndarray[Any, Any]], np.ndarray[Any, Any]]) -> Any:
-        model = transformers.LlamaForCausalLM(config)
-        tensors = {name: torch.from_numpy(change(name, checkpoint.read(name))) for name in checkpoint.tensors}
-        left = model.load_state_dict(tensors, strict=False)
-        assert left.missing_keys == ["lm_head.weight"] and not left.unexpected_keys
-        model.tie_weights()
-        return logits(model.float())
+    def put(changes: dict[str, np.ndarray[Any, Any]]) -> Any:
+        """What our model's missing and unexpected keys are once it has these tensors."""
+        return ours.load_state_dict({name: torch.from_numpy(values) for name, values in changes.items()}, strict=False)
 
-    def wrong(name: str, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        if "q_proj" in name or "k_proj" in name:
-            return np.ascontiguousarray(interleaved(values, values.shape[0] // 64))
-        return values
+    with torch.device("meta"):  # no random weights, which take seconds
+        ours = transformers.LlamaForCausalLM(config)
+    ours.to_empty(device="cpu").float()
+    ours.model.rotary_emb = type(ours.model.rotary_emb)(config)  # its frequencies are no weights
+    ours.tie_weights()
+    tensors = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    left = put(tensors)
+    assert left.missing_keys == ["lm_head.weight"] and not left.unexpected_keys
+    right = logits(ours)
+    put({
+        name: np.ascontiguousarray(interleaved(values, values.shape[0] // 64))
+        for name, values in tensors.items()
+        if "q_proj" in name or "k_proj" in name
+    })  # fmt: skip
+    wrong = logits(ours)
 
+    # It parses the file for the config and again for the weights, and names every tensor of every layer for each layer.
+    for name in ("GGUFReader", "get_tensor_name_map"):
+        monkeypatch.setattr(gguf, name, cache(getattr(gguf, name)))
     theirs = logits(
         transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     )
-    assert (ours(lambda name, values: values) - theirs).abs().max() < 1e-4
-    assert (ours(wrong) - theirs).abs().max() > 1.0
+    assert (right - theirs).abs().max() < 1e-4
+    assert (wrong - theirs).abs().max() > 1.0

@@ -66,8 +66,7 @@ def check(base: Base) -> tuple[int, int]:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Thousands of files that no power cut threatens and no library is looked for; what reads a manifest, once."""
-    monkeypatch.setattr("os.fsync", lambda handle: None)
+    """No library is looked for; what reads a manifest is made once."""
     monkeypatch.setattr("lrconvert.runtimes.llama_library.find_library", lambda path: None)
     monkeypatch.setattr("pydantic.TypeAdapter", cache(pydantic.TypeAdapter))
 

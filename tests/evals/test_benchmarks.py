@@ -474,7 +474,7 @@ def test_too_few_questions_are_reported(tmp_path: Path) -> None:
 
 
 def test_the_real_files_run_end_to_end(demo: SessionModel) -> None:
-    """Twenty questions of each, behind fewer examples than the paper's, which are there too."""
+    """Five questions of each, behind fewer examples than the paper's, which are there too."""
     folder = SHARED / "benchmarks"
     if not folder.is_dir():
         pytest.skip("the benchmarks' questions (../shared/benchmarks) are not on this machine")
@@ -484,8 +484,8 @@ def test_the_real_files_run_end_to_end(demo: SessionModel) -> None:
         (10, "acc_norm", 10042 - RESERVED),
         (0, "acc", 817),
     ]
-    rows = measure_benchmarks(demo, prepare(LOCAL, folder=folder, shots=1, limit=20, seed=0), 0)
-    assert [(row.shots, len(row.scores)) for row in rows] == [(1, 20), (1, 20), (0, 20)]
+    rows = measure_benchmarks(demo, prepare(LOCAL, folder=folder, shots=1, limit=5, seed=0), 0)
+    assert [(row.shots, len(row.scores)) for row in rows] == [(1, 5), (1, 5), (0, 5)]
     assert all(0 <= score <= 1 for row in rows for score in row.scores)
 
 

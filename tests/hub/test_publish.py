@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Result, recipe_for
-from support.forks import ForkedCommands
+from support.forks import MAIN, ForkedCommands
 from support.hub_server import Hub, Token, serve
 from support.pico import write_pico
 
@@ -27,7 +27,6 @@ from lrconvert.checkpoint.source import sha256_of
 from lrconvert.recipe import write_recipe
 from lrconvert.targets import hf
 
-MAIN = "from lrconvert.cli import main; main()"
 ID = "me/artifact"
 MADE_ANEW = {CARD, MANIFEST}  # what is published otherwise than it lies in the artifact
 
@@ -544,13 +543,15 @@ def test_who_can_not_publish_learns_it_before_the_work(
     assert not (tmp_path / "out").exists()
 
 
-def test_verified_and_pushed(hub: Hub, user: User, source: tuple[Path, Path], tmp_path: Path) -> None:
+def test_verified_and_pushed(
+    hub: Hub, user: User, source: tuple[Path, Path], tmp_path: Path, main_forking: str
+) -> None:
     """The real report is on the card and in the manifest, with the versions that answered."""
     pytest.importorskip("torch", reason="needs lrconvert[hf]")
     transformers = pytest.importorskip("transformers", reason="needs lrconvert[hf]")
     model, recipe = source
     arguments = ("hf", model, "--recipe", recipe, "-o", tmp_path / "out", "--verify", "--push-to-hub", ID)
-    ok(user(*arguments, HF_MODULES_CACHE=str(tmp_path / "modules")))
+    ok(user.python(main_forking, *arguments, HF_MODULES_CACHE=str(tmp_path / "modules")))
     card, manifest = published(hub)[CARD].decode(), json.loads(published(hub)[MANIFEST])
     assert manifest["parity"]["passed"] and manifest["parity"]["summary"] in card
     assert f"transformers {transformers.__version__}" in card

@@ -162,6 +162,7 @@ def test_every_broken_file_is_caught_by_its_metadata_and_in_llama_cpp(
     caught = [row for row in report.failed if row.code == "llama.cpp"]
     assert caught, f"{mutant} runs as if nothing were wrong"
     refused = any(row.case == "loads" for row in caught)
+    assert refused == (mutant == "no type")
     assert refused or max((row.kl_mean or 0) / (row.bound or 1) for row in caught) > FAR
 
 

@@ -18,6 +18,7 @@ from conftest import Result, recipe_for
 from gguf import GGMLQuantizationType
 from onnx import numpy_helper
 from safetensors.numpy import load_file, save_file
+from support.cases import case
 from support.gguf_files import converter_gguf
 from support.onnx_files import (
     DATA,
@@ -42,7 +43,7 @@ from lrconvert.artifact.manifest import MANIFEST
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.checkpoint.adapter import merged, open_adapter
 from lrconvert.checkpoint.onnx_folder import OnnxCheckpoint
-from lrconvert.errors import InputError, LrconvertError, UnsupportedError, UsageError
+from lrconvert.errors import InputError, UnsupportedError, UsageError
 from lrconvert.parity import Options, Report, Row
 from lrconvert.parity.mutants import RECIPE_MUTANTS, unpermuted_qk
 from lrconvert.recipe import Recipe, write_recipe
@@ -451,6 +452,7 @@ GRAPH_MUTANTS: dict[str, tuple[dict[str, Any], Change]] = {
     "a mask that shows the future": (STANDARD, _no_causal_mask),
     "heads of half the size": (GQA, _heads_swapped),
 }
+REFUSED = {"a key too many", "heads of half the size"}  # by ONNX Runtime itself
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -477,7 +479,7 @@ def test_a_graph_that_does_not_run_is_a_failure_of_the_folder(
 def test_every_broken_graph_is_caught_in_onnx_runtime(
     pico: Pico, healthy: Healthy, tmp_path: Path, mutant: str, options: Options
 ) -> None:
-    """Graphs whose weights are right and whose attributes may be: ONNX Runtime's answers tell, or its refusal."""
+    """Graphs whose weights are right and whose attributes may be: ONNX Runtime's answers tell by far, or it refuses."""
     model = pico("llama")
     export_options, change = GRAPH_MUTANTS[mutant]
     broken = changed(healthy("llama", **export_options), tmp_path / "broken", change)
@@ -485,6 +487,7 @@ def test_every_broken_graph_is_caught_in_onnx_runtime(
     caught = rows_of(report, verdict="fail")
     assert caught, f"{mutant} passed"
     refused = any(row.kl_mean is None for row in caught.values())
+    assert refused == (mutant in REFUSED)
     assert refused or max((row.kl_mean or 0) / (row.bound or 1) for row in caught.values()) > FAR
 
 
@@ -642,27 +645,42 @@ def _two_dimensions(model: onnx.ModelProto) -> None:
     set_attribute(model, "attention_factors", np.ones((3, 3)))
 
 
-@pytest.mark.parametrize("change", [_other_count, _no_tiers, _endless, _two_dimensions])
 @pytest.mark.parametrize("attention", ["gqa", "standard"])
-def test_a_graph_with_odd_tiers_is_refused_or_fails(
-    pico: Pico, healthy: Healthy, tmp_path: Path, change: Change, attention: str, options: Options
+def test_frequencies_of_another_width_fail_in_every_tier(
+    pico: Pico, healthy: Healthy, tmp_path: Path, attention: str, options: Options
 ) -> None:
-    """Attributes that don't fit each other or the recipe: a row that fails or bad input, never a bug of ours."""
+    """The graph can be read: each of its tiers has other factors than the recipe's."""
     model = pico("llama")
-    broken = changed(healthy("llama", attention=attention), tmp_path / "broken", change)
-    try:
-        report = verify(broken, against=model.reference, recipe=three(model), options=options)
-    except LrconvertError as error:
-        assert error.exit_code in (3, 4)
-    else:
-        assert not report.passed
+    broken = changed(healthy("llama", attention=attention), tmp_path / "broken", _other_count)
+    report = verify(broken, against=model.reference, recipe=three(model), options=options)
+    failed = [row.reason for row in report.failed if row.code == "graph"]
+    for end in (64, 128, 256):
+        assert f"tier up to {end}: other factors than the recipe's" in failed
+
+
+@pytest.mark.parametrize("attention", ["gqa", "standard"])
+def test_tiers_that_can_not_be_read_are_bad_input(
+    pico: Pico, healthy: Healthy, tmp_path: Path, attention: str, options: Options
+) -> None:
+    """An attribute that is missing, holds no number, or has a dimension too many: exit code 3, never a bug of ours."""
+    model = pico("llama")
+    for number, (change, said) in enumerate(
+        (
+            (_no_tiers, "'start_tokens'"),
+            (_endless, "tier_lengths holds something other than numbers"),
+            (_two_dimensions, "0-dimensional"),
+        )
+    ):
+        broken = changed(healthy("llama", attention=attention), tmp_path / f"broken{number}", change)
+        with case(said), pytest.raises(InputError, match=rf"LongRopeCosSin has no readable tiers \(.*{said}"):
+            verify(broken, against=model.reference, recipe=three(model), options=options)
 
 
 @pytest.mark.parametrize(
     ("key", "value"), [("num_attention_heads", None), ("num_attention_heads", "four"), ("vocab_size", 7)]
 )
-def test_an_odd_config_is_refused_or_fails(
-    pico: Pico, healthy: Healthy, tmp_path: Path, key: str, value: Any, options: Options
+def test_an_odd_config_fails_by_its_checksum_alone(
+    healthy: Healthy, tmp_path: Path, key: str, value: Any, options: Options
 ) -> None:
     """config.json of a folder is other programs' to read; verify takes its word for nothing that it can see itself."""
     broken = tmp_path / "broken"
@@ -672,12 +690,8 @@ def test_an_odd_config_is_refused_or_fails(
     if value is None:
         del config[key]
     (broken / "config.json").write_text(json.dumps(config))
-    try:
-        report = verify(broken, options=options)
-    except LrconvertError as error:
-        assert error.exit_code in (3, 4)
-    else:
-        assert [row.case for row in report.failed] == ["config.json"]
+    report = verify(broken, options=options)
+    assert [(row.code, row.case) for row in report.failed] == [("files", "config.json")]
 
 
 # --- the reference's other side ----------------------------------------------------------------------------------

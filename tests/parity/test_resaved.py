@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import transformers
 from conftest import recipe_for
+from support.forks import ForkedCommands
 from support.verifying import verify
 
 from lrconvert.artifact.bake import bake as bake_plan
@@ -31,14 +31,14 @@ AutoModelForCausalLM.from_pretrained(artifact, trust_remote_code=code == "custom
 
 @pytest.mark.parametrize("saved_by", ["custom", "native"])
 def test_what_save_pretrained_writes_works_or_is_named(
-    pico: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved_by: str
+    pico: Callable[..., Model], tmp_path: Path, training: ForkedCommands, saved_by: str
 ) -> None:
     """Logits stay right in this version; what 4.57 and other engines would misread is named, nothing else fails."""
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     model, recipe = pico("llama"), recipe_for(pico("llama"), even=True)
     bake_plan(hf.plan(model, recipe, tmp_path / "a"))
-    command = [sys.executable, "-c", SAVE, str(tmp_path / "a"), str(tmp_path / "again"), saved_by]
-    subprocess.run(command, check=True, capture_output=True)
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = training.run(SAVE, tmp_path / "a", tmp_path / "again", saved_by, environment=environment)
+    assert done.returncode == 0, done.stderr
     report = verify(tmp_path / "again", against=model.reference, recipe=recipe, options=Options(threads=1))
     failed = {(row.code, row.case) for row in report.failed}
     # Version 4.57 keeps its own spelling.

@@ -32,6 +32,7 @@ import numpy as np
 import pytest
 from conftest import recipe_for
 from support.pico import FAMILIES
+from support.snippets import short_demo
 from tokenizers import Tokenizer
 
 from lrconvert.checkpoint import Model, locate, open_model
@@ -41,7 +42,8 @@ from lrconvert.recipe import Recipe, load_recipe, write_recipe
 
 pytest.importorskip("onnxruntime", reason="needs the extra onnx")
 
-from lrconvert.runtimes.onnxruntime import Policy, open_session
+from lrconvert.runtimes.base import Interpreter
+from lrconvert.runtimes.onnxruntime import WORKER, Policy, open_session
 
 HERE = Path(__file__).parent
 WEB = HERE.parents[1] / "examples" / "web"
@@ -79,8 +81,16 @@ def pico_subject(model: Model) -> Subject:
 def demo_subject() -> Subject:
     """Its text holds no digits and begins pieces with a space: decoded and read again, it has the same tokens."""
     tokens = demo_tokenizer().encode(demo_text(), add_special_tokens=False).ids
-    prompts = {"below": tokens[:60], "crossing": tokens[1000:5090], "beyond": tokens[2000:6800]}
+    prompts = {"below": tokens[:60], "crossing": tokens[1000:5090], "beyond": tokens[2000:6200]}
     return Subject(open_model("demo"), load_recipe("demo-yarn-8x"), prompts)
+
+
+@pytest.fixture(scope="module")
+def short_subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    """The same model with a window of 256 tokens."""
+    model = open_model(short_demo(tmp_path_factory.mktemp("demo") / "short-demo", window=256))
+    tokens = demo_subject().prompts["crossing"]
+    return Subject(model, recipe_for(model), {"below": tokens[:60], "crossing": tokens[:250]})
 
 
 def demo_text() -> str:
@@ -169,14 +179,26 @@ def tokens_in(
     return found["tokens"]
 
 
-def tokens_of(subject: Subject, folder: Path, policy: Policy, *names: str) -> list[list[int]]:
+Ours = Callable[..., list[list[int]]]
+
+
+@pytest.fixture(scope="module")
+def ours() -> Iterator[Ours]:
     """The same by lrconvert's runtime, which says what policy it follows; for some of the prompts, or all."""
-    fused = "GroupQueryAttention" in (folder / "onnx" / "model.onnx").read_bytes().decode("latin-1")
-    boundaries = [tier.max_length for tier in subject.recipe.tiers[:-1]]
-    heads = subject.model.shape.heads
-    with open_session(folder, boundaries=boundaries, heads=heads, fused=fused, threads=1) as session:
-        chosen = [subject.prompts[name] for name in names or subject.prompts]
-        return [session.generate(prompt, NEW, policy=policy)[0] for prompt in chosen]
+    interpreter = Interpreter(WORKER)
+
+    def tokens(subject: Subject, folder: Path, policy: Policy, *names: str) -> list[list[int]]:
+        fused = "GroupQueryAttention" in (folder / "onnx" / "model.onnx").read_bytes().decode("latin-1")
+        boundaries = [tier.max_length for tier in subject.recipe.tiers[:-1]]
+        heads = subject.model.shape.heads
+        with open_session(
+            folder, boundaries=boundaries, heads=heads, fused=fused, threads=1, interpreter=interpreter
+        ) as session:
+            chosen = [subject.prompts[name] for name in names or subject.prompts]
+            return [session.generate(prompt, NEW, policy=policy)[0] for prompt in chosen]
+
+    yield tokens
+    interpreter.close()
 
 
 def until_end(subject: Subject, tokens: list[int]) -> list[int]:
@@ -192,14 +214,20 @@ def until_end(subject: Subject, tokens: list[int]) -> list[int]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("consumer", CONSUMERS)
 def test_every_family_continues_alike(
-    pico: Callable[..., Model], export: Export, record_property: Record, consumer: str, family: str, attention: str
+    pico: Callable[..., Model],
+    export: Export,
+    ours: Ours,
+    record_property: Record,
+    consumer: str,
+    family: str,
+    attention: str,
 ) -> None:
     """Before, across and beyond the boundary, with the cache going on, a program's tokens are those of our runtime."""
     subject = pico_subject(pico(family))
     folder = export(subject, "--attention", attention)
     mended = {"mended": True} if consumer == "optimum" and family in MISREAD_BY_OPTIMUM else {}
     found = tokens_in(consumer, folder, list(subject.prompts.values()), record_property, **mended)
-    expected = tokens_of(subject, folder, "cached")
+    expected = ours(subject, folder, "cached")
     assert [until_end(subject, row) for row in found] == [until_end(subject, row) for row in expected]
     reached = dict(zip(subject.prompts, (until_end(subject, row) for row in expected), strict=True))["crossing"]
     assert len(subject.prompts["crossing"]) + len(reached) > subject.boundary + 2
@@ -208,34 +236,35 @@ def test_every_family_continues_alike(
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("consumer", CONSUMERS)
 def test_the_embedded_model_continues_alike(
-    export: Export, record_property: Record, consumer: str, attention: str
+    export: Export, ours: Ours, record_property: Record, consumer: str, attention: str
 ) -> None:
     """A trained model with a real window: 4090 tokens and 20 new ones cross it."""
     subject = demo_subject()
     folder = export(subject, "--attention", attention)
     found = tokens_in(consumer, folder, list(subject.prompts.values()), record_property)
-    assert found == tokens_of(subject, folder, "cached")
+    assert found == ours(subject, folder, "cached")
 
 
 @pytest.mark.parametrize("dtype", ["f16", "int8", "int4"])
 @pytest.mark.parametrize("consumer", CONSUMERS)
-def test_other_types_continue_alike(export: Export, record_property: Record, consumer: str, dtype: str) -> None:
-    """Caches in f16, and weights in 8 and 4 bits, are read everywhere as our runtime reads them."""
-    subject = demo_subject()
-    folder = export(subject, "--dtype", dtype)
-    prompts = [subject.prompts["below"], subject.prompts["crossing"]]
-    expected = tokens_of(subject, folder, "cached", "below", "crossing")
-    assert tokens_in(consumer, folder, prompts, record_property) == expected
+def test_other_types_continue_alike(
+    export: Export, ours: Ours, short_subject: Subject, record_property: Record, consumer: str, dtype: str
+) -> None:
+    """Caches in f16, and weights in 8 and 4 bits, are read everywhere as our runtime reads them, before and across the
+    boundary."""
+    folder = export(short_subject, "--dtype", dtype)
+    found = tokens_in(consumer, folder, list(short_subject.prompts.values()), record_property)
+    assert found == ours(short_subject, folder, "cached")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_prompts_can_tell(pico: Callable[..., Model], export: Export, family: str) -> None:
+def test_the_prompts_can_tell(pico: Callable[..., Model], export: Export, ours: Ours, family: str) -> None:
     """A graph with the sets exchanged continues every prompt in another way, so equal tokens mean something."""
     subject = pico_subject(pico(family))
     wrong = RECIPE_MUTANTS["swapped sets"](subject.recipe)
     assert wrong is not None
-    right = tokens_of(subject, export(subject), "cached")
-    mistaken = tokens_of(subject, export(subject, recipe=wrong), "cached")
+    right = ours(subject, export(subject), "cached")
+    mistaken = ours(subject, export(subject, recipe=wrong), "cached")
     assert all(one != other for one, other in zip(right, mistaken, strict=True))
 
 
@@ -252,7 +281,7 @@ def batches(subject: Subject) -> dict[str, list[list[int]]]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("rows", ["below", "beyond", "mixed"])
 def test_a_batch_padded_on_the_left_continues_as_its_rows(
-    pico: Callable[..., Model], export: Export, record_property: Record, family: str, rows: str
+    pico: Callable[..., Model], export: Export, ours: Ours, record_property: Record, family: str, rows: str
 ) -> None:
     """With standard attention; each row has the tier of its own length, whatever its neighbours are."""
     subject = pico_subject(pico(family))
@@ -281,7 +310,7 @@ def test_a_batch_padded_on_the_left_is_refused_by_the_fused_operator(
 @pytest.mark.optimum
 @pytest.mark.parametrize("family", sorted(MISREAD_BY_OPTIMUM))
 def test_optimum_fails_loudly_where_it_misreads_the_cache(
-    pico: Callable[..., Model], export: Export, family: str
+    pico: Callable[..., Model], export: Export, ours: Ours, family: str
 ) -> None:
     """Without being told the shape it stops at the first pass. Should this fail, optimum has learnt it: the mending in
     run_optimum.py and the words in the documentation can go."""
@@ -294,12 +323,12 @@ def test_optimum_fails_loudly_where_it_misreads_the_cache(
 
 
 @pytest.mark.genai
-def test_genai_can_be_made_to_read_anew(export: Export, record_property: Record) -> None:
+def test_genai_can_be_made_to_read_anew(export: Export, ours: Ours, record_property: Record) -> None:
     """--genai-rewind: at 4097 tokens onnxruntime-genai computes the sequence again, which is the exact policy; without
     it, it goes on with its cache, which gives other tokens."""
     subject = demo_subject()
     prompts = [subject.prompts["crossing"]]
-    exact = tokens_of(subject, export(subject), "exact", "crossing")
+    exact = ours(subject, export(subject), "exact", "crossing")
     assert tokens_in("genai", export(subject, "--genai-rewind"), prompts, record_property) == exact
     assert tokens_in("genai", export(subject), prompts, record_property) != exact
 
@@ -367,7 +396,7 @@ def pictures(tmp_path: Path) -> Path:
 
 @pytest.mark.browser
 def test_the_page_completes_past_the_window(
-    export: Export, record_property: Record, tmp_path: Path, pictures: Path
+    export: Export, ours: Ours, record_property: Record, tmp_path: Path, pictures: Path
 ) -> None:
     """WebAssembly's tokens are ONNX Runtime's: within the window, and across it under either policy, which the page
     names where it crosses."""
@@ -383,8 +412,8 @@ def test_the_page_completes_past_the_window(
     assert found["failure"] is None
     assert [message for message in found["messages"] if message.startswith("error:")] == []
     within, exact, cached = found["answers"]
-    assert [within["tokens"], exact["tokens"]] == tokens_of(subject, folder, "exact", "below", "crossing")
-    assert [cached["tokens"]] == tokens_of(subject, folder, "cached", "crossing")
+    assert [within["tokens"], exact["tokens"]] == ours(subject, folder, "exact", "below", "crossing")
+    assert [cached["tokens"]] == ours(subject, folder, "cached", "crossing")
     assert exact["tokens"] != cached["tokens"]
     assert within["counts"] == "60 tokens + 20 new: within the original window"
     assert exact["counts"] == "4,090 tokens + 20 new: crosses the original window"
@@ -396,7 +425,7 @@ def test_the_page_completes_past_the_window(
 
 @pytest.mark.browser
 def test_the_build_without_float64_runs_what_was_made_for_it(
-    export: Export, record_property: Record, tmp_path: Path
+    export: Export, ours: Ours, record_property: Record, tmp_path: Path
 ) -> None:
     """transformers.js takes the build with WebGPU unless told otherwise; it has no float64. --no-double runs there, and
     the failure of any other export is said in words."""
@@ -411,11 +440,11 @@ def test_the_build_without_float64_runs_what_was_made_for_it(
         answers[options] = opened(folder, runs, record_property)
     assert "has no code for an operator of the model" in answers[()]["failure"]
     shown = answers[("--no-double",)]["answers"][0]
-    assert [shown["tokens"]] == tokens_of(subject, export(subject), "cached", "below")
+    assert [shown["tokens"]] == ours(subject, export(subject), "cached", "below")
 
 
 @pytest.mark.browser
-def test_the_page_can_be_stopped(export: Export, record_property: Record, tmp_path: Path) -> None:
+def test_the_page_can_be_stopped(export: Export, ours: Ours, record_property: Record, tmp_path: Path) -> None:
     """What was written until then stays, and the next text is completed as if nothing had happened."""
     subject = demo_subject()
     prompt = asked(subject.prompts["below"])
@@ -427,7 +456,9 @@ def test_the_page_can_be_stopped(export: Export, record_property: Record, tmp_pa
 
 
 @pytest.mark.browser
-def test_the_page_says_what_is_wrong(export: Export, record_property: Record, tmp_path: Path, pictures: Path) -> None:
+def test_the_page_says_what_is_wrong(
+    export: Export, ours: Ours, record_property: Record, tmp_path: Path, pictures: Path
+) -> None:
     """No model; a text longer than the window; a text that the standard operator can't hold in 32 bits."""
     subject = demo_subject()
     nothing = opened(site(tmp_path / "empty", None), [], record_property)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from support.pico import pico_config
 
 from lrconvert import rope
-from lrconvert.errors import InputError, UsageError
+from lrconvert.errors import InputError, UnsupportedError, UsageError
 from lrconvert.recipe import parse_recipe
 from lrconvert.recipe.importing import Base, import_recipe
 
@@ -249,3 +250,116 @@ def test_a_gguf_that_carries_factors_gives_its_recipe(tmp_path: Path) -> None:
     assert [tier.max_length for tier in recipe.tiers] == [64, 256]
     assert [list(tier.factors) for tier in recipe.tiers] == [factors["short"].tolist(), factors["long"].tolist()]
     assert [tier.attention_factor for tier in recipe.tiers] == [1.25, 1.25]
+
+
+# --- other families' configs, other layouts --------------------------------------------------------------
+
+
+def other(folder: Path, **changes: Any) -> Path:
+    """A config.json of a family that can't be converted."""
+    config = {
+        "model_type": "foreign",
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+        "rope_scaling": {"type": "su", **LONGROPE, "original_max_position_embeddings": 64},
+        **changes,
+    }
+    path = folder / "config.json"
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return path
+
+
+@pytest.mark.parametrize("key", ["rope_theta", "rope_embedding_base", "rotary_emb_base", "rope_base"])
+def test_theta_is_found_under_other_keys(tmp_path: Path, key: str) -> None:
+    recipe, notes = import_recipe([str(other(tmp_path, **{key: 1e6}))])
+    assert recipe.rope_theta == 1e6
+    assert key == "rope_theta" or any(key in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "hidden_size": 512},
+        {"rotary_dim": 16, "hidden_size": 256},
+        {"rotary_pct": 0.25, "hidden_size": 256},
+        {"partial_rotary_factor": 0.5, "head_dim": 32},
+        {"kv_channels": 16, "hidden_size": 256},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_the_rotated_width_is_found_under_other_keys(tmp_path: Path, changes: dict[str, Any]) -> None:
+    recipe, _ = import_recipe([str(other(tmp_path, rope_theta=1e4, **changes))])
+    assert recipe.rotary_dim == 16
+
+
+@pytest.mark.parametrize("key", ["text_config", "language_config"])
+def test_nested_settings_are_those_of_the_language_model(tmp_path: Path, key: str) -> None:
+    """Whatever the vision tower beside them says."""
+    inner = json.loads(other(tmp_path, rope_theta=5e5, vocab_size=7).read_text())
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "seeing", key: inner, "vision_config": {"num_attention_heads": 2}}))
+    recipe, notes = import_recipe([str(path)])
+    assert (recipe.family, recipe.rope_theta) == ("foreign", 5e5) and any(key in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "needle"),
+    [
+        ({"rope_ratio": 50}, UnsupportedError, "rope_ratio 50"),
+        ({"rotary_scale_base": 512}, UnsupportedError, "rotary_scale_base 512"),
+        ({"layer_rope_theta": [1e4, 1e6]}, UnsupportedError, "layer_rope_theta"),
+        ({"rope_theta": 1e4, "rope_embedding_base": 1e6}, InputError, "they contradict"),
+        ({"qk_rope_head_dim": 32}, InputError, "rotates 32 dimensions"),
+    ],
+)
+def test_what_sounds_like_the_rotation_is_understood_or_refused(
+    tmp_path: Path, changes: dict[str, Any], error: type[Exception], needle: str
+) -> None:
+    with pytest.raises(error, match=needle):
+        import_recipe([str(other(tmp_path, **changes))])
+
+
+def test_a_theta_that_is_nowhere_is_said(tmp_path: Path) -> None:
+    recipe, notes = import_recipe([str(other(tmp_path))])
+    assert recipe.rope_theta == 1e4 and any("no rope_theta" in note for note in notes)
+    given, _ = import_recipe([str(other(tmp_path))], Base(theta=5e5))
+    assert given.rope_theta == 5e5
+
+
+def test_options_complete_a_config(tmp_path: Path) -> None:
+    """θ decides a YaRN's factors, and the original window where the short set ends."""
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    recipe, _ = import_recipe([str(other(tmp_path, rope_scaling=scaling))], Base(theta=5e5))
+    assert list(recipe.tiers[-1].factors) == rope.yarn_factors(16, 5e5, 4.0, 64).tolist()
+    block = {"rope_type": "longrope", **LONGROPE}
+    recipe, _ = import_recipe([str(other(tmp_path, rope_scaling=block))], Base(original_window=64))
+    assert [tier.max_length for tier in recipe.tiers] == [64, 256]
+    with pytest.raises(InputError, match="--window N"):
+        import_recipe([str(other(tmp_path, rope_scaling=block))])
+    recipe, _ = import_recipe([str(other(tmp_path, rope_scaling=block))], Base(window=1024))
+    assert [tier.max_length for tier in recipe.tiers] == [256, 1024]
+
+
+GIVEN = Base("llama", 1e4, 64)
+
+
+def test_one_value_a_line_is_one_set(tmp_path: Path) -> None:
+    """As LongRoPE's own search writes its result; a column of ones too."""
+    for values in (LONG, [1.0] * 8, [2.5] * 8):
+        np.savetxt(tmp_path / "result.csv", values, delimiter=",")
+        recipe, _ = import_recipe([f"{tmp_path / 'result.csv'}=256"], GIVEN)
+        assert recipe.rotary_dim == 16 and list(recipe.tiers[0].factors) == values
+
+
+def test_a_table_of_one_number_is_no_set(tmp_path: Path) -> None:
+    (tmp_path / "one.csv").write_text("1.0\n")
+    with pytest.raises(InputError, match="holds one number"):
+        import_recipe([f"{tmp_path / 'one.csv'}=256"], GIVEN)
+
+
+def test_a_table_has_to_fit_the_named_model(tmp_path: Path, pico_folder: Callable[..., Path]) -> None:
+    """One value a line of another head size."""
+    np.savetxt(tmp_path / "result.csv", [1.0] * 64)
+    with pytest.raises(InputError, match="they rotate 128 dimensions"):
+        import_recipe([f"{tmp_path / 'result.csv'}=256"], Base(model=str(pico_folder())))

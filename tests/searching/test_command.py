@@ -11,14 +11,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Result
-from support.forks import COMMANDS, TRANSFORMERS, ForkedCommands, Process
+from support.forks import MAIN, ForkedCommands, Process
 from support.onnx_files import write_adapter
 from support.staging import linux_only
 
@@ -27,7 +27,6 @@ from lrconvert.data import DATA
 from lrconvert.searching.journal import read_journal
 
 Run = Callable[..., Result]
-MAIN = "from lrconvert.cli import main; main()"
 OPTIONS = ["--original-window", "32", "--target", "128", "--device", "cpu", "--budget", "40"]
 
 
@@ -59,25 +58,16 @@ def ranks(count: int) -> list[dict[str, str]]:
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
-def torchrun(folder: Path) -> list[str]:
+def torchrun(program: Path) -> list[str]:
     """Two processes of what the installed command does."""
-    script = folder / "start.py"
-    script.write_text("from lrconvert.cli import main\nmain()\n")
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    options = ["--standalone", "--nproc-per-node", "2", "--no-python"]
+    return [sys.executable, "-m", "torch.distributed.run", *options, str(program)]
 
 
 def evaluations(path: Path) -> list[Any]:
     """What a journal says but for the time it took."""
     values = [record.to_json() for record in read_journal(path).records]
     return [{key: value for key, value in entry.items() if key != "seconds"} for entry in values]
-
-
-@pytest.fixture(scope="module")
-def searches() -> Iterator[ForkedCommands]:
-    """Searches in processes of their own, which need not import torch again."""
-    started = ForkedCommands((*TRANSFORMERS, "torch.distributed.fsdp", "sklearn.gaussian_process", *COMMANDS))
-    yield started
-    started.close()
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +82,12 @@ def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @linux_only
 def test_killed_and_started_again_it_ends_in_the_same_recipe(
-    text: Path, whole: Path, tmp_path: Path, searches: ForkedCommands
+    text: Path, whole: Path, tmp_path: Path, training: ForkedCommands
 ) -> None:
     """kill -9 in the middle of the long set; the second run says that it goes on."""
     output = tmp_path / "found"
     journal = tmp_path / "found.journal.jsonl"
-    process = searches.start(MAIN, *arguments(text, output), environment=environment())
+    process = training.start(MAIN, *arguments(text, output), environment=environment())
     deadline = time.monotonic() + 600  # a busy machine gets there too
     while time.monotonic() < deadline and (not journal.exists() or journal.read_bytes().count(b"\n") < 9):
         time.sleep(0.01)
@@ -106,18 +96,19 @@ def test_killed_and_started_again_it_ends_in_the_same_recipe(
     assert process.wait() == -signal.SIGKILL
     before = len(read_journal(journal).records)
     assert 7 <= before < len(evaluations(whole.with_name("found.journal.jsonl"))) and not output.exists()
-    done = searches.run(MAIN, *arguments(text, output), environment=environment())
+    done = training.run(MAIN, *arguments(text, output), environment=environment())
     assert done.returncode == 0, done.stderr
     assert f"continuing after {before} evaluations" in done.stderr
     assert (output / "recipe.json").read_bytes() == (whole / "recipe.json").read_bytes()
     assert evaluations(journal) == evaluations(whole.with_name("found.journal.jsonl"))
 
 
-def test_two_processes_keep_the_same_journal(text: Path, whole: Path, tmp_path: Path) -> None:
+def test_two_processes_keep_the_same_journal(text: Path, whole: Path, tmp_path: Path, training: ForkedCommands) -> None:
     """torchrun on CPUs: every process answers its share, all see all answers, one writes."""
     output = tmp_path / "found"
     given = arguments(text, output)
-    done = subprocess.run([*torchrun(tmp_path), *given], env=environment(), capture_output=True, text=True)
+    command = [*torchrun(training.program(tmp_path / "lrconvert", MAIN)), *given]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (output / "recipe.json").read_bytes() == (whole / "recipe.json").read_bytes()
     assert evaluations(tmp_path / "found.journal.jsonl") == evaluations(whole.with_name("found.journal.jsonl"))
@@ -152,12 +143,12 @@ if evaluator.leading:
 
 
 @linux_only
-def test_shared_weights_give_the_same_losses(searches: ForkedCommands) -> None:
+def test_shared_weights_give_the_same_losses(training: ForkedCommands) -> None:
     """FSDP on CPUs: each process holds half of every layer. One without a question of its own does as the other does,
     or the other would wait for ever; gradients come through too."""
     found = []
     for count in (1, 2):
-        started = [searches.start(SHARDED, environment=environment(**each)) for each in ranks(count)]
+        started = [training.start(SHARDED, environment=environment(**each)) for each in ranks(count)]
         with ThreadPoolExecutor(count) as readers:
             said = list(readers.map(Process.communicate, started))
         assert [process.wait() for process in started] == [0] * count, said[-1][1][-2000:]

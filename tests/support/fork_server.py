@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs in an interpreter of its own, `python fork_server.py SOCKET MODULE…`: imports modules, then forks a process for
-every request.
+"""Runs in an interpreter of its own, `python fork_server.py LISTENER MODULE…`: imports modules, then forks a process
+for every request. Ends when nobody is connected any more.
 
-A request is one message of JSON: `script` (a path) or `code`, `arguments`, `environment` and `folder`. It comes with
-four file descriptors: stdin, stdout, stderr, and one for the process's id and, once it has ended, its exit status.
-Nothing is computed here, and no thread started. Any interpreter may run this file: it imports nothing of the tests.
+A request is one message of JSON: `script` (a path) or `code`, `arguments`, `environment`, `folder` and, for more places
+to import from, `path`. It comes with four file descriptors: stdin, stdout, stderr, and one for the process's id and,
+once it has ended, its exit status. Nothing is computed here, and no thread started. Any interpreter may run this file:
+it imports nothing of the tests.
 """
 
 import array
@@ -14,6 +15,7 @@ import importlib
 import json
 import os
 import runpy
+import select
 import socket
 import sys
 import traceback
@@ -33,6 +35,7 @@ def run(request, streams):
     for name, module in list(sys.modules.items()):
         if modules and name.startswith("transformers.") and "HF_MODULES_CACHE" in vars(module):
             vars(module)["HF_MODULES_CACHE"] = modules
+    sys.path[:0] = request.get("path", [])
     sys.argv = [request.get("script", "-c"), *request["arguments"]]
     code = 0
     try:
@@ -60,29 +63,56 @@ def watch(process, report):
     os._exit(0)
 
 
-def serve(connection):
-    """Until the other side is gone and every process has ended."""
+def answer(message, descriptors, inherited):
+    """Fork what a message asks for, without the server's own sockets."""
+    *streams, report = descriptors
+    if os.fork() == 0:
+        for each in inherited:
+            each.close()
+        process = os.fork()
+        if process == 0:
+            os.close(report)
+            run(json.loads(message), streams)
+        for stream in streams:
+            os.close(stream)
+        watch(process, report)
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def serve(listener):
+    """Until every client is gone and every process has ended."""
+    clients = []
     while True:
-        message, data, _, _ = connection.recvmsg(2**20, socket.CMSG_SPACE(4 * array.array("i").itemsize))
-        if not message:
+        ready, _, _ = select.select([listener, *clients], [], [])
+        for connection in ready:
+            if connection is listener:
+                clients.append(listener.accept()[0])
+                clients[-1].sendall(b"ready")
+                continue
+            message, descriptors = received(connection)
+            if message:
+                answer(message, descriptors, (listener, *clients))
+            else:
+                clients.remove(connection)
+                connection.close()
+            reap(os.WNOHANG)
+        if not clients:
             break
-        descriptors = array.array("i")
-        for _, _, part in data:
-            descriptors.frombytes(part)
-        *streams, report = descriptors
-        if os.fork() == 0:
-            connection.close()
-            process = os.fork()
-            if process == 0:
-                os.close(report)
-                run(json.loads(message), streams)
-            for stream in streams:
-                os.close(stream)
-            watch(process, report)
-        for descriptor in descriptors:
-            os.close(descriptor)
-        reap(os.WNOHANG)
+    listener.close()
     reap(0)
+
+
+def received(connection):
+    """A message and its file descriptors; nothing of a client that is gone."""
+    try:
+        message, data, _, _ = connection.recvmsg(2**20, socket.CMSG_SPACE(4 * array.array("i").itemsize))
+    except ConnectionError:
+        return b"", []
+    descriptors = array.array("i")
+    for _, _, part in data:
+        descriptors.frombytes(part)
+    return message, descriptors
 
 
 def reap(flags):

@@ -9,11 +9,11 @@ finds them, what it reads from its environment while it does) is tested on one t
 
 from __future__ import annotations
 
-import array
 import contextlib
-import json
+import hashlib
 import os
 import select
+import shlex
 import signal
 import socket
 import subprocess
@@ -23,17 +23,23 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
+from support import fork_client
+
 from lrconvert.runtimes import transformers
 
 CAN_FORK = sys.platform.startswith("linux")  # elsewhere libraries do not survive it
 SERVER = Path(__file__).with_name("fork_server.py")
-# What a worker of transformers imports before it opens an artifact, whatever that is.
+ROOT = SERVER.parents[2]
+FOLDER = "LRCONVERT_TEST_FORKS"  # names the folder of the servers' sockets, one for each test run
+# What a worker of transformers imports before it opens an artifact, whatever that is; then, what a search imports.
 TRANSFORMERS = (
     "torch",
     "transformers.models.auto.modeling_auto",
     "transformers.models.llama.modeling_llama",
     "transformers.generation.utils",
     "transformers.dynamic_module_utils",
+    "torch.distributed.fsdp",
+    "sklearn.gaussian_process",
 )
 # What a command imports, as far as none of it looks at the environment.
 COMMANDS = (
@@ -43,6 +49,7 @@ COMMANDS = (
     "rich.console",
     "rich.table",
     "safetensors.numpy",
+    "torch",
     "tqdm.auto",
     "yaml",
     "lrconvert.cli.hf",
@@ -89,45 +96,85 @@ class Process:
             os.kill(self.pid, signal.SIGKILL)
 
 
+_STARTED: list[subprocess.Popen[bytes]] = []  # servers of this process
+
+
+def wait_for_servers() -> None:
+    """Until those have ended that were started here; other processes of the test run may still use them."""
+    for server in _STARTED:
+        server.wait(timeout=600)
+
+
 class ForkServer:
-    """Started at the first request."""
+    """Started at the first request, by whichever process of the test run makes it; then it serves them all."""
 
     def __init__(self, command: Iterable[str], modules: Iterable[str], environment: Mapping[str, str]) -> None:
-        self._connection, theirs = socket.socketpair()
-        self._server = subprocess.Popen(
-            [*command, str(SERVER), str(theirs.fileno()), *modules],
-            stdin=subprocess.DEVNULL,
-            env=environment,
-            pass_fds=[theirs.fileno()],
-        )
-        theirs.close()
+        asked = [*command, str(SERVER), *modules]
+        name = hashlib.sha256(repr((asked, _read_early(environment))).encode()).hexdigest()[:16]
+        self.path = Path(os.environ[FOLDER], name)
+        self._command, self._environment = asked, environment
+        self._connection: socket.socket | None = None
+
+    def connect(self) -> socket.socket:
+        """A connection to the server, which is started where there is none."""
+        if self._connection is None:
+            import fcntl  # not on Windows
+
+            with self.path.with_suffix(".lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                try:
+                    self._connection = fork_client.connect(str(self.path))
+                except OSError:
+                    self._start()
+                    self._connection = fork_client.connect(str(self.path))
+        return self._connection
+
+    def _start(self) -> None:
+        self.path.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind(str(self.path))
+            listener.listen()
+            start = self._command.index(str(SERVER)) + 1
+            server = subprocess.Popen(
+                [*self._command[:start], str(listener.fileno()), *self._command[start:]],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env=self._environment,
+                pass_fds=[listener.fileno()],
+            )
+        _STARTED.append(server)
 
     def start(self, stdin: int, stdout: int, stderr: int, **request: Any) -> tuple[int, IO[str]]:
         """The id of a process with these streams, and where its exit status will come."""
-        read, report = os.pipe()
-        descriptors = array.array("i", [stdin, stdout, stderr, report])
-        message = json.dumps({"folder": str(Path.cwd()), "arguments": [], **request}).encode()
-        self._connection.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)])
-        os.close(report)
-        status = os.fdopen(read)
-        return int(status.readline()), status
+        return fork_client.start(self.connect(), (stdin, stdout, stderr), **request)
 
     def close(self) -> None:
-        self._connection.close()
-        self._server.wait(timeout=20)
+        """The server ends with the last of those that it serves."""
+        if self._connection is not None:
+            self._connection.close()
+
+
+# What a library may read while it is imported: where one of these differs, there is a server of its own. Of the names
+# that begin so, the last ones say where the Hub is and who asks it: what looks at them while it is imported is in no
+# list above, and a session is offline.
+_READ_EARLY = ("CUDA", "HF_", "HUGGINGFACE_", "LD_", "MKL_", "OMP_", "PYTHON", "PYTORCH_", "TORCH", "TRANSFORMERS_")
+_READ_LATE = {"HF_MODULES_CACHE", "HF_ENDPOINT", "HF_HOME", "HF_TOKEN", "HF_HUB_DISABLE_XET"}
+
+
+def _read_early(environment: Mapping[str, str]) -> list[tuple[str, str]]:
+    return sorted(
+        (name, value) for name, value in environment.items() if name.startswith(_READ_EARLY) and name not in _READ_LATE
+    )
 
 
 # --- sessions ---------------------------------------------------------------------------------------------
-
-# What a library may read while it is imported: where one of these differs, there is a server of its own.
-_READ_EARLY = ("CUDA", "HF_", "HUGGINGFACE_", "LD_", "MKL_", "OMP_", "PYTHON", "PYTORCH_", "TORCH", "TRANSFORMERS_")
 
 
 class ForkedSessions:
     """In the place of the module `subprocess` in lrconvert.runtimes.base: transformers' workers are forked."""
 
     def __init__(self) -> None:
-        self._servers: dict[tuple[str, ...], ForkServer] = {}
+        self._servers: dict[tuple[Any, ...], ForkServer] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(subprocess, name)
@@ -137,22 +184,26 @@ class ForkedSessions:
         if not CAN_FORK or rest != ["-I", str(transformers.WORKER)]:
             return subprocess.Popen(command, **options)
         environment = options["env"]
-        early = sorted(
-            f"{name}={value}"
-            for name, value in environment.items()
-            if name.startswith(_READ_EARLY) and name != "HF_MODULES_CACHE"
-        )
-        key = (python, *early)
-        if key not in self._servers:
-            self._servers[key] = ForkServer([python, "-I"], TRANSFORMERS, environment)
+        server = self._server(python, environment)
         their_in, our_in = os.pipe()
         our_out, their_out = os.pipe()
-        pid, status = self._servers[key].start(
+        pid, status = server.start(
             their_in, their_out, options["stderr"].fileno(), script=rest[-1], environment=environment
         )
         os.close(their_in)
         os.close(their_out)
         return Process(pid, status, os.fdopen(our_in, "w"), os.fdopen(our_out))
+
+    def prepare(self) -> None:
+        """Start what sessions are forked from, for commands in other processes: it would end with the first of them."""
+        if CAN_FORK:
+            self._server(sys.executable, {**os.environ, "HF_HUB_OFFLINE": "1"}).connect()
+
+    def _server(self, python: str, environment: Mapping[str, str]) -> ForkServer:
+        key = (python, *_read_early(environment))
+        if key not in self._servers:
+            self._servers[key] = ForkServer([python, "-I"], TRANSFORMERS, environment)
+        return self._servers[key]
 
     def close(self) -> None:
         for server in self._servers.values():
@@ -162,17 +213,29 @@ class ForkedSessions:
 # --- commands ---------------------------------------------------------------------------------------------
 
 
-class ForkedCommands:
-    """`python -c CODE ARGUMENTS…` in processes of their own, with `modules` imported."""
+MAIN = "from lrconvert.cli import main; main()"
+# The same, where sessions of transformers are forked too.
+MAIN_FORKING = f"""
+import sys
+sys.path.append({str(SERVER.parents[1])!r})
+from support.forks import ForkedSessions
+from lrconvert.runtimes import base
+base.subprocess = ForkedSessions()
+{MAIN}
+"""
 
-    def __init__(self, modules: Iterable[str] = COMMANDS) -> None:
-        self._modules = modules
-        self._server: ForkServer | None = None
+
+class ForkedCommands:
+    """`python -c CODE ARGUMENTS…` in processes of their own, with modules imported: those that any command may need, or
+    those of transformers, for commands that train."""
+
+    def __init__(self, *, training: bool = False) -> None:
+        command = [sys.executable, "-I"] if training else [sys.executable]
+        self._path = ["", str(ROOT)] if training else []
+        self._server = ForkServer(command, TRANSFORMERS if training else COMMANDS, dict(os.environ))
 
     def start(self, code: str, *arguments: object, environment: Mapping[str, str] | None = None) -> Process:
         """The process, whose output can be read as it comes."""
-        if self._server is None:
-            self._server = ForkServer([sys.executable], self._modules, dict(os.environ))
         out, their_out = os.pipe()
         error, their_error = os.pipe()
         with Path(os.devnull).open() as nothing:
@@ -183,6 +246,7 @@ class ForkedCommands:
                 code=code,
                 arguments=[str(argument) for argument in arguments],
                 environment=dict(os.environ if environment is None else environment),
+                path=self._path,
             )
         os.close(their_out)
         os.close(their_error)
@@ -199,6 +263,17 @@ class ForkedCommands:
         out, error = process.communicate()
         return subprocess.CompletedProcess([code, *map(str, arguments)], process.wait(), out, error)
 
+    def program(self, path: Path, code: str) -> Path:
+        """An executable file that runs `code` in such a process: for a shell, or for a program that starts others."""
+        if not CAN_FORK:
+            path.write_text(f"#!{sys.executable}\n{code}\n")
+        else:
+            self._server.connect()
+            call = shlex.join([sys.executable, "-I", "-S", fork_client.__file__, str(self._server.path)])
+            extra = f"import sys; sys.path[:0] = {self._path!r}\n"
+            path.write_text(f'#!/bin/sh\nexec {call} {shlex.quote(extra + code)} "$@"\n')
+        path.chmod(0o755)
+        return path
+
     def close(self) -> None:
-        if self._server is not None:
-            self._server.close()
+        self._server.close()

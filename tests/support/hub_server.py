@@ -253,6 +253,7 @@ class Handler(BaseHTTPRequestHandler):
     """One request: finds its route, speaks HTTP."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else each body waits 40 ms until the client has acknowledged the header
     hub: Hub
     lock: threading.Lock
 

@@ -40,7 +40,7 @@ BASE: dict[str, Any] = {
 # What each family adds: one grouped, one tied, one partial, one with its own head size.
 EXTRA: dict[str, dict[str, Any]] = {
     "llama": {},
-    "mistral": {"sliding_window": 32, "tie_word_embeddings": True},
+    "mistral": {"sliding_window": 4096, "tie_word_embeddings": True},
     "qwen2": {"use_sliding_window": False, "num_key_value_heads": 1},
     "qwen3": {"head_dim": 32, "attention_bias": False},
     "phi3": {"partial_rotary_factor": 0.5, "original_max_position_embeddings": WINDOW},

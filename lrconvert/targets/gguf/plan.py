@@ -21,6 +21,7 @@ from lrconvert.artifact.card import source_card
 from lrconvert.artifact.manifest import MANIFEST, manifest_path
 from lrconvert.artifact.plan import Edit, Plan, Stream, StreamTensor
 from lrconvert.artifact.record import BakeRecord
+from lrconvert.artifact.sliding import settle_windows
 from lrconvert.checkpoint import Checkpoint, Model
 from lrconvert.checkpoint.adapter import Adapter, merged
 from lrconvert.checkpoint.base import refuse_quantised
@@ -71,6 +72,7 @@ class Options:
     imatrix: Path | None = None
     modelfile: bool = False
     library: str | None = None
+    lift: bool = False  # a sliding window
 
 
 def plan(
@@ -87,7 +89,10 @@ def plan(
     refuse_quantised(model, "GGUF")
     _check_shape(model, architecture)
     spec = model.resolve(recipe, options.window)
+    windows = settle_windows(model, spec.window, lift=options.lift, keeps=False, target="llama.cpp")
+    model = windows.model
     kept, dropped = _fitted(spec, options)
+    dropped = [*windows.dropped, *dropped]
     scale = kept.tiers[-1].attention_factor if options.fold else 1.0
     written = divide_attention(kept, scale)
     scheme = _scheme(model, options, rewritten=adapter is not None or scale != 1.0)
@@ -108,6 +113,8 @@ def plan(
     ]
     rope = rope_keys(architecture, written, static=options.static)
     keys, notes = _metadata(model, architecture, options)
+    if windows.lifted:
+        keys.pop(f"{architecture}.attention.sliding_window", None)
     if scheme is not None:
         keys["general.quantization_version"] = QUANTISATION_VERSION
         keys["general.file_type"] = int(scheme.file_type)
@@ -125,14 +132,14 @@ def plan(
         recipe=recipe,
         spec=written,
         output=output,
-        record=BakeRecord(spec.window, stored, scale, LLAMA_CPP.name, options.static),
+        record=BakeRecord(spec.window, stored, scale, LLAMA_CPP.name, options.static, windows.lifted),
         texts=texts,
         copies={},
         streams=streams,
         headline=_headline(scheme, [*factors, *tensors]),
         edits=[Edit(output.name, key, None, value) for key, value in rope.items()],
         dropped=dropped,
-        notes=[*model.notes, *recipe.warnings(), *_window_notes(written, options.static), *notes],
+        notes=[*model.notes, *windows.notes, *recipe.warnings(), *_window_notes(written, options.static), *notes],
         options=_recorded(options, architecture, imatrix),
         place="files",
         stamps=snapshot([*model.checkpoint.weight_files(), *used]),

@@ -19,9 +19,10 @@ TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bf
 
 
 def edited_config(
-    model: Model, spec: RopeSpec, native: RopeSpec, dtype: str | None
+    model: Model, spec: RopeSpec, native: RopeSpec, dtype: str | None, *, lifted: bool = False
 ) -> tuple[dict[str, Any], list[Edit]]:
-    """The artifact's config.json and what changed. `dtype`: what the weights are to be, None: as they were."""
+    """The artifact's config.json and what changed. `dtype`: what the weights are to be, None: as they were. `lifted`:
+    without the model's sliding windows."""
     source, family = model.checkpoint.config, model.family
     config = copy.deepcopy(source)
     if model.shape.rotary_dim != model.shape.head_dim:
@@ -29,9 +30,10 @@ def edited_config(
         config["partial_rotary_factor"] = model.shape.rotary_dim / model.shape.head_dim
     config.pop("rope_parameters", None)
     config.update(native_keys(native, family))
-    sliding = source.get("sliding_window", family.defaults.get("sliding_window"))
-    if isinstance(sliding, int) and not isinstance(sliding, bool) and sliding < spec.window:
+    if lifted:
         config["sliding_window"] = spec.window
+    if model.shape.tied != (source.get("tie_word_embeddings") is True):
+        config["tie_word_embeddings"] = model.shape.tied
     config["architectures"] = [family.hf_class]
     config["auto_map"] = dict(AUTO_MAP)
     if dtype is not None:

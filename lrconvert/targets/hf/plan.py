@@ -10,6 +10,7 @@ from pathlib import Path
 from lrconvert.artifact.card import CARD, render, source_card
 from lrconvert.artifact.plan import Plan
 from lrconvert.artifact.record import BakeRecord
+from lrconvert.artifact.sliding import settle_windows
 from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.adapter import Adapter, merged
 from lrconvert.checkpoint.base import FLOAT_DTYPES, refuse_quantised
@@ -38,6 +39,7 @@ class Options:
     dtype: str | None = None
     portable: bool = False
     lossy: bool = False
+    lift: bool = False  # a sliding window
 
 
 def plan(
@@ -50,22 +52,26 @@ def plan(
     options = options or Options()
     family = model.family
     spec = model.resolve(recipe, options.window)
-    scale, dropped = 1.0, []
+    windows = settle_windows(model, spec.window, lift=options.lift, keeps=True, target="hf")
+    model, scale, dropped = windows.model, 1.0, list(windows.dropped)
     if options.portable:
-        spec, scale, dropped = make_portable(spec, lossy=options.lossy)
+        spec, scale, more_dropped = make_portable(spec, lossy=options.lossy)
+        dropped += more_dropped
     native, losses = native_hf(family).fit(spec)
     stored = _stored_dtype(model, options.dtype)
     if adapter is not None:  # with a dtype of its own, the artifact's one rounding is the writer's
         model = merged(model, adapter, rounded=stored is None and scale == 1.0)
     baked = model if scale == 1.0 else folded(model, scale, rounded=False)
-    config, edits = edited_config(model, spec, native, DTYPES[options.dtype] if options.dtype else stored)
+    config, edits = edited_config(
+        model, spec, native, DTYPES[options.dtype] if options.dtype else stored, lifted=windows.lifted
+    )
     texts, copies, more = side_files(model, spec)
     texts |= {"config.json": json_bytes(config, "config.json"), MODELING_FILE: modeling_code(family.hf_class)}
     weights, shards, index = lay_out(baked, stored, plan_shards)
     copies |= weights
     texts |= index
     found = source_card(model)
-    notes = [*model.notes, *recipe.warnings(), *_notes(spec, scale, texts, copies), *found.notes]
+    notes = [*model.notes, *windows.notes, *recipe.warnings(), *_notes(spec, scale, texts, copies), *found.notes]
     card = render(
         model, recipe, spec, CARD_TEXT, source=found, dropped=dropped, losses=losses, notes=notes, adapter=adapter
     )
@@ -77,7 +83,7 @@ def plan(
         recipe=recipe,
         spec=spec,
         output=output,
-        record=BakeRecord(spec.window, stored, scale, "portable" if options.portable else None),
+        record=BakeRecord(spec.window, stored, scale, "portable" if options.portable else None, lifted=windows.lifted),
         texts=texts,
         copies=copies,
         streams=[stream(baked.checkpoint, name, tensors) for name, tensors in shards],

@@ -62,18 +62,17 @@ def _edited_index(checkpoint: Checkpoint, path: Path, used: set[str]) -> dict[st
     index = read_json(path)
     rewritten = {checkpoint.tensors[name].file for name in checkpoint.touched}
     infos = {n: i for n, i in checkpoint.tensors.items() if n in used or i.file not in rewritten}
-    added = [infos[name] for name in infos if name not in index["weight_map"]]
-    gone = [checkpoint.tensors[name] for name in index["weight_map"] if name not in infos]
-    if not added and not gone:
+    if infos.keys() == index["weight_map"].keys():
         return {}
     metadata = dict(index["metadata"]) if isinstance(index.get("metadata"), dict) else {}
-    if isinstance(metadata.get("total_size"), int):
-        metadata["total_size"] += sum(PlannedTensor(i.name, i.dtype, i.shape).nbytes for i in added)
-        metadata["total_size"] -= sum(info.nbytes for info in gone)
-    if isinstance(metadata.get("total_parameters"), int):
-        metadata["total_parameters"] += sum(map(_values, added)) - sum(map(_values, gone))
+    counted = {"total_size": _bytes, "total_parameters": _values}
+    metadata |= {key: sum(map(count, infos.values())) for key, count in counted.items() if key in metadata}
     index |= {"metadata": metadata, "weight_map": {name: info.file.name for name, info in sorted(infos.items())}}
     return {INDEX: (json.dumps(index, indent=2) + "\n").encode()}
+
+
+def _bytes(info: TensorInfo) -> int:
+    return info.nbytes
 
 
 def _values(info: TensorInfo) -> int:

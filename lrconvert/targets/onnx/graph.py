@@ -204,7 +204,12 @@ class _Decoder:
             to=TensorProto.BOOL,
         )
         before = self.op("And", self.op("Less", keys, queries, name="mask.before"), real, name="mask.visible")
-        self.mask = self.op("Or", before, self.op("Equal", keys, queries, name="mask.itself"), name="mask")
+        whole = self.op("Or", before, self.op("Equal", keys, queries, name="mask.itself"), name="mask")
+        self.masks = {0: whole}
+        for width in sorted(set(self.shape.sliding) - {0}):
+            oldest = self.op("Sub", queries, self.constant(width), name=f"mask.before_{width}")
+            seen = self.op("Greater", keys, oldest, name=f"mask.within_{width}")
+            self.masks[width] = self.op("And", whole, seen, name=f"mask.last_{width}")
 
     def _attention(self, x: str, layer: int) -> str:
         shape, widths = self.shape, (self.shape.heads * self.shape.head_dim, self.shape.kv_heads * self.shape.head_dim)
@@ -225,17 +230,18 @@ class _Decoder:
         v = self.op("Reshape", v, self.to_keys, name="v.wide")
         past = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
         present = [f"present.{layer}.{part}" for part in ("key", "value")]
-        mixed = f"layers.{layer}.mixed"
+        mixed, reach = f"layers.{layer}.mixed", shape.sliding[layer] if shape.sliding else 0
         if self.choices.attention == "gqa":
             self.op(
                 "GroupQueryAttention", q, k, v, *past, self.seqlens, self.total, name="attention", domain=MICROSOFT,
                 outputs=[mixed, *present], num_heads=shape.heads, kv_num_heads=shape.kv_heads,
+                **({"local_window_size": reach} if reach else {}),
             )  # fmt: skip
             # Shape inference knows nothing of that operator.
             self.between.append(helper.make_tensor_value_info(mixed, self.type, ["batch_size", "length", widths[0]]))
         else:
             self.op(
-                "Attention", q, k, v, self.mask, *past, name="attention", outputs=[mixed, *present],
+                "Attention", q, k, v, self.masks[reach], *past, name="attention", outputs=[mixed, *present],
                 q_num_heads=shape.heads, kv_num_heads=shape.kv_heads,
             )  # fmt: skip
         flat = self.op("Reshape", mixed, self.constant([-1, widths[0]]), name="mixed.flat")

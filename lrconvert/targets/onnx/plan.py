@@ -12,6 +12,7 @@ from lrconvert import __version__
 from lrconvert.artifact.card import CARD, render, source_card
 from lrconvert.artifact.plan import Plan, Stream, StreamTensor
 from lrconvert.artifact.record import BakeRecord
+from lrconvert.artifact.sliding import settle_windows
 from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.adapter import Adapter, merged
 from lrconvert.checkpoint.base import refuse_quantised
@@ -51,6 +52,7 @@ class Options:
     opset: int = 23
     double: bool = True
     genai_rewind: bool = False
+    lift: bool = False  # a sliding window
 
 
 def plan(
@@ -69,6 +71,8 @@ def plan(
     _check(model, options)
     computing, bits = DTYPES[options.dtype]
     spec = model.resolve(recipe, options.window)
+    windows = settle_windows(model, spec.window, lift=options.lift, keeps=True, target="onnx")
+    model = windows.model
     if adapter is not None:  # rounded once, when it is stored
         model = merged(model, adapter, rounded=False)
     choices = Choices(computing, options.attention, options.opset, options.double)  # type: ignore[arg-type]
@@ -78,7 +82,7 @@ def plan(
         raise UnsupportedError(f"the graph has {len(graph)} bytes; an ONNX file can have {MAX_GRAPH_BYTES}")
     streams = [_stream(model, f"{ONNX_FOLDER}/{name}", group) for name, group in files_of(tensors).items()]
     native, _ = native_hf(model.family).fit(spec)
-    config, edits = edited_config(model, spec, native, computing)
+    config, edits = edited_config(model, spec, native, computing, lifted=windows.lifted)
     texts, copies, more = side_files(model, spec)
     generation = json_in(texts, copies, "generation_config.json")
     genai = genai_config(model, spec, choices, generation, rewind=options.genai_rewind)
@@ -88,8 +92,10 @@ def plan(
         GENAI: json_bytes(genai, GENAI),
     }
     found = source_card(model)
-    notes = [*model.notes, *recipe.warnings(), *_notes(options, spec), *found.notes]
-    texts[CARD] = render(model, recipe, spec, CARD_TEXT, source=found, notes=notes, adapter=adapter).encode()
+    notes = [*model.notes, *windows.notes, *recipe.warnings(), *_notes(options, spec), *found.notes]
+    dropped = list(windows.dropped)
+    card = render(model, recipe, spec, CARD_TEXT, source=found, dropped=dropped, notes=notes, adapter=adapter)
+    texts[CARD] = card.encode()
     added = [] if adapter is None else [adapter.file.path]
     tiers = ", ".join(str(tier.max_length) for tier in spec.tiers)
     return Plan(
@@ -98,14 +104,15 @@ def plan(
         recipe=recipe,
         spec=spec,
         output=output,
-        record=BakeRecord(spec.window, options.dtype),
+        record=BakeRecord(spec.window, options.dtype, lifted=windows.lifted),
         texts=texts,
         copies=copies,
         streams=streams,
         headline=f"tiers up to {tiers}; {options.dtype}, {options.attention} attention",
         edits=[*(edit for edit in edits if edit.key != "auto_map"), *more],
+        dropped=dropped,
         notes=notes,
-        options={key: value for key, value in asdict(options).items() if key not in ("window", "dtype")},
+        options={key: value for key, value in asdict(options).items() if key not in ("window", "dtype", "lift")},
         stamps=snapshot([*model.checkpoint.weight_files(), *copies.values(), *added]),
     )
 

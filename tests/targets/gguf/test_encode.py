@@ -269,9 +269,12 @@ def test_check_without_a_library() -> None:
         Encoder(None).encode(np.ones((1, 256), np.float32), Type.Q6_K, "x")
 
 
-def test_check_with_a_library(library: LlamaLibrary) -> None:
-    check(GGML_TYPES, library)
-    check(GGML_TYPES, library, weighted=True)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_library_can_encode_every_type_of_ggml(library: LlamaLibrary, weighted: bool) -> None:
+    """Those that NumPy can't do are refused without it."""
+    check(GGML_TYPES, library, weighted=weighted)
+    with pytest.raises(EnvironmentFailure, match=r"needs llama\.cpp's library"):
+        check(GGML_TYPES, None, weighted=weighted)
 
 
 def test_a_library_without_the_functions() -> None:

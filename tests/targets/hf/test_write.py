@@ -139,17 +139,18 @@ def test_the_rest_of_the_config_stays_as_it_was(family: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("family", "sliding", "window"),
     [
-        ("mistral", {"sliding_window": 32}, 128),
+        ("mistral", {"sliding_window": 32}, 32),
+        ("mistral", {"sliding_window": 64}, 128),  # it never acts within the model's own 64 tokens
         ("mistral", {"sliding_window": 127}, 128),
         ("mistral", {"sliding_window": 128}, 128),
         ("mistral", {"sliding_window": 4096}, 4096),
         ("mistral", {"sliding_window": None}, ...),  # the key is absent: 4096 by the family's default, enough here
-        ("phi3", {"sliding_window": 20}, 128),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 32}, 128),
+        ("phi3", {"sliding_window": 20}, 20),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 32}, 32),
         ("llama", {"sliding_window": False}, False),
     ],
 )
-def test_a_sliding_window_shorter_than_the_window_is_widened(
+def test_a_sliding_window_is_kept_where_it_acts_and_widened_where_it_never_did(
     family: str, sliding: dict[str, Any], window: Any, tmp_path: Path
 ) -> None:
     folder = write_pico(tmp_path / "model", family, **sliding)
@@ -167,18 +168,18 @@ def test_a_default_sliding_window_is_widened_too(tmp_path: Path) -> None:
 
 def test_every_edit_is_reported(tmp_path: Path, cli: Callable[..., Result]) -> None:
     """Old and new value of what changed, in the plan and on the terminal."""
-    folder = write_pico(tmp_path / "model", "mistral", **V5)
+    folder = write_pico(tmp_path / "model", "mistral", **V5, sliding_window=64)
     (folder / "tokenizer_config.json").write_text('{"model_max_length": 64}')
     model = open_model(folder)
     edits = {edit.key: (edit.old, edit.new) for edit in hf.plan(model, recipe_for(model), tmp_path / "out").edits}
     assert edits["max_position_embeddings"] == (64, 128)
-    assert edits["sliding_window"] == (32, 128)
+    assert edits["sliding_window"] == (64, 128)
     assert edits["rope_parameters"][1] is None
     assert edits["model_max_length"] == (64, 128)
     assert "hidden_size" not in edits
     recipe = write_recipe(recipe_for(model), tmp_path / "r")
     result = cli("hf", folder, "--recipe", recipe, "-o", tmp_path / "out", "--verbose")
-    for line in ("config.json: sliding_window 32 → 128", "tokenizer_config.json: model_max_length 64 → 128"):
+    for line in ("config.json: sliding_window 64 → 128", "tokenizer_config.json: model_max_length 64 → 128"):
         assert line in result.out
 
 

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sliding windows: a model whose layers attend to the last tokens only, and what becomes of that in an artifact."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lrconvert.checkpoint import Model
+from lrconvert.errors import UnsupportedError
+
+FLAG = "--lift-sliding-window"
+
+
+@dataclass(frozen=True)
+class Windows:
+    """What a bake makes of sliding windows. `model`: the one that the artifact computes; `lifted`: without them;
+    `dropped`: what that costs the model, in words; `notes`: what a user has to know."""
+
+    model: Model
+    lifted: bool = False
+    dropped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def settle_windows(model: Model, window: int, *, lift: bool, keeps: bool, target: str) -> Windows:
+    """Sliding windows in an artifact that serves `window` tokens.
+
+    A window that never acts on the model, because it is as long as what the model serves, is lifted where the artifact
+    serves more. One that acts is kept where the target can (`keeps`); else it is lifted if the user asks for that
+    (`lift`). Raises `UnsupportedError` where neither is so.
+    """
+    shape = model.shape
+    if not shape.slides_within(window):
+        return Windows(model)
+    served = shape.window if model.checkpoint.rope_problems else max(shape.window, model.rotation.window)
+    widths = sorted({width for width in shape.sliding if width})
+    named = f"the sliding window of {', '.join(map(str, widths))} tokens"
+    if not shape.slides_within(served):
+        note = f"{named} is lifted: it never acts within the {served} tokens that the model serves"
+        return Windows(model.lifted(), lifted=True, notes=(note,))
+    limited = sum(0 < width < served for width in shape.sliding)
+    where = f"{named} in {limited} of {shape.layers} layers"
+    if lift:
+        words = f"{where}: every layer attends to every token, also within the {served} tokens that the model serves"
+        return Windows(model.lifted(), lifted=True, dropped=(words,))
+    if not keeps:
+        raise UnsupportedError(
+            f"{model.reference}: {where}; {target} attends to every token, and would compute another model within the "
+            f"{served} tokens that this one serves",
+            remedy=f"Bake to hf or onnx, which keep it, or lift it with {FLAG}",
+        )
+    return Windows(model, notes=(f"{where} is kept: they don't see beyond it, whatever the recipe; {FLAG} lifts it",))

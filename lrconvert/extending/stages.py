@@ -147,7 +147,7 @@ def tune(stage: Tune, task: Task) -> Facts:
     tuning.run(watch)
     _draw(task.folder)
     adapter = task.folder / ADAPTER
-    trainable.save(model.network, adapter)
+    trainable.save(model, adapter)
     task.write(task.recipe, adapter)
     facts = {"parameters": sum(weight.numel() for weight in model.trainable), "recomputed": model.recompute}
     return {**facts, **model.describe(), "seconds_per_step": round(float(np.median(seconds)), 3) if seconds else None}

@@ -65,8 +65,9 @@ class LoadedModel:
         fuse_norms(self.network)
         if adapt is not None:
             adapt(self.network)
-        self.trainable = [weight for weight in self.network.parameters() if weight.requires_grad]
         self.workers.place(self.network, self.decoder.layers, self.device)
+        # Afterwards: where processes share weights, their parts are other objects.
+        self.trainable = [weight for weight in self.network.parameters() if weight.requires_grad]
         self.recompute = False  # activations in a backward pass
         self.attention: str | None = None
         if self.device.type == "cuda":  # the same in every process, or a loss would depend on who computes it

@@ -63,13 +63,17 @@ class Workers:
         index = self.rank // self.team
         return min(index, questions - 1) if index < questions or self.together else None
 
-    def gather(self, own: Any, questions: int) -> list[Any]:
-        """Everybody's answers, one a question."""
+    def everyone(self, own: Any) -> list[Any]:
+        """Each process's value, in all of them; none goes on before all have come here."""
         if self.count == 1:
             return [own]
-        everyone: list[Any] = [None] * self.count
-        dist.all_gather_object(everyone, own)
-        return everyone[:: self.team][:questions]
+        found: list[Any] = [None] * self.count
+        dist.all_gather_object(found, own)
+        return found
+
+    def gather(self, own: Any, questions: int) -> list[Any]:
+        """Everybody's answers, one a question."""
+        return self.everyone(own)[:: self.team][:questions]
 
     def agree(self, value: Any) -> Any:
         """The leading process's value."""
@@ -98,16 +102,10 @@ class Workers:
 
     def norm(self, squares: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> float:
         """The norm of all gradients, from the sum of squares of each one's own part."""
-        parts = [float(square) for square, weight in zip(squares, weights, strict=True) if hasattr(weight, "to_local")]
-        whole = [
-            float(square) for square, weight in zip(squares, weights, strict=True) if not hasattr(weight, "to_local")
-        ]
-        shared = sum(parts)
-        if parts and self.count > 1:
-            everyone: list[Any] = [None] * self.count
-            dist.all_gather_object(everyone, shared)
-            shared = sum(everyone)
-        return math.sqrt(shared + sum(whole))
+        parts = [hasattr(weight, "to_local") for weight in weights]
+        mine = sum(float(square) for square, part in zip(squares, parts, strict=True) if part)
+        whole = sum(float(square) for square, part in zip(squares, parts, strict=True) if not part)
+        return math.sqrt(whole + (sum(self.everyone(mine)) if any(parts) else 0.0))
 
     def place(self, network: nn.Module, layers: Any, device: torch.device) -> None:
         """Move the network to the device; the weights of its layers in parts where they are shared."""
@@ -118,7 +116,9 @@ class Workers:
             for layer in layers:
                 # Explicit: without a wrapped module above, a layer would keep its whole weights after a forward pass.
                 fully_shard(layer, mesh=whole, reshard_after_forward=True)
-                layer.set_gradient_divide_factor(1.0)  # losses are weighted over all rows: gradients add up
+                # Losses are weighted over all rows, so gradients add up. A plain sum: gloo knows no other.
+                layer.set_gradient_divide_factor(1.0)
+                layer.set_force_sum_reduction_for_comms(True)
         network.to(device)
 
     # --- documents ---------------------------------------------------------------------------------------

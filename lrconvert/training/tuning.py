@@ -7,6 +7,7 @@ optimizer works on float32 copies, since a step of a small learning rate is less
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
@@ -22,7 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lrconvert.checkpoint import Model
+from lrconvert.checkpoint.adapter import PREFIX, WEIGHTS, merged, open_adapter
 from lrconvert.errors import InputError, require
+from lrconvert.recipe.models import portable_name
 from lrconvert.training.devices import is_out_of_memory
 from lrconvert.training.loaded import LoadedModel
 from lrconvert.training.rotation import Rotation
@@ -42,7 +45,8 @@ Method = Literal["lora", "full"]
 class TuneOptions:
     """How weights are trained. Embeddings and head stay frozen: they know nothing of positions.
 
-    `lora` trains an adapter of `rank` on every projection, and the norms; `full` all weights of the blocks.
+    `lora` trains an adapter of `rank` on every projection, and the norms; `full` all weights of the blocks, and the
+    last norm.
     `norm_rate` is the learning rate of norms, `answer_weight` what the mean loss of answers counts beside the mean loss
     of text. Rates rise over `warmup` steps, then fall along a cosine to `final` of themselves.
     """
@@ -100,19 +104,21 @@ Watch = Callable[[StepResult], None]
 class Trainable:
     """A model prepared for `TuneOptions`: `adapt` is what `LoadedModel` calls; then `model` is loaded.
 
-    `adapter` is the folder of one that goes on training. Raises `InputError` where it is of another rank.
+    `adapter` is the folder of one that goes on training; of full fine-tuning it is merged already. `base` is what the
+    adapter will call its model. Raises `InputError` where the adapter is of another rank.
     """
 
-    def __init__(self, options: TuneOptions, adapter: Path | None = None) -> None:
-        self.options, self.adapter = options, adapter
+    def __init__(self, options: TuneOptions, adapter: Path | None = None, base: str | None = None) -> None:
+        self.options, self.adapter, self.base = options, adapter, base
         self.peft: Any = None
 
     def adapt(self, network: Any) -> None:
-        if self.options.method == "full":
-            for weight in network.get_decoder().layers.parameters():
-                weight.requires_grad_(True)
-            return
         peft = require("peft", "train", "fine-tuning")
+        if self.options.method == "full":
+            decoder = network.get_decoder()
+            for part in (decoder.layers, decoder.norm):
+                part.requires_grad_(True)
+            return
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)  # peft's own
         norms = sorted({name.rpartition(".")[2] for name, module in network.named_modules() if _is_norm(module)})
         if self.adapter is not None:
@@ -134,15 +140,35 @@ class Trainable:
                 torch.manual_seed(self.options.seed)
                 self.peft = peft.get_peft_model(network, config, autocast_adapter_dtype=False)
 
-    def save(self, network: Any, folder: Path) -> None:
-        """The adapter in PEFT layout, or, of full fine-tuning, the changed tensors under their names."""
-        folder.mkdir(parents=True, exist_ok=True)
+    def save(self, model: LoadedModel, folder: Path) -> None:
+        """What was trained, as an adapter in PEFT layout; after full fine-tuning it replaces whole tensors.
+
+        Every process calls it, and the leading one writes.
+        """
+        network = model.network if self.peft is None else self.peft
+        trained = {name: _whole(weight).cpu() for name, weight in network.named_parameters() if weight.requires_grad}
+        if not model.workers.rank:
+            folder.mkdir(parents=True, exist_ok=True)
+            config, tensors = self._adapter(trained)
+            config.inference_mode, config.base_model_name_or_path = True, self.base
+            config.save_pretrained(str(folder))
+            tensors = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
+            save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        model.workers.everyone(None)  # nobody reads it before it is whole
+
+    def _adapter(self, trained: dict[str, torch.Tensor]) -> tuple[Any, dict[str, torch.Tensor]]:
+        """PEFT's config, and the tensors under the names that its files have."""
+        import peft
+
         if self.peft is not None:
-            self.peft.save_pretrained(str(folder))
-            return
-        trained = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
-        save_file({name: _whole(weight).contiguous().cpu() for name, weight in trained.items()},
-                  folder / "weights.safetensors", metadata={"format": "pt"})  # fmt: skip
+            found = peft.get_peft_model_state_dict(self.peft, trained, save_embedding_layers=False)
+            config = copy.copy(self.peft.peft_config["default"])
+            config.target_modules = sorted(config.target_modules)  # a set: its order is another one in every process
+            return config, found
+        modules = sorted({name.rpartition(".")[0] for name in trained})
+        nothing = peft.utils.constants.DUMMY_TARGET_MODULES  # otherwise it would not load what has no pairs
+        config = peft.LoraConfig(r=1, target_modules=nothing, modules_to_save=modules, task_type="CAUSAL_LM")
+        return config, {PREFIX + name: tensor for name, tensor in trained.items()}
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -204,7 +230,8 @@ class Tuning:
             self._write_log(result)
             if watch is not None:
                 watch(result)
-            if time.monotonic() - saved >= self._every or self.step == self.options.steps:
+            due = time.monotonic() - saved >= self._every or self.step == self.options.steps
+            if self.model.workers.agree(due) if self.model.workers.sharded else due:
                 self._save()
                 saved = time.monotonic()
 
@@ -282,11 +309,17 @@ class Tuning:
     # --- state -------------------------------------------------------------------------------------------
 
     @property
-    def _state_file(self) -> Path:
+    def _states(self) -> dict[int, Path]:
+        """This process's states on the disk, by their steps: with weights in parts each process keeps its own."""
+        return {int(path.name.partition(".")[0]): path for path in self.folder.glob(f"*.{self._name}")}
+
+    @property
+    def _name(self) -> str:
         workers = self.model.workers
-        return self.folder / (STATE if not workers.sharded else f"{workers.rank}.{STATE}")
+        return f"{workers.rank}-of-{workers.count}.{STATE}" if workers.sharded else STATE
 
     def _save(self) -> None:
+        """An old state goes away when the new one is whole in all processes: they go on from the same step."""
         workers = self.model.workers
         if not workers.sharded and workers.rank:
             return
@@ -295,20 +328,25 @@ class Tuning:
         for index, master in enumerate(self._masters):
             for name, value in self._optimizer.state.get(master, {}).items():
                 tensors[f"{name}.{index}"] = value
-        temporary = self._state_file.with_suffix(".tmp")
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary,
-                  metadata={"step": str(self.step)})  # fmt: skip
-        temporary.replace(self._state_file)
+        old = self._states
+        path = self.folder / f"{self.step}.{self._name}"
+        temporary = path.with_suffix(".tmp")
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary)
+        temporary.replace(path)
+        if workers.sharded:
+            workers.everyone(None)
+        for step, before in old.items():
+            if step != self.step:
+                before.unlink()
 
     def _restore(self) -> None:
-        if not self._state_file.is_file():
+        found, workers = self._states, self.model.workers
+        common = set.intersection(*map(set, workers.everyone(found) if workers.sharded else [found]))
+        if not common:
             (self.folder / LOG).unlink(missing_ok=True)
             return
-        from safetensors import safe_open
-
-        with safe_open(self._state_file, "pt") as opened:
-            self.step = int(opened.metadata()["step"])
-        tensors = load_file(self._state_file)
+        self.step = max(common)
+        tensors = load_file(found[self.step])
         with torch.no_grad():
             for index, (master, weight) in enumerate(zip(self._masters, self.model.trainable, strict=True)):
                 master.copy_(tensors[f"master.{index}"])
@@ -337,5 +375,7 @@ def load_trainable(
     model: Model, options: TuneOptions, adapter: Path | None = None, **machine: Any
 ) -> tuple[LoadedModel, Trainable]:
     """The model in memory with the weights of `options` trainable; `machine` is what `LoadedModel` takes."""
-    trainable = Trainable(options, adapter)
+    trainable = Trainable(options, adapter, portable_name(model.reference, model.checkpoint.path))
+    if adapter is not None and options.method == "full":
+        model = merged(model, open_adapter(adapter))
     return LoadedModel(model, adapt=trainable.adapt, purpose="fine-tuning", **machine), trainable

@@ -1,14 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who answers which question, in processes that are only thought of: teams themselves need GPUs."""
+"""Who answers which question, in processes that are only thought of: teams themselves need GPUs. And two real processes
+that train one model."""
 
 from __future__ import annotations
 
+import json
+import os
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch.distributed as dist
+from safetensors.numpy import load_file
+from support.extending import scaled, write_wordy
+from support.forks import TRANSFORMERS, ForkedCommands, Process
+from support.staging import linux_only
 
+from lrconvert.checkpoint import Model, open_model
+from lrconvert.data import DATA
 from lrconvert.training.processes import Workers
+from lrconvert.training.rows import RowOptions, make_row
+from lrconvert.training.tuning import StepRows, TuneOptions, Tuning, load_trainable
+
+
+@pytest.fixture(scope="module")
+def trainers() -> Iterator[ForkedCommands]:
+    """Fine-tuning in processes of their own, which need not import torch again."""
+    started = ForkedCommands((*TRANSFORMERS, "torch.distributed.fsdp", "peft"))
+    yield started
+    started.close()
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(DATA.parents[1]), "OMP_NUM_THREADS": "1", **more}
+
+
+def ranks(count: int) -> list[dict[str, str]]:
+    """What torchrun tells each of the processes that it starts."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
 def workers(count: int, rank: int, *, team: int = 1, together: bool = False) -> Workers:
@@ -41,3 +78,110 @@ def test_every_team_answers_a_question(team: int, together: bool, questions: int
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "all_gather_object", everybody)
         assert every[0].gather("own", questions) == [f"answer {index}" for index in range(questions)]
+
+
+# --- fine-tuning in two processes ----------------------------------------------------------------------------
+
+TUNED = """
+import json, os, sys
+from pathlib import Path
+import numpy as np
+from lrconvert.checkpoint import open_model
+from lrconvert.rope import Tier
+from lrconvert.training.rows import RowOptions, make_row
+from lrconvert.training.tuning import StepRows, TuneOptions, Tuning, load_trainable
+
+model, folder = open_model(sys.argv[1]), Path(sys.argv[2])
+text = np.random.default_rng(0).integers(3, 500, 2000)
+tier = Tier(256, tuple(np.linspace(1.0, 4.0, model.shape.rotary_dim // 2).tolist()), 4, 1.1)
+
+def rows_of(step):  # three for two processes: one has a row more
+    made = RowOptions(48, 256, (1, 2))
+    return StepRows(tier, tuple(make_row([text], made, None, np.random.default_rng([step, i])) for i in range(3)))
+
+def tune(name, method="lora", sharded=False, stop=None, shares=None):
+    options = TuneOptions(method=method, steps=3, rank=4, warmup=1, rate=1e-2)
+    loaded, trainable = load_trainable(model, options, device="cpu", dtype="float32", sharded=sharded)
+    done = []
+    def watch(result):
+        done.append(result.step)
+        if result.step == stop:
+            raise KeyboardInterrupt
+    tuning = Tuning(loaded, options, rows_of, folder / name, every=0)
+    try:
+        tuning.run(watch)
+    except KeyboardInterrupt:
+        return done
+    trainable.save(loaded, folder / name / "adapter")
+    if shares is not None:
+        weight = loaded.decoder.layers[0].mlp.up_proj.weight
+        shares.append(weight.to_local().numel() / weight.numel())
+    return done
+
+rank, told = os.environ["RANK"], {"shares": []}
+tune("data")
+tune("lora", sharded=True)
+tune("full", "full", sharded=True, shares=told["shares"])
+told["broken"] = [tune("broken", sharded=True, stop=1), tune("broken", sharded=True)]
+tune("torn", sharded=True, stop=1)
+if rank == "1":  # killed before it saved what the other one has
+    next((folder / "torn").glob("*.1-of-2.state.safetensors")).unlink()
+told["torn"] = tune("torn", sharded=True)
+print(json.dumps(told))
+"""
+
+
+@linux_only
+@pytest.mark.parametrize("count", [2])
+def test_two_processes_train_as_one(count: int, trainers: ForkedCommands, tmp_path: Path) -> None:
+    """With plain data parallelism, and with the weights in parts (FSDP): losses, gradient norms and adapters are those
+    of one process. Weights in parts go on after an interruption as if there had been none, and start again where one
+    process lacks its part of the state."""
+    folder = write_wordy(tmp_path / "wordy")
+    started = [
+        trainers.start(TUNED, str(folder), str(tmp_path), environment=environment(**each)) for each in ranks(count)
+    ]
+    with ThreadPoolExecutor(count) as readers:
+        said = list(readers.map(Process.communicate, started))
+    assert [process.wait() for process in started] == [0] * count, said[0][1][-3000:] + said[-1][1][-3000:]
+    told = json.loads(said[0][0].strip().splitlines()[-1])
+    assert told["shares"] == [0.5]
+    for method in ("lora", "full"):
+        alone(open_model(folder), method, tmp_path / f"one-{method}")
+    for name, one in (("data", "one-lora"), ("lora", "one-lora"), ("full", "one-full")):
+        assert_same_training(tmp_path / name, tmp_path / one)
+    # A whole state of step 0 and one more step; then the rest.
+    assert told["broken"] == [[0, 1], [1, 2]] and told["torn"] == [0, 1, 2]
+    for name in ("broken", "torn"):
+        assert_same_training(tmp_path / name, tmp_path / "lora", exactly=True)
+
+
+def alone(model: Model, method: Any, folder: Path) -> None:
+    """What the script does, in this process."""
+    text = np.random.default_rng(0).integers(3, 500, 2000)
+
+    def rows_of(step: int) -> StepRows:
+        seeds = [np.random.default_rng([step, index]) for index in range(3)]
+        rows = tuple(make_row([text], RowOptions(48, 256, (1, 2)), None, rng) for rng in seeds)
+        return StepRows(scaled(model, 256), rows)
+
+    options = TuneOptions(method=method, steps=3, rank=4, warmup=1, rate=1e-2)
+    loaded, trainable = load_trainable(model, options, device="cpu", dtype="float32")
+    Tuning(loaded, options, rows_of, folder).run()
+    trainable.save(loaded, folder / "adapter")
+
+
+def assert_same_training(found: Path, wanted: Path, exactly: bool = False) -> None:
+    tolerance = 0.0 if exactly else 1e-4
+    logs = [
+        [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (found, wanted)
+    ]
+    for one, other in zip(*logs, strict=True):
+        for key in ("step", "text", "gradient_norm", "tokens"):
+            assert one[key] == pytest.approx(other[key], rel=tolerance, abs=0), (found.name, key)
+    tensors = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (found, wanted)]
+    assert tensors[0].keys() == tensors[1].keys()
+    for name, values in tensors[1].items():
+        # Adam divides by the size of a gradient: where that is almost nothing, its rounding is a whole step.
+        off = np.abs(tensors[0][name] - values)
+        assert off.max() <= (0 if exactly else 2e-2) and np.median(off) <= tolerance, (found.name, name)

@@ -31,3 +31,14 @@ def test_tables_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = rope(x, positions)
     monkeypatch.setattr(rotation, "TABLE_ROWS", 3)
     assert all(torch.equal(one, other) for one, other in zip(rope(x, positions), whole, strict=True))
+
+
+def test_rows_may_have_positions_of_their_own() -> None:
+    """Tables of several rows are those of each row alone; of rows that share positions there is one."""
+    trial = TrialRope(1e4, 8)
+    trial.rotation = TIER
+    x, positions = torch.zeros(1).double(), torch.tensor([[0, 1, 5, 90], [3, 4, 900, 901]])
+    both = trial(x, positions)
+    for index, row in enumerate(positions):
+        for found, wanted in zip(both, trial(x, row[None]), strict=True):
+            assert found.shape == (2, 4, 8) and torch.equal(found[index], wanted[0])

@@ -16,7 +16,7 @@ from lrconvert.checkpoint.base import Model, refuse_quantised
 from lrconvert.checkpoint.tokenizer import tokenizer_of
 from lrconvert.errors import InputError, UsageError, require
 from lrconvert.evals.texts import Text, read_texts, sources_of
-from lrconvert.extending.plan import Evaluate, Plan, Search, Tune, load_plan
+from lrconvert.extending.plan import Evaluate, Plan, Recover, Search, Tune, load_plan
 from lrconvert.extending.run import Extension, Finished, check_name, extended_recipe
 from lrconvert.extending.task import ADAPTER, Task
 from lrconvert.progress import Progress, silent
@@ -146,27 +146,37 @@ def _prepared(
     refuse_quantised(opened, "an extension")
     _check(opened, plan)
     read, kept = _texts(opened, texts, held_out)
-    check_texts(plan, [len(text.tokens) for text in read], [len(text.tokens) for text in kept])
+    check_texts(
+        plan,
+        opened.rotation.original_window,
+        [len(text.tokens) for text in read],
+        [len(text.tokens) for text in kept],
+    )
     place = Path(work) if work is not None else folder.with_name(folder.name + ".work")
     task = Task("", opened, str(model), read, kept, place, place, seed, machine, progress or silent)
     return task, folder
 
 
-def check_texts(plan: Plan, texts: Sequence[int], held_out: Sequence[int]) -> None:
-    """Raises `InputError` where a stage needs more text than there is; the numbers are tokens of each text."""
+def check_texts(plan: Plan, window: int, texts: Sequence[int], held_out: Sequence[int]) -> None:
+    """Raises `InputError` where a stage needs more text than there is; the numbers are tokens of each text. `window` is
+    the original one, which rows under the short set have."""
     problems = []
     for number, stage in enumerate(plan.stage):
         key = f"stage[{number}]"
         if isinstance(stage, Tune) and stage.length > max(texts):
             problems.append(f"{key}.length is {stage.length}; the longest text has {max(texts)} tokens")
+        if isinstance(stage, Tune) and stage.mixed_every and window > max(texts):
+            problems.append(f"{key}.mixed_every asks for rows of {window} tokens; the longest text has {max(texts)}")
         if isinstance(stage, Search):
             row = stage.row_length
             if row is not None and row > max(texts):
                 problems.append(f"{key}.row_length is {row}; the longest text has {max(texts)} tokens")
             if (needed := max(stage.decide or 0, 0 if row else stage.window)) > sum(texts):
                 problems.append(f"{key} needs {needed} tokens of text; there are {sum(texts)}")
+        if isinstance(stage, Recover) and window > sum(texts):
+            problems.append(f"{key} needs {window} tokens of text; there are {sum(texts)}")
         if isinstance(stage, Evaluate):
-            needed = max((*stage.perplexity, *stage.retrieval), default=0)
+            needed = max((*stage.perplexity, *stage.retrieval, *([window] if stage.perplexity else [])), default=0)
             if needed > sum(held_out):
                 problems.append(f"{key} needs {needed} tokens of held-out text; there are {sum(held_out)}")
     if problems:

@@ -200,6 +200,7 @@ class Plan:
     def problems(self, window: int) -> list[str]:
         """What can't be carried out on a model with an original `window`, each with its key."""
         found, reach = [], window
+        trained: Tune | None = None
         for number, stage in enumerate(self.stage):
             key = f"stage[{number}]"
             if isinstance(stage, Derive | Search):
@@ -211,8 +212,19 @@ class Plan:
                     found.append(f"{key}.window is {stage.window}; the sets before it reach {reach}")
                 if stage.length > stage.window:
                     found.append(f"{key}.length is {stage.length}, longer than its window, {stage.window}")
+                if trained is not None and stage.method == "lora":
+                    if trained.method == "full":
+                        found.append(f"{key}.method is 'lora'; after stages that trained all weights only 'full' can")
+                    elif stage.rank != trained.rank:
+                        found.append(f"{key}.rank is {stage.rank}; the adapter that it trains on has {trained.rank}")
+                trained = stage
+            if isinstance(stage, Recover) and reach <= window:
+                found.append(f"{key} has nothing to recover from: no stage before it goes beyond {window}")
             if isinstance(stage, Tune | Search) and stage.jumps[0] > stage.jumps[1]:
                 found.append(f"{key}.jumps is {list(stage.jumps)}; the least comes first")
+            row = stage.length if isinstance(stage, Tune) else stage.row_length if isinstance(stage, Search) else None
+            if row is not None and isinstance(stage, Tune | Search) and stage.jumps[1] >= row:
+                found.append(f"{key}.jumps is {list(stage.jumps)}; a row of {row} tokens has room for fewer")
             if isinstance(stage, Evaluate):
                 lengths = (*stage.perplexity, *stage.retrieval, *stage.passkey)
                 if not lengths:

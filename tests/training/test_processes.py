@@ -89,8 +89,9 @@ import numpy as np
 from lrconvert.checkpoint import open_model
 from lrconvert.rope import Tier
 from lrconvert.training.rows import RowOptions, make_row
-from lrconvert.training.tuning import StepRows, TuneOptions, Tuning, load_trainable
+from lrconvert.training.tuning import FORWARD_TOKENS, StepRows, TuneOptions, Tuning, load_trainable
 
+FORWARD_TOKENS["cpu"] = 48  # a pass for every row: processes that wait for each other need equally many
 model, folder = open_model(sys.argv[1]), Path(sys.argv[2])
 text = np.random.default_rng(0).integers(3, 500, 2000)
 tier = Tier(256, tuple(np.linspace(1.0, 4.0, model.shape.rotary_dim // 2).tolist()), 4, 1.1)

@@ -176,7 +176,7 @@ def check_texts(plan: Plan, window: int, texts: Sequence[int], held_out: Sequenc
         if isinstance(stage, Recover) and window > sum(texts):
             problems.append(f"{key} needs {window} tokens of text; there are {sum(texts)}")
         if isinstance(stage, Evaluate):
-            needed = max((*stage.perplexity, *stage.retrieval, *([window] if stage.perplexity else [])), default=0)
+            needed = max((*stage.perplexity, *stage.retrieval, window if stage.perplexity else 0), default=0)
             if needed > sum(held_out):
                 problems.append(f"{key} needs {needed} tokens of held-out text; there are {sum(held_out)}")
     if problems:

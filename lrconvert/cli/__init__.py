@@ -102,9 +102,7 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:  # who read has enough
         _let_go()
         return 0
-    except SystemExit as done:  # click's answer to the same
-        if not isinstance(done.__context__, BrokenPipeError):
-            raise
+    except SystemExit:  # click leaves like this, where others handle its errors, only for the same
         _let_go()
         return 0
     except OSError as error:  # refused by the machine, and not explained by a command

@@ -17,7 +17,7 @@ import pytest
 import torch.distributed as dist
 from safetensors.numpy import load_file
 from support.extending import scaled, write_wordy
-from support.forks import TRANSFORMERS, ForkedCommands, Process
+from support.forks import ForkedCommands, Process
 from support.staging import linux_only
 
 from lrconvert.checkpoint import Model, open_model
@@ -30,7 +30,7 @@ from lrconvert.training.tuning import StepRows, TuneOptions, Tuning, load_traina
 @pytest.fixture(scope="module")
 def trainers() -> Iterator[ForkedCommands]:
     """Fine-tuning in processes of their own, which need not import torch again."""
-    started = ForkedCommands((*TRANSFORMERS, "torch.distributed.fsdp", "peft"))
+    started = ForkedCommands(training=True)
     yield started
     started.close()
 

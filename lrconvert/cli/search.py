@@ -22,12 +22,14 @@ from lrconvert.cli._common import (
     TOKENS,
     Number,
     OutputName,
+    Registered,
     force_option,
     model_argument,
     revision_option,
     text_option,
 )
 from lrconvert.cli._progress import show_progress
+from lrconvert.engines.capability import SEARCHABLE
 from lrconvert.progress import Progress, Step
 
 if TYPE_CHECKING:
@@ -91,6 +93,9 @@ class TierLength(click.ParamType):
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of everything random.")
 @click.option("--start-from", metavar="RECIPE",
               help="Start from this recipe's sets, and keep those not searched.")  # fmt: skip
+@click.option("--for", "runtime", type=Registered(lambda: SEARCHABLE),
+              help="Only sets that this runtime can express; any: all can. Default: what Hugging Face folders and ONNX "
+              "can.")  # fmt: skip
 @click.option("--on", metavar="RECIPE",
               help="Search on top of this recipe, which the model has already, with its adapter.")  # fmt: skip
 @click.option("--from-plain", is_flag=True, help="Of a scaled model, start from the plain rotation and its original "

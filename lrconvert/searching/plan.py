@@ -15,6 +15,7 @@ from lrconvert.checkpoint import Model, describe_source, open_model
 from lrconvert.checkpoint.adapter import Adapter, choose_adapter, merged, open_adapter
 from lrconvert.checkpoint.base import refuse_quantised
 from lrconvert.checkpoint.tokenizer import tokenizer_of
+from lrconvert.engines.capability import SEARCHABLE
 from lrconvert.errors import UsageError
 from lrconvert.evals.passkey import PasskeyFormat, form_of
 from lrconvert.evals.texts import Text, read_texts, sources_of
@@ -132,6 +133,7 @@ class SearchRequest:
     rows: JumpingRows | None = None
     start_tokens: bool = True
     from_plain: bool = False
+    runtime: str | None = None
     attention_factor: float | None = None
     uniform: bool = False
     allow_concatenate: bool = False
@@ -156,6 +158,7 @@ def plan_search(request: SearchRequest) -> SearchPlan:
     texts, recipes and adapters that are unreadable, too short or another model's, `UnsupportedError` for a quantised
     model.
     """
+    request = _limited(request)
     sources = sources_of(request.texts) if request.objective != "needle" or request.texts else []
     model = open_model(str(request.model), revision=request.revision)
     refuse_quantised(model, "a search")
@@ -167,6 +170,7 @@ def plan_search(request: SearchRequest) -> SearchPlan:
     start = load_recipe(request.start_from) if request.start_from else None
     if start is not None:
         model.resolve(start)
+    _check_sets(request, base)
     # Where the model has sets already, they stay as they are unless a tier is named.
     tiers = request.tiers or (("long",) if base.tiers else ())
     lengths = tier_lengths(tiers, request.lengths or (), base.original_window, request.target)
@@ -199,6 +203,34 @@ def plan_search(request: SearchRequest) -> SearchPlan:
         adapter_path=None if adapter is None else _beside(adapter.reference, request.output),
         notes=notes,
     )
+
+
+def _limited(request: SearchRequest) -> SearchRequest:
+    """The request with the freedoms that its runtime has. Raises `UsageError` for more."""
+    if request.runtime is None:
+        return request
+    able = SEARCHABLE[request.runtime]
+    if able.attention == "formula" and request.attention_factor is not None:
+        raise UsageError(f"--attention-factor: {able.name} computes LongRoPE's formula", remedy="Omit it, or --for")
+    return replace(
+        request,
+        start_tokens=request.start_tokens and able.start_tokens,
+        uniform=request.uniform or able.attention != "per tier",
+    )
+
+
+def _check_sets(request: SearchRequest, base: Base) -> None:
+    """Raises `UsageError` for more factor sets than the runtime knows."""
+    if request.runtime is None or (most := SEARCHABLE[request.runtime].tiers) is None:
+        return
+    named = {"short": base.original_window, "long": request.target}
+    searched = {named[tier] if isinstance(tier, str) else tier for tier in request.tiers or ("long",)}
+    lengths = {base.original_window, request.target, *searched, *(tier.max_length for tier in base.tiers)}
+    if len(lengths) > most:
+        raise UsageError(
+            f"the recipe would have sets for {', '.join(map(str, sorted(lengths)))} tokens; "
+            f"{SEARCHABLE[request.runtime].name} knows {most}"
+        )
 
 
 def tier_lengths(

@@ -98,7 +98,7 @@ def extend(
     )
     whole = len(done) == len(chosen.stage)
     path = _write(recipe, extension.recipe_file(done), folder, force) if whole else None
-    return ExtendResult(recipe, path, tuple(done), task.folder)
+    return ExtendResult(recipe if path is None else load_recipe(path), path, tuple(done), task.folder)
 
 
 def estimate_extension(
@@ -176,7 +176,8 @@ def check_texts(plan: Plan, window: int, texts: Sequence[int], held_out: Sequenc
         if isinstance(stage, Recover) and window > sum(texts):
             problems.append(f"{key} needs {window} tokens of text; there are {sum(texts)}")
         if isinstance(stage, Evaluate):
-            needed = max((*stage.perplexity, *stage.retrieval, window if stage.perplexity else 0), default=0)
+            base = (window,) if stage.perplexity else ()
+            needed: int = max((*stage.perplexity, *stage.retrieval, *base), default=0)
             if needed > sum(held_out):
                 problems.append(f"{key} needs {needed} tokens of held-out text; there are {sum(held_out)}")
     if problems:

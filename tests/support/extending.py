@@ -67,3 +67,51 @@ def scaled(model: Model, window: int, ratio: float = 4.0) -> Tier:
 
 def opened(folder: Path) -> Model:
     return open_model(folder)
+
+
+# A plan with every kind of stage, for `write_wordy` and `prose(8000)`: two seconds.
+PLAN = """
+name = "tiny"
+
+[[stage]]
+kind = "search"
+window = 256
+budget = 3
+
+[[stage]]
+kind = "tune"
+window = 256
+length = 160
+rows = 2
+steps = 5
+keys = 1
+mixed_rows = 2
+rank = 4
+rate = 1e-2
+
+[[stage]]
+kind = "search"
+window = "1k"
+budget = 5
+row_length = 160
+rows = 2
+keys = 1
+objective = "mixed"
+decide = 512
+judged = 64
+finalists = 2
+
+[[stage]]
+kind = "recover"
+budget = 3
+
+[[stage]]
+kind = "evaluate"
+perplexity = [64, 1024]
+excerpts = 1
+judged = 32
+retrieval = [256]
+keys = 2
+passkey = [256]
+depths = 2
+"""

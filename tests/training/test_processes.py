@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
@@ -25,14 +24,6 @@ from lrconvert.data import DATA
 from lrconvert.training.processes import Workers
 from lrconvert.training.rows import RowOptions, make_row
 from lrconvert.training.tuning import StepRows, TuneOptions, Tuning, load_trainable
-
-
-@pytest.fixture(scope="module")
-def trainers() -> Iterator[ForkedCommands]:
-    """Fine-tuning in processes of their own, which need not import torch again."""
-    started = ForkedCommands(training=True)
-    yield started
-    started.close()
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -134,13 +125,13 @@ print(json.dumps(told))
 
 @linux_only
 @pytest.mark.parametrize("count", [2])
-def test_two_processes_train_as_one(count: int, trainers: ForkedCommands, tmp_path: Path) -> None:
+def test_two_processes_train_as_one(count: int, training: ForkedCommands, tmp_path: Path) -> None:
     """With plain data parallelism, and with the weights in parts (FSDP): losses, gradient norms and adapters are those
     of one process. Weights in parts go on after an interruption as if there had been none, and start again where one
     process lacks its part of the state."""
     folder = write_wordy(tmp_path / "wordy")
     started = [
-        trainers.start(TUNED, str(folder), str(tmp_path), environment=environment(**each)) for each in ranks(count)
+        training.start(TUNED, str(folder), str(tmp_path), environment=environment(**each)) for each in ranks(count)
     ]
     with ThreadPoolExecutor(count) as readers:
         said = list(readers.map(Process.communicate, started))

@@ -47,9 +47,11 @@ from lrconvert.errors import InputError, UnsupportedError, UsageError
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+ENDS = (EMBEDDING, LM_HEAD)  # what has a row for every token
 _PART_OF = re.compile(
     r"(?P<module>.+)\.(?:lora_(?P<pair>[AB])\.weight|lora_embedding_(?P<embedding>[AB])"
-    r"|(?P<magnitude>lora_magnitude_vector)(?:\.weight)?|base_layer\.(?P<base>weight|bias))"
+    r"|(?P<magnitude>lora_magnitude_vector)(?:\.weight)?|base_layer\.(?P<base>weight|bias)"
+    r"|token_adapter\.(?P<tokens>trainable_tokens_delta)|(?P<wrapped>original_module|modules_to_save)\.weight)"
 )
 
 
@@ -113,8 +115,8 @@ def choose_adapter(given: str | None, carried: str | None, folder: Path) -> str 
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of one tensor. `start` names the base tensor it starts from; in `saved`, the adapter's key
-    for what replaces that; `left`, `right` (keys of B and A) and `scale` the product to add."""
+    """What becomes of one tensor. `start` names the base tensor it starts from; in `saved`, the adapter's key for what
+    replaces that, perhaps with more rows; `left`, `right` (keys of B and A) and `scale` the product to add."""
 
     start: str
     saved: str | None = None
@@ -123,6 +125,8 @@ class Change:
     scale: float = 0.0
     embedding: bool = False  # the factors are stored transposed
     magnitude: str | None = None
+    tokens: str | None = None  # key of the rows that replace `rows`
+    rows: tuple[int, ...] = ()
 
 
 class MergedCheckpoint(CheckpointView):
@@ -141,6 +145,17 @@ class MergedCheckpoint(CheckpointView):
             added = replace(like, name=LM_HEAD, file=last.file)
             self.tensors = base.tensors if LM_HEAD in base.tensors else {**base.tensors, LM_HEAD: added}
             self.config = {**base.config, "tie_word_embeddings": False}
+        grown = {name: self._grown(name, change) for name, change in changes.items() if name in ENDS}
+        if vocab := [info.shape[0] for name, info in grown.items() if info.shape != self.tensors[name].shape]:
+            self.tensors = {**self.tensors, **grown}
+            self.config = {**self.config, "vocab_size": vocab[0]}
+
+    def _grown(self, name: str, change: Change) -> TensorInfo:
+        """An end of the model with as many rows as the adapter has for it."""
+        info = self.tensors[name]
+        shape = info.shape if change.saved is None else self.adapter.file.tensors[change.saved].shape
+        each = info.nbytes // max(1, info.shape[0])
+        return replace(info, shape=shape, nbytes=each * shape[0])
 
     def blocks(self, name: str) -> Iterator[Block]:
         if (change := self._changes.get(name)) is None:
@@ -162,6 +177,8 @@ class MergedCheckpoint(CheckpointView):
             work = replace(work, left=left, right=right, scale=change.scale)
         if change.magnitude is not None:
             work = replace(work, magnitude=file.read(change.magnitude).astype(wide))
+        if change.tokens is not None:
+            work = replace(work, rows=change.rows, fresh=file.read(change.tokens).astype(wide))
         return work
 
 
@@ -176,9 +193,16 @@ class _Work:
     right: Array | None = None
     scale: float = 0.0
     magnitude: Array | None = None
+    rows: tuple[int, ...] = ()
+    fresh: Array | None = None  # what replaces these rows
 
     def block(self, block: Block) -> Array:
         weight, start, stop = block.read(), block.start, block.stop
+        if self.fresh is not None:
+            weight = weight.astype(self.wide)
+            for row, values in zip(self.rows, self.fresh, strict=True):
+                if start <= row < stop:
+                    weight[row - start] = values
         if self.left is None and weight.dtype == self.dtype:
             return weight
         weight = weight.astype(self.wide)
@@ -248,6 +272,10 @@ class _Matching:
         plain = key.removeprefix(PREFIX)
         if (match := _PART_OF.fullmatch(plain)) is None:
             return plain, "saved"
+        if match["wrapped"]:  # written along where the vocabulary grew
+            return f"{match['module']}.weight", "saved twice" if match["wrapped"] == "modules_to_save" else "original"
+        if match["tokens"]:
+            return f"{match['module']}.weight", "tokens"
         if match["base"]:  # peft writes the base's own tensor along where embeddings are adapted
             return f"{match['module']}.{match['base']}", "base"
         kind = match["pair"] or (match["embedding"] and f"embedding {match['embedding']}") or "magnitude"
@@ -274,8 +302,13 @@ class _Matching:
         rank = self.config.rank_of(module)
         embedding = name == EMBEDDING
         left, right = ("embedding B", "embedding A") if embedding else ("B", "A")
-        wanted: dict[str, tuple[int, ...]] = {"saved": shape, "base": shape}
+        whole = self._whole(name, shape)
+        wanted: dict[str, tuple[int, ...]] = dict.fromkeys(("saved", "saved twice", "original", "base"), whole)
         if len(shape) == 2:
+            shape, rows = whole, self.config.tokens_of(module)
+            wanted["tokens"] = (len(rows), shape[1])
+            if max(rows, default=-1) >= shape[0]:
+                self.problems.append(f"{listed}: trainable_token_indices has {max(rows)}; {name} has {shape[0]} rows")
             wanted[right] = (rank, shape[0] if embedding else shape[1])
             wanted[left] = (shape[1] if embedding else shape[0], rank)
             wanted["magnitude"] = shape[:1]
@@ -288,7 +321,9 @@ class _Matching:
         pair = left in parts, right in parts
         if any(pair) and not all(pair):
             self.problems.append(f"{listed}: one of A and B is missing")
-        if "saved" in parts and (any(pair) or "base" in parts):
+        if {"saved", "saved twice"} <= set(parts) and not self._equal(parts["saved"], parts["saved twice"]):
+            self.problems.append(f"{listed}: two different replacements")
+        if "saved" in parts and (any(pair) or "base" in parts or "tokens" in parts):
             self.problems.append(f"{listed}: both replaced and adapted")
         if ("magnitude" in parts) != (self.config.dora and any(pair)):
             state = "with" if self.config.dora else "without"
@@ -298,13 +333,26 @@ class _Matching:
             raise UnsupportedError(f"{self.adapter.path}: use_dora on an embedding ({listed}) can't be merged")
         return Change(
             start=base.name,
-            saved=parts.get("saved", parts.get("base")),
+            saved=next((parts[part] for part in ("saved", "saved twice", "base") if part in parts), None),
             left=parts.get(left),
             right=parts.get(right),
             scale=self.config.scale_of(module),
             embedding=embedding,
             magnitude=parts.get("magnitude"),
+            tokens=parts.get("tokens"),
+            rows=self.config.tokens_of(module) if "tokens" in parts else (),
         )
+
+    def _whole(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a tensor that replaces another: its own, or that of a vocabulary that has grown. Then the
+        adapter has every end of the model with as many rows."""
+        if name not in ENDS:
+            return shape
+        keys = [key for end in ENDS for part, key in self.keys.get(end, {}).items() if part in ("saved", "base")]
+        rows = {self.adapter.file.tensors[key].shape[:1] for key in keys}
+        here = {end for end in ENDS if {"saved", "base", "original"} & set(self.keys.get(end, {}))}
+        every = self.tied or here == set(ENDS)
+        return (*min(rows), *shape[1:]) if every and len(rows) == 1 and min(rows) > shape[:1] else shape
 
     def _tie(self, found: dict[str, Change]) -> tuple[dict[str, Change], bool, list[str]]:
         """What tied embeddings become. The tie stays where both ends are still the same tensor."""
@@ -317,9 +365,14 @@ class _Matching:
         # A tensor beside modules_to_save, or under a pair, is the one that both ends start from.
         shared = embedding.saved if EMBEDDING in free or "base" in self.keys.get(EMBEDDING, {}) else None
         shared = shared or (head.saved if "base" in self.keys.get(LM_HEAD, {}) else None)
-        head = replace(head, saved=head.saved or shared)
-        embedding = replace(embedding, saved=embedding.saved or shared)
+        before = [parts["original"] for parts in map(self.keys.get, ENDS) if parts and "original" in parts]
+        untouched = before[0] if before else None  # what both ends were when the vocabulary had grown
+        head = replace(head, saved=head.saved or shared or untouched)
+        embedding = replace(embedding, saved=embedding.saved or shared or untouched)
         plain = head.left is None and embedding.left is None
+        if embedding.tokens is not None and head == Change(EMBEDDING):  # peft trains the rows of both ends as one
+            copied = {LM_HEAD: embedding} if LM_HEAD in self.base else {}
+            return {**found, EMBEDDING: embedding, **copied}, False, []
         if plain and head.saved and embedding.saved and self._equal(head.saved, embedding.saved):
             copied = {LM_HEAD: embedding} if LM_HEAD in self.base else {}  # a stored copy stays one
             return {**found, EMBEDDING: embedding, **copied}, False, []

@@ -65,7 +65,7 @@ NEUTRAL: dict[str, tuple[Any, ...] | None] = {
     "target_modules": None,
     "target_parameters": (None, []),
     "task_type": (None, "CAUSAL_LM", "FEATURE_EXTRACTION"),
-    "trainable_token_indices": (None, [], {}),
+    "trainable_token_indices": None,
     "use_bdlora": _OFF,
     "use_dora": None,
     "use_qalora": _OFF,
@@ -87,6 +87,7 @@ class AdapterConfig:
     dora: bool
     saved: tuple[str, ...]  # modules_to_save: suffixes of module names
     base: str | None  # what the adapter says it was trained on
+    tokens: tuple[tuple[str, tuple[int, ...]], ...] = ()  # rows that were trained alone, by suffix of a module's name
 
     def rank_of(self, module: str) -> int:
         """The rank r of a module's pair."""
@@ -96,6 +97,10 @@ class AdapterConfig:
         """What multiplies B·A: α/r, or α/√r for rank-stabilised LoRA."""
         rank, alpha = self.rank_of(module), _lookup(self.alpha_pattern, module, self.alpha)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+    def tokens_of(self, module: str) -> tuple[int, ...]:
+        """The rows of a module that were trained alone."""
+        return next((rows for suffix, rows in self.tokens if module.endswith(suffix)), ())
 
     def saves(self, module: str) -> bool:
         """Whether modules_to_save names the module; by suffix, as in peft ("norm" names every layer norm)."""
@@ -142,6 +147,7 @@ def read_adapter_config(path: Path) -> AdapterConfig:
         dora=reader.flag("use_dora"),
         saved=reader.names("modules_to_save"),
         base=reader.text("base_model_name_or_path"),
+        tokens=reader.rows("trainable_token_indices"),
     )
     if reader.problems:
         raise InputError.collect(path, reader.problems)
@@ -205,6 +211,16 @@ class _Reader:
             self.problems.append(f"{key} is {_short(value)}; a list of module names is needed")
             return ()
         return tuple(value)
+
+    def rows(self, key: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Rows by module; a plain list is the input embedding's."""
+        value = self.values.get(key) or {}
+        value = {"embed_tokens": value} if isinstance(value, list) else value
+        lists = list(value.values()) if isinstance(value, dict) else [None]
+        if not all(isinstance(rows, list) and all(type(row) is int and row >= 0 for row in rows) for rows in lists):
+            self.problems.append(f"{key} is {_short(value)}; lists of row numbers by module are needed")
+            return ()
+        return tuple((str(module), tuple(rows)) for module, rows in value.items())
 
     def patterns(self, key: str) -> list[tuple[str, Any]]:
         """The items of a pattern dictionary whose keys are regular expressions that are safe to run."""

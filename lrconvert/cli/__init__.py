@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import sys
@@ -68,7 +69,12 @@ def main(arguments: list[str] | None = None) -> None:
     # save a tenth of a short command's time.
     gc.set_threshold(50_000, 20, 20)
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-    sys.exit(run(arguments))
+    code = run(arguments)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _let_go()
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
@@ -93,14 +99,24 @@ def run(arguments: list[str]) -> int:
         return _fail(error.format_message(), error.exit_code, debug)
     except LrconvertError as error:
         return _fail(str(error), error.exit_code, debug)
-    except BrokenPipeError:
-        return 1
+    except BrokenPipeError:  # who read has enough
+        _let_go()
+        return 0
+    except SystemExit:  # click leaves like this, where others handle its errors, only for the same
+        _let_go()
+        return 0
     except OSError as error:  # refused by the machine, and not explained by a command
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}", EnvironmentFailure.exit_code, debug)
     except Exception as error:  # anything else is a bug of ours
         line = f"a bug in lrconvert, {type(error).__name__}: {error}. Please report it with the output of --debug"
         return _fail(line, 1, debug)
+
+
+def _let_go() -> None:
+    """Nobody reads any more: what Python still has to write at its end goes nowhere."""
+    with contextlib.suppress(OSError, ValueError):  # no stream of the system: a test's
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_utf8(argument: str) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lrconvert.cli import _output as out
-from lrconvert.cli._common import SEED, OutputName, force_option, model_argument, revision_option, text_option
+from lrconvert.cli._common import SEED, TOKENS, OutputName, force_option, model_argument, revision_option, text_option
 from lrconvert.cli._progress import show_progress
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ PIPED_SECONDS = 30.0  # between two lines of progress where no terminal shows a 
               help="Folder for the recipe and its adapter.")  # fmt: skip
 @click.option("--plan", default="small", show_default=True, metavar="PLAN",
               help="The stages: a .toml file, or a built-in plan (paper, small, demo).")  # fmt: skip
+@click.option("--target", type=TOKENS, help="The window to reach, where it is less than the plan's: 512k.")
 @click.option("--held-out", multiple=True, metavar="TEXT",
               help="Text to evaluate on, like --text; default: the last tenth of each text.")  # fmt: skip
 @click.option("--until", metavar="STAGE", help="Stop after this stage: 2-tune.")

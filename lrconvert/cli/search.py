@@ -22,12 +22,14 @@ from lrconvert.cli._common import (
     TOKENS,
     Number,
     OutputName,
+    Registered,
     force_option,
     model_argument,
     revision_option,
     text_option,
 )
 from lrconvert.cli._progress import show_progress
+from lrconvert.engines.capability import SEARCHABLE
 from lrconvert.progress import Progress, Step
 
 if TYPE_CHECKING:
@@ -91,6 +93,18 @@ class TierLength(click.ParamType):
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of everything random.")
 @click.option("--start-from", metavar="RECIPE",
               help="Start from this recipe's sets, and keep those not searched.")  # fmt: skip
+@click.option("--for", "runtime", type=Registered(lambda: SEARCHABLE),
+              help="Only sets that this runtime can express; any: all can. Default: what Hugging Face folders and ONNX "
+              "can.")  # fmt: skip
+@click.option("--on", metavar="RECIPE",
+              help="Search on top of this recipe, which the model has already, with its adapter.")  # fmt: skip
+@click.option("--from-plain", is_flag=True, help="Of a scaled model, start from the plain rotation and its original "
+              "window; default: from its own factors and its own window.")  # fmt: skip
+@click.option(
+    "--row-length",
+    type=TOKENS,
+    help="Evaluate rows of this many tokens whose positions jump over the target. For models trained so.",
+)
 @click.option("--journal", type=click.Path(path_type=Path), metavar="FILE",
               help="Where to record every evaluation; default: RECIPE.journal.jsonl.")  # fmt: skip
 @click.option("--attention-factor", type=Number(0),
@@ -100,7 +114,7 @@ class TierLength(click.ParamType):
 @click.option("--allow-concatenate", is_flag=True, help="Join texts that are shorter than the target.")
 @click.option("--form", type=click.Path(path_type=Path), metavar="FILE",
               help="passkey.json with the sentences of needle documents.")  # fmt: skip
-@click.option("--original-window", type=TOKENS, help="Override the original window of the model's config.")
+@click.option("--original-window", type=TOKENS, help="Override the window that the model's config says it serves.")
 @click.option("--name", help="The recipe's name; default: the output's.")
 @click.option("--device", help="cpu, cuda, cuda:1 …; default: a GPU if there is one.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -114,7 +128,7 @@ class TierLength(click.ParamType):
 @click.option("--dry-run", is_flag=True, help="Print what would be evaluated and what it costs.")
 @force_option
 @revision_option
-def command(model: str, output: Path, dry_run: bool, **options: Any) -> None:
+def command(model: str, output: Path, dry_run: bool, row_length: int | None, **options: Any) -> None:
     """Find factor sets for MODEL that keep its loss low up to the target window.
 
     Every evaluation is recorded in the journal. After an interruption the same command continues from there.
@@ -127,7 +141,10 @@ def command(model: str, output: Path, dry_run: bool, **options: Any) -> None:
     from lrconvert.recipe import check_output
     from lrconvert.searching.api import search
     from lrconvert.searching.journal import journal_path
+    from lrconvert.searching.objective import JumpingRows
     from lrconvert.searching.plan import SearchRequest, plan_search
+
+    options["rows"] = None if row_length is None else JumpingRows(row_length)
 
     if dry_run:
         check_output(output, force=True)

@@ -122,6 +122,20 @@ ONNX = Capability("the graph's rotary function", None, True, "per tier", True, T
 # What the engines agree on, once the attention factor is in the weights (`lrconvert hf --portable`).
 PORTABLE = Capability("a portable artifact", 2, False, "one", True, True)
 
+# What every one of them can do.
+ANY = Capability("every runtime", 2, False, "formula", False, False)
+
+# What a search can be for: the freedoms of its factor sets.
+SEARCHABLE = {
+    "any": ANY,
+    "hf": CUSTOM_HF,
+    "hf-native": NATIVE_HF,
+    "gguf": LLAMA_CPP,
+    "onnx": ONNX,
+    "vllm": VLLM,
+    "mlx": MLX,
+}
+
 # What a recipe can be fitted to when it is baked, by the name that a bake record keeps.
 NAMED = {"portable": PORTABLE, "llama.cpp": LLAMA_CPP}
 

@@ -45,6 +45,7 @@ def extend(
     texts: Sequence[str | Path],
     output: str | Path,
     plan: str | Path | Plan = "small",
+    target: int | None = None,
     held_out: Sequence[str | Path] = (),
     until: str | None = None,
     again: str | None = None,
@@ -68,6 +69,7 @@ def extend(
             which is then not trained on.
         output: A folder for the recipe and the adapter. An existing one is replaced with `force` alone.
         plan: A plan's file, its name, or a `Plan`.
+        target: The window to reach, in tokens, where it is less than the plan's: later stages are left out.
         until: The last stage to carry out. `again`: the first of those that are carried out although they are finished.
         work: The folder for what the stages leave; None: OUTPUT.work. The same call goes on from it.
         seed, device, dtype, attention, context_parallel, shard_weights: As for `search`.
@@ -80,7 +82,8 @@ def extend(
         UnsupportedError: A quantised model, or one whose rotation is scaled.
         EnvironmentFailure: PyTorch, PEFT or a GPU is missing, or a stage does not fit the memory.
     """
-    task, chosen, folder = _prepared(model, texts, output, plan, held_out, work, seed, revision, force, progress,
+    chosen = _plan(plan, target)
+    task, folder = _prepared(model, texts, output, chosen, held_out, work, seed, revision, force, progress,
                                      device=device, dtype=dtype, attention=attention,
                                      context_parallel=context_parallel, shard_weights=shard_weights)  # fmt: skip
     for option, stage in (("--until", until), ("--from", again)):
@@ -104,6 +107,7 @@ def estimate_extension(
     texts: Sequence[str | Path],
     output: str | Path,
     plan: str | Path | Plan = "small",
+    target: int | None = None,
     held_out: Sequence[str | Path] = (),
     work: str | Path | None = None,
     revision: str | None = None,
@@ -113,7 +117,8 @@ def estimate_extension(
     """Time and memory of every stage of `extend` on this device. Nothing is written. Raises as `extend`."""
     from lrconvert.extending.estimate import estimate
 
-    task, chosen, _ = _prepared(model, texts, output, plan, held_out, work, 0, revision, True, progress, **machine)
+    chosen = _plan(plan, target)
+    task, _ = _prepared(model, texts, output, chosen, held_out, work, 0, revision, True, progress, **machine)
     for module in ("torch", "transformers", "peft"):
         require(module, "train", "an extension")
     return estimate(chosen, replace(task, name="estimate"))
@@ -123,7 +128,7 @@ def _prepared(
     model: str | Path,
     texts: Sequence[str | Path],
     output: str | Path,
-    plan: str | Path | Plan,
+    plan: Plan,
     held_out: Sequence[str | Path],
     work: str | Path | None,
     seed: int,
@@ -131,26 +136,25 @@ def _prepared(
     force: bool,
     progress: Progress | None,
     **machine: Any,
-) -> tuple[Task, Plan, Path]:
-    """The task of the whole extension, its plan and its output: everything is checked, and nothing is loaded."""
+) -> tuple[Task, Path]:
+    """The task of the whole extension, and its output: everything is checked, and nothing is loaded."""
     folder = Path(output)
     if folder.suffix == ".json":
         raise UsageError(f"{folder}: an extension has an adapter beside its recipe", remedy="Name a folder")
     check_output(folder, force=force)
-    chosen = plan if isinstance(plan, Plan) else load_plan(plan)
     opened = open_model(str(model), revision=revision)
     refuse_quantised(opened, "an extension")
-    _check(opened, chosen, plan)
+    _check(opened, plan)
     read, kept = _texts(opened, texts, held_out)
     check_texts(
-        chosen,
+        plan,
         opened.rotation.original_window,
         [len(text.tokens) for text in read],
         [len(text.tokens) for text in kept],
     )
     place = Path(work) if work is not None else folder.with_name(folder.name + ".work")
     task = Task("", opened, str(model), read, kept, place, place, seed, machine, progress or silent)
-    return task, chosen, folder
+    return task, folder
 
 
 def check_texts(plan: Plan, window: int, texts: Sequence[int], held_out: Sequence[int]) -> None:
@@ -172,21 +176,25 @@ def check_texts(plan: Plan, window: int, texts: Sequence[int], held_out: Sequenc
         if isinstance(stage, Recover) and window > sum(texts):
             problems.append(f"{key} needs {window} tokens of text; there are {sum(texts)}")
         if isinstance(stage, Evaluate):
-            base = (window,) if stage.perplexity else ()
-            needed: int = max((*stage.perplexity, *stage.retrieval, *base), default=0)
+            needed = max((*stage.perplexity, *stage.retrieval, window if stage.perplexity else 0), default=0)
             if needed > sum(held_out):
                 problems.append(f"{key} needs {needed} tokens of held-out text; there are {sum(held_out)}")
     if problems:
         raise InputError("; ".join(problems), remedy="Give more text, or shorter lengths in the plan")
 
 
-def _check(model: Model, plan: Plan, where: object) -> None:
+def _plan(plan: str | Path | Plan, target: int | None) -> Plan:
+    chosen = plan if isinstance(plan, Plan) else load_plan(plan)
+    return chosen if target is None else chosen.up_to(target)
+
+
+def _check(model: Model, plan: Plan) -> None:
     found = model.rotation
     if found.scaled:
         raise InputError(
             f"{model.reference} already carries {found.kind} scaling", remedy="Extend the model it was made from"
         )
-    plan.check(found.original_window, where if isinstance(where, str | Path) else plan.name)
+    plan.check(found.original_window, f"plan {plan.name}")
 
 
 def _texts(

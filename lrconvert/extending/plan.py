@@ -15,7 +15,8 @@ from __future__ import annotations
 import json
 import re
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -143,6 +144,7 @@ class Evaluate:
     depths: Count = 10
 
 
+LENGTHS = ("perplexity", "retrieval", "passkey")  # the keys of an evaluation that hold lengths
 Stage = Annotated[Derive | Search | Tune | Recover | Evaluate, Discriminator("kind")]
 
 
@@ -164,6 +166,36 @@ class Plan:
     def target(self) -> int:
         """The longest window of any stage."""
         return max(getattr(stage, "window", 0) for stage in self.stage)
+
+    def up_to(self, target: int) -> Plan:
+        """The plan cut at a window: the first set that reaches it is the last one, for it alone.
+
+        Raises `UsageError` for a target that the plan does not reach.
+        """
+        if target > self.target:
+            raise UsageError(
+                f"--target {target} is beyond the plan {self.name}, which reaches {self.target}",
+                remedy="Write a plan that reaches it (docs/extend.md)",
+            )
+        kept: list[Stage] = []
+        reach = 0
+        for stage in self.stage:
+            if isinstance(stage, Evaluate):
+                within = {key: tuple(n for n in getattr(stage, key) if n <= target) for key in LENGTHS}
+                kept += [replace(stage, **within)] if any(within.values()) else []
+            elif isinstance(stage, Recover):
+                kept.append(stage)
+            elif isinstance(stage, Tune):  # under the set before it, if that is still there
+                kept += (
+                    [replace(stage, window=reach, length=min(stage.length, reach))]
+                    if min(stage.window, target) == reach > last_tuned(kept)
+                    else []
+                )
+            elif reach < target:
+                reach = min(stage.window, target)
+                cut = {"decide": min(stage.decide, reach)} if isinstance(stage, Search) and stage.decide else {}
+                kept.append(replace(stage, window=reach, **cut))
+        return replace(self, stage=tuple(kept))
 
     def problems(self, window: int) -> list[str]:
         """What can't be carried out on a model with an original `window`, each with its key."""
@@ -208,6 +240,11 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def last_tuned(stages: Sequence[Stage]) -> int:
+    """The window that was trained last; 0 for none."""
+    return max((stage.window for stage in stages if isinstance(stage, Tune)), default=0)
 
 
 @cache

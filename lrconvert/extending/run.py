@@ -18,7 +18,7 @@ from typing import Any
 from lrconvert import __version__
 from lrconvert.checkpoint import describe_source
 from lrconvert.checkpoint.source import sha256_of
-from lrconvert.errors import InputError, UsageError
+from lrconvert.errors import EnvironmentFailure, InputError, UsageError
 from lrconvert.extending.plan import Evaluate, Plan
 from lrconvert.extending.stages import STAGES, Facts
 from lrconvert.extending.task import ADAPTER, Task
@@ -109,6 +109,15 @@ class Extension:
         memory = _memory_meter(task)
         try:
             facts = STAGES[stage.kind](stage, task)
+        except (MemoryError, RuntimeError) as error:
+            from lrconvert.training.devices import is_out_of_memory
+
+            if not is_out_of_memory(error):
+                raise
+            raise EnvironmentFailure(
+                f"{name} does not fit the memory of this device",
+                remedy="Use shorter lengths in the plan, --shard-weights, or a device with more memory",
+            ) from error
         finally:
             seconds = spent + time.monotonic() - started
             (folder / "seconds").write_text(f"{seconds:.3f}", encoding="utf-8")

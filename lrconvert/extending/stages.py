@@ -7,13 +7,16 @@ device.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lrconvert import rope
+from lrconvert.errors import EnvironmentFailure
 from lrconvert.extending.plan import Derive, Evaluate, Recover, Search, Tune
 from lrconvert.extending.task import ADAPTER, JOURNAL, Task, with_tier
 from lrconvert.rope import Tier, compose, serving
@@ -142,11 +145,21 @@ def tune(stage: Tune, task: Task) -> Facts:
         task.say(f"text {result.text:.3f}{answers}", result.step + 1, stage.steps, left)
 
     tuning.run(watch)
+    _draw(task.folder)
     adapter = task.folder / ADAPTER
     trainable.save(model, adapter)
     task.write(task.recipe, adapter)
     facts = {"parameters": sum(weight.numel() for weight in model.trainable), "recomputed": model.recompute}
     return {**facts, **model.describe(), "seconds_per_step": round(float(np.median(seconds)), 3) if seconds else None}
+
+
+def _draw(folder: Path) -> None:
+    """The log as a picture, where matplotlib is installed."""
+    from lrconvert.training.plotting import plot_log
+    from lrconvert.training.tuning import LOG
+
+    with contextlib.suppress(EnvironmentFailure):
+        plot_log(folder / LOG, folder / "log.png")
 
 
 @dataclass(frozen=True)

@@ -28,14 +28,6 @@ def portable_name(reference: str | Path, path: Path) -> str:
     return path.resolve().name.removesuffix(".gguf") if Path(reference).exists() else str(reference)
 
 
-def scaled_note(reference: str | Path, found: FoundRope, what: str) -> str:
-    """A note for `what` (a search) that starts from the plain rotation of a model with a scaled one."""
-    return (
-        f"{reference} already carries {found.kind} scaling; the {what} starts from the plain rotation and its "
-        f"original window, {found.original_window}"
-    )
-
-
 def own_recipe(model: Model, window: int | None = None) -> tuple[Recipe, list[str]]:
     """The model's own rotation as a recipe, and notes on it: what is baked where no other recipe is named.
 

@@ -65,6 +65,8 @@ def search(
     on: str | Path | None = None,
     rows: JumpingRows | None = None,
     start_tokens: bool = True,
+    from_plain: bool = False,
+    runtime: str | None = None,
     attention_factor: float | None = None,
     uniform: bool = False,
     allow_concatenate: bool = False,
@@ -106,8 +108,11 @@ def search(
         rows: Evaluate rows whose positions jump over the target, instead of whole documents. Only a model that was
             fine-tuned on such rows ranks sets by them as whole documents do.
         start_tokens: Search their number too; otherwise there are none.
+        runtime: What the recipe is for, a key of `engines.capability.SEARCHABLE`: sets that it can't express are no
+            candidates. "any": one attention factor, no start tokens, two sets.
         attention_factor: The long set's; None: LongRoPE's formula. `uniform`: all sets take the long one's.
-        original_window: The window that the model was trained with; None: what its config says.
+        original_window: The window that the model serves today; None: what its config says. A model with scaling of
+            its own keeps it up to there, and factors are searched on top of it; `from_plain` replaces it.
         name: The recipe's name; None: the output's.
         adapter: A LoRA adapter, merged into the model for the search and named in the recipe.
         journal: The file of all evaluations; None: beside `output`. A search that finds its journal goes on from it.
@@ -142,6 +147,8 @@ def search(
         on=on,
         rows=rows,
         start_tokens=start_tokens,
+        from_plain=from_plain,
+        runtime=runtime,
         attention_factor=attention_factor,
         uniform=uniform,
         allow_concatenate=allow_concatenate,

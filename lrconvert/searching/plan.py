@@ -15,11 +15,12 @@ from lrconvert.checkpoint import Model, describe_source, open_model
 from lrconvert.checkpoint.adapter import Adapter, choose_adapter, merged, open_adapter
 from lrconvert.checkpoint.base import refuse_quantised
 from lrconvert.checkpoint.tokenizer import tokenizer_of
+from lrconvert.engines.capability import SEARCHABLE
 from lrconvert.errors import UsageError
 from lrconvert.evals.passkey import PasskeyFormat, form_of
 from lrconvert.evals.texts import Text, read_texts, sources_of
 from lrconvert.recipe import Recipe, load_recipe, recipe_folder
-from lrconvert.recipe.models import portable_name, scaled_note
+from lrconvert.recipe.models import ground_of, portable_name
 from lrconvert.rope import Tier, longrope_attention_factor, serving
 from lrconvert.searching.evolution import schedule_for
 from lrconvert.searching.guided import GUIDED_BUDGET
@@ -131,6 +132,8 @@ class SearchRequest:
     on: str | Path | None = None
     rows: JumpingRows | None = None
     start_tokens: bool = True
+    from_plain: bool = False
+    runtime: str | None = None
     attention_factor: float | None = None
     uniform: bool = False
     allow_concatenate: bool = False
@@ -155,6 +158,7 @@ def plan_search(request: SearchRequest) -> SearchPlan:
     texts, recipes and adapters that are unreadable, too short or another model's, `UnsupportedError` for a quantised
     model.
     """
+    request = _limited(request)
     sources = sources_of(request.texts) if request.objective != "needle" or request.texts else []
     model = open_model(str(request.model), revision=request.revision)
     refuse_quantised(model, "a search")
@@ -166,8 +170,11 @@ def plan_search(request: SearchRequest) -> SearchPlan:
     start = load_recipe(request.start_from) if request.start_from else None
     if start is not None:
         model.resolve(start)
-    lengths = tier_lengths(request.tiers, request.lengths or (), base.original_window, request.target)
-    if base.tiers and "long" in (request.tiers or ("long",)) and request.target <= base.reach:
+    _check_sets(request, base)
+    # Where the model has sets already, they stay as they are unless a tier is named.
+    tiers = request.tiers or (("long",) if base.tiers else ())
+    lengths = tier_lengths(tiers, request.lengths or (), base.original_window, request.target)
+    if base.whole and "long" in tiers and request.target <= base.reach:
         raise UsageError(
             f"--target {request.target} is within the window of {request.on}, {base.reach}", remedy="Use a longer one"
         )
@@ -178,14 +185,14 @@ def plan_search(request: SearchRequest) -> SearchPlan:
         tokens=_needed(request),
     )
     # The longest first: an error about a text that is too short then names the length it needs most.
-    tiers = tuple(_tier(request, model, base, length, texts, start) for length in reversed(lengths))[::-1]
+    plans = tuple(_tier(request, model, base, length, texts, start) for length in reversed(lengths))[::-1]
     kept = [tier for tier in (start.tiers if start else base.tiers) if tier.max_length not in lengths]
     return SearchPlan(
         model=model,
         original_window=base.original_window,
         algorithm=request.algorithm,
         seed=request.seed,
-        tiers=tiers,
+        tiers=plans,
         texts=tuple(texts),
         dtype=request.dtype or "float32",
         name=request.name or _name(request, model),
@@ -196,6 +203,34 @@ def plan_search(request: SearchRequest) -> SearchPlan:
         adapter_path=None if adapter is None else _beside(adapter.reference, request.output),
         notes=notes,
     )
+
+
+def _limited(request: SearchRequest) -> SearchRequest:
+    """The request with the freedoms that its runtime has. Raises `UsageError` for more."""
+    if request.runtime is None:
+        return request
+    able = SEARCHABLE[request.runtime]
+    if able.attention == "formula" and request.attention_factor is not None:
+        raise UsageError(f"--attention-factor: {able.name} computes LongRoPE's formula", remedy="Omit it, or --for")
+    return replace(
+        request,
+        start_tokens=request.start_tokens and able.start_tokens,
+        uniform=request.uniform or able.attention != "per tier",
+    )
+
+
+def _check_sets(request: SearchRequest, base: Base) -> None:
+    """Raises `UsageError` for more factor sets than the runtime knows."""
+    if request.runtime is None or (most := SEARCHABLE[request.runtime].tiers) is None:
+        return
+    named = {"short": base.original_window, "long": request.target}
+    searched = {named[tier] if isinstance(tier, str) else tier for tier in request.tiers or ("long",)}
+    lengths = {base.original_window, request.target, *searched, *(tier.max_length for tier in base.tiers)}
+    if len(lengths) > most:
+        raise UsageError(
+            f"the recipe would have sets for {', '.join(map(str, sorted(lengths)))} tokens; "
+            f"{SEARCHABLE[request.runtime].name} knows {most}"
+        )
 
 
 def tier_lengths(
@@ -222,11 +257,23 @@ def tier_lengths(
 @dataclass(frozen=True)
 class Base:
     """What a search starts from: the original window, the window that the model reaches, and the sets it has for that.
-    Without sets its rotation is unscaled."""
+    Without sets its rotation is unscaled.
+
+    `whole`: the attention factors of the sets are parts of LongRoPE's formula for the whole extension, as those of a
+    recipe are. Otherwise they are the model's own, and the formula for what is beyond its window multiplies them.
+    """
 
     original_window: int
     reach: int
     tiers: tuple[Tier, ...] = ()
+    whole: bool = False
+
+    def attention_factor(self, length: int) -> float:
+        """LongRoPE's formula for a set up to `length`, as far as the model does not have it."""
+        if not self.whole:
+            return longrope_attention_factor(length / self.reach, self.reach)
+        own = serving(self.tiers, length).attention_factor
+        return longrope_attention_factor(length / self.original_window, self.original_window) / own
 
     def own(self, length: int) -> Tier | None:
         return serving(self.tiers, length) if self.tiers else None
@@ -236,12 +283,13 @@ def _base(request: SearchRequest, model: Model, on: Recipe | None) -> tuple[Base
     """What the search starts from, and notes on how it was found."""
     if on is not None:
         model.resolve(on)
-        return Base(on.original_window, on.tiers[-1].max_length, on.tiers), ()
-    if request.original_window is not None:
-        return Base(request.original_window, request.original_window), ()
-    found = model.rotation
-    notes = (scaled_note(request.model, found, "search"),) if found.scaled else ()
-    return Base(found.original_window, found.original_window), notes
+        return Base(on.original_window, on.tiers[-1].max_length, on.tiers, whole=True), ()
+    ground = ground_of(
+        request.model, model.rotation, model.shape, from_plain=request.from_plain, window=request.original_window
+    )
+    ground.check_target(request.target)
+    scaled = ground.kind != "default"
+    return Base(ground.tiers[0].max_length, ground.window, ground.tiers if scaled else ()), ground.notes
 
 
 def _adapter(request: SearchRequest, on: Recipe | None) -> Adapter | None:
@@ -317,13 +365,10 @@ def _start_tokens(request: SearchRequest, own: Tier | None) -> tuple[int, ...] |
 
 def _attention(request: SearchRequest, base: Base, length: int) -> tuple[float, float] | None:
     """The attention factors to try on top of what the model has; None: the space's own."""
-    own = base.own(length)
-    if length <= base.original_window or (own is None and request.attention_factor is None):
+    own, named = base.own(length), request.attention_factor
+    if length <= base.original_window or (own is None and named is None):
         return None
-    whole = request.attention_factor
-    if whole is None:
-        whole = longrope_attention_factor(length / base.original_window, base.original_window)
-    factor = whole / (1.0 if own is None else own.attention_factor)
+    factor = base.attention_factor(length) if named is None else named / (own.attention_factor if own else 1.0)
     return factor, factor
 
 

@@ -374,7 +374,6 @@ REFUSED: dict[str, Any] = {
     "lora_bias": True,
     "target_parameters": ["mlp.experts.gate_up_proj"],
     "layer_replication": [[0, 1], [0, 2]],
-    "trainable_token_indices": [1, 2],
     "use_qalora": True,
     "alora_invocation_tokens": [5, 6],
     "kasa_config": {"beta": 1e-4},
@@ -427,7 +426,7 @@ def test_the_table_knows_every_field_of_peft() -> None:
 def test_values_that_switch_a_feature_off_pass(tmp_path: Path) -> None:
     """Off in every spelling that peft takes for off, of known and unknown keys."""
     off = {
-        "alora_invocation_tokens": [], "layer_replication": [], "trainable_token_indices": {}, "use_bdlora": False,
+        "alora_invocation_tokens": [], "layer_replication": [], "use_bdlora": False,
         "new_thing": None, "new_switch": False, "runtime_config": {"x": 1}, "lora_dropout": 0.5, "revision": "main",
         "eva_config": {"rho": 2.0}, "corda_config": {}, "loftq_config": {"loftq_bits": 4}, "bias": "none",
         "init_lora_weights": "gaussian", "r": ..., "lora_alpha": ...,

@@ -298,6 +298,18 @@ def test_an_interruption_is_130(cli: Run, monkeypatch: pytest.MonkeyPatch) -> No
     assert result.err.strip() == "lrconvert: interrupted"
 
 
+@pytest.mark.parametrize("command", ["recipe list", "inspect demo --json", "recipe show demo-8x --json"])
+def test_a_pipe_that_closes_early_is_no_error(command: str) -> None:
+    """However much there was to say, and with nothing on stderr."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "lrconvert", *command.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (0, b"")
+
+
 # --- what commands say -----------------------------------------------------------------------------------
 
 

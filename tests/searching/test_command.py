@@ -325,7 +325,7 @@ def test_a_search_starts_from_a_recipe(text: Path, whole: Path, cli: Run, tmp_pa
 @pytest.mark.parametrize(
     ("changes", "code", "expected"),
     [
-        (["--target", "32"], 2, "--target 32 is within the original window, 32"),
+        (["--target", "32"], 2, "--target 32 is within the window of 32 tokens that the model serves with no scaling"),
         (["--target", "64k"], 3, "fewer than the 65536 of the target"),
         (["--tier", "2k"], 2, "--tier 2048 is not between"),
         (["--lengths", "8k:x"], 2, "'8k:x' is not a length with a weight"),

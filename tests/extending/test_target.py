@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plan cut at a window below its own."""
+
+from __future__ import annotations
+
+import pytest
+
+from lrconvert.errors import UsageError
+from lrconvert.extending.plan import Evaluate, Search, Tune, load_plan
+
+
+def test_a_cut_plan_ends_at_its_target() -> None:
+    """Later sets are gone, the last one is for the target alone, and what is left can be carried out."""
+    whole = load_plan("small")
+    for target, kinds in (
+        (32768, ["derive", "tune", "evaluate", "recover", "evaluate"]),
+        (262144, ["derive", "tune", "evaluate", "recover", "evaluate"]),
+        (524288, ["derive", "tune", "evaluate", "search", "tune", "recover", "evaluate"]),
+        (1500000, ["derive", "tune", "evaluate", "search", "tune", "search", "recover", "evaluate"]),
+    ):
+        plan = whole.up_to(target)
+        assert [stage.kind for stage in plan.stage] == kinds, target
+        assert plan.target == target and plan.problems(8192) == [], target
+        for stage in plan.stage:
+            if isinstance(stage, Evaluate):
+                assert max(*stage.perplexity, *stage.retrieval) <= target, target
+            if isinstance(stage, Tune):
+                assert stage.length <= stage.window <= target, target
+            if isinstance(stage, Search):
+                assert (stage.decide or 0) <= stage.window, target
+    assert whole.up_to(whole.target) == whole
+
+
+def test_a_plan_reaches_no_further_than_its_sets() -> None:
+    with pytest.raises(UsageError, match="--target 4194304 is beyond the plan small, which reaches 2097152"):
+        load_plan("small").up_to(2**22)

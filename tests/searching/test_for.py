@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A search for a runtime: its candidates are what that can express, so the recipe goes there unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.search_helpers import Landscape, planted
+
+from lrconvert.checkpoint import open_model
+from lrconvert.engines.capability import SEARCHABLE
+from lrconvert.errors import UsageError
+from lrconvert.evals.texts import Text
+from lrconvert.searching.plan import SearchRequest, plan_search
+from lrconvert.searching.run import Search
+
+
+def request(folder: Path, **options: Any) -> SearchRequest:
+    text = Text("book.txt", "ab" * 32, np.arange(1024) % 101)
+    return SearchRequest(**{"model": folder, "target": 512, "texts": [text], "budget": 30, **options})
+
+
+def test_nothing_is_dropped_from_a_recipe_for_a_runtime(pico_folder: Callable[..., Path]) -> None:
+    """Fitting it to that runtime changes nothing, whatever the search would like best."""
+    folder = pico_folder("llama")
+    model = open_model(folder)
+    for name, able in SEARCHABLE.items():
+        plan = plan_search(request(folder, runtime=name))
+        short, long = plan.tiers
+        _, wish = planted(long.space, max(long.space.usable_start_tokens))
+        recipe = Search(plan, Landscape(wish), None, lambda progress: None).run()
+        fitted, dropped = able.fit(model.resolve(recipe))
+        assert dropped in ([], [word for word in dropped if "chooses one factor set" in word]), name
+        assert [tier.attention_factor for tier in fitted.tiers] == [
+            tier.attention_factor for tier in model.resolve(recipe).tiers[-len(fitted.tiers) :]
+        ], name
+        assert (short.space.start_tokens == (0,)) == (not able.start_tokens), name
+
+
+def test_more_than_a_runtime_knows_is_refused(pico_folder: Callable[..., Path]) -> None:
+    """Before anything is evaluated, with what it knows."""
+    folder = pico_folder("llama")
+    with pytest.raises(UsageError, match=r"sets for 64, 256, 512 tokens; llama\.cpp knows 2"):
+        plan_search(request(folder, runtime="gguf", tiers=(256, "long")))
+    with pytest.raises(UsageError, match="--attention-factor: every runtime computes LongRoPE's formula"):
+        plan_search(request(folder, runtime="any", attention_factor=1.2))
+    assert len(plan_search(request(folder, runtime="onnx", tiers=(256, "long"))).tiers) == 2

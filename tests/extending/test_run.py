@@ -123,7 +123,9 @@ def test_a_recipe_with_its_adapter(case: Case) -> None:
     measured = (recipe.evaluation or {})["measured"]
     assert list(measured) == ["base perplexity@64", "perplexity@64", "passkey@256", "retrieval@256", "perplexity@1024"]
     assert measured["retrieval@256"]["trials"] == 2 and measured["passkey@256"]["trials"] == 2
-    assert str(folder.parent) not in (folder / "recipe.json").read_text()
+    for path in (folder / "recipe.json", folder / "adapter" / "adapter_config.json"):
+        assert str(folder.parent) not in path.read_text()
+    assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == "wordy"
 
 
 def test_each_stage_works_on_what_the_one_before_left(case: Case) -> None:

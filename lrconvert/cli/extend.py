@@ -26,7 +26,7 @@ PIPED_SECONDS = 30.0  # between two lines of progress where no terminal shows a 
 @click.command(name="extend", short_help="Fine-tune and search a recipe for a much longer window.")
 @model_argument
 @text_option
-@click.option("-o", "--output", type=OutputName(".work"), required=True, metavar="RECIPE",
+@click.option("-o", "--output", type=OutputName(), required=True, metavar="RECIPE",
               help="Folder for the recipe and its adapter.")  # fmt: skip
 @click.option("--plan", default="small", show_default=True, metavar="PLAN",
               help="The stages: a .toml file, or a built-in plan (paper, small, demo).")  # fmt: skip

@@ -19,6 +19,7 @@ from lrconvert import rope
 from lrconvert.errors import EnvironmentFailure
 from lrconvert.extending.plan import Derive, Evaluate, Recover, Search, Tune
 from lrconvert.extending.task import ADAPTER, JOURNAL, Task, with_tier
+from lrconvert.recipe.models import portable_name
 from lrconvert.rope import Tier, compose, serving
 from lrconvert.training.keys import KeyMaker, training_form
 
@@ -134,7 +135,8 @@ def tune(stage: Tune, task: Task) -> Facts:
         return StepRows(rotation, rows, kind)
 
     task.say("loading", 0, stage.steps)
-    model, trainable = load_trainable(task.model, options, task.adapter, **task.loading)
+    base = portable_name(task.reference, task.model.checkpoint.path)
+    model, trainable = load_trainable(task.model, options, task.adapter, base=base, **task.loading)
     tuning = Tuning(model, options, rows_of, task.folder)
     seconds: list[float] = []
 

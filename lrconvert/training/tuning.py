@@ -25,7 +25,6 @@ from torch import nn
 from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.adapter import PREFIX, WEIGHTS, merged, open_adapter
 from lrconvert.errors import InputError, require
-from lrconvert.recipe.models import portable_name
 from lrconvert.training.devices import is_out_of_memory
 from lrconvert.training.loaded import LoadedModel
 from lrconvert.training.rotation import Rotation
@@ -372,10 +371,10 @@ def _masks(rows: Sequence[Row]) -> tuple[list[np.ndarray], list[np.ndarray]]:
 
 
 def load_trainable(
-    model: Model, options: TuneOptions, adapter: Path | None = None, **machine: Any
+    model: Model, options: TuneOptions, adapter: Path | None = None, *, base: str | None = None, **machine: Any
 ) -> tuple[LoadedModel, Trainable]:
     """The model in memory with the weights of `options` trainable; `machine` is what `LoadedModel` takes."""
-    trainable = Trainable(options, adapter, portable_name(model.reference, model.checkpoint.path))
+    trainable = Trainable(options, adapter, base)
     if adapter is not None and options.method == "full":
         model = merged(model, open_adapter(adapter))
     return LoadedModel(model, adapt=trainable.adapt, purpose="fine-tuning", **machine), trainable

@@ -22,13 +22,17 @@ from support.staging import linux_only
 import lrconvert
 from lrconvert.checkpoint import open_model
 from lrconvert.checkpoint.adapter import merged, open_adapter
+from lrconvert.checkpoint.tokenizer import tokenizer_of
 from lrconvert.errors import InputError
+from lrconvert.evals.in_memory import LoadedSession
+from lrconvert.evals.perplexity import same_token_perplexity
 from lrconvert.extending import run, stages
 from lrconvert.extending.api import ExtendResult, extend
 from lrconvert.extending.plan import parse_plan
 from lrconvert.recipe import load_recipe
-from lrconvert.rope import longrope_attention_factor
+from lrconvert.rope import Tier, longrope_attention_factor
 from lrconvert.searching.journal import read_journal
+from lrconvert.training.loaded import LoadedModel
 from lrconvert.training.tuning import Tuning
 
 Run = Callable[..., Result]
@@ -123,7 +127,9 @@ def test_a_recipe_with_its_adapter(case: Case) -> None:
     measured = (recipe.evaluation or {})["measured"]
     assert list(measured) == ["base perplexity@64", "perplexity@64", "passkey@256", "retrieval@256", "perplexity@1024"]
     assert measured["retrieval@256"]["trials"] == 2 and measured["passkey@256"]["trials"] == 2
-    assert str(folder.parent) not in (folder / "recipe.json").read_text()
+    for path in (folder / "recipe.json", folder / "adapter" / "adapter_config.json"):
+        assert str(folder.parent) not in path.read_text()
+    assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == "wordy"
 
 
 def test_each_stage_works_on_what_the_one_before_left(case: Case) -> None:
@@ -139,6 +145,30 @@ def test_each_stage_works_on_what_the_one_before_left(case: Case) -> None:
     assert tuple(own["factors"]) == first.tiers[1].factors and own["attention_factor"] > 1
     factors = np.array([second.tiers[2].factors, first.tiers[1].factors])
     assert (factors[0] >= factors[1] - 1e-9).all()  # λ_own · λ_new, and λ_new ≥ 1
+
+
+def test_figures_are_the_trained_models(case: Case) -> None:
+    """Perplexity of the held-out tokens with the adapter merged and the recipe's tiers; of the base, as it came. The
+    losses that decided on the last set are those of the trained model too."""
+    measured = (case.result.recipe.evaluation or {})["measured"]
+    base = open_model(case.model)
+    assert case.result.path is not None
+    trained = merged(base, open_adapter(case.result.path.parent / "adapter"))
+    tokens = np.asarray(tokenizer_of(case.model)(case.text.read_text()))
+    held_out = tokens[-(len(tokens) // 10) :]
+    tiers = case.result.recipe.tiers
+    for model, key, own in (
+        (base, "base perplexity@64", (Tier(64, (1.0,) * 8),)),
+        (trained, "perplexity@64", tiers),
+        (trained, "perplexity@1024", tiers),
+    ):
+        session = LoadedSession(LoadedModel(model, device="cpu"), own)
+        length = int(key.partition("@")[2])
+        wanted = same_token_perplexity(session, held_out, length, judged=32)
+        assert measured[key]["perplexity"]["value"] == pytest.approx(wanted, rel=1e-5), key
+    facts = json.loads((folder_of(case.result.work, "3-search") / "result.json").read_text())["facts"]["decided"]
+    assert facts["tokens"] == 512 and len(facts["sets"]) >= 2
+    assert min(one["whole"] for one in facts["sets"][:2]) == facts["sets"][facts["chosen"]]["whole"]
 
 
 def test_the_recipe_is_baked_and_verified(case: Case, tmp_path: Path) -> None:
@@ -210,6 +240,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from lrconvert.extending.api import extend
+from lrconvert.training.loaded import LoadedModel
 from lrconvert.training.tuning import Tuning
 
 Tuning.__init__.__kwdefaults__["every"] = 0.0
@@ -282,6 +313,16 @@ def test_a_file_that_changed_after_its_stage_is_an_error(
     case.again(output)
     assert carried_out == ["2-tune"] and case.result.path is not None
     assert same_recipe(output, case.result.path.parent)
+
+
+def test_a_result_of_another_stage_is_not_taken(case: Case, tmp_path: Path) -> None:
+    """One that was copied into a folder of this name, or edited."""
+    output = case.copy(tmp_path)
+    path = folder_of(output.with_name("copy.work"), "2-tune") / "result.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "digest": "0" * 64}))
+    with pytest.raises(InputError, match=r"result\.json changed since the stage was finished"):
+        case.again(output)
 
 
 def test_a_file_that_is_gone_is_one_that_changed(case: Case, tmp_path: Path) -> None:

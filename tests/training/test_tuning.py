@@ -61,7 +61,7 @@ def tune(
     dtype: str = "float32",
 ) -> tuple[LoadedModel, list[StepResult], Path]:
     """The model after training, the steps of this run, and the adapter. `stop`: interrupted after that step."""
-    loaded, trainable = load_trainable(model, given, adapter, device="cpu", dtype=dtype)
+    loaded, trainable = load_trainable(model, given, adapter, base="base", device="cpu", dtype=dtype)
     seen: list[StepResult] = []
 
     def watch(result: StepResult) -> None:

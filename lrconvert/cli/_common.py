@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,8 @@ SEED = click.IntRange(0)  # what numpy takes
 model_argument = click.argument("model", metavar="MODEL")
 revision_option = click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id.")
 force_option = click.option("--force", is_flag=True, help="Replace an output that lrconvert wrote.")
-text_option = click.option(
+_text = partial(
+    click.option,
     "--text",
     "texts",
     multiple=True,
@@ -103,3 +105,5 @@ text_option = click.option(
     help="Long text: a file, a folder of .txt, token ids (.npy), or rows of a data set, "
     "'hf:NAME[@REVISION][:[CONFIG:]SPLIT][?column=COLUMN][#ROWS]'. May be repeated.",
 )
+text_option = _text(required=True)
+optional_text_option = _text()

@@ -60,6 +60,15 @@ def test_a_result_and_its_difference_from_an_earlier_one(cli: Run, data: Path, t
     assert [row["difference"]["value"] for row in rest] == [0.0, 0.0]
 
 
+def test_a_result_that_is_compared_with_is_not_overwritten(cli: Run, data: Path, tmp_path: Path) -> None:
+    """However the two are spelled, and before anything is read."""
+    (tmp_path / "before.json").write_text("kept")
+    for stem in (tmp_path / "before", tmp_path / "." / "x" / ".." / "before"):
+        said = cli(*asked(data, "--against", tmp_path / "before.json", "-o", stem))
+        assert said.code == 2 and "which --against compares with" in said.err
+    assert (tmp_path / "before.json").read_text() == "kept"
+
+
 def test_results_of_other_questions_are_not_compared(cli: Run, data: Path, tmp_path: Path) -> None:
     """Everything that differs is named at once; damaged files are no results."""
     rows: list[dict[str, Any]] = [

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from lrconvert.errors import EnvironmentFailure
+from lrconvert.precision import LONG, short_name
 
 _SUFFIX = {"": 1, "k": 1024, "m": 1024**2}
 
@@ -30,6 +31,16 @@ class Tokens(click.ParamType):
         if not matched or int(matched.group(1)) == 0:
             self.fail(f"{value!r} is not a number of tokens; examples: 65536, 64k, 2m", param, ctx)
         return int(matched.group(1)) * _SUFFIX[matched.group(2)]
+
+
+class Precision(click.Choice):
+    """A float type by its short name or its long one, f32 or float32; or one of `more`."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__(names or tuple(LONG))
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return super().convert(short_name(value), param, ctx)
 
 
 class Registered(click.Choice):

@@ -114,8 +114,8 @@ def search(
         name: The recipe's name; None: the output's.
         adapter: A LoRA adapter, merged into the model for the search and named in the recipe.
         journal: The file of all evaluations; None: beside `output`. A search that finds its journal goes on from it.
-        device: cpu, cuda, cuda:1 …; None: a GPU where there is one. `dtype`: float32, bfloat16, float16; None:
-            bfloat16 on a GPU. `threads`: PyTorch's, on a CPU; None: its own number. `attention`: the kernel on a GPU;
+        device: cpu, cuda, cuda:1 …; None: a GPU where there is one. `dtype`: f32, bf16 or f16, or by the long names;
+            None: bf16 on a GPU. `threads`: PyTorch's, on a CPU; None: its own number. `attention`: the kernel on a GPU;
             None: the fastest, measured.
         context_parallel: How many of torchrun's processes share a document. `shard_weights`: all share the weights.
         watch: Called with a `Note` or the `Progress` of a tier as they come.

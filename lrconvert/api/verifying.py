@@ -36,7 +36,8 @@ def verify(
 ) -> Report:
     """Does an artifact compute what its recipe says? `report.passed` is the answer, `report.rows` the evidence.
 
-    `against` and `recipe`: the model and recipe to compare with; by default those that the manifest names. A recipe is
+    `against` and `recipe`: the model and recipe to compare with; by default those that the manifest names. Its
+    adapter is merged into the model that is given. A recipe is
     named as for baking: a file, a folder, a shipped name, or a model whose rotation it is. `dtype`:
     what the artifact computes in; the reference stays in float64 (float32 on a GPU). `codes`: "native", "custom" or
     both, of what transformers runs. `runtime`: what runs the artifact; `python`: its interpreter. `full`: consecutive

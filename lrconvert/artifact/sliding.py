@@ -22,6 +22,30 @@ class Windows:
     notes: tuple[str, ...] = ()
 
 
+def lifted_note(model: Model, purpose: str) -> tuple[str, ...]:
+    """What a user has to know where `purpose` computes without sliding windows that act on the model."""
+    if not model.shape.slides_within(_served(model)):
+        return ()
+    found = f"{purpose} attends to every token: {_where(model)} is lifted"
+    return (f"{found}, and an artifact keeps it unless it is baked with {FLAG}",)
+
+
+def _served(model: Model) -> int:
+    """The tokens that the model serves today."""
+    return model.shape.window if model.checkpoint.rope_problems else max(model.shape.window, model.rotation.window)
+
+
+def _named(model: Model) -> str:
+    return (
+        f"the sliding window of {', '.join(map(str, sorted({width for width in model.shape.sliding if width})))} tokens"
+    )
+
+
+def _where(model: Model) -> str:
+    limited = sum(0 < width < _served(model) for width in model.shape.sliding)
+    return f"{_named(model)} in {limited} of {model.shape.layers} layers"
+
+
 def settle_windows(model: Model, window: int, *, lift: bool, keeps: bool, target: str) -> Windows:
     """Sliding windows in an artifact that serves `window` tokens.
 
@@ -32,14 +56,11 @@ def settle_windows(model: Model, window: int, *, lift: bool, keeps: bool, target
     shape = model.shape
     if not shape.slides_within(window):
         return Windows(model)
-    served = shape.window if model.checkpoint.rope_problems else max(shape.window, model.rotation.window)
-    widths = sorted({width for width in shape.sliding if width})
-    named = f"the sliding window of {', '.join(map(str, widths))} tokens"
+    served = _served(model)
     if not shape.slides_within(served):
-        note = f"{named} is lifted: it never acts within the {served} tokens that the model serves"
+        note = f"{_named(model)} is lifted: it never acts within the {served} tokens that the model serves"
         return Windows(model.lifted(), lifted=True, notes=(note,))
-    limited = sum(0 < width < served for width in shape.sliding)
-    where = f"{named} in {limited} of {shape.layers} layers"
+    where = _where(model)
     if lift:
         words = f"{where}: every layer attends to every token, also within the {served} tokens that the model serves"
         return Windows(model.lifted(), lifted=True, dropped=(words,))

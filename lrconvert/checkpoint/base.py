@@ -198,6 +198,13 @@ class Model:
             counts[info.dtype] = counts.get(info.dtype, 0) + int(np.prod(info.shape, dtype=np.float64))
         return max(counts, key=lambda name: counts[name])
 
+    def dequantised(self, written: str | None) -> list[str]:
+        """What a user has to know where quantised weights are written as another type; None: as they are."""
+        kinds = {info.dtype for info in self.checkpoint.tensors.values()} - set(FLOAT_DTYPES)
+        if written is None or not self.checkpoint.dequantises or not kinds:
+            return []
+        return [f"weights dequantised from {', '.join(sorted(kinds))}, written as {written}"]
+
     def lifted(self) -> Model:
         """The model without its sliding windows: every layer attends to every token."""
         return replace(self, shape=replace(self.shape, sliding=()))

@@ -20,7 +20,7 @@ from lrconvert.errors import EnvironmentFailure, LrconvertError, UsageError
 COMMANDS = {
     "inspect": ("inspect", "Show what a model is, its RoPE, and what it can be converted to."),
     "search": ("search", "Find a recipe's factor sets on your own text."),
-    "extend": ("extend", "Fine-tune and search a recipe for a window many times the model's own."),
+    "extend": ("extend", "Fine-tune and search a recipe for a much longer window."),
     "recipe": ("recipe", "Factor sets: list, show, check, derive, import, plot."),
     "hf": ("hf", "Bake a recipe into a Hugging Face folder."),
     "gguf": ("gguf", "Bake a recipe into a GGUF for llama.cpp."),

@@ -7,12 +7,14 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from lrconvert.errors import EnvironmentFailure
+from lrconvert.precision import LONG, short_name
 
 _SUFFIX = {"": 1, "k": 1024, "m": 1024**2}
 
@@ -29,6 +31,16 @@ class Tokens(click.ParamType):
         if not matched or int(matched.group(1)) == 0:
             self.fail(f"{value!r} is not a number of tokens; examples: 65536, 64k, 2m", param, ctx)
         return int(matched.group(1)) * _SUFFIX[matched.group(2)]
+
+
+class Precision(click.Choice):
+    """A float type by its short name or its long one, f32 or float32; or one of `more`."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__(names or tuple(LONG))
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return super().convert(short_name(value), param, ctx)
 
 
 class Registered(click.Choice):
@@ -95,7 +107,8 @@ SEED = click.IntRange(0)  # what numpy takes
 model_argument = click.argument("model", metavar="MODEL")
 revision_option = click.option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id.")
 force_option = click.option("--force", is_flag=True, help="Replace an output that lrconvert wrote.")
-text_option = click.option(
+_text = partial(
+    click.option,
     "--text",
     "texts",
     multiple=True,
@@ -103,3 +116,5 @@ text_option = click.option(
     help="Long text: a file, a folder of .txt, token ids (.npy), or rows of a data set, "
     "'hf:NAME[@REVISION][:[CONFIG:]SPLIT][?column=COLUMN][#ROWS]'. May be repeated.",
 )
+text_option = _text(required=True)
+optional_text_option = _text()

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lrconvert.cli import _output as out
-from lrconvert.cli._common import SEED, TOKENS, OutputName, force_option, model_argument, revision_option, text_option
+from lrconvert.cli._common import (
+    SEED,
+    TOKENS,
+    OutputName,
+    Precision,
+    force_option,
+    model_argument,
+    revision_option,
+    text_option,
+)
 from lrconvert.cli._progress import show_progress
 
 if TYPE_CHECKING:
@@ -40,8 +49,7 @@ PIPED_SECONDS = 30.0  # between two lines of progress where no terminal shows a 
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of everything random.")
 @click.option("--name", help="The recipe's name; default: the output's.")
 @click.option("--device", help="cpu, cuda, cuda:1 …; default: a GPU if there is one.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]),
-              help="Default: bfloat16 on a GPU, float32 on a CPU.")  # fmt: skip
+@click.option("--dtype", type=Precision("f32", "bf16"), help="Default: bf16 on a GPU, f32 on a CPU.")  # fmt: skip
 @click.option("--attention", type=click.Choice(["cudnn", "flash", "efficient", "math"]),
               help="Attention kernel on a GPU; default: the fastest measured.")  # fmt: skip
 @click.option("--context-parallel", type=click.IntRange(1), default=1, metavar="N",
@@ -102,6 +110,8 @@ def _stages(title: str, stages: Sequence[Estimate | Finished]) -> None:
 
 
 def _summary(found: ExtendResult) -> None:
+    for note in found.notes:
+        out.warn(note)
     _stages(f"{found.recipe.name}: stages", found.stages)
     measured = (found.recipe.evaluation or {}).get("measured", {})
     for key, value in measured.items():

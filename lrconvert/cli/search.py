@@ -25,8 +25,8 @@ from lrconvert.cli._common import (
     Registered,
     force_option,
     model_argument,
+    optional_text_option,
     revision_option,
-    text_option,
 )
 from lrconvert.cli._progress import show_progress
 from lrconvert.engines.capability import SEARCHABLE
@@ -72,7 +72,7 @@ class TierLength(click.ParamType):
 @click.command(name="search", short_help="Find a recipe's factor sets on your own text.")
 @model_argument
 @click.option("--target", type=TOKENS, required=True, help="The window to reach, in tokens: 64k.")
-@text_option
+@optional_text_option
 @click.option("-o", "--output", type=OutputName(".journal.jsonl"), required=True, metavar="RECIPE",
               help="Folder or .json file for the recipe.")  # fmt: skip
 @click.option("--algorithm", type=click.Choice(["guided", "evolution"]), default="guided", show_default=True,
@@ -119,6 +119,7 @@ class TierLength(click.ParamType):
 @click.option("--device", help="cpu, cuda, cuda:1 …; default: a GPU if there is one.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
               help="Default: bfloat16 on a GPU, float32 on a CPU.")  # fmt: skip
+@click.option("--threads", type=click.IntRange(1), help="Threads of PyTorch on a CPU; default: PyTorch's own number.")
 @click.option("--attention", type=click.Choice(["cudnn", "flash", "efficient", "math"]),
               help="Attention kernel on a GPU; default: the fastest measured.")  # fmt: skip
 @click.option("--context-parallel", type=click.IntRange(1), default=1, metavar="N",

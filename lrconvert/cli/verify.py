@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 @click.command(name="verify", short_help="Compare an artifact with the reference implementation.")
 @click.argument("artifact", metavar="ARTIFACT", type=click.Path(path_type=Path))
-@click.option("--against", metavar="MODEL", help="Model to compare with; default: the manifest's.")
+@click.option(
+    "--against",
+    metavar="MODEL",
+    help="Model to compare with, with the manifest's adapter merged; default: the manifest's.",
+)
 @click.option("--recipe", metavar="RECIPE", help="Recipe to compare with; default: the manifest's.")
 @click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1 …")
 @click.option(

@@ -227,10 +227,16 @@ def benchmarks(
     LongRoPE paper's number. `limit` questions of each task are drawn; None: all. `against` is the JSON of an earlier
     result: the differences from it are measured question by question.
 
-    Raises `UsageError` for unknown tasks and for an earlier result of other questions, `InputError` for damaged files,
+    Raises `UsageError` for unknown tasks, for an earlier result of other questions and for an `output` that would
+    overwrite it, `InputError` for damaged files,
     `UnsupportedError` for a task that generates text, `EnvironmentFailure` where lm-eval is missing or the Hub can't be
     reached, and as `Subject.of` and `opened`.
     """
+    output = options.get("output")
+    if against is not None and output is not None and _json_of(Path(output)).resolve() == Path(against).resolve():
+        raise UsageError(
+            f"-o {output} would overwrite {against}, which --against compares with", remedy="Name another -o"
+        )
     run = _Run.of(artifact, options)  # before lm-eval is imported, which takes seconds: it may be refused
     lm_eval = require("lm_eval", "eval", "an evaluation on benchmarks")
     from lrconvert.evals.benchmarks import BATCH_TOKENS, measure_benchmarks, protocol, session_model
@@ -344,8 +350,12 @@ class _Run:
     def saved(self, evaluation: Evaluation, plot: Callable[[Path], None]) -> Evaluation:
         """STEM.json and STEM.png, if wanted."""
         if self.output is not None:
-            path = self.output.with_name(self.output.name + ".json")
+            path = _json_of(self.output)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(evaluation.result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             plot(self.output.with_name(self.output.name + ".png"))
         return evaluation
+
+
+def _json_of(stem: Path) -> Path:
+    return stem.with_name(stem.name + ".json")

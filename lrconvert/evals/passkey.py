@@ -169,7 +169,7 @@ def measure_passkey(
             rngs = [np.random.default_rng([seed, length, index, trial]) for trial in range(trials)]
             hits = 0
             for rng in rngs:
-                steps.start(f"{length:,} tokens, depth {depth:.0%}", length)
+                steps.start(f"{length:,} tokens, depth {index + 1} of {depths}", length)
                 hits += found_key(session, form, encode, length, depth, rng)
             rows.append(PasskeyRow(length, hits, trials, depth))
     steps.finish()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -19,9 +20,11 @@ from lrconvert.errors import InputError
 from lrconvert.evals.passkey import PasskeyRow
 from lrconvert.evals.perplexity import finite
 from lrconvert.progress import Progress, Steps
-from lrconvert.runtimes.answers import AnswersBehind
 from lrconvert.runtimes.base import Scores, Session
 from lrconvert.training.keys import Key, KeyMaker, LabelledForm, hidden_in, labelled_form
+
+if TYPE_CHECKING:
+    from lrconvert.runtimes.answers import AnswersBehind
 
 PROTOCOL = (
     "labelled keys of digits at depths from the start of a text to its end, each asked for behind it on its own; found "
@@ -94,6 +97,6 @@ def _scores(session: Session, text: KeyedText) -> list[Scores]:
     """Of every answer: behind one reading of the text where the session can, else with a reading for each."""
     rows = [np.concatenate([key.question, key.answer]).tolist() for key in text.keys]
     judged = [len(key.answer) for key in text.keys]
-    if isinstance(session, AnswersBehind) and "behind" in session.answers:
-        return session.score_behind(text.prompt, rows, judged)
+    if "behind" in session.answers:
+        return cast("AnswersBehind", session).score_behind(text.prompt, rows, judged)
     return [session.score([text.prompt + row], [count])[0] for row, count in zip(rows, judged, strict=True)]

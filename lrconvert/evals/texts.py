@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lrconvert.checkpoint.tokenizer import Encode
-from lrconvert.errors import InputError
+from lrconvert.errors import InputError, UsageError
 from lrconvert.evals.data_sets import PREFIX, Address, open_rows
 
 MOST_ROWS = 10_000  # rows of a data set that are searched for long ones
@@ -60,7 +60,7 @@ def sources_of(named: Sequence[str | Path | Text]) -> list[Source]:
             raise InputError(f"{path}: no .txt file in this folder")
         found += inside
     if not found:
-        raise InputError("no text to read", remedy="Give long texts with --text FILE")
+        raise UsageError("no text to read", remedy="Give long texts with --text FILE")
     return found
 
 

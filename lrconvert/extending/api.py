@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lrconvert.artifact.sliding import lifted_note
 from lrconvert.checkpoint import open_model
 from lrconvert.checkpoint.base import Model, refuse_quantised
 from lrconvert.checkpoint.tokenizer import tokenizer_of
@@ -19,6 +20,7 @@ from lrconvert.evals.texts import Text, read_texts, sources_of
 from lrconvert.extending.plan import Evaluate, Plan, Recover, Search, Tune, load_plan
 from lrconvert.extending.run import Extension, Finished, check_name, extended_recipe
 from lrconvert.extending.task import ADAPTER, Task
+from lrconvert.precision import long_name
 from lrconvert.progress import Progress, silent
 from lrconvert.recipe import Recipe, check_output, load_recipe, write_recipe
 from lrconvert.recipe.models import portable_name
@@ -31,12 +33,14 @@ HELD_OUT_SHARE = 10  # of every text the last tenth, where no held-out texts are
 
 @dataclass(frozen=True)
 class ExtendResult:
-    """The recipe and the folder that it was written to; None where the plan was not carried out to its end."""
+    """The recipe and the folder that it was written to; None where the plan was not carried out to its end. `notes`:
+    what its user has to know."""
 
     recipe: Recipe
     path: Path | None
     stages: tuple[Finished, ...]
     work: Path
+    notes: tuple[str, ...] = ()
 
 
 def extend(
@@ -98,7 +102,8 @@ def extend(
     )
     whole = len(done) == len(chosen.stage)
     path = _write(recipe, extension.recipe_file(done), folder, force) if whole else None
-    return ExtendResult(recipe if path is None else load_recipe(path), path, tuple(done), task.folder)
+    written = recipe if path is None else load_recipe(path)
+    return ExtendResult(written, path, tuple(done), task.folder, lifted_note(task.model, "an extension"))
 
 
 def estimate_extension(
@@ -152,6 +157,8 @@ def _prepared(
         [len(text.tokens) for text in read],
         [len(text.tokens) for text in kept],
     )
+    if machine.get("dtype"):
+        machine["dtype"] = long_name(machine["dtype"])
     place = Path(work) if work is not None else folder.with_name(folder.name + ".work")
     task = Task("", opened, str(model), read, kept, place, place, seed, machine, progress or silent)
     return task, folder

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -30,14 +31,20 @@ def case_row(
 
 
 class Rows(list[Row]):
-    """Rows that are shown to `watch` when they are known."""
+    """Rows that are shown to `watch` when they are known. `seconds`: how long each took, from the row before it or the
+    beginning. A check that finds several rows at once counts in the first of them."""
 
     def __init__(self, watch: Callable[[Row], None] | None = None) -> None:
         super().__init__()
         self._watch = watch
+        self.seconds: list[float] = []
+        self._last = time.perf_counter()
 
     def append(self, row: Row) -> None:
         super().append(row)
+        now = time.perf_counter()
+        self.seconds.append(now - self._last)
+        self._last = now
         if self._watch is not None:
             self._watch(row)
 
@@ -57,7 +64,7 @@ class Report:
     artifact: str
     against: str
     reference: str
-    rows: list[Row] = field(default_factory=Rows)
+    rows: Rows = field(default_factory=Rows)
     runtimes: dict[str, dict[str, Any]] = field(default_factory=dict)
     losses: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -104,9 +111,11 @@ class Report:
             tests=str(len(self.rows)),
             failures=str(len(self.failed)),
             skipped=str(sum(row.verdict in ("skipped", "known") for row in self.rows)),
+            time=f"{sum(self.rows.seconds):.3f}",
         )
-        for row in self.rows:
-            case = ElementTree.SubElement(suite, "testcase", classname=f"lrconvert.{row.code}", name=row.case)
+        for row, seconds in zip(self.rows, self.rows.seconds, strict=True):
+            values = {"classname": f"lrconvert.{row.code}", "name": row.case, "time": f"{seconds:.3f}"}
+            case = ElementTree.SubElement(suite, "testcase", values)
             if row.verdict == "fail":
                 ElementTree.SubElement(case, "failure", message=row.reason).text = str(asdict(row))
             elif row.verdict != "pass":

@@ -19,7 +19,7 @@ from lrconvert.artifact.manifest import EDITABLE, Manifest, manifest_path, repla
 from lrconvert.artifact.record import BakeRecord
 from lrconvert.artifact.target import Target
 from lrconvert.checkpoint import Checkpoint, Model, build_model, describe_source, open_model
-from lrconvert.checkpoint.adapter import merged, open_adapter
+from lrconvert.checkpoint.adapter import Adapter, merged, open_adapter
 from lrconvert.checkpoint.fold import folded
 from lrconvert.checkpoint.source import sha256_of
 from lrconvert.engines.capability import static
@@ -223,8 +223,10 @@ def _source(
     The source of a repaired GGUF has a broken rope scaling, so it is opened without complaint.
     """
     if against is not None:
-        notes = ["the manifest's adapter is not merged into the given model: it is compared unchanged"]
-        return open_model(against, tolerant=True), notes if manifest and manifest.source.get("adapter") else []
+        given = open_model(against, tolerant=True)
+        if manifest is None or given.checkpoint.path.resolve() == artifact.resolve():
+            return given, []
+        return _with_adapter(given, artifact, target, manifest)
     assert manifest is not None
     named = str(manifest.source["model"])
     try:
@@ -241,17 +243,35 @@ def _source(
         "its adapter is no longer the one": adapter is not None and adapter.description != recorded,
     }
     if any(changed.values()):
-        raise InputError(
-            f"{', '.join(what for what, is_so in changed.items() if is_so)} that {artifact} was made from, as "
-            f"{manifest_path(artifact).name} describes it",
-            remedy="Name the right one with --against, or convert again",
-        )
-    if adapter is not None:
-        # Rounded here only where the artifact's own weights were: a dtype of its own, a fold and quantised types are
-        # rounded once and later.
-        plain = manifest.bake.stored is None and manifest.bake.attention_scale == 1.0
-        model = merged(model, adapter, rounded=plain and not target.stored)
-    return model, []
+        raise _changed(", ".join(what for what, is_so in changed.items() if is_so), artifact)
+    return model if adapter is None else _merged(model, adapter, target, manifest), []
+
+
+def _with_adapter(model: Model, artifact: Path, target: Target[Any], manifest: Manifest) -> tuple[Model, list[str]]:
+    """A model that was given, with the adapter that the manifest names."""
+    recorded = manifest.source.get("adapter")
+    if not recorded:
+        return model, []
+    named = str(recorded["reference"])
+    adapter = open_adapter(named, manifest.source.get("adapter_revision"))
+    if adapter.description != recorded:
+        raise _changed("its adapter is no longer the one", artifact)
+    note = f"the adapter that the manifest names, {named}, is merged into the given model"
+    return _merged(model, adapter, target, manifest), [note]
+
+
+def _merged(model: Model, adapter: Adapter, target: Target[Any], manifest: Manifest) -> Model:
+    """Rounded here only where the artifact's own weights were: a dtype of its own, a fold and quantised types are
+    rounded once and later."""
+    plain = manifest.bake.stored is None and manifest.bake.attention_scale == 1.0
+    return merged(model, adapter, rounded=plain and not target.stored)
+
+
+def _changed(what: str, artifact: Path) -> InputError:
+    return InputError(
+        f"{what} that {artifact} was made from, as {manifest_path(artifact).name} describes it",
+        remedy="Name the right one with --against, or convert again",
+    )
 
 
 def _recipe(artifact: Path, manifest: Manifest | None, recipe: str | Path | Recipe | None) -> Recipe:

@@ -19,7 +19,7 @@ from lrconvert.searching.objective import Kind as ObjectiveKind
 from lrconvert.searching.plan import AlgorithmName, SearchPlan, SearchRequest, plan_search
 from lrconvert.searching.run import Progress, Search
 from lrconvert.searching.space import Kind as SpaceKind
-from lrconvert.training.devices import default_dtype
+from lrconvert.training.devices import computing_threads, default_dtype
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ def search(
     journal: str | Path | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    threads: int | None = None,
     attention: str | None = None,
     context_parallel: int = 1,
     shard_weights: bool = False,
@@ -116,8 +117,9 @@ def search(
         name: The recipe's name; None: the output's.
         adapter: A LoRA adapter, merged into the model for the search and named in the recipe.
         journal: The file of all evaluations; None: beside `output`. A search that finds its journal goes on from it.
-        device: cpu, cuda, cuda:1 …; None: a GPU where there is one. `dtype`: float32, bfloat16, float16; None:
-            bfloat16 on a GPU. `attention`: the kernel on a GPU; None: the fastest, measured.
+        device: cpu, cuda, cuda:1 …; None: a GPU where there is one. `dtype`: f32, bf16 or f16, or by the long names;
+            None: bf16 on a GPU. `threads`: PyTorch's, on a CPU; None: its own number. `attention`: the kernel on a GPU;
+            None: the fastest, measured.
         context_parallel: How many of torchrun's processes share a document. `shard_weights`: all share the weights.
         watch: Called with a `Note` or the `Progress` of a tier as they come.
 
@@ -162,7 +164,7 @@ def search(
     plan = plan_search(request)
     if dtype is None:
         plan = replace(plan, dtype=default_dtype(device, "a search"))
-    run = _Run(plan, device, attention, context_parallel, shard_weights, watch)
+    run = _Run(plan, device, threads, attention, context_parallel, shard_weights, watch)
     recipe = run.carried_out(_journal_file(journal, where))
     path = write_recipe(recipe, where, force=force) if where is not None and run.leading else None
     return SearchResult(recipe, path, run.journal, tuple(run.notes), run.leading)
@@ -181,13 +183,14 @@ class _Run:
         self,
         plan: SearchPlan,
         device: str | None,
+        threads: int | None,
         attention: str | None,
         context_parallel: int,
         shard_weights: bool,
         watch: Watch | None,
     ) -> None:
         self.plan, self.watch = plan, watch
-        self.device, self.attention = device, attention
+        self.device, self.threads, self.attention = device, threads, attention
         self.context_parallel, self.shard_weights = context_parallel, shard_weights
         self.leading = os.environ.get("RANK", "0") == "0"
         self.journal: Path | None = None
@@ -208,6 +211,7 @@ class _Run:
                 require(module, "search", "a search")
             from lrconvert.searching.evaluator import TransformersEvaluator
 
+            stack.enter_context(computing_threads(self.threads))
             evaluator = TransformersEvaluator(
                 self.plan.model,
                 device=self.device,

@@ -148,7 +148,8 @@ class Journal:
     def open(cls, path: Path, identity: dict[str, Any]) -> Journal:
         """Open or begin the journal of a search; `identity` is what makes two searches the same.
 
-        Raises `InputError` (exit code 3) when the file is the journal of another search, with all that differs, and
+        A journal of another search that has no evaluations begins anew. Raises `InputError` (exit code 3) when it has
+        some, with all that differs, and
         `UsageError` when another process writes it.
         """
         identity = json.loads(json.dumps(identity))  # as it comes back from a file
@@ -160,7 +161,10 @@ class Journal:
         try:
             _lock(file, path)
             found = read_journal(path)
-            if found.head and (differ := differences(found.head["identity"], identity)):
+            differ = differences(found.head["identity"], identity) if found.head else []
+            if differ and not found.records:  # nothing that was computed would be lost
+                found = Contents()
+            elif differ:
                 raise InputError(
                     f"{path} is the journal of another search: {'; '.join(differ)}",
                     remedy="Name another --journal, or remove this one to start again",

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lrconvert.artifact.sliding import lifted_note
 from lrconvert.checkpoint import Model, describe_source, open_model
 from lrconvert.checkpoint.adapter import Adapter, choose_adapter, merged, open_adapter
 from lrconvert.checkpoint.base import refuse_quantised
@@ -19,6 +20,7 @@ from lrconvert.engines.capability import SEARCHABLE
 from lrconvert.errors import UsageError
 from lrconvert.evals.passkey import PasskeyFormat, form_of
 from lrconvert.evals.texts import Text, read_texts, sources_of
+from lrconvert.precision import long_name
 from lrconvert.recipe import Recipe, load_recipe, recipe_folder
 from lrconvert.recipe.models import ground_of, portable_name
 from lrconvert.rope import Tier, longrope_attention_factor, serving
@@ -194,14 +196,14 @@ def plan_search(request: SearchRequest) -> SearchPlan:
         seed=request.seed,
         tiers=plans,
         texts=tuple(texts),
-        dtype=request.dtype or "float32",
+        dtype=long_name(request.dtype or "float32"),
         name=request.name or _name(request, model),
         base_model=portable_name(request.model, model.checkpoint.path),
         kept=tuple(tier for tier in kept if tier.max_length <= request.target),
         uniform=request.uniform,
         adapter=adapter,
         adapter_path=None if adapter is None else _beside(adapter.reference, request.output),
-        notes=notes,
+        notes=(*notes, *lifted_note(model, "a search")),
     )
 
 

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from lrconvert.errors import EnvironmentFailure, UsageError, require
@@ -43,6 +45,18 @@ def process_device(name: str | None, purpose: str) -> Any:
         device = torch.device("cuda", device.index if device.index is not None else local)
         torch.cuda.set_device(device)
     return device
+
+
+@contextlib.contextmanager
+def computing_threads(count: int | None) -> Iterator[None]:
+    """Within, PyTorch computes with `count` threads; None: as many as before."""
+    torch = require("torch", "search", "computing with PyTorch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def default_dtype(device: str | None, purpose: str) -> str:

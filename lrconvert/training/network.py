@@ -63,7 +63,8 @@ def _plain_rope(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _full_attention(config: Any) -> Any:
-    """Every layer attends to every token, as in artifacts, whose sliding window is the target window."""
+    """Every layer attends to every token. Where a sliding window acts on the model, `artifact.sliding.lifted_note` says
+    so: an artifact keeps it unless it is lifted there too."""
     config.sliding_window = None
     if getattr(config, "layer_types", None):
         config.layer_types = ["full_attention"] * config.num_hidden_layers

@@ -18,8 +18,12 @@ import lrconvert
 from lrconvert.artifact.manifest import Manifest
 from lrconvert.checkpoint import open_model
 from lrconvert.errors import InputError, UnsupportedError
+from lrconvert.evals.texts import Text
+from lrconvert.extending.api import extend as lrconvert_extend
+from lrconvert.extending.plan import parse_plan
 from lrconvert.families import get_family, read_shape
 from lrconvert.parity.reference_runner import ReferenceRunner
+from lrconvert.searching.plan import SearchRequest, plan_search
 
 WINDOW = 256
 # Family: what its configs say, and how many tokens each of two layers attends to.
@@ -208,3 +212,24 @@ def test_a_gguf_that_says_it_has_one_is_asked_about_too(tmp_path: Path) -> None:
         lrconvert.gguf(path, None, tmp_path / "again.gguf")
     lrconvert.gguf(path, None, tmp_path / "again.gguf", lift=True)
     assert open_model(tmp_path / "again.gguf").shape.sliding == ()
+
+
+def test_a_search_says_that_it_lifts_them(pico_folder: Callable[..., Path]) -> None:
+    """Where they act on the model; not where none does."""
+    text = Text("book.txt", "ab" * 32, np.arange(8 * WINDOW) % 101)
+    for width, said in ((40, True), (4 * WINDOW, False)):
+        folder = pico_folder("mistral", max_position_embeddings=WINDOW, sliding_window=width)
+        plan = plan_search(SearchRequest(folder, 4 * WINDOW, [text]))
+        words = [note for note in plan.notes if note.startswith("a search attends to every token")]
+        assert bool(words) is said, width
+        assert all("of 40 tokens in 2 of 2 layers" in note and "--lift-sliding-window" in note for note in words)
+
+
+def test_an_extension_says_it_too(pico_folder: Callable[..., Path], tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    np.save(tmp_path / "text.npy", np.arange(8 * WINDOW) % 101)
+    plan = parse_plan(f'[[stage]]\nkind = "derive"\nwindow = {4 * WINDOW}\n', "plan.toml")
+    for width, said in ((40, True), (4 * WINDOW, False)):
+        folder = pico_folder("mistral", max_position_embeddings=WINDOW, sliding_window=width)
+        found = lrconvert_extend(folder, texts=[tmp_path / "text.npy"], output=tmp_path / f"r{width}", plan=plan)
+        assert [note.startswith("an extension attends to every token") for note in found.notes] == [True] * said

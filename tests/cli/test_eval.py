@@ -149,7 +149,10 @@ def test_bad_input(cli: Run, tmp_path: Path) -> None:
     ):
         said = cli("eval", "perplexity", "demo", "--text", HELDOUT, "--lengths", "4k", *wrong)
         assert said.code == code and words in said.err and said.err.count("\n") == 1, said.err
-    assert cli("eval", "perplexity", "demo", "--lengths", "4k").code == 3
+    for command in (("eval", "perplexity", "demo", "--lengths", "4k"), ("eval", "retrieval", "demo", "--lengths", "4k"),
+                    ("extend", "demo", "-o", tmp_path / "r")):  # fmt: skip
+        said = cli(*command)
+        assert said.code == 2 and "Missing option '--text'" in said.err, said.err
     assert cli("eval", "passkey", tmp_path / "nothing", "--lengths", "1k").code == 3
 
 

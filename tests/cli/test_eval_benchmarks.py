@@ -60,6 +60,15 @@ def test_a_result_and_its_difference_from_an_earlier_one(cli: Run, data: Path, t
     assert [row["difference"]["value"] for row in rest] == [0.0, 0.0]
 
 
+def test_a_result_that_is_compared_with_is_not_overwritten(cli: Run, data: Path, tmp_path: Path) -> None:
+    """However the two are spelled, and before anything is read."""
+    (tmp_path / "before.json").write_text("kept")
+    for stem in (tmp_path / "before", tmp_path / "." / "x" / ".." / "before"):
+        said = cli(*asked(data, "--against", tmp_path / "before.json", "-o", stem))
+        assert said.code == 2 and "which --against compares with" in said.err
+    assert (tmp_path / "before.json").read_text() == "kept"
+
+
 def test_results_of_other_questions_are_not_compared(cli: Run, data: Path, tmp_path: Path) -> None:
     """Everything that differs is named at once; damaged files are no results."""
     rows: list[dict[str, Any]] = [
@@ -113,6 +122,6 @@ def test_bad_input(cli: Run, data: Path, tmp_path: Path, monkeypatch: pytest.Mon
 def test_without_the_hub_local_data_are_named(cli: Run) -> None:
     """lm-eval's own tasks: one that it does not have, and one whose questions can't be had."""
     said = cli("eval", "benchmarks", "demo", "--tasks", "truthfulqa_mc2,no_such_task")
-    assert said.code == 2 and said.err.startswith("lrconvert: no_such_task: lm-eval has no such task")
+    assert said.code == 2 and "\nlrconvert: no_such_task: lm-eval has no such task" in f"\n{said.err}"
     said = cli("eval", "benchmarks", "demo", "--tasks", "truthfulqa_mc2")
     assert said.code == 6 and "--data DIR" in said.err and said.err.count("\n") == 1

@@ -212,7 +212,8 @@ def test_a_gguf_is_a_source(pico: Pico, tmp_path: Path, family: str, options: Op
 @pytest.mark.parametrize("dtype", ["f32", "f16", "int8"])
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_an_adapter_is_merged(pico: Pico, tmp_path: Path, family: str, dtype: str, options: Options) -> None:
-    """The folder holds base + adapter, rounded once; verify merges them by itself, and the bare base is told apart."""
+    """The folder holds base + adapter, rounded once; verify merges them by itself, also into a base that is named, and
+    the bare base is told apart."""
     model = pico(family)
     module = "model.layers.0.self_attn.q_proj" if family == "llama" else "model.layers.0.self_attn.qkv_proj"
     rows, columns = model.checkpoint.tensors[f"{module}.weight"].shape
@@ -226,6 +227,14 @@ def test_an_adapter_is_merged(pico: Pico, tmp_path: Path, family: str, dtype: st
         wanted = merged(model, adapter, rounded=False).checkpoint.read(f"{module}.weight")
         found = open_model(tmp_path / "a").checkpoint.read(f"{module}.weight")
         np.testing.assert_array_equal(found, wanted)
+    named = verify(tmp_path / "a", against=model.reference, options=options)
+    assert named.passed, named.summary
+    assert named.notes == [f"the adapter that the manifest names, {adapter.reference}, is merged into the given model"]
+    own = verify(tmp_path / "a", against=str(tmp_path / "a"), options=options)
+    assert own.passed and not own.notes  # it has the adapter in its weights
+    manifest = json.loads((tmp_path / "a" / MANIFEST).read_text())
+    manifest["source"]["adapter"] = None
+    (tmp_path / "a" / MANIFEST).write_text(json.dumps(manifest))
     bare = verify(tmp_path / "a", against=model.reference, options=options)
     assert "weights" in {row.code for row in bare.failed}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from xml.etree import ElementTree
 
 import numpy as np
@@ -136,7 +137,9 @@ def test_every_tolerance_has_a_reason_and_every_length_a_tolerance() -> None:
 
 
 def report(*rows: Row) -> Report:
-    return Report("a", "m + r", "reference", rows=list(rows))
+    made = Report("a", "m + r", "reference")
+    made.rows += rows
+    return made
 
 
 PASS = Row("custom", "at 64", "pass", 64, 1e-12, 1e-11, 1e-5, 1.0, 1e-8)
@@ -163,6 +166,18 @@ def test_a_report_renders_as_json_junit_and_table() -> None:
     assert [len(case) for case in suite] == [0, 1, 1, 1]
     assert [line_of(row).split()[-1] for row in made.rows] == [row.verdict for row in made.rows]
     assert len({len(line_of(row)) - len(row.verdict) for row in made.rows}) == 1  # under one header
+
+
+def test_junit_cases_have_their_time() -> None:
+    """From the row before to its own; the suite has the sum."""
+    made = Report("a", "b", "c")
+    for row, wait in ((PASS, 0.02), (KNOWN, 0.0), (FAIL, 0.05)):
+        time.sleep(wait)
+        made.rows += [row]
+    suite = ElementTree.fromstring(made.to_junit())
+    times = [float(case.get("time", "nan")) for case in suite]
+    assert times[0] >= 0.02 and times[1] < 0.02 and times[2] >= 0.05
+    assert float(suite.get("time", "nan")) == pytest.approx(sum(times), abs=0.002)
 
 
 def test_decoding_compares_what_it_says() -> None:

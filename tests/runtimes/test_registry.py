@@ -31,6 +31,7 @@ from lrconvert.runtimes.answers import PROTOCOLS
 from lrconvert.runtimes.backend import Runtime
 from lrconvert.runtimes.llama_cpp import LlamaSession
 from lrconvert.runtimes.onnxruntime import ANSWERS, OnnxSession
+from lrconvert.runtimes.transformers import TransformersSession
 from lrconvert.targets import all_targets, target_names
 
 SHIPPED = tuple(RUNTIMES)
@@ -122,13 +123,17 @@ def test_names_cost_no_imports() -> None:
 def test_sessions_have_what_they_answer() -> None:
     """Each answer is a protocol, whose methods the session has; whatever is checked by it is an answer."""
     protocols: dict[str, type] = {**PROTOCOLS}
-    answers = {LlamaSession: LlamaSession.answers, OnnxSession: ANSWERS | {"placements"}}
+    answers = {
+        LlamaSession: LlamaSession.answers,
+        OnnxSession: ANSWERS | {"placements"},
+        TransformersSession: TransformersSession.answers,
+    }
     for session, named in answers.items():
         assert named <= set(PROTOCOLS)
         for answer in named:
             assert issubclass(session, protocols[answer]), (session, answer)
     assert set(CHECKS) < set(PROTOCOLS)
-    assert {"contexts", "cached", "shift"} == set(PROTOCOLS) - set(CHECKS)
+    assert {"contexts", "cached", "shift", "behind"} == set(PROTOCOLS) - set(CHECKS)
     assert "shift" in MEASURED
 
 

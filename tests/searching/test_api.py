@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lrconvert.data import DATA
 from lrconvert.errors import InputError, UsageError
@@ -50,6 +51,19 @@ def test_without_an_output_nothing_is_written(text: Path, tmp_path: Path, monkey
     found = search("demo", texts=[str(text)], **ASKED)
     assert (found.path, found.journal, found.recipe.name) == (None, None, "demo-128")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_search_computes_with_the_threads_that_it_is_given(text: Path) -> None:
+    """While it runs; the process has its own number again afterwards."""
+    before, seen = torch.get_num_threads(), []
+
+    def watch(event: Any) -> None:
+        seen.append(torch.get_num_threads())
+
+    for threads in (1, 3):
+        search("demo", texts=[text], watch=watch, threads=threads, **ASKED)
+        assert set(seen) == {threads} and torch.get_num_threads() == before
+        seen.clear()
 
 
 def test_what_is_no_recipe_is_never_replaced(text: Path, tmp_path: Path) -> None:

@@ -363,7 +363,7 @@ def test_what_comes_next_is_not_into_the_recipe(
 
 def test_no_text_and_an_output_that_exists(text: Path, whole: Path, cli: Run, tmp_path: Path) -> None:
     found = cli("search", "demo", "--target", "256", "-o", tmp_path / "r")
-    assert found.code == 3 and "no text to read" in found.err
+    assert found.code == 2 and "no text to read" in found.err
     (tmp_path / "short.txt").write_text("In the beginning")
     found = cli(*arguments(tmp_path / "short.txt", tmp_path / "r"))
     assert found.code == 3 and "fewer than the 128 of the target" in found.err  # not than the short set's 32

@@ -86,6 +86,17 @@ def test_another_search_s_journal_is_refused_with_all_that_differs(tmp_path: Pat
     assert path.read_bytes() == before
 
 
+def test_a_journal_without_evaluations_is_begun_again_by_another_search(tmp_path: Path) -> None:
+    """A search that was refused or killed before its first answer leaves a head and a run: nothing would be lost."""
+    path = write(tmp_path / "j.jsonl", [])
+    other = {**IDENTITY, "seed": 1}
+    with Journal.open(path, other) as journal:
+        assert not journal.found.head and not journal.found.runs
+        journal.append(records()[0])
+    found = read_journal(path)
+    assert found.head["identity"] == other and found.records == records()[:1] and not found.runs
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [

@@ -126,6 +126,7 @@ def plan(
         texts[modelfile.name_of(output)] = modelfile.render([stream.name for stream in streams], written).encode()
     used = [path for path in (options.imatrix, adapter and adapter.file.path) if path is not None]
     stored = None if scheme is None else scheme.name
+    notes = [*model.notes, *model.dequantised(stored), *windows.notes, *recipe.warnings(), *notes]
     return Plan(
         target="gguf",
         model=model,
@@ -139,7 +140,7 @@ def plan(
         headline=_headline(scheme, [*factors, *tensors]),
         edits=[Edit(output.name, key, None, value) for key, value in rope.items()],
         dropped=dropped,
-        notes=[*model.notes, *windows.notes, *recipe.warnings(), *_window_notes(written, options.static), *notes],
+        notes=[*notes, *_window_notes(written, options.static)],
         options=_recorded(options, architecture, imatrix),
         place="files",
         stamps=snapshot([*model.checkpoint.weight_files(), *used]),

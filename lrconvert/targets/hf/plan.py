@@ -71,7 +71,15 @@ def plan(
     copies |= weights
     texts |= index
     found = source_card(model)
-    notes = [*model.notes, *windows.notes, *recipe.warnings(), *_notes(spec, scale, texts, copies), *found.notes]
+    written = [] if stored is None else model.dequantised(stored.lower())
+    notes = [
+        *model.notes,
+        *written,
+        *windows.notes,
+        *recipe.warnings(),
+        *_notes(spec, scale, texts, copies),
+        *found.notes,
+    ]
     card = render(
         model, recipe, spec, CARD_TEXT, source=found, dropped=dropped, losses=losses, notes=notes, adapter=adapter
     )

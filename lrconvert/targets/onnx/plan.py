@@ -92,7 +92,8 @@ def plan(
         GENAI: json_bytes(genai, GENAI),
     }
     found = source_card(model)
-    notes = [*model.notes, *windows.notes, *recipe.warnings(), *_notes(options, spec), *found.notes]
+    written = model.dequantised(options.dtype)
+    notes = [*model.notes, *written, *windows.notes, *recipe.warnings(), *_notes(options, spec), *found.notes]
     dropped = list(windows.dropped)
     card = render(model, recipe, spec, CARD_TEXT, source=found, dropped=dropped, notes=notes, adapter=adapter)
     texts[CARD] = card.encode()

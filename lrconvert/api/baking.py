@@ -12,6 +12,7 @@ from lrconvert.artifact.manifest import Manifest
 from lrconvert.artifact.plan import Plan
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.checkpoint.adapter import choose_adapter, open_adapter
+from lrconvert.precision import short_name
 from lrconvert.progress import Progress
 from lrconvert.recipe import Recipe
 from lrconvert.recipe.importing import open_recipe
@@ -80,13 +81,14 @@ def hf(
 ) -> Artifact:
     """Bake a Hugging Face folder.
 
-    `window`: stop there, in tokens. `dtype`: bf16, f16 or f32; None keeps the stored bytes. `portable`: only what other
-    engines compute right too, `lossy`: and drop what they can't. `link`: see `lrconvert.artifact.bake.bake`. `force`
-    replaces an artifact. `lift`: without the model's sliding windows. Raises what `lrconvert.errors` lists.
+    `window`: stop there, in tokens. `dtype`: f32, bf16 or f16, or by the long names; None keeps the stored bytes.
+    `portable`: only what other engines compute right too, `lossy`: and drop what they can't. `link`: see
+    `lrconvert.artifact.bake.bake`. `force` replaces an artifact. `lift`: without the model's sliding windows. Raises
+    what `lrconvert.errors` lists.
     """
     from lrconvert.targets.hf import Options
 
-    options = Options(window=window, dtype=dtype, portable=portable, lossy=lossy, lift=lift)
+    options = Options(window=window, dtype=dtype and short_name(dtype), portable=portable, lossy=lossy, lift=lift)
     plan = plan_bake("hf", model, recipe, output, options, adapter=adapter, revision=revision)
     return Artifact(plan.opens, bake(plan, force=force, link=link, progress=progress))
 
@@ -162,6 +164,6 @@ def onnx(
     """
     from lrconvert.targets.onnx import Options
 
-    options = Options(window, dtype, attention, opset, double, genai_rewind, lift)
+    options = Options(window, short_name(dtype), attention, opset, double, genai_rewind, lift)
     plan = plan_bake("onnx", model, recipe, output, options, adapter=adapter, revision=revision)
     return Artifact(plan.opens, bake(plan, force=force, progress=progress))

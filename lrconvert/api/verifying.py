@@ -10,11 +10,13 @@ from lrconvert.artifact.checks import Row
 from lrconvert.errors import require
 from lrconvert.parity import Options, Report
 from lrconvert.parity import verify as compare
+from lrconvert.precision import long_name, short_name
 from lrconvert.progress import Progress
 from lrconvert.recipe import Recipe
 from lrconvert.recipe.importing import open_recipe
 from lrconvert.runtimes import runtime_for
 from lrconvert.targets import target_of
+from lrconvert.training.devices import torch_device
 
 
 def verify(
@@ -23,7 +25,7 @@ def verify(
     against: str | None = None,
     recipe: str | Path | Recipe | None = None,
     device: str = "cpu",
-    dtype: str = "float32",
+    dtype: str | None = None,
     codes: Sequence[str] = (),
     runtime: str | None = None,
     full: bool = False,
@@ -37,13 +39,13 @@ def verify(
     """Does an artifact compute what its recipe says? `report.passed` is the answer, `report.rows` the evidence.
 
     `against` and `recipe`: the model and recipe to compare with; by default those that the manifest names. Its
-    adapter is merged into the model that is given. A recipe is
-    named as for baking: a file, a folder, a shipped name, or a model whose rotation it is. `dtype`:
-    what the artifact computes in; the reference stays in float64 (float32 on a GPU). `codes`: "native", "custom" or
-    both, of what transformers runs. `runtime`: what runs the artifact; `python`: its interpreter. `full`: consecutive
-    positions at every length. `progress` gets every step, `watch` every row when it is known. Raises only where
-    nothing can be compared.
+    adapter is merged into the model that is given. A recipe is named as for baking: a file, a folder, a shipped name,
+    or a model whose rotation it is. `dtype`: what a folder computes in, f32 (default), bf16 or f16, or by the long
+    names; the reference stays in float64 (float32 on a GPU). `codes`: "native", "custom" or both, of what transformers
+    runs. `runtime`: what runs the artifact; `python`: its interpreter. `full`: consecutive positions at every length.
+    `progress` gets every step, `watch` every row when it is known. Raises only where nothing can be compared.
     """
+    dtype, kv = dtype and long_name(dtype), short_name(kv)
     path = Path(artifact)
     target = target_of(path)
     chosen = runtime_for(target.name, runtime)
@@ -51,10 +53,12 @@ def verify(
     chosen.require("verify")
     for module, extra in (*target.needs, ("torch", "hf")):
         require(module, extra, "verify")
+    torch_device(device, "hf", "verify")
+    ignored = chosen.ignored(dtype)
     named = recipe if recipe is None or isinstance(recipe, Recipe) else open_recipe(recipe)[0]
     options = Options(
         device=device,
-        dtype=dtype,
+        dtype="float32" if dtype is None or ignored else dtype,
         threads=threads,
         python=python,
         library=library,
@@ -63,4 +67,6 @@ def verify(
         backends=tuple(codes) or None,
         full=full,
     )
-    return compare(path, target, against=against, recipe=named, options=options, progress=progress, watch=watch)
+    report = compare(path, target, against=against, recipe=named, options=options, progress=progress, watch=watch)
+    report.notes += ignored
+    return report

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lrconvert.cli import _output as out
-from lrconvert.cli._common import SEED, OutputName, Registered
+from lrconvert.cli._common import SEED, OutputName, Precision, Registered
 from lrconvert.cli._progress import show_progress
 from lrconvert.runtimes import backend_choices
 
@@ -33,9 +33,7 @@ def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "implementation. Default: the artifact's own.",
         ),
         click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 …"),
-        click.option(
-            "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True
-        ),
+        click.option("--dtype", type=Precision(), help="What a folder computes in; default: f32."),
         click.option("--threads", type=click.IntRange(1), help="Threads of the runtime."),
         click.option("--llama-library", "library", metavar="PATH", help="libllama for a GGUF."),
         click.option(

@@ -10,6 +10,7 @@ import click
 
 from lrconvert.cli import _bake
 from lrconvert.cli import _output as out
+from lrconvert.cli._common import Precision
 
 if TYPE_CHECKING:
     from lrconvert.artifact.plan import Plan
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 @click.command(name="hf", short_help="Bake a recipe into a Hugging Face folder.")
 @_bake.shared_options
 @_bake.output_option("DIR", "Output folder.")
-@click.option("--dtype", type=click.Choice(["bf16", "f16", "f32"]), help="Convert the weights; default: as stored.")
+@click.option("--dtype", type=Precision(), help="Convert the weights; default: as stored.")
 @click.option("--portable", is_flag=True, help="Write only what other engines compute correctly too; the attention "
               "factor is folded into q and k.")  # fmt: skip
 @click.option("--allow-lossy", "lossy", is_flag=True, help="With --portable: drop what other engines can't express.")

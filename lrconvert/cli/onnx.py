@@ -8,12 +8,13 @@ from typing import Any
 import click
 
 from lrconvert.cli import _bake
+from lrconvert.cli._common import Precision
 
 
 @click.command(name="onnx", short_help="Bake a recipe into an ONNX folder.")
 @_bake.shared_options
 @_bake.output_option("DIR", "Output folder.")
-@click.option("--dtype", type=click.Choice(["f32", "f16", "bf16", "int8", "int4"]), default="f32", show_default=True,
+@click.option("--dtype", type=Precision("f32", "bf16", "f16", "int8", "int4"), default="f32", show_default=True,
               help="int8 and int4 quantise the weights of matrix products; the rotation stays exact.")  # fmt: skip
 @click.option("--attention", type=click.Choice(["gqa", "standard"]), default="gqa", show_default=True,
               help="ONNX Runtime's fused operator, or the standard one: slower, for left-padded batches and "

@@ -22,6 +22,7 @@ from lrconvert.cli._common import (
     TOKENS,
     Number,
     OutputName,
+    Precision,
     Registered,
     force_option,
     model_argument,
@@ -117,8 +118,7 @@ class TierLength(click.ParamType):
 @click.option("--original-window", type=TOKENS, help="Override the window that the model's config says it serves.")
 @click.option("--name", help="The recipe's name; default: the output's.")
 @click.option("--device", help="cpu, cuda, cuda:1 …; default: a GPU if there is one.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
-              help="Default: bfloat16 on a GPU, float32 on a CPU.")  # fmt: skip
+@click.option("--dtype", type=Precision(), help="Default: bf16 on a GPU, f32 on a CPU.")  # fmt: skip
 @click.option("--threads", type=click.IntRange(1), help="Threads of PyTorch on a CPU; default: PyTorch's own number.")
 @click.option("--attention", type=click.Choice(["cudnn", "flash", "efficient", "math"]),
               help="Attention kernel on a GPU; default: the fastest measured.")  # fmt: skip

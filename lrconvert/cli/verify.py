@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lrconvert.cli import _output as out
-from lrconvert.cli._common import Registered
+from lrconvert.cli._common import Precision, Registered
 from lrconvert.cli._progress import show_progress
 from lrconvert.runtimes import RUNTIMES, backend_choices
 
@@ -30,10 +30,8 @@ if TYPE_CHECKING:
 @click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1 …")
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    default="float32",
-    show_default=True,
-    help="What the artifact computes in; the reference stays in float64 (float32 on a GPU).",
+    type=Precision(),
+    help="What a folder computes in, default: f32; the reference stays in float64 (float32 on a GPU).",
 )
 @click.option(
     "--code",
@@ -55,7 +53,7 @@ if TYPE_CHECKING:
 @click.option("--python", help="Interpreter for the runtime: another version of transformers, mlx-lm, vLLM.")
 @click.option("--llama-library", "library", metavar="PATH", help="libllama for a GGUF; default: an installed one.")
 @click.option(
-    "--kv", type=click.Choice(["f32", "f16"]), default="f32", show_default=True, help="Type of llama.cpp's KV cache."
+    "--kv", type=Precision("f32", "f16"), default="f32", show_default=True, help="Type of llama.cpp's KV cache."
 )
 @click.option("--threads", type=click.IntRange(1), help="Threads of the runtime.")
 @click.option("--junit", type=click.Path(path_type=Path), metavar="FILE", help="Also write JUnit XML.")
@@ -65,7 +63,7 @@ def command(
     against: str | None = None,
     recipe: str | None = None,
     device: str = "cpu",
-    dtype: str = "float32",
+    dtype: str | None = None,
     codes: tuple[str, ...] = (),
     runtime: str | None = None,
     full: bool = False,

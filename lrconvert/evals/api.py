@@ -27,8 +27,9 @@ from lrconvert.evals.perplexity import measure_perplexity
 from lrconvert.evals.protocols import EXCERPTS, Plan
 from lrconvert.evals.retrieval import PROTOCOL as RETRIEVAL_PROTOCOL
 from lrconvert.evals.retrieval import evaluation_form, measure_retrieval
-from lrconvert.evals.subject import Subject, opened
+from lrconvert.evals.subject import REFERENCE, Subject, opened
 from lrconvert.evals.texts import read_texts, sources_of
+from lrconvert.precision import long_name
 from lrconvert.progress import Progress, Step, silent
 from lrconvert.runtimes.base import Session
 from lrconvert.training.keys import LabelledForm
@@ -44,7 +45,7 @@ class Options(TypedDict, total=False):
 
     recipe: Evaluate a plain model under this recipe, without baking it.
     code: Which code of the artifact runs: native, custom, or reference for our own implementation; default: its own.
-    device: cpu, cuda, cuda:1 …; default: cpu. dtype: float32 (default), bfloat16, float16.
+    device: cpu, cuda, cuda:1 …; default: cpu. dtype: f32 (default), bf16, f16, or by the long names.
     threads: Threads of the runtime. library: libllama for a GGUF.
     seed: Of everything that is random; default: 0.
     output: A stem: STEM.json and the picture STEM.png are written.
@@ -103,6 +104,7 @@ def perplexity(
     """
     run = _Run.of(artifact, options)
     plan = Plan(tuple(lengths), judged, excerpts, whole, step, document_tokens)
+    run.check_lengths(lengths)
     sources, subject = sources_of(texts), run.subject
     read = read_texts(sources, lambda: tokenizer_of(subject.artifact), vocab=subject.vocab(), tokens=plan.needed)
     plan.check([len(text.tokens) for text in read])
@@ -136,9 +138,11 @@ def passkey(
     The key is placed at `depths` depths from start to end, in `trials` documents each. `form` is a passkey.json with
     the sentences; None: the model's own, or plain English ones.
 
-    Raises `InputError` for a `form` that is damaged and a length that is too short, and as `Subject.of` and `opened`.
+    Raises `UsageError` for a GGUF or an ONNX folder and a length beyond its window, `InputError` for a `form` that is
+    damaged and a length that is too short, and as `Subject.of` and `opened`.
     """
     run = _Run.of(artifact, options)
+    run.check_lengths(lengths)
     path = form or form_of(run.subject.artifact)
     sentences = PasskeyFormat.read(path)
     with run.session() as (session, encode):
@@ -178,6 +182,7 @@ def retrieval(
     `Subject.of` and `opened`.
     """
     run = _Run.of(artifact, options)
+    run.check_lengths(lengths)
     path = form or form_of(run.subject.artifact)
     sentences = LabelledForm.read(path) if form else evaluation_form(run.subject.artifact)
     subject = run.subject
@@ -298,8 +303,22 @@ class _Run:
     def of(cls, artifact: str | Path, options: Options) -> _Run:
         given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
         subject = Subject.of(str(artifact), given.pop("recipe", None))
-        output = given.pop("output", None)
-        return cls(subject, output=None if output is None else Path(output), **given)
+        output, dtype = given.pop("output", None), given.pop("dtype", None)
+        run = cls(subject, output=None if output is None else Path(output), **given)
+        if dtype is not None:
+            run.dtype = long_name(dtype)
+            if run.code != REFERENCE:
+                run.warnings += subject.runtime.ignored(run.dtype)
+        return run
+
+    def check_lengths(self, lengths: Sequence[int]) -> None:
+        """`UsageError` for documents beyond the window of an artifact whose window is fixed."""
+        window = self.subject.window if self.subject.runtime.fixed else None
+        if window is not None and max(lengths) > window:
+            raise UsageError(
+                f"{self.subject.reference} serves {window} tokens; documents of {max(lengths)} are beyond that",
+                remedy="Use shorter --lengths, or bake it for a longer window",
+            )
 
     def warn(self, text: str) -> None:
         self.warnings.append(text)

@@ -79,6 +79,17 @@ class Subject:
             return model
         return merged(model, adapter, rounded=model.checkpoint.native)
 
+    @property
+    def runtime(self) -> Runtime:
+        """What runs it: a model under a given recipe is baked to a folder first."""
+        return runtime_for("hf" if self.given is not None else target_of(self.artifact).name)
+
+    @property
+    def window(self) -> int | None:
+        """The longest sequence that it serves, if the config has it."""
+        window = open_checkpoint(self.artifact, tolerant=True).config.get("max_position_embeddings")
+        return window if isinstance(window, int) else None
+
     def vocab(self) -> int | None:
         """The size of the vocabulary, if the config has it."""
         size = open_checkpoint(self.artifact, tolerant=True).config.get("vocab_size")
@@ -143,7 +154,7 @@ def opened(
     """
     if code == REFERENCE and dtype != "float32":
         raise UsageError("the reference computes in float64, on a GPU in float32", remedy="Omit --dtype")
-    runtime = runtime_for("hf" if subject.given is not None else target_of(subject.artifact).name)
+    runtime = subject.runtime
     purpose = f"an evaluation in {runtime.name}"
     if code != REFERENCE:
         runtime.require(purpose)

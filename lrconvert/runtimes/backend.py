@@ -12,6 +12,7 @@ from lrconvert.checkpoint.base import read_json
 from lrconvert.engines.capability import Capability
 from lrconvert.errors import UsageError, require
 from lrconvert.families import Family
+from lrconvert.precision import short_name
 from lrconvert.runtimes.base import Interpreter, Session
 from lrconvert.runtimes.tolerances import Tolerance, tolerance_for
 
@@ -87,13 +88,21 @@ class Runtime:
     """A program that runs artifacts.
 
     `runs`: names of targets; `needs`: modules that this environment must have, each with the extra that brings it
-    (none for a program in an environment of its own, which `OpenOptions.python` names).
+    (none for a program in an environment of its own, which `OpenOptions.python` names). `fixed`: the artifact says what
+    is computed in and how long a sequence gets.
     """
 
     name: str
     runs: tuple[str, ...]
     backends: tuple[Backend, ...]
     needs: tuple[tuple[str, str], ...] = ()
+    fixed: bool = False
+
+    def ignored(self, dtype: str | None) -> list[str]:
+        """What a user has to know of a `dtype` that was asked for and means nothing here."""
+        if dtype is None or not self.fixed:
+            return []
+        return [f"--dtype {short_name(dtype)} means nothing here: {self.name} computes in the types of the artifact"]
 
     @property
     def uses_torch(self) -> bool:

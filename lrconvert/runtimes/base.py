@@ -91,8 +91,8 @@ class Interpreter:
         )
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The worker's answer. `EnvironmentFailure` when it died or lacks a module, `InputError` when the
-        runtime raised."""
+        """The worker's answer. `EnvironmentFailure` when it died or lacks a module or a device, `InputError` when
+        the runtime raised."""
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
@@ -105,6 +105,8 @@ class Interpreter:
         answer = json.loads(line)
         if missing := answer.get("missing"):
             raise EnvironmentFailure(f"this check needs {missing}, which can't be imported", remedy=answer["remedy"])
+        if reason := answer.get("no_device"):
+            raise EnvironmentFailure(reason, remedy="Use --device cpu")
         if error := answer.get("error"):
             raise InputError(f"the runtime refuses the artifact: {error}")
         return answer

@@ -200,6 +200,7 @@ def _tolerances() -> tuple[Tolerance, ...]:
 RUNTIME = Runtime(
     name="llama.cpp",
     runs=("gguf",),
+    fixed=True,
     backends=(
         Backend(
             name="llama.cpp",

@@ -175,7 +175,7 @@ class Worker:
         used = [words for name, words in self.lib.gpus().items() if any(is_of(buffer, name) for buffer in buffers)]
         if not used or not offloaded or offloaded[1] != offloaded[2]:
             layers = f"{offloaded[1]} of {offloaded[2]} layers" if offloaded else "no layers"
-            raise RuntimeError(
+            raise loop.NoDevice(
                 f"the model runs on the CPU, fully or partly: {layers} are on a GPU, "
                 f"weights are in {', '.join(buffers) or 'no buffer'} ({self.lib.name})"
             )

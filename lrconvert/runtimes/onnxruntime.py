@@ -152,6 +152,7 @@ TOLERANCES = (
 RUNTIME = Runtime(
     name="onnxruntime",
     runs=("onnx",),
+    fixed=True,
     backends=(
         Backend(
             name="onnxruntime",

@@ -29,9 +29,11 @@ class Worker:
         self.path = Path(request["artifact"]) / GRAPH
         self.cuda = request["device"].startswith("cuda")
         if self.cuda and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            raise RuntimeError("this onnxruntime has no CUDA provider; onnxruntime-gpu has one")
+            raise loop.NoDevice("this onnxruntime has no CUDA provider; onnxruntime-gpu has one")
         self.count, self.parts = 0, None
         self.whole = self.session(str(self.path))
+        if self.cuda and "CUDAExecutionProvider" not in self.whole.get_providers():  # it falls back and says nothing
+            raise loop.NoDevice(f"--device {request['device']}: ONNX Runtime finds no such GPU")
         inputs = {each.name: each for each in self.whole.get_inputs()}
         self.caches = {name: each for name, each in inputs.items() if name.startswith("past_key_values.")}
         self.vocab = self.whole.get_outputs()[0].shape[-1]

@@ -17,6 +17,9 @@ class Worker:
         if request.get("threads"):
             torch.set_num_threads(request["threads"])
         self.torch, self.folder = torch, Path(request["folder"])
+        name, _, number = request["device"].partition(":")
+        if name == "cuda" and int(number or 0) >= (torch.cuda.device_count() if torch.cuda.is_available() else 0):
+            raise loop.NoDevice(f"--device {request['device']}: the PyTorch of this interpreter sees no such GPU")
         dtype = getattr(torch, request["dtype"])
         self.model = transformers.AutoModelForCausalLM.from_pretrained(
             request["artifact"], trust_remote_code=request["custom"], dtype=dtype

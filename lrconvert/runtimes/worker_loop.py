@@ -14,6 +14,10 @@ ANSWERS = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 
 
+class NoDevice(RuntimeError):
+    """The device that was asked for isn't there, or can't hold the model."""
+
+
 def serve(open_worker, remedy):
     """Answer `open`, and every other method of the worker (`logits`, `generate`); `remedy` is what to install
     where a module is missing."""
@@ -28,6 +32,8 @@ def serve(open_worker, remedy):
                 answer = getattr(worker, request["do"])(request)
         except ModuleNotFoundError as error:
             answer = {"missing": error.name or str(error), "remedy": remedy}
+        except NoDevice as error:
+            answer = {"no_device": str(error)}
         except Exception as error:  # the parent reports it and ends the session
             lines = str(error).strip().splitlines() or [""]
             answer = {"error": f"{type(error).__name__}: {lines[0]}"}

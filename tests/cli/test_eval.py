@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import Result
 from matplotlib.text import Text
 
@@ -154,6 +155,37 @@ def test_bad_input(cli: Run, tmp_path: Path) -> None:
         said = cli(*command)
         assert said.code == 2 and "Missing option '--text'" in said.err, said.err
     assert cli("eval", "passkey", tmp_path / "nothing", "--lengths", "1k").code == 3
+
+
+def test_documents_beyond_a_fixed_window_are_refused(cli: Run, file: Path) -> None:
+    """A GGUF has its window, 32768 tokens; a folder may be tried beyond its own."""
+    for command in (("passkey",), ("perplexity", "--text", HELDOUT), ("retrieval", "--text", HELDOUT)):
+        said = cli("eval", *command[:1], file, "--lengths", "1k,40000", *command[1:])
+        assert said.code == 2 and "serves 32768 tokens; documents of 40000 are beyond that" in said.err, said.err
+    said = cli("eval", "perplexity", "demo", "--lengths", "64m", "--text", HELDOUT)
+    assert said.code == 3 and "beyond" not in said.err  # the text is too short
+
+
+def test_an_option_that_means_nothing_is_said(cli: Run, file: Path) -> None:
+    """A GGUF has its types; a folder computes in the one that is named, in either spelling."""
+    asked = ("--lengths", "512", "--depths", 1, "--threads", 1)
+    said = cli("eval", "passkey", file, *asked, "--dtype", "bf16")
+    assert said.code == 0 and "--dtype bf16 means nothing here: llama.cpp computes in the types of" in said.err
+    assert "means nothing" not in cli("eval", "passkey", file, *asked).err
+    for name in ("bf16", "bfloat16"):
+        said = cli("eval", "passkey", "demo", *asked, "--dtype", name)
+        assert said.code == 0 and " in bfloat16 on cpu" in said.out and "means" not in said.err, said.err
+
+
+def test_a_gpu_that_is_missing_is_the_machine_s_fault(cli: Run, file: Path) -> None:
+    """In every runtime, in `eval` and in `verify`: exit code 6."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    for subject in ("demo", file):
+        said = cli("eval", "passkey", subject, "--lengths", 512, "--device", "cuda")
+        assert said.code == 6 and "GPU" in said.err, said.err
+    said = cli("verify", file, "--device", "cuda")
+    assert said.code == 6 and "GPU" in said.err, said.err
 
 
 def test_without_what_draws_pictures_it_says_so_first(

@@ -316,7 +316,7 @@ def test_a_gpu_that_is_not_there_is_not_claimed(file: Path) -> None:
     """llama.cpp computes on the CPU without a word."""
     if os.environ.get("LRCONVERT_LLAMA_LIBRARY"):
         pytest.skip("a library that was named may have a GPU")
-    with pytest.raises(InputError, match="runs on the CPU, fully or partly: no layers are on a GPU"):
+    with pytest.raises(EnvironmentFailure, match="runs on the CPU, fully or partly: no layers are on a GPU"):
         open_session(file, gpu_layers=999)
 
 
@@ -343,6 +343,7 @@ def test_a_gpu_is_believed_by_the_log_alone(lines: list[str], words: str | None)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    vars(module)["loop"] = SimpleNamespace(NoDevice=RuntimeError)
     worker = module.Worker.__new__(module.Worker)
     worker.lib = SimpleNamespace(name="a build", lines=[(2, line) for line in lines], gpus=lambda: {"CUDA0": "A card"})
     if words is None:

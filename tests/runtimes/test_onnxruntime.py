@@ -302,7 +302,7 @@ def test_a_runtime_that_is_missing_is_the_environment(folder: Callable[..., Path
 
 
 def test_a_missing_device_is_an_error(folder: Callable[..., Path]) -> None:
-    with pytest.raises(InputError, match="no CUDA provider; onnxruntime-gpu has one"):
+    with pytest.raises(EnvironmentFailure, match="no CUDA provider; onnxruntime-gpu has one"):
         open_session(folder(), boundaries=(), heads=4, fused=True, device="cuda")
 
 

@@ -20,6 +20,7 @@ from types import MappingProxyType
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
 from lrconvert.errors import UsageError
+from lrconvert.precision import short_name
 
 Type = GGMLQuantizationType
 
@@ -242,7 +243,7 @@ SCHEMES: Mapping[str, Scheme] = MappingProxyType(_BY_NAME | {alias: _BY_NAME[nam
 
 def get_scheme(name: str) -> Scheme:
     """The scheme of a name, in any case. Raises `UsageError` that lists them."""
-    scheme = SCHEMES.get(name.lower())
+    scheme = SCHEMES.get(short_name(name.lower()))
     if scheme is None:
         raise UsageError(f"no scheme is named {name!r}; there are {', '.join(SCHEMES)}")
     return scheme

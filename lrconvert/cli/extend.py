@@ -82,6 +82,8 @@ def command(model: str, output: Path, dry_run: bool, **options: Any) -> None:
         out.hint("\nfinished stages and the state of the last one are kept. To continue, run the same command again:")
         out.hint(shlex.join(["lrconvert", *sys.argv[1:]]))
         raise
+    if not found.leading:
+        return
     _summary(found)
     if found.path is None:
         out.hint(f"stopped after {found.stages[-1].name}; omit --until to go on")

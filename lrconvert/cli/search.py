@@ -143,7 +143,8 @@ def command(model: str, output: Path, dry_run: bool, row_length: int | None, **o
     from lrconvert.searching.api import search
     from lrconvert.searching.journal import journal_path
     from lrconvert.searching.objective import JumpingRows
-    from lrconvert.searching.plan import SearchRequest, plan_search
+    from lrconvert.searching.plan import plan_search
+    from lrconvert.searching.request import SearchRequest
 
     options["rows"] = None if row_length is None else JumpingRows(row_length)
 

@@ -34,13 +34,14 @@ HELD_OUT_SHARE = 10  # of every text the last tenth, where no held-out texts are
 @dataclass(frozen=True)
 class ExtendResult:
     """The recipe and the folder that it was written to; None where the plan was not carried out to its end. `notes`:
-    what its user has to know."""
+    what its user has to know. `leading` is whether this is the process that writes: under torchrun one of them."""
 
     recipe: Recipe
     path: Path | None
     stages: tuple[Finished, ...]
     work: Path
     notes: tuple[str, ...] = ()
+    leading: bool = True
 
 
 def extend(
@@ -101,9 +102,9 @@ def extend(
         base_model=portable_name(model, task.model.checkpoint.path),
     )
     whole = len(done) == len(chosen.stage)
-    path = _write(recipe, extension.recipe_file(done), folder, force) if whole else None
+    path = _write(recipe, extension.recipe_file(done), folder, force) if whole and task.leading else None
     written = recipe if path is None else load_recipe(path)
-    return ExtendResult(written, path, tuple(done), task.folder, lifted_note(task.model, "an extension"))
+    return ExtendResult(written, path, tuple(done), task.folder, lifted_note(task.model, "an extension"), task.leading)
 
 
 def estimate_extension(

@@ -64,7 +64,7 @@ def decide(stage: Search, task: Task) -> dict[str, Any]:
             model = model or Loaded(task.trained(), **task.loading)
             model.rotation = tier
             kept[key] = loss_of(model, row, stage)
-            (task.folder / DECIDED).write_text(json.dumps(kept), encoding="utf-8")
+            task.keep(DECIDED, kept)
         found.append(Decided(rank, record.question.made, record.answer.loss, kept[key], tier))
     best = min(found[: stage.finalists], key=lambda one: one.whole)
     recipe = with_tier(before, best.tier)

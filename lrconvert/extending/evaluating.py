@@ -30,7 +30,6 @@ def evaluate(stage: Evaluate, task: Task) -> dict[str, Any]:
     """Everything that the stage asks for: by kind and length, with protocols and the digests of the texts."""
     path = task.folder / MEASURED
     kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    temporary = path.with_suffix(".tmp")
     measures = _measures(stage, task)
     session, loaded = None, ""
     for number, (key, (model, measure)) in enumerate(measures.items()):
@@ -44,8 +43,7 @@ def evaluate(stage: Evaluate, task: Task) -> dict[str, Any]:
             session, loaded = None, model  # the one before goes away first
             session = LoadedSession(LoadedModel(weights, **task.loading), tiers)
         kept[key] = measure(session)
-        temporary.write_text(json.dumps(kept, indent=1), encoding="utf-8")
-        temporary.replace(path)
+        task.keep(MEASURED, kept)
     return {
         "texts": [text.record() for text in task.held_out],
         "protocols": {"perplexity": _protocol(stage).sentence if stage.perplexity else None, "retrieval": RETRIEVAL,

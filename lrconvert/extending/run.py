@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ from lrconvert.recipe import RECIPE_FILE, SCHEMA_VERSION, Provenance, Recipe, lo
 from lrconvert.rope import Tier
 
 RESULT, START = "result.json", "0-start"
+WAIT = 0.2  # seconds between two looks for what the leading process writes
 FORMAT = 1  # of the digests: another one repeats all stages
 
 
@@ -76,6 +78,8 @@ class Extension:
 
     def run(self, *, until: str | None = None, again: str | None = None) -> list[Finished]:
         """Carry out the stages up to `until` (its name), those from `again` on anew; every stage's result."""
+        if again is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UsageError("--from needs a single process", remedy="Run it without torchrun, with --until that stage")
         before, digest = self._start(), self._identity()
         done: list[Finished] = []
         anew = False
@@ -105,6 +109,9 @@ class Extension:
         folder.mkdir(parents=True, exist_ok=True)
         task = Task(**{**self.task.__dict__, "name": name, "before": before, "folder": folder})
         task.say("starting")
+        if not task.leading:
+            STAGES[stage.kind](stage, task)
+            return self._awaited(folder, digest)
         started, spent = time.monotonic(), _spent(folder)
         memory = _memory_meter(task)
         try:
@@ -123,9 +130,13 @@ class Extension:
             (folder / "seconds").write_text(f"{seconds:.3f}", encoding="utf-8")
         files = {path.relative_to(folder).as_posix(): sha256_of(path) for path in _outputs(folder)}
         found = Finished(name, digest, facts, round(seconds, 1), memory(), files)
-        temporary = folder / f".{RESULT}"
-        temporary.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
-        temporary.replace(folder / RESULT)
+        task.keep(RESULT, asdict(found))
+        return found
+
+    def _awaited(self, folder: Path, digest: str) -> Finished:
+        """The result that the leading process writes; torchrun ends this one if that fails."""
+        while (found := Finished.read(folder, digest)) is None:
+            time.sleep(WAIT)
         return found
 
     # --- the start ---------------------------------------------------------------------------------------
@@ -145,7 +156,11 @@ class Extension:
             tiers=(Tier(window, (1.0,) * (shape.rotary_dim // 2)),),
             provenance=Provenance(kind="extended", method=self.plan.name),
         )
-        return write_recipe(recipe, self.work / START, force=True)
+        if self.task.leading:
+            return write_recipe(recipe, self.work / START, force=True)
+        while not (written := self.work / START / RECIPE_FILE).is_file():
+            time.sleep(WAIT)
+        return written
 
     def _identity(self) -> str:
         source = describe_source(self.task.model)

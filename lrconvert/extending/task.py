@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,6 +40,11 @@ class Task:
     progress: Progress = silent
 
     @property
+    def leading(self) -> bool:
+        """Whether this is the process that writes: under torchrun one of them."""
+        return os.environ.get("RANK", "0") == "0"
+
+    @property
     def recipe(self) -> Recipe:
         return load_recipe(self.before)
 
@@ -64,12 +70,21 @@ class Task:
 
     def say(self, what: str, done: float = 0, total: float = 0, left: float | None = None) -> None:
         """How far the stage is; `left`: seconds."""
-        self.progress(Step(self.name, what, int(done), int(total) or None, left=left))
+        if self.leading:
+            self.progress(Step(self.name, what, int(done), int(total) or None, left=left))
 
-    def write(self, recipe: Recipe, adapter: Path | None) -> Path:
+    def write(self, recipe: Recipe, adapter: Path | None) -> None:
         """The stage's own recipe file; it names the adapter by a path relative to its folder."""
-        relative = None if adapter is None else _relative(adapter, self.folder)
-        return write_recipe(replace(recipe, adapter=relative), self.folder, force=True)
+        if self.leading:
+            relative = None if adapter is None else _relative(adapter, self.folder)
+            write_recipe(replace(recipe, adapter=relative), self.folder, force=True)
+
+    def keep(self, name: str, values: Any) -> None:
+        """What the stage has so far, in a file of its folder: whole or not at all."""
+        if self.leading:
+            temporary = self.folder / f".{name}"
+            temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+            temporary.replace(self.folder / name)
 
 
 def _relative(path: Path, folder: Path) -> str:

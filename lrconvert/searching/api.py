@@ -16,7 +16,8 @@ from lrconvert.recipe import Recipe, check_output, write_recipe
 from lrconvert.searching.journal import Contents, Journal, journal_path
 from lrconvert.searching.objective import JumpingRows
 from lrconvert.searching.objective import Kind as ObjectiveKind
-from lrconvert.searching.plan import AlgorithmName, SearchPlan, SearchRequest, plan_search
+from lrconvert.searching.plan import SearchPlan, plan_search
+from lrconvert.searching.request import AlgorithmName, SearchRequest
 from lrconvert.searching.run import Progress, Search
 from lrconvert.searching.space import Kind as SpaceKind
 from lrconvert.training.devices import computing_threads, default_dtype

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -16,30 +16,36 @@ from lrconvert.checkpoint import Model, describe_source, open_model
 from lrconvert.checkpoint.adapter import Adapter, choose_adapter, merged, open_adapter
 from lrconvert.checkpoint.base import refuse_quantised
 from lrconvert.checkpoint.tokenizer import tokenizer_of
-from lrconvert.engines.capability import SEARCHABLE
 from lrconvert.errors import UsageError
 from lrconvert.evals.passkey import PasskeyFormat, form_of
 from lrconvert.evals.texts import Text, read_texts, sources_of
 from lrconvert.precision import long_name
 from lrconvert.recipe import Recipe, load_recipe, recipe_folder
-from lrconvert.recipe.models import ground_of, portable_name
-from lrconvert.rope import Tier, longrope_attention_factor, serving
+from lrconvert.recipe.models import portable_name
+from lrconvert.rope import Tier, serving
 from lrconvert.searching.evolution import schedule_for
 from lrconvert.searching.guided import GUIDED_BUDGET
 from lrconvert.searching.objective import (
     Document,
-    JumpingRows,
     Objective,
     build_objective,
     jumping_documents,
     needle_documents,
 )
-from lrconvert.searching.objective import Kind as ObjectiveKind
+from lrconvert.searching.request import (
+    AlgorithmName,
+    Base,
+    SearchRequest,
+    attention_of,
+    base_of,
+    check_sets,
+    limited,
+    start_tokens_of,
+    tier_lengths,
+)
 from lrconvert.searching.space import Candidate, Space, space_for
-from lrconvert.searching.space import Kind as SpaceKind
 from lrconvert.training.keys import KeyMaker, LabelledForm, training_form
 
-AlgorithmName = Literal["guided", "evolution"]
 SHORT_SHARE = 4  # a tier up to the original window gets a quarter of the evaluations: good sets are near
 
 
@@ -114,39 +120,6 @@ class SearchPlan:
         }
 
 
-@dataclass(frozen=True)
-class SearchRequest:
-    """The options of a search. `searching.api.search` says what each value means."""
-
-    model: str | Path
-    target: int
-    texts: Sequence[str | Path | Text] = ()
-    output: Path | None = None
-    algorithm: AlgorithmName = "guided"
-    space: SpaceKind = "longrope"
-    objective: ObjectiveKind = "perplexity"
-    lengths: Mapping[int, float] | None = None
-    documents: int = 1
-    tiers: Sequence[int | Literal["short", "long"]] = ()
-    budget: int | None = None
-    seed: int = 0
-    start_from: str | Path | None = None
-    on: str | Path | None = None
-    rows: JumpingRows | None = None
-    start_tokens: bool = True
-    from_plain: bool = False
-    runtime: str | None = None
-    attention_factor: float | None = None
-    uniform: bool = False
-    allow_concatenate: bool = False
-    form: Path | None = None
-    original_window: int | None = None
-    name: str | None = None
-    adapter: str | None = None
-    dtype: str | None = None
-    revision: str | None = None
-
-
 def default_budget(algorithm: AlgorithmName, target: int, original_window: int) -> int:
     """Forward equivalents that a tier gets where none are given."""
     full = schedule_for(target).evaluations if algorithm == "evolution" else GUIDED_BUDGET
@@ -160,7 +133,7 @@ def plan_search(request: SearchRequest) -> SearchPlan:
     texts, recipes and adapters that are unreadable, too short or another model's, `UnsupportedError` for a quantised
     model.
     """
-    request = _limited(request)
+    request = limited(request)
     sources = sources_of(request.texts) if request.objective != "needle" or request.texts else []
     model = open_model(str(request.model), revision=request.revision)
     refuse_quantised(model, "a search")
@@ -168,11 +141,11 @@ def plan_search(request: SearchRequest) -> SearchPlan:
     adapter = _adapter(request, on)
     if adapter is not None:
         model = merged(model, adapter)
-    base, notes = _base(request, model, on)
+    base, notes = base_of(request, model, on)
     start = load_recipe(request.start_from) if request.start_from else None
     if start is not None:
         model.resolve(start)
-    _check_sets(request, base)
+    check_sets(request, base)
     # Where the model has sets already, they stay as they are unless a tier is named.
     tiers = request.tiers or (("long",) if base.tiers else ())
     lengths = tier_lengths(tiers, request.lengths or (), base.original_window, request.target)
@@ -205,93 +178,6 @@ def plan_search(request: SearchRequest) -> SearchPlan:
         adapter_path=None if adapter is None else _beside(adapter.reference, request.output),
         notes=(*notes, *lifted_note(model, "a search")),
     )
-
-
-def _limited(request: SearchRequest) -> SearchRequest:
-    """The request with the freedoms that its runtime has. Raises `UsageError` for more."""
-    if request.runtime is None:
-        return request
-    able = SEARCHABLE[request.runtime]
-    if able.attention == "formula" and request.attention_factor is not None:
-        raise UsageError(f"--attention-factor: {able.name} computes LongRoPE's formula", remedy="Omit it, or --for")
-    return replace(
-        request,
-        start_tokens=request.start_tokens and able.start_tokens,
-        uniform=request.uniform or able.attention != "per tier",
-    )
-
-
-def _check_sets(request: SearchRequest, base: Base) -> None:
-    """Raises `UsageError` for more factor sets than the runtime knows."""
-    if request.runtime is None or (most := SEARCHABLE[request.runtime].tiers) is None:
-        return
-    named = {"short": base.original_window, "long": request.target}
-    searched = {named[tier] if isinstance(tier, str) else tier for tier in request.tiers or ("long",)}
-    lengths = {base.original_window, request.target, *searched, *(tier.max_length for tier in base.tiers)}
-    if len(lengths) > most:
-        raise UsageError(
-            f"the recipe would have sets for {', '.join(map(str, sorted(lengths)))} tokens; "
-            f"{SEARCHABLE[request.runtime].name} knows {most}"
-        )
-
-
-def tier_lengths(
-    tiers: Sequence[int | Literal["short", "long"]], weighted: Iterable[int], window: int, target: int
-) -> list[int]:
-    """The lengths to search sets for, each once, in order. `window` is the original one, `weighted` the lengths that an
-    evaluation counts. Raises `UsageError` for what is not between the original window and the target."""
-    if window < 2:
-        raise UsageError(f"an original window of {window} token has nothing to extend")
-    if target <= window:
-        raise UsageError(
-            f"--target {target} is within the original window, {window}",
-            remedy="Use a longer one; --tier short searches the original window's own set",
-        )
-    if beyond := [length for length in weighted if length > target]:
-        raise UsageError(f"--lengths {beyond[0]} is beyond the target, {target}")
-    named = {"short": window, "long": target}
-    lengths = {named[tier] if isinstance(tier, str) else tier for tier in tiers or ("short", "long")}
-    if off := [length for length in lengths if not window <= length <= target]:
-        raise UsageError(f"--tier {off[0]} is not between the original window, {window}, and the target, {target}")
-    return sorted(lengths)
-
-
-@dataclass(frozen=True)
-class Base:
-    """What a search starts from: the original window, the window that the model reaches, and the sets it has for that.
-    Without sets its rotation is unscaled.
-
-    `whole`: the attention factors of the sets are parts of LongRoPE's formula for the whole extension, as those of a
-    recipe are. Otherwise they are the model's own, and the formula for what is beyond its window multiplies them.
-    """
-
-    original_window: int
-    reach: int
-    tiers: tuple[Tier, ...] = ()
-    whole: bool = False
-
-    def attention_factor(self, length: int) -> float:
-        """LongRoPE's formula for a set up to `length`, as far as the model does not have it."""
-        if not self.whole:
-            return longrope_attention_factor(length / self.reach, self.reach)
-        own = serving(self.tiers, length).attention_factor
-        return longrope_attention_factor(length / self.original_window, self.original_window) / own
-
-    def own(self, length: int) -> Tier | None:
-        return serving(self.tiers, length) if self.tiers else None
-
-
-def _base(request: SearchRequest, model: Model, on: Recipe | None) -> tuple[Base, tuple[str, ...]]:
-    """What the search starts from, and notes on how it was found."""
-    if on is not None:
-        model.resolve(on)
-        return Base(on.original_window, on.tiers[-1].max_length, on.tiers, whole=True), ()
-    ground = ground_of(
-        request.model, model.rotation, model.shape, from_plain=request.from_plain, window=request.original_window
-    )
-    ground.check_target(request.target)
-    scaled = ground.kind != "default"
-    return Base(ground.tiers[0].max_length, ground.window, ground.tiers if scaled else ()), ground.notes
 
 
 def _adapter(request: SearchRequest, on: Recipe | None) -> Adapter | None:
@@ -335,8 +221,8 @@ def _tier(
         base.original_window if length <= base.original_window else base.reach,
         length,
         kind=request.space,
-        attention=_attention(request, base, length),
-        start_tokens=_start_tokens(request, own),
+        attention=attention_of(request, base, length),
+        start_tokens=start_tokens_of(request, own),
     )
     if request.rows is not None and length > base.original_window:
         objective = _jumping(request, model, length, texts)
@@ -356,22 +242,6 @@ def _tier(
         candidates = (space.make(old.factors, old.start_tokens, old.attention_factor),)
     budget = _budget(request, length, base.original_window)
     return TierPlan(space, replace(objective, own=own), budget, candidates)
-
-
-def _start_tokens(request: SearchRequest, own: Tier | None) -> tuple[int, ...] | None:
-    """The numbers to try; None: the space's own. On top of a set that scales, its number alone composes."""
-    if own is not None and set(own.factors) != {1.0}:
-        return (own.start_tokens,)
-    return None if request.start_tokens else (0,)
-
-
-def _attention(request: SearchRequest, base: Base, length: int) -> tuple[float, float] | None:
-    """The attention factors to try on top of what the model has; None: the space's own."""
-    own, named = base.own(length), request.attention_factor
-    if length <= base.original_window or (own is None and named is None):
-        return None
-    factor = base.attention_factor(length) if named is None else named / (own.attention_factor if own else 1.0)
-    return factor, factor
 
 
 def _jumping(request: SearchRequest, model: Model, length: int, texts: list[Text]) -> Objective:

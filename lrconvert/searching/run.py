@@ -15,8 +15,9 @@ from lrconvert.rope import Tier
 from lrconvert.searching.evolution import evolution, schedule_for
 from lrconvert.searching.guided import guided
 from lrconvert.searching.journal import Journal, Record, digest
-from lrconvert.searching.plan import AlgorithmName, SearchPlan, TierPlan
+from lrconvert.searching.plan import SearchPlan, TierPlan
 from lrconvert.searching.protocol import Algorithm, Answer, Evaluator, Question
+from lrconvert.searching.request import AlgorithmName
 
 
 @dataclass(frozen=True)

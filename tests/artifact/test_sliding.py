@@ -23,7 +23,8 @@ from lrconvert.extending.api import extend as lrconvert_extend
 from lrconvert.extending.plan import parse_plan
 from lrconvert.families import get_family, read_shape
 from lrconvert.parity.reference_runner import ReferenceRunner
-from lrconvert.searching.plan import SearchRequest, plan_search
+from lrconvert.searching.plan import plan_search
+from lrconvert.searching.request import SearchRequest
 
 WINDOW = 256
 # Family: what its configs say, and how many tokens each of two layers attends to.

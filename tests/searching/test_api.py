@@ -13,7 +13,8 @@ from lrconvert.data import DATA
 from lrconvert.errors import InputError, UsageError
 from lrconvert.recipe import load_recipe
 from lrconvert.searching.api import Note, search
-from lrconvert.searching.plan import SearchRequest, costs, plan_search, tier_lengths
+from lrconvert.searching.plan import costs, plan_search
+from lrconvert.searching.request import SearchRequest, tier_lengths
 from lrconvert.searching.run import Progress
 
 ASKED: dict[str, Any] = {"target": 128, "original_window": 32, "tiers": ["long"], "budget": 3, "device": "cpu"}

@@ -15,7 +15,8 @@ from lrconvert.checkpoint import open_model
 from lrconvert.engines.capability import SEARCHABLE
 from lrconvert.errors import UsageError
 from lrconvert.evals.texts import Text
-from lrconvert.searching.plan import SearchRequest, plan_search
+from lrconvert.searching.plan import plan_search
+from lrconvert.searching.request import SearchRequest
 from lrconvert.searching.run import Search
 
 

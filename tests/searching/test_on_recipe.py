@@ -21,8 +21,9 @@ from lrconvert.searching.api import SearchResult, search
 from lrconvert.searching.evaluator import TransformersEvaluator
 from lrconvert.searching.journal import differences, read_journal
 from lrconvert.searching.objective import JumpingRows, jumping_documents
-from lrconvert.searching.plan import SearchPlan, SearchRequest, plan_search
+from lrconvert.searching.plan import SearchPlan, plan_search
 from lrconvert.searching.protocol import Question
+from lrconvert.searching.request import SearchRequest
 from lrconvert.searching.run import Search
 
 ROWS = JumpingRows(160, 2, (1, 2), 1)

@@ -14,7 +14,8 @@ from support.search_helpers import Landscape, planted
 from lrconvert.errors import UsageError
 from lrconvert.evals.texts import Text
 from lrconvert.rope import compose, longrope_attention_factor, serving
-from lrconvert.searching.plan import SearchRequest, plan_search
+from lrconvert.searching.plan import plan_search
+from lrconvert.searching.request import SearchRequest
 from lrconvert.searching.run import Search
 
 WINDOW, TARGET = 1024, 4096

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -116,9 +118,20 @@ with show_progress() as progress:
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
-@pytest.mark.parametrize("width", [80, 120])
-def test_a_terminal_shows_a_bar(width: int) -> None:
-    """One line with count, step, elapsed and left; it goes away at the end."""
+def test_a_terminal_shows_a_bar() -> None:
+    """One line with count, step, elapsed and left; it goes away at the end. On a narrow terminal as on a wide one."""
+    with ThreadPoolExecutor(2) as terminals:
+        shown = dict(zip((80, 120), terminals.map(on_a_terminal, (80, 120)), strict=True))
+    for width, output in shown.items():
+        text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output.decode())
+        lines = [line for line in re.split(r"[\r\n]+", text) if "3 of 31" in line]
+        assert lines and all(len(line) <= width for line in lines), lines
+        assert re.search(r"checks .*3 of 31 +native code: (\[decode\]|\S*…) +0:0[23], about (19|2\d) s left", lines[-1])
+        assert output.rstrip().endswith((b"\x1b[2K", b"\x1b[?25h")), width  # erased
+
+
+def on_a_terminal(width: int) -> bytes:
+    """What the script shows on a terminal of this width."""
     ours, theirs = os.openpty()
     environment = {**os.environ, "COLUMNS": str(width), "TERM": "xterm-256color"}
     process = subprocess.Popen(
@@ -126,18 +139,12 @@ def test_a_terminal_shows_a_bar(width: int) -> None:
     )
     os.close(theirs)
     shown = io.BytesIO()
-    try:
+    with contextlib.suppress(OSError):  # the other end is closed
         while part := os.read(ours, 65536):
             shown.write(part)
-    except OSError:  # the other end is closed
-        pass
     os.close(ours)
     assert process.wait() == 0
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue().decode())
-    lines = [line for line in re.split(r"[\r\n]+", text) if "3 of 31" in line]
-    assert lines and all(len(line) <= width for line in lines), lines
-    assert re.search(r"checks .*3 of 31 +native code: (\[decode\]|\S*…) +0:0[23], about (19|2\d) s left", lines[-1])
-    assert shown.getvalue().rstrip().endswith((b"\x1b[2K", b"\x1b[?25h"))  # erased
+    return shown.getvalue()
 
 
 def test_every_long_command_uses_it() -> None:
@@ -146,5 +153,5 @@ def test_every_long_command_uses_it() -> None:
     for path in folder.glob("*.py"):
         if path.name != "_progress.py":
             assert "rich.progress" not in path.read_text(encoding="utf-8"), path.name
-    for name in ("_bake", "_evals", "demo", "push", "search", "verify"):
+    for name in ("_bake", "_evals", "demo", "extend", "push", "search", "verify"):
         assert "show_progress(" in (folder / f"{name}.py").read_text(encoding="utf-8"), name

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import recipe_for
+from conftest import own_name, recipe_for
 from support.pico import FAMILIES
 from support.verifying import verify
 
 from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.checkpoint import Model
 from lrconvert.parity import Options
+from lrconvert.runtimes import transformers
+from lrconvert.runtimes.base import Interpreter
 from lrconvert.targets import hf
 
 OLDEST = os.environ.get("LRCONVERT_OLDEST_PYTHON")
@@ -27,12 +30,32 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 
 
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Interpreter]:
+    """One process of that version for all sessions: importing it takes longer than what they are asked."""
+    started = Interpreter(transformers.WORKER, python=OLDEST)
+    yield started
+    started.close()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_artifacts_verify_there(pico: Callable[..., Model], tmp_path: Path, family: str) -> None:
+def test_artifacts_verify_there(
+    pico: Callable[..., Model],
+    tmp_path: Path,
+    family: str,
+    interpreter: Interpreter,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The config spelling and the modeling code that the newest version runs are right in the oldest too."""
-    model = pico(family)
-    bake_plan(hf.plan(model, recipe_for(model, even=True), tmp_path / "a"))
-    report = verify(tmp_path / "a", options=Options(threads=1, python=OLDEST))
+    started = transformers.open_session
+
+    def shared(artifact: Path, **options: Any) -> transformers.TransformersSession:
+        return started(artifact, **{**options, "interpreter": interpreter})
+
+    monkeypatch.setattr(transformers, "open_session", shared)
+    model, output = pico(family), own_name(tmp_path / family)
+    bake_plan(hf.plan(model, recipe_for(model, even=True), output))
+    report = verify(output, options=Options(threads=1, python=OLDEST))
     assert report.passed, report.summary
     assert report.runtimes["native"]["transformers"].startswith("4.57")
 

@@ -25,7 +25,7 @@ from lrconvert.evals.figures import mean_figure
 from lrconvert.evals.perplexity import finite
 from lrconvert.evals.prompts import PromptTokenizer, Row
 from lrconvert.evals.scores import BenchmarkRow
-from lrconvert.evals.tasks import Asked, quiet
+from lrconvert.evals.tasks import PreparedBenchmark, quiet
 from lrconvert.families.base import rope_section
 from lrconvert.progress import Progress, Step
 from lrconvert.runtimes.base import Session
@@ -146,7 +146,7 @@ def session_model(
     return SessionModel(session, PromptTokenizer.of(artifact), window, boundary, batch_tokens, progress)
 
 
-def protocol(asked: Sequence[Asked], limit: int | None) -> str:
+def protocol(asked: Sequence[PreparedBenchmark], limit: int | None) -> str:
     """What is measured and how, in words."""
     parts = [PROTOCOL]
     if shared := [found.name for found in asked if found.shots and len(found.files) == 1]:
@@ -156,7 +156,7 @@ def protocol(asked: Sequence[Asked], limit: int | None) -> str:
     return "; ".join(parts)
 
 
-def measure_benchmarks(model: SessionModel, asked: Sequence[Asked], seed: int) -> list[BenchmarkRow]:
+def measure_benchmarks(model: SessionModel, asked: Sequence[PreparedBenchmark], seed: int) -> list[BenchmarkRow]:
     """Every benchmark, one after the other; `seed` draws the examples in the prompts."""
     rows = []
     for benchmark in asked:
@@ -170,7 +170,7 @@ def measure_benchmarks(model: SessionModel, asked: Sequence[Asked], seed: int) -
     return rows
 
 
-def _row(benchmark: Asked, samples: list[dict[str, Any]]) -> BenchmarkRow:
+def _row(benchmark: PreparedBenchmark, samples: list[dict[str, Any]]) -> BenchmarkRow:
     scores = [float(sample[benchmark.metric]) for sample in samples]
     digest = hashlib.sha256()
     for sample in samples:

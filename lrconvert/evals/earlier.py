@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from lrconvert.errors import InputError, UsageError, first_problem
 from lrconvert.evals.figures import Figure, difference_figure
 from lrconvert.evals.scores import BenchmarkRow, pack, unpack
-from lrconvert.evals.tasks import Asked
+from lrconvert.evals.tasks import PreparedBenchmark
 
 MAX_RESULT = 64 * 2**20  # bytes; the scores of all questions of MMLU take a thousandth
 
@@ -69,7 +69,9 @@ def read_earlier(path: Path) -> EarlierResult:
     return found
 
 
-def check_comparable(earlier: EarlierResult, asked: Sequence[Asked], files: Mapping[str, str], seed: int) -> None:
+def check_comparable(
+    earlier: EarlierResult, asked: Sequence[PreparedBenchmark], files: Mapping[str, str], seed: int
+) -> None:
     """Before anything is loaded: raises `UsageError` with everything that differs in what was asked."""
     then = {row.task: row for row in earlier.rows}
     differing: list[tuple[str, Any, Any]] = [

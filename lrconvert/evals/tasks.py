@@ -135,7 +135,7 @@ RESERVED = 200
 
 
 @dataclass(frozen=True)
-class Asked:
+class PreparedBenchmark:
     """A benchmark, ready to be asked: lm-eval's tasks (several where it is a group), of each the indices of the
     questions that are drawn (None: all), and the files that these come from, by name and SHA-256."""
 
@@ -164,7 +164,7 @@ def quiet() -> Iterator[None]:
 @quiet()
 def prepare(
     names: Sequence[str], *, folder: Path | None, shots: int | None, limit: int | None, seed: int
-) -> list[Asked]:
+) -> list[PreparedBenchmark]:
     """Every benchmark, with `limit` questions drawn by `seed` (None: all) after `shots` examples (None: the paper's).
 
     Raises `UsageError` for one that isn't known or can't be asked so, `UnsupportedError` for one that has to generate
@@ -196,7 +196,7 @@ def _shots(name: str, shots: int | None, own: int | None = None) -> int:
 # --- local files -----------------------------------------------------------------------------------------
 
 
-def _from_files(name: str, folder: Path, shots: int | None, limit: int | None, seed: int) -> Asked:
+def _from_files(name: str, folder: Path, shots: int | None, limit: int | None, seed: int) -> PreparedBenchmark:
     row, wanted = BENCHMARKS[name], _shots(name, shots)
     if row.questions is None or row.line is None:
         raise UsageError(f"{name} has no local file", remedy="Omit it, or run it without --data")
@@ -211,7 +211,9 @@ def _from_files(name: str, folder: Path, shots: int | None, limit: int | None, s
     asked = [rows[index] for index in draw(len(rows), limit, seed)]
     if len(asked) < 2:
         raise InputError(f"{folder / row.questions}: {len(asked)} questions; two are needed for an interval")
-    return Asked(name, wanted, row.metric, {name: _task(name, asked, examples, wanted)}, len(asked), files=files)
+    return PreparedBenchmark(
+        name, wanted, row.metric, {name: _task(name, asked, examples, wanted)}, len(asked), files=files
+    )
 
 
 def read_lines(path: Path, line: type[Line]) -> tuple[list[Question], str]:
@@ -296,7 +298,7 @@ def _manager() -> Any:
     return TaskManager()
 
 
-def _from_harness(names: Sequence[str], shots: int | None, limit: int | None, seed: int) -> Iterator[Asked]:
+def _from_harness(names: Sequence[str], shots: int | None, limit: int | None, seed: int) -> Iterator[PreparedBenchmark]:
     manager = _manager()
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise UsageError(f"{', '.join(unknown)}: lm-eval has no such task", remedy=f"Some: {', '.join(BENCHMARKS)}")
@@ -311,7 +313,7 @@ def _from_harness(names: Sequence[str], shots: int | None, limit: int | None, se
         yield _drawn(name, tasks, shots, limit, seed)
 
 
-def _drawn(name: str, tasks: dict[str, Any], shots: int | None, limit: int | None, seed: int) -> Asked:
+def _drawn(name: str, tasks: dict[str, Any], shots: int | None, limit: int | None, seed: int) -> PreparedBenchmark:
     """Questions drawn from all tasks of a group together. A task of which none is drawn is left out: an empty list
     would mean all to lm-eval."""
     if generating := [task for task, found in tasks.items() if found.OUTPUT_TYPE not in SCORED]:
@@ -331,7 +333,7 @@ def _drawn(name: str, tasks: dict[str, Any], shots: int | None, limit: int | Non
     kept = {task: tasks[task] for task in drawn}
     for found in kept.values():
         found.set_config("num_fewshot", wanted)
-    return Asked(name, wanted, metric, kept, len(chosen), drawn if len(chosen) < sum(sizes) else None)
+    return PreparedBenchmark(name, wanted, metric, kept, len(chosen), drawn if len(chosen) < sum(sizes) else None)
 
 
 def _metric(name: str, tasks: Any) -> str:

@@ -32,8 +32,8 @@ from lrconvert.evals.scores import BenchmarkRow
 from lrconvert.evals.tasks import (
     RESERVED,
     ArcLine,
-    Asked,
     HellaSwagLine,
+    PreparedBenchmark,
     TruthfulQaLine,
     _drawn,  # groups: their data are on the Hub
     draw,
@@ -49,7 +49,7 @@ LOCAL = ("arc_challenge", "hellaswag", "truthfulqa_mc2")
 HARNESS = Path(harness_tasks.__file__).parent
 
 
-class Judge:
+class Rater:
     """A session that finds a text as likely as it is told, and remembers what it was asked."""
 
     answers: frozenset[str] = frozenset()
@@ -255,7 +255,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("name", "shots"), [("arc_challenge", 2), ("hellaswag", 0), ("truthfulqa_mc2", 0)])
 def test_local_questions_are_asked_and_scored_as_by_lm_evals_own_tasks(data: Path, name: str, shots: int) -> None:
     """Of the same data: the same prompts to the last character, the same score of every question."""
-    model = session_model(Judge(lambda text: 0.1 + 0.8 * (len(text) % 7) / 7), DEMO, 4096)
+    model = session_model(Rater(lambda text: 0.1 + 0.8 * (len(text) % 7) / 7), DEMO, 4096)
     (ours,), (theirs,) = (
         measure_benchmarks(model, prepare([name], folder=folder, shots=shots, limit=None, seed=5), 5)
         for folder in (data, None)
@@ -269,7 +269,7 @@ def test_local_questions_are_asked_and_scored_as_by_lm_evals_own_tasks(data: Pat
 @pytest.mark.usefixtures("hub")
 def test_mmlu_is_drawn_from_all_its_subjects() -> None:
     """Five examples in the order of the file; so many questions in all, and nothing of subjects that have none."""
-    session = Judge(lambda text: 0.9 if text.endswith("A") else 0.1)
+    session = Rater(lambda text: 0.9 if text.endswith("A") else 0.1)
     (asked,) = prepare(["mmlu"], folder=None, shots=None, limit=20, seed=1)
     (row,) = measure_benchmarks(session_model(session, DEMO, 4096), [asked], 1)
     assert len(row.scores) == asked.questions == 20 and (row.shots, row.metric) == (5, "acc")
@@ -285,7 +285,7 @@ def test_knowing_the_answers_scores_one_and_denying_them_zero(data: Path, right:
     for number in range(30):
         line = hellaswag_line(number)
         ends.add(line["context"].replace(". he", ". He") + " " + line["endings"][line["label"]])
-    session = Judge(lambda text: 0.9 if any(text.endswith(end) for end in ends) == right else 1e-9)
+    session = Rater(lambda text: 0.9 if any(text.endswith(end) for end in ends) == right else 1e-9)
     rows = measure_benchmarks(
         session_model(session, DEMO, 4096), prepare(LOCAL[:2], folder=data, shots=1, limit=None, seed=0), 0
     )
@@ -305,7 +305,7 @@ def test_mc2_is_the_share_of_probability_on_true_answers(tmp_path: Path) -> None
         {"question": "Two?", "correct": ["g h"], "incorrect": ["i j"]},
     ]
     (tmp_path / "truthfulqa.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    session = Judge(lambda text: likely[text.rpartition("A: ")[2]])
+    session = Rater(lambda text: likely[text.rpartition("A: ")[2]])
     asked = prepare(["truthfulqa_mc2"], folder=tmp_path, shots=5, limit=None, seed=0)
     (row,) = measure_benchmarks(session_model(session, DEMO, 4096), asked, 0)
     assert row.scores == pytest.approx((0.875, 0.25)) and row.score.value == pytest.approx(0.5625)
@@ -314,13 +314,13 @@ def test_mc2_is_the_share_of_probability_on_true_answers(tmp_path: Path) -> None
     assert all(prompt.count("Q: ") == 7 for prompt, _ in _arguments(asked[0]))
 
 
-def _arguments(asked: Asked) -> list[tuple[str, str]]:
+def _arguments(asked: PreparedBenchmark) -> list[tuple[str, str]]:
     return [instance.args for task in asked.tasks.values() for instance in task.instances]
 
 
 def test_shots_are_examples_in_front_of_a_question(data: Path) -> None:
     """So many, from the file of examples; of HellaSwag from questions that are never asked. Seeds draw others."""
-    model = session_model(Judge(lambda text: 0.5), DEMO, 4096)
+    model = session_model(Rater(lambda text: 0.5), DEMO, 4096)
     asked = {seed: prepare(LOCAL[:2], folder=data, shots=3, limit=6, seed=seed) for seed in (0, 1)}
     rows = {seed: measure_benchmarks(model, asked[seed], seed) for seed in asked}
     arc, hellaswag = asked[0]
@@ -383,7 +383,7 @@ def test_a_limit_draws_from_all_tasks_of_a_group() -> None:
 
 
 def test_prompts_beyond_the_window_lose_their_start_and_are_counted() -> None:
-    session = Judge(lambda text: 0.5)
+    session = Rater(lambda text: 0.5)
     model = SessionModel(session, PromptTokenizer.of(DEMO), window=24)
     long = "In the beginning God created the heaven and the earth. " * 5
     model.loglikelihood(instances([(long, " And"), ("In the", " beginning"), (long, " And the earth")]))
@@ -400,7 +400,7 @@ def test_prompts_beyond_the_window_lose_their_start_and_are_counted() -> None:
 
 def test_a_long_text_is_judged_in_windows_that_fit() -> None:
     """Every token once, behind at least one token, in rows of at most the window."""
-    session = Judge(lambda text: 0.25)
+    session = Rater(lambda text: 0.25)
     model = replace(session_model(session, DEMO, 4096), window=16)
     text = "In the beginning God created the heaven and the earth. " * 5
     (ids,) = model.tokenizer.encode([text]).values()
@@ -410,7 +410,7 @@ def test_a_long_text_is_judged_in_windows_that_fit() -> None:
 
 
 def test_identical_requests_are_asked_once() -> None:
-    session = Judge(lambda text: 0.25)
+    session = Rater(lambda text: 0.25)
     steps: list[Step] = []
     model = session_model(session, DEMO, 4096, progress=steps.append)
     found = model.loglikelihood(instances([("In the", " beginning"), ("In the", " end"), ("In the", " beginning")]))
@@ -424,7 +424,7 @@ def test_identical_requests_are_asked_once() -> None:
 def test_a_broken_model_has_no_score() -> None:
     """nan is larger than nothing and smaller than nothing: answers of such a model would count as wrong."""
     with pytest.raises(InputError, match="not all numbers"):
-        session_model(Judge(lambda text: math.nan), DEMO, 4096).loglikelihood(instances([("In the", " beginning")]))
+        session_model(Rater(lambda text: math.nan), DEMO, 4096).loglikelihood(instances([("In the", " beginning")]))
 
 
 def test_batches_hold_what_fits_on_one_side_of_the_boundary() -> None:

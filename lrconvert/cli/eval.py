@@ -73,6 +73,14 @@ def perplexity(**options: Any) -> None:
     run(perplexity, table, **options)
 
 
+def _keys_found(found: Evaluation) -> Table:
+    from lrconvert.evals.passkey import by_length
+
+    totals = by_length(found.rows)
+    rows = [(f"{total.length:,}", f"{total.hits} of {total.trials}", str(total.share)) for total in totals]
+    return ("tokens", "found", "share (95 %)"), rows
+
+
 @command.command()
 @shared_options
 @_lengths
@@ -88,14 +96,8 @@ def passkey(**options: Any) -> None:
     lrconvert eval passkey my-model --lengths 4k,16k --depths 10
     """
     from lrconvert.evals.api import passkey
-    from lrconvert.evals.passkey import by_length
 
-    def table(found: Evaluation) -> Table:
-        totals = by_length(found.rows)
-        rows = [(f"{total.length:,}", f"{total.hits} of {total.trials}", str(total.share)) for total in totals]
-        return ("tokens", "found", "share (95 %)"), rows
-
-    run(passkey, table, **options)
+    run(passkey, _keys_found, **options)
 
 
 @command.command()
@@ -113,11 +115,5 @@ def retrieval(**options: Any) -> None:
     lrconvert eval retrieval my-model --text book.txt --lengths 8k,64k,256k --device cuda --dtype bfloat16
     """
     from lrconvert.evals.api import retrieval
-    from lrconvert.evals.passkey import by_length
 
-    def table(found: Evaluation) -> Table:
-        totals = by_length(found.rows)
-        rows = [(f"{total.length:,}", f"{total.hits} of {total.trials}", str(total.share)) for total in totals]
-        return ("tokens", "found", "share (95 %)"), rows
-
-    run(retrieval, table, **options)
+    run(retrieval, _keys_found, **options)

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from lrconvert import __version__
 from lrconvert.checkpoint.tokenizer import Encode, tokenizer_of
 from lrconvert.errors import InputError, UsageError, require
-from lrconvert.evals.passkey import PROTOCOL, PasskeyFormat, by_length, form_of, measure_passkey
+from lrconvert.evals.passkey import PROTOCOL, PasskeyFormat, PasskeyRow, by_length, form_of, measure_passkey
 from lrconvert.evals.perplexity import measure_perplexity
 from lrconvert.evals.protocols import EXCERPTS, Plan
 from lrconvert.evals.retrieval import PROTOCOL as RETRIEVAL_PROTOCOL
-from lrconvert.evals.retrieval import evaluation_form, measure_retrieval
+from lrconvert.evals.retrieval import evaluation_keys, measure_retrieval
 from lrconvert.evals.subject import REFERENCE, Subject, opened
 from lrconvert.evals.texts import read_texts, sources_of
 from lrconvert.precision import long_name
@@ -148,19 +148,7 @@ def passkey(
     with run.session() as (session, encode):
         asked = {"depths": depths, "trials": trials, "seed": run.seed, "progress": run.progress}
         rows = measure_passkey(session, sentences, encode, lengths, **asked)
-    found = {
-        "form": {"name": path.name, "sha256": sha256(path.read_bytes()).hexdigest()},
-        "lengths": [total.to_json() for total in by_length(rows)],
-        "rows": [row.to_json() for row in rows],
-    }
-    evaluation = run.evaluation("passkey", PROTOCOL, rows, found)
-
-    def plot(path: Path) -> None:
-        from lrconvert.evals.plotting import plot_passkey
-
-        plot_passkey(rows, path, title=evaluation.title, protocol=PROTOCOL)
-
-    return run.saved(evaluation, plot)
+    return run.keys_found("passkey", PROTOCOL, path, rows)
 
 
 def retrieval(
@@ -183,9 +171,9 @@ def retrieval(
     """
     run = _Run.of(artifact, options)
     run.check_lengths(lengths)
-    path = form or form_of(run.subject.artifact)
-    sentences = LabelledForm.read(path) if form else evaluation_form(run.subject.artifact)
     subject = run.subject
+    path = form or evaluation_keys(subject.artifact)
+    sentences = LabelledForm.read(path)
     read = read_texts(
         sources_of(texts), lambda: tokenizer_of(subject.artifact), vocab=subject.vocab(), tokens=max(lengths)
     )
@@ -198,20 +186,7 @@ def retrieval(
         tokens = [text.tokens for text in read]
         asked = {"keys": keys, "seed": run.seed, "progress": run.progress}
         rows = measure_retrieval(session, sentences, encode, tokens, lengths, **asked)
-    found = {
-        "form": {"name": path.name, "sha256": sha256(path.read_bytes()).hexdigest()},
-        "texts": [text.record() for text in read],
-        "lengths": [total.to_json() for total in by_length(rows)],
-        "rows": [row.to_json() for row in rows],
-    }
-    evaluation = run.evaluation("retrieval", RETRIEVAL_PROTOCOL, rows, found)
-
-    def plot(path: Path) -> None:
-        from lrconvert.evals.plotting import plot_passkey
-
-        plot_passkey(rows, path, title=evaluation.title, protocol=RETRIEVAL_PROTOCOL)
-
-    return run.saved(evaluation, plot)
+    return run.keys_found("retrieval", RETRIEVAL_PROTOCOL, path, rows, texts=[text.record() for text in read])
 
 
 def benchmarks(
@@ -365,6 +340,23 @@ class _Run:
         title = f"{name}{under}: {kind}, seed {self.seed}"
         warnings = tuple(self.warnings)
         return Evaluation(kind, protocol, title, tuple(rows), result, warnings, tuple(changes), incomparable)
+
+    def keys_found(self, kind: str, protocol: str, form: Path, rows: Sequence[PasskeyRow], **more: Any) -> Evaluation:
+        """An evaluation that counts keys; `form` is the file of their sentences."""
+        found = {
+            "form": {"name": form.name, "sha256": sha256(form.read_bytes()).hexdigest()},
+            **more,
+            "lengths": [total.to_json() for total in by_length(rows)],
+            "rows": [row.to_json() for row in rows],
+        }
+        evaluation = self.evaluation(kind, protocol, rows, found)
+
+        def plot(path: Path) -> None:
+            from lrconvert.evals.plotting import plot_passkey
+
+            plot_passkey(rows, path, title=evaluation.title, protocol=protocol)
+
+        return self.saved(evaluation, plot)
 
     def saved(self, evaluation: Evaluation, plot: Callable[[Path], None]) -> Evaluation:
         """STEM.json and STEM.png, if wanted."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model in memory under the tiers of a recipe, as a session: every evaluation runs on it without an artifact."""
+"""A model in memory under the tiers of a recipe: it scores as a session does, so evaluations need no artifact."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lrconvert.training.loaded import LoadedModel
 
 
 class LoadedSession:
-    """`tiers` in order; a row of n tokens has the first that reaches n. It scores, and generates nothing."""
+    """`tiers` in order; a row of n tokens has the first that reaches n."""
 
     answers: frozenset[str] = frozenset(("behind",))
 
@@ -37,14 +37,3 @@ class LoadedSession:
         cached = Prefilled(self.model, np.asarray(prompt, dtype=np.int64))
         pairs = zip(rows, judged, strict=True)
         return [Scores(*cached.score(np.asarray(row, dtype=np.int64), count)) for row, count in pairs]
-
-    def logits(
-        self, rows: Sequence[Sequence[int]], *, positions: Sequence[int] | None = None, keep: Sequence[int]
-    ) -> list[np.ndarray]:
-        raise NotImplementedError("a model in memory scores rows")
-
-    def generate(self, prompt: Sequence[int], new_tokens: int) -> tuple[list[int], np.ndarray]:
-        raise NotImplementedError("a model in memory scores rows")
-
-    def close(self) -> None:
-        self.model.free()

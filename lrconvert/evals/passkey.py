@@ -18,7 +18,7 @@ from lrconvert.errors import InputError
 from lrconvert.evals.figures import Figure, share_figure
 from lrconvert.evals.perplexity import finite
 from lrconvert.progress import Progress, Steps
-from lrconvert.runtimes.base import Session
+from lrconvert.runtimes.base import Scoring
 from lrconvert.training.keys import split_answer
 
 PROTOCOL = (
@@ -128,7 +128,7 @@ def by_length(rows: Sequence[PasskeyRow]) -> list[Found]:
 
 
 def found_key(
-    session: Session, form: PasskeyFormat, encode: Encode, length: int, depth: float, rng: np.random.Generator
+    session: Scoring, form: PasskeyFormat, encode: Encode, length: int, depth: float, rng: np.random.Generator
 ) -> bool:
     """Whether greedy decoding gets the key exactly right.
 
@@ -141,7 +141,7 @@ def found_key(
 
 
 def passkey_accuracy(
-    session: Session, form: PasskeyFormat, encode: Encode, length: int, depths: Sequence[float], seed: int = 0
+    session: Scoring, form: PasskeyFormat, encode: Encode, length: int, depths: Sequence[float], seed: int = 0
 ) -> float:
     """Share of keys that are found (`found_key`), one trial per depth."""
     rngs = [np.random.default_rng([seed, length, index]) for index in range(len(depths))]
@@ -150,7 +150,7 @@ def passkey_accuracy(
 
 
 def measure_passkey(
-    session: Session,
+    session: Scoring,
     form: PasskeyFormat,
     encode: Encode,
     lengths: Sequence[int],

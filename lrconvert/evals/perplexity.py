@@ -13,7 +13,7 @@ from lrconvert.errors import InputError
 from lrconvert.evals.figures import Figure, perplexity_figure
 from lrconvert.evals.protocols import JUDGED, Plan
 from lrconvert.progress import Progress, Steps
-from lrconvert.runtimes.base import Scores, Session
+from lrconvert.runtimes.base import Scores, Scoring
 
 CLUSTER = 64  # judged tokens that are resampled together
 
@@ -36,7 +36,7 @@ class PerplexityRow:
         return {"windows" if key == "excerpts" else key: value for key, value in values.items()}
 
 
-def same_token_perplexity(session: Session, tokens: Tokens, length: int, judged: int = JUDGED) -> float:
+def same_token_perplexity(session: Scoring, tokens: Tokens, length: int, judged: int = JUDGED) -> float:
     """Perplexity of the document's last `judged` tokens at the end of a context of `length` tokens.
 
     The judged tokens are the same at every length, so only the context differs: a model that copes with a longer
@@ -48,7 +48,7 @@ def same_token_perplexity(session: Session, tokens: Tokens, length: int, judged:
 
 
 def measure_perplexity(
-    session: Session,
+    session: Scoring,
     texts: Sequence[Tokens],
     plan: Plan,
     *,
@@ -77,7 +77,7 @@ def measure_perplexity(
     return rows
 
 
-def _losses(session: Session, tokens: Tokens, judged: int) -> np.ndarray:
+def _losses(session: Scoring, tokens: Tokens, judged: int) -> np.ndarray:
     """Losses (nats) of the last `judged` of `tokens`."""
     row = np.asarray(tokens, dtype=np.int64).tolist()
     (scores,) = session.score([row], [judged])

@@ -20,8 +20,8 @@ from lrconvert.errors import InputError
 from lrconvert.evals.passkey import PasskeyRow
 from lrconvert.evals.perplexity import finite
 from lrconvert.progress import Progress, Steps
-from lrconvert.runtimes.base import Scores, Session
-from lrconvert.training.keys import Key, KeyMaker, LabelledForm, hidden_in, labelled_form
+from lrconvert.runtimes.base import Scores, Scoring
+from lrconvert.training.keys import Key, KeyMaker, LabelledForm, hidden_in, keys_file
 
 if TYPE_CHECKING:
     from lrconvert.runtimes.answers import AnswersBehind
@@ -40,9 +40,10 @@ class KeyedText:
     keys: list[Key]
 
 
-def evaluation_form(folder: Path) -> LabelledForm:
-    """The labelled keys of a model's own passkey.json, where it has some; else plain English ones."""
-    return labelled_form(folder, DATA / "passkey.json")
+def evaluation_keys(folder: Path) -> Path:
+    """The file of labelled keys to evaluate a model with: its own passkey.json, where that has some; else plain
+    English ones."""
+    return keys_file(folder, DATA / "passkey.json")
 
 
 def build_text(
@@ -65,7 +66,7 @@ def build_text(
 
 
 def measure_retrieval(
-    session: Session,
+    session: Scoring,
     form: LabelledForm,
     encode: Encode,
     haystacks: Sequence[np.ndarray],
@@ -93,7 +94,7 @@ def measure_retrieval(
     return rows
 
 
-def _scores(session: Session, text: KeyedText) -> list[Scores]:
+def _scores(session: Scoring, text: KeyedText) -> list[Scores]:
     """Of every answer: behind one reading of the text where the session can, else with a reading for each."""
     rows = [np.concatenate([key.question, key.answer]).tolist() for key in text.keys]
     judged = [len(key.answer) for key in text.keys]

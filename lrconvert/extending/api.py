@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from lrconvert.artifact.sliding import lifted_note
 from lrconvert.checkpoint import open_model
+from lrconvert.checkpoint.adapter import WEIGHTS
 from lrconvert.checkpoint.base import Model, refuse_quantised
+from lrconvert.checkpoint.source import sha256_of
 from lrconvert.checkpoint.tokenizer import tokenizer_of
 from lrconvert.errors import InputError, UsageError, require
 from lrconvert.evals.texts import Text, read_texts, sources_of
@@ -22,7 +22,7 @@ from lrconvert.extending.run import Extension, Finished, check_name, extended_re
 from lrconvert.extending.task import ADAPTER, Task
 from lrconvert.precision import long_name
 from lrconvert.progress import Progress, silent
-from lrconvert.recipe import Recipe, check_output, load_recipe, write_recipe
+from lrconvert.recipe import RECIPE_FILE, Recipe, check_output, load_recipe, write_recipe
 from lrconvert.recipe.models import portable_name
 
 if TYPE_CHECKING:
@@ -83,8 +83,9 @@ def extend(
 
     Raises:
         UsageError: Options that don't go together, a plan or stage that doesn't exist, an output that exists.
-        InputError: A model, text or plan that is damaged or doesn't fit, a stage's files that were changed.
-        UnsupportedError: A quantised model, or one whose rotation is scaled.
+        InputError: A model, text or plan that is damaged or doesn't fit, a model whose rotation is scaled, a stage's
+            files that were changed.
+        UnsupportedError: A quantised model.
         EnvironmentFailure: PyTorch, PEFT or a GPU is missing, or a stage does not fit the memory.
     """
     chosen = _plan(plan, target)
@@ -217,27 +218,41 @@ def _texts(
     found = read(texts)
     if held_out:
         return tuple(found), tuple(read(held_out))
-    return tuple(_part(text, 0, -len(text.tokens) // HELD_OUT_SHARE, "") for text in found), tuple(
-        _part(text, -(len(text.tokens) // HELD_OUT_SHARE) or None, None, ", its last tenth") for text in found
+    cuts = [len(text.tokens) - len(text.tokens) // HELD_OUT_SHARE for text in found]
+    training = tuple(replace(text, tokens=text.tokens[:cut]) for text, cut in zip(found, cuts, strict=True))
+    return training, tuple(
+        replace(text, name=f"{text.name}, its last tenth", tokens=text.tokens[cut:])
+        for text, cut in zip(found, cuts, strict=True)
     )
 
 
-def _part(text: Text, start: int | None, end: int | None, what: str) -> Text:
-    return replace(text, name=text.name + what, tokens=np.ascontiguousarray(text.tokens[start:end]))
-
-
 def _write(recipe: Recipe, source: Path, folder: Path, force: bool) -> Path:
-    """The recipe and its adapter, in one folder."""
-    carried = load_recipe(source).adapter
-    if carried is None:
-        return write_recipe(replace(recipe, adapter=None), folder, force=force)
-    staged = folder.with_name(f".{folder.name}.tmp")
+    """The recipe and its adapter, in one folder; `source` is the last stage's recipe file.
+
+    The recipe file changes last, and what it named before goes away after that: a kill leaves one of the two whole. A
+    folder `adapter` that is somebody else's stays.
+    """
+    before = load_recipe(folder).adapter if (folder / RECIPE_FILE).is_file() else None
+    carried, name = load_recipe(source).adapter, None
+    if carried is not None:
+        name = _copied(source.parent / carried, folder)
+    path = write_recipe(replace(recipe, adapter=name), folder, force=force)
+    if before not in (None, name) and Path(before).name == before:
+        shutil.rmtree(folder / before, ignore_errors=True)
+    return path
+
+
+def _copied(adapter: Path, folder: Path) -> str:
+    """The name of an adapter's copy in a folder: whole, or not there."""
+    digest = sha256_of(adapter / WEIGHTS)
+    taken = (folder / ADAPTER).exists()
+    if taken and (folder / ADAPTER / WEIGHTS).is_file() and sha256_of(folder / ADAPTER / WEIGHTS) == digest:
+        return ADAPTER
+    name = f"{ADAPTER}-{digest[:8]}" if taken else ADAPTER
+    staged = folder / f".{name}.tmp"
     shutil.rmtree(staged, ignore_errors=True)
-    shutil.copytree((source.parent / carried).resolve(), staged / ADAPTER)
-    path = write_recipe(replace(recipe, adapter=ADAPTER), staged)
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder / ADAPTER, ignore_errors=True)
-    (staged / ADAPTER).replace(folder / ADAPTER)
-    path.replace(folder / path.name)
-    staged.rmdir()
-    return folder / path.name
+    shutil.copytree(adapter, staged)
+    if not (folder / name).exists():
+        staged.replace(folder / name)
+    shutil.rmtree(staged, ignore_errors=True)
+    return name

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,7 +51,7 @@ def decide(stage: Search, task: Task) -> dict[str, Any]:
     ranked = ranking(read_journal(task.folder / JOURNAL).records, stage.window)
     chosen = spread([record.answer.loss for record in ranked], stage.finalists)
     row = whole_row(stage, task)
-    kept = _kept(task.folder / DECIDED)
+    kept = task.kept(DECIDED)
     model: LoadedModel | None = None
     found = []
     for number, rank in enumerate(chosen):
@@ -130,11 +129,3 @@ def rank_correlation(first: list[float], second: list[float]) -> float | None:
         return None
     one, other = (np.argsort(np.argsort(values)).astype(float) for values in (first, second))
     return round(float(np.corrcoef(one, other)[0, 1]), 4)
-
-
-def _kept(path: Path) -> dict[str, float]:
-    """Losses that an interrupted stage had already."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lrconvert.extending.plan import Derive, Evaluate, Plan, Recover, Search, Tune
+from lrconvert.searching.objective import PARTS
 from lrconvert.searching.plan import default_budget
 
 if TYPE_CHECKING:
@@ -82,8 +83,9 @@ Passes = list[tuple[float, float]]
 
 def _search(stage: Search, window: int) -> Passes:
     budget = stage.budget or default_budget(stage.algorithm, stage.window, window)
-    parts = 2 if stage.objective == "mixed" else 1
-    row, count = (stage.row_length, stage.rows * parts) if stage.row_length else (stage.window, stage.documents)
+    row, count = stage.window, stage.documents
+    if stage.row_length is not None:
+        row, count = stage.row_length, stage.rows * len(PARTS[stage.objective])
     deciding = [] if stage.decide is None else [(float(stage.decide), 2.0 * stage.finalists)]
     return [(float(row), float(budget * count)), *deciding]
 
@@ -100,6 +102,7 @@ def _recover(stage: Recover, window: int) -> Passes:
 def _evaluate(stage: Evaluate, window: int) -> Passes:
     return [
         *((length, stage.excerpts) for length in stage.perplexity),
+        *([(window, stage.excerpts)] if stage.perplexity else []),  # of the model before its extension
         *((length, stage.texts) for length in stage.retrieval),
         *((length, stage.depths) for length in stage.passkey),
     ]

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,9 +15,10 @@ from lrconvert.evals.passkey import PasskeyFormat, PasskeyRow, by_length, form_o
 from lrconvert.evals.perplexity import measure_perplexity
 from lrconvert.evals.protocols import Plan as Protocol
 from lrconvert.evals.retrieval import PROTOCOL as RETRIEVAL
-from lrconvert.evals.retrieval import evaluation_form, measure_retrieval
+from lrconvert.evals.retrieval import evaluation_keys, measure_retrieval
 from lrconvert.extending.plan import Evaluate
 from lrconvert.extending.task import Task
+from lrconvert.training.keys import LabelledForm
 from lrconvert.training.loaded import LoadedModel
 
 MEASURED = "measured.json"
@@ -28,8 +28,7 @@ Measure = Callable[[LoadedSession], Any]
 
 def evaluate(stage: Evaluate, task: Task) -> dict[str, Any]:
     """Everything that the stage asks for: by kind and length, with protocols and the digests of the texts."""
-    path = task.folder / MEASURED
-    kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    kept = task.kept(MEASURED)
     measures = _measures(stage, task)
     session, loaded = None, ""
     for number, (key, (model, measure)) in enumerate(measures.items()):
@@ -66,7 +65,7 @@ def _measures(stage: Evaluate, task: Task) -> dict[str, tuple[str, Measure]]:
         return lambda session: measure_perplexity(session, documents, plan, only=(length,), seed=task.seed)[0].to_json()
 
     def retrieval(length: int) -> Measure:
-        form, documents = evaluation_form(folder), long_enough(texts, length)[: stage.texts]
+        form, documents = LabelledForm.read(evaluation_keys(folder)), long_enough(texts, length)[: stage.texts]
         return lambda session: _total(
             measure_retrieval(session, form, encode, documents, [length], keys=stage.keys, seed=task.seed)
         )

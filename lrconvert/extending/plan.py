@@ -16,7 +16,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -237,9 +237,6 @@ class Plan:
         """Raises `InputError` with all `problems`."""
         if problems := self.problems(window):
             raise InputError.collect(where, problems)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def last_tuned(stages: Sequence[Stage]) -> int:

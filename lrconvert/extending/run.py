@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from lrconvert.recipe import RECIPE_FILE, SCHEMA_VERSION, Provenance, Recipe, lo
 from lrconvert.rope import Tier
 
 RESULT, START = "result.json", "0-start"
+SPENT = "spent.json"  # what an unfinished stage took so far
 WAIT = 0.2  # seconds between two looks for what the leading process writes
 FORMAT = 1  # of the digests: another one repeats all stages
 
@@ -85,10 +87,10 @@ class Extension:
         anew = False
         for name, stage in zip(self.plan.names, self.plan.stage, strict=True):
             digest = _digest({"before": digest, "stage": asdict(stage)})
-            folder = self.work / f"{name}-{digest[:8]}"
+            folder = self._folder(name, digest)
             anew = anew or name == again
-            if anew:
-                _forget(folder)
+            if anew and folder.is_dir():
+                shutil.rmtree(folder)
             found = Finished.read(folder, digest)
             if found is None:
                 found = self._carry_out(name, stage, folder, before, digest)
@@ -100,34 +102,26 @@ class Extension:
 
     def recipe_file(self, done: list[Finished]) -> Path:
         """The recipe of the last of the stages."""
-        last = done[-1]
-        return self.work / f"{last.name}-{last.digest[:8]}" / RECIPE_FILE
+        return self._folder(done[-1].name, done[-1].digest) / RECIPE_FILE
+
+    def _folder(self, name: str, digest: str) -> Path:
+        return self.work / f"{name}-{digest[:8]}"
 
     # --- one stage ---------------------------------------------------------------------------------------
 
     def _carry_out(self, name: str, stage: Any, folder: Path, before: Path, digest: str) -> Finished:
         folder.mkdir(parents=True, exist_ok=True)
-        task = Task(**{**self.task.__dict__, "name": name, "before": before, "folder": folder})
+        task = replace(self.task, name=name, before=before, folder=folder)
         task.say("starting")
-        if not task.leading:
-            STAGES[stage.kind](stage, task)
-            return self._awaited(folder, digest)
-        started, spent = time.monotonic(), _spent(folder)
+        started, spent = time.monotonic(), task.kept(SPENT).get("seconds", 0.0)
         memory = _memory_meter(task)
         try:
-            facts = STAGES[stage.kind](stage, task)
-        except (MemoryError, RuntimeError) as error:
-            from lrconvert.training.devices import is_out_of_memory
-
-            if not is_out_of_memory(error):
-                raise
-            raise EnvironmentFailure(
-                f"{name} does not fit the memory of this device",
-                remedy="Use shorter lengths in the plan, --shard-weights, or a device with more memory",
-            ) from error
+            facts = _facts(stage, task)
         finally:
             seconds = spent + time.monotonic() - started
-            (folder / "seconds").write_text(f"{seconds:.3f}", encoding="utf-8")
+            task.keep(SPENT, {"seconds": round(seconds, 3)})
+        if not task.leading:
+            return self._awaited(folder, digest)
         files = {path.relative_to(folder).as_posix(): sha256_of(path) for path in _outputs(folder)}
         found = Finished(name, digest, facts, round(seconds, 1), memory(), files)
         task.keep(RESULT, asdict(found))
@@ -169,6 +163,21 @@ class Extension:
                         "texts": texts, "seed": self.task.seed, "dtype": self.task.machine.get("dtype")})  # fmt: skip
 
 
+def _facts(stage: Any, task: Task) -> Facts:
+    """What the stage found. Raises `EnvironmentFailure` where it does not fit the memory."""
+    try:
+        return STAGES[stage.kind](stage, task)
+    except (MemoryError, RuntimeError) as error:
+        from lrconvert.training.devices import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        raise EnvironmentFailure(
+            f"{task.name} does not fit the memory of this device",
+            remedy="Use shorter lengths in the plan, --shard-weights, or a device with more memory",
+        ) from error
+
+
 def extended_recipe(extension: Extension, done: list[Finished], name: str) -> Recipe:
     """The recipe of an extension, with what every stage did and cost, and the last evaluation."""
     recipe = load_recipe(extension.recipe_file(done))
@@ -186,8 +195,6 @@ def extended_recipe(extension: Extension, done: list[Finished], name: str) -> Re
         search={"seed": task.seed, "texts": [text.record() for text in task.texts], "code": f"lrconvert {__version__}"},
         stages=tuple(stages),
     )
-    from dataclasses import replace
-
     return replace(recipe, name=name, provenance=provenance, evaluation=evaluations[-1] if evaluations else None)
 
 
@@ -199,22 +206,6 @@ def _outputs(folder: Path) -> Iterator[Path]:
     """What later stages read: the recipe and the adapter."""
     yield folder / RECIPE_FILE
     yield from sorted(path for path in (folder / ADAPTER).glob("*") if path.is_file())
-
-
-def _spent(folder: Path) -> float:
-    """Seconds of earlier runs of an unfinished stage."""
-    try:
-        return float((folder / "seconds").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return 0.0
-
-
-def _forget(folder: Path) -> None:
-    """A stage's result and state, but not a folder that is no stage's."""
-    import shutil
-
-    if folder.is_dir():
-        shutil.rmtree(folder)
 
 
 def _memory_meter(task: Task) -> Any:

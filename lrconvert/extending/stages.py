@@ -19,9 +19,11 @@ from lrconvert import rope
 from lrconvert.errors import EnvironmentFailure
 from lrconvert.extending.plan import Derive, Evaluate, Recover, Search, Tune
 from lrconvert.extending.task import ADAPTER, JOURNAL, Task, with_tier
+from lrconvert.recipe.derive import factor_set
 from lrconvert.recipe.models import portable_name
 from lrconvert.rope import Tier, compose, serving
 from lrconvert.training.keys import KeyMaker, training_form
+from lrconvert.training.rows import RowOptions, StepRows, make_row
 
 Facts = dict[str, Any]
 
@@ -32,13 +34,9 @@ Facts = dict[str, Any]
 def derive(stage: Derive, task: Task) -> Facts:
     recipe = task.recipe
     own, reach = recipe.tiers[-1], recipe.tiers[-1].max_length
-    extension, dim = stage.window / reach, recipe.rotary_dim
+    extension = stage.window / reach
     ratio = stage.ratio or (2 * extension if stage.method == "ntk" else extension)
-    factors = {
-        "pi": lambda: rope.pi_factors(dim, ratio),
-        "ntk": lambda: rope.ntk_factors(dim, ratio),
-        "yarn": lambda: rope.yarn_factors(dim, recipe.rope_theta, ratio, reach),
-    }[stage.method]()
+    factors = factor_set(stage.method, recipe.rotary_dim, recipe.rope_theta, ratio, reach, own.factors)
     total = rope.longrope_attention_factor(stage.window / recipe.original_window, recipe.original_window)
     new = Tier(stage.window, tuple(factors.tolist()), own.start_tokens, total / own.attention_factor)
     task.write(with_tier(recipe, compose(own, new)), task.adapter)
@@ -115,7 +113,7 @@ def _search(task: Task, **options: Any) -> Facts:
 
 
 def tune(stage: Tune, task: Task) -> Facts:
-    from lrconvert.training.tuning import StepResult, StepRows, TuneOptions, Tuning, load_trainable
+    from lrconvert.training.tuning import StepResult, TuneOptions, Tuning, load_trainable
 
     options = TuneOptions(
         method=stage.method,
@@ -128,16 +126,10 @@ def tune(stage: Tune, task: Task) -> Facts:
         answer_weight=stage.answer_weight,
         seed=task.seed,
     )
-    make = RowMaker.of(stage, task)
-
-    def rows_of(step: int) -> StepRows:
-        rotation, rows, kind = make(step)
-        return StepRows(rotation, rows, kind)
-
     task.say("loading", 0, stage.steps)
     base = portable_name(task.reference, task.model.checkpoint.path)
     model, trainable = load_trainable(task.model, options, task.adapter, base=base, **task.loading)
-    tuning = Tuning(model, options, rows_of, task.folder)
+    tuning = Tuning(model, options, RowMaker.of(stage, task), task.folder)
     seconds: list[float] = []
 
     def watch(result: StepResult) -> None:
@@ -190,22 +182,16 @@ class RowMaker:
             (task.seed, stage.window),
         )
 
-    def __call__(self, step: int) -> tuple[Tier, tuple[Any, ...], str]:
-        from lrconvert.training.rows import RowOptions, make_row
-
+    def __call__(self, step: int) -> StepRows:
         stage, every = self.stage, self.stage.mixed_every
         if every and step % every == every - 1:
-            options, count, tier, kind = (
-                RowOptions(self.window, self.window, (0, 0), stage.keys),
-                stage.mixed_rows,
-                self.short,
-                "short",
-            )
+            options = RowOptions(self.window, self.window, keys=stage.keys)
+            count, tier, kind = stage.mixed_rows, self.short, "short"
         else:
             options = RowOptions(stage.length, stage.window, stage.jumps, stage.keys)
             count, tier, kind = stage.rows, self.long, "long"
         seeds = [np.random.default_rng([*self.seed, step, index]) for index in range(count)]
-        return tier, tuple(make_row(self.texts, options, self.keys, rng) for rng in seeds), kind
+        return StepRows(tier, tuple(make_row(self.texts, options, self.keys, rng) for rng in seeds), kind)
 
 
 # --- evaluation ------------------------------------------------------------------------------------------

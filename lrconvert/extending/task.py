@@ -79,6 +79,13 @@ class Task:
             relative = None if adapter is None else _relative(adapter, self.folder)
             write_recipe(replace(recipe, adapter=relative), self.folder, force=True)
 
+    def kept(self, name: str) -> dict[str, Any]:
+        """What an interrupted stage kept in a file of its folder; nothing where that is damaged."""
+        try:
+            return json.loads((self.folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+
     def keep(self, name: str, values: Any) -> None:
         """What the stage has so far, in a file of its folder: whole or not at all."""
         if self.leading:

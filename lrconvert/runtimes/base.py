@@ -33,11 +33,19 @@ class Scores:
     preferred: np.ndarray
 
 
-class Session(Protocol):
-    """An artifact, loaded. Logits are float64 arrays here, regardless of the runtime's type."""
+class Scoring(Protocol):
+    """What evaluations need of a session."""
 
     info: dict[str, Any]  # versions, device, dtype, class: what answered
     answers: frozenset[str]  # what it answers beyond logits (`runtimes.answers`)
+
+    def score(self, rows: Sequence[Sequence[int]], judged: Sequence[int]) -> list[Scores]:
+        """How likely the last `judged[r]` tokens of row r are after the tokens before them (at least one)."""
+        ...
+
+
+class Session(Scoring, Protocol):
+    """An artifact, loaded. Logits are float64 arrays here, regardless of the runtime's type."""
 
     def logits(
         self,
@@ -51,10 +59,6 @@ class Session(Protocol):
         `keep` are indices into every row (negative: from its end); one array [len(keep), vocabulary] a row.
         `positions` replace 0 … n−1, for a single row.
         """
-        ...
-
-    def score(self, rows: Sequence[Sequence[int]], judged: Sequence[int]) -> list[Scores]:
-        """How likely the last `judged[r]` tokens of row r are after the tokens before them (at least one)."""
         ...
 
     def generate(self, prompt: Sequence[int], new_tokens: int) -> tuple[list[int], np.ndarray]:

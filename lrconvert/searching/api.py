@@ -107,8 +107,8 @@ def search(
         start_from: A recipe whose sets are the first candidates. Its sets that are not searched are kept.
         on: A recipe that the model has already (with its adapter): factors are searched on top of its own, which stay
             as they are up to its window.
-        rows: Evaluate rows whose positions jump over the target, instead of whole documents. Only a model that was
-            fine-tuned on such rows ranks sets by them as whole documents do.
+        rows: Evaluate rows whose positions jump over the target, instead of whole documents: for a model that was
+            fine-tuned on such rows.
         start_tokens: Search their number too; otherwise there are none.
         runtime: What the recipe is for, a key of `engines.capability.SEARCHABLE`: sets that it can't express are no
             candidates. "any": one attention factor, no start tokens, two sets.

@@ -187,8 +187,8 @@ def needle_documents(form: PasskeyFormat, encode: Encode, lengths: Sequence[int]
 class JumpingRows:
     """Rows of `length` tokens whose positions jump over the target: `count` of them instead of whole documents.
 
-    On a model that was trained on such rows they rank factor sets as whole documents do, at a fraction of the cost;
-    on any other they don't (docs/search.md).
+    Each costs a fraction of a whole document. How well they rank sets depends on what the model was trained on
+    (docs/extend.md).
     """
 
     length: int
@@ -202,7 +202,7 @@ def jumping_documents(
 ) -> list[Document]:
     """Rows for every part of the objective: windows of text, and windows with labelled keys of which the answers count.
 
-    Raises `InputError` for texts that are shorter than a row.
+    Raises `InputError` for texts that are shorter than a row, and for rows without room for a key.
     """
     sources = [text.tokens for text in texts]
     made = []
@@ -211,6 +211,8 @@ def jumping_documents(
         for index in range(rows.count):
             row = make_row(sources, options, maker, np.random.default_rng([seed, index, part == "needle"]))
             spans = [(0, rows.length - 1)] if part == "text" else _runs(row.answers)
+            if not spans:
+                raise InputError(f"a row of {rows.length} tokens has no room for a key", remedy="Use longer rows")
             made.append(Document(part, row.tokens, tuple((target, first, end) for first, end in spans), row.positions))
     return made
 

@@ -142,6 +142,8 @@ def plan_search(request: SearchRequest) -> SearchPlan:
     if adapter is not None:
         model = merged(model, adapter)
     base, notes = base_of(request, model, on)
+    if request.on and request.start_from:
+        raise UsageError("--start-from names whole sets, and --on searches what multiplies a recipe's: use one of them")
     start = load_recipe(request.start_from) if request.start_from else None
     if start is not None:
         model.resolve(start)

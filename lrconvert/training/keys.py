@@ -30,7 +30,7 @@ class _Written(BaseModel):
     model_config = ConfigDict(strict=True)
 
     labels: list[str] = Field(min_length=2)
-    labelled_needles: list[str] = Field(default=[], min_length=0)
+    labelled_needles: list[str] = []
     labelled_needle: str | None = None
     key_digits: int = Field(ge=1, le=100)
 
@@ -55,23 +55,23 @@ class LabelledForm:
             problems = (f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
             raise InputError.collect(path, problems) from error
         sentences = [*found.labelled_needles, *([found.labelled_needle] if found.labelled_needle else [])]
-        wrong = [text for text in sentences if not 0 <= text.find("{label}") < text.find("{key}")]
-        if wrong or not sentences:
-            raise InputError(f"{path}: {wrong[0]!r}: a sentence needs {{label}} and, behind it, {{key}}" if wrong else
-                             f"{path}: no labelled_needle")  # fmt: skip
+        if not sentences:
+            raise InputError(f"{path}: no labelled_needle")
+        if wrong := [text for text in sentences if not 0 <= text.find("{label}") < text.find("{key}")]:
+            raise InputError(f"{path}: {wrong[0]!r}: a sentence needs {{label}} and, behind it, {{key}}")
         return cls(tuple(sentences), tuple(found.labels), found.key_digits)
 
 
-def labelled_form(folder: Path, other: Path) -> LabelledForm:
-    """The labelled keys of a model folder's own passkey.json, where it has some; else those of the file `other`."""
+def keys_file(folder: Path, other: Path) -> Path:
+    """A model folder's own passkey.json, where that has labelled keys; else `other`."""
     own = folder / "passkey.json"
     has = own.is_file() and any(name in read_json(own) for name in ("labelled_needle", "labelled_needles"))
-    return LabelledForm.read(own if has else other)
+    return own if has else other
 
 
 def training_form(folder: Path) -> LabelledForm:
     """The keys to train a model on, and to search with."""
-    return labelled_form(folder, TRAINING_FORM)
+    return LabelledForm.read(keys_file(folder, TRAINING_FORM))
 
 
 @dataclass(frozen=True, eq=False)

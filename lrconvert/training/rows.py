@@ -19,12 +19,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lrconvert.errors import InputError
 from lrconvert.training.keys import KeyMaker, Tokens, hidden_in
+
+if TYPE_CHECKING:
+    from lrconvert.training.rotation import Rotation
 
 KEY_TOKENS = 40  # more than the sentence and the question of one key together take
 
@@ -38,6 +42,15 @@ class Row:
     positions: Tokens
     text: NDArray[np.bool_]
     answers: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class StepRows:
+    """The rows of one step, all under one rotation."""
+
+    rotation: Rotation
+    rows: tuple[Row, ...]
+    kind: str = "long"  # for the log
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ optimizer works on float32 copies, since a step of a small learning rate is less
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -27,8 +28,7 @@ from lrconvert.checkpoint.adapter import PREFIX, WEIGHTS, merged, open_adapter
 from lrconvert.errors import InputError, require
 from lrconvert.training.devices import is_out_of_memory
 from lrconvert.training.loaded import LoadedModel
-from lrconvert.training.rotation import Rotation
-from lrconvert.training.rows import Row
+from lrconvert.training.rows import Row, StepRows
 
 LOG, STATE = "log.jsonl", "state.safetensors"
 # Every projection of the blocks, under the names that the families' classes have.
@@ -66,15 +66,6 @@ class TuneOptions:
         rising = min(1.0, (step + 1) / max(self.warmup, 1))
         cosine = 0.5 * (1 + math.cos(math.pi * step / max(self.steps, 1)))
         return rising * (self.final + (1 - self.final) * cosine)
-
-
-@dataclass(frozen=True, eq=False)
-class StepRows:
-    """The rows of one step, all under one rotation."""
-
-    rotation: Rotation
-    rows: tuple[Row, ...]
-    kind: str = "long"  # for the log
 
 
 @dataclass(frozen=True)
@@ -118,12 +109,12 @@ class Trainable:
             for part in (decoder.layers, decoder.norm):
                 part.requires_grad_(True)
             return
-        warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)  # peft's own
         norms = sorted({name.rpartition(".")[2] for name, module in network.named_modules() if _is_norm(module)})
         if self.adapter is not None:
-            self.peft = peft.PeftModel.from_pretrained(
-                network, str(self.adapter), is_trainable=True, autocast_adapter_dtype=False
-            )
+            with _quiet():
+                self.peft = peft.PeftModel.from_pretrained(
+                    network, str(self.adapter), is_trainable=True, autocast_adapter_dtype=False
+                )
             if (rank := self.peft.peft_config["default"].r) != self.options.rank:
                 raise InputError(f"{self.adapter} has rank {rank}, not {self.options.rank}")
         else:
@@ -135,7 +126,7 @@ class Trainable:
                 modules_to_save=norms,
                 task_type="CAUSAL_LM",
             )
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(), _quiet():
                 torch.manual_seed(self.options.seed)
                 self.peft = peft.get_peft_model(network, config, autocast_adapter_dtype=False)
 
@@ -168,6 +159,14 @@ class Trainable:
         nothing = peft.utils.constants.DUMMY_TARGET_MODULES  # otherwise it would not load what has no pairs
         config = peft.LoraConfig(r=1, target_modules=nothing, modules_to_save=modules, task_type="CAUSAL_LM")
         return config, {PREFIX + name: tensor for name, tensor in trained.items()}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Within, PEFT's own use of an old name in transformers is not reported."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+        yield
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -240,10 +239,7 @@ class Tuning:
             group["lr"] = group["base"] * self.options.share(self.step)
         self.model.rotation = given.rotation
         counts = [sum(int(mask.sum()) for mask in masks) for masks in _masks(given.rows)]
-        sums = np.zeros(2)
-        for batch in self._batches(given.rows):
-            sums += self._backward(batch, counts)
-        sums = self.model.workers.sum_of_all(sums)
+        sums = self.model.workers.sum_of_all(self._gradients(given.rows, counts))
         self.model.workers.sum_gradients(self.model.trainable)
         norm = self._update()
         text, answers = (float(total / count) if count else None for total, count in zip(sums, counts, strict=True))
@@ -253,6 +249,23 @@ class Tuning:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
         return StepResult(self.step, given.kind, text or 0.0, answers, norm, time.perf_counter() - started, tokens)
+
+    def _gradients(self, rows: Sequence[Row], counts: list[int]) -> np.ndarray:
+        """Add up the gradients of this process's rows; the sums of their losses of text and of answers.
+
+        Where memory is short, from the first row again with activations recomputed: a backward pass that failed may
+        have added some of its gradients. Processes that wait for each other can't do that one by one.
+        """
+        try:
+            return sum((self._backward(batch, counts) for batch in self._batches(rows)), np.zeros(2))
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or self.model.recompute or self.model.workers.together:
+                raise
+        for weight in self.model.trainable:
+            weight.grad = None
+        self.model.free()
+        self.model.recompute = True
+        return self._gradients(rows, counts)
 
     def _batches(self, rows: Sequence[Row]) -> Iterator[list[Row]]:
         """This process's rows, those of equal length together as far as they fit a forward pass.
@@ -270,20 +283,11 @@ class Tuning:
             yield own[start : start + size]
 
     def _backward(self, batch: list[Row], counts: list[int]) -> np.ndarray:
-        """Add a batch's gradients; its sums of the losses of text and answers. With less memory where it is short."""
+        """Add a batch's gradients; its sums of the losses of text and of answers."""
         tokens, at = np.stack([row.tokens for row in batch]), np.stack([row.positions for row in batch])
         text, answers = (np.stack(masks) for masks in _masks(batch))
         weights = text / max(counts[0], 1) + self.options.answer_weight * answers / max(counts[1], 1)
-        try:
-            losses = self.model.backward(tokens, weights, at)
-        except RuntimeError as error:
-            if not is_out_of_memory(error) or self.model.recompute:
-                raise
-            losses = None
-        if losses is None:  # nothing was added yet: gradients come with the backward pass, which needs less
-            self.model.free()
-            self.model.recompute = True
-            return self._backward(batch, counts)
+        losses = self.model.backward(tokens, weights, at)
         return np.array([losses[text].sum(dtype=np.float64), losses[answers].sum(dtype=np.float64)])
 
     def _update(self) -> float:

@@ -51,13 +51,6 @@ class Finder:
         found = has(text, [*question, *row[-count:]])
         return Scores(np.zeros(count), np.array([True] * (count - 1) + [found]))
 
-    def logits(self, *_: Any, **__: Any) -> Any:
-        raise NotImplementedError
-
-    generate = logits
-
-    def close(self) -> None: ...
-
 
 class Reader(Finder):
     """The same, behind one reading."""
@@ -163,9 +156,6 @@ def test_rows_behind_a_text_have_the_tier_of_the_whole(session: LoadedSession) -
         np.testing.assert_allclose(one.losses, other.losses, atol=1e-4)
         assert one.preferred.tolist() == other.preferred.tolist()
     assert session.info["class"] == "LlamaForCausalLM" and "behind" in session.answers
-    for call in (lambda: session.logits([[1]], keep=[1]), lambda: session.generate([1], 1)):
-        with pytest.raises(NotImplementedError):
-            call()
 
 
 def test_perplexity_at_some_of_the_lengths(session: LoadedSession) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,7 @@ def test_lengths_have_units_and_stages_have_names() -> None:
     assert isinstance(derive, Derive) and isinstance(recover, Recover) and isinstance(evaluate, Evaluate)
     assert isinstance(tune, Tune) and (tune.window, tune.length) == (262144, 1048576)
     assert evaluate.perplexity == (262144,)
-    assert parse_plan(json_of(plan.to_json()), "p") == plan
+    assert parse_plan(json_of(asdict(plan)), "p") == plan
 
 
 def json_of(values: dict[str, Any]) -> str:

@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from support.extending import PLAN, prose, write_wordy
 from support.forks import ForkedCommands, Process
+from support.processes import ranks
 from support.staging import linux_only
 
 from lrconvert.errors import UsageError
@@ -29,23 +28,14 @@ print([found.leading, found.path is not None, [stage.name for stage in found.sta
 """
 
 
-def ranks(count: int) -> list[dict[str, str]]:
-    """What torchrun tells each of the processes that it starts."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-              "OMP_NUM_THREADS": "1"}  # fmt: skip
-    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
-
-
 @linux_only
 def test_one_process_writes(training: ForkedCommands, tmp_path: Path) -> None:
     """Both reach the end, the leading one with the recipe; a single process then finds every stage finished."""
     model, text, output = write_wordy(tmp_path / "wordy"), tmp_path / "text.txt", tmp_path / "tiny"
     text.write_text(prose(8000), encoding="utf-8")
     asked = (str(model), str(text), str(output), PLAN)
-    started = [training.start(EXTEND, *asked, environment=each) for each in ranks(2)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = [training.start(EXTEND, *asked, environment={**environment, **each}) for each in ranks(2)]
     with ThreadPoolExecutor(2) as readers:
         printed = list(readers.map(Process.communicate, started))
     assert [process.wait() for process in started] == [0, 0], [error[-2000:] for _, error in printed]
@@ -58,7 +48,7 @@ def test_one_process_writes(training: ForkedCommands, tmp_path: Path) -> None:
     again = extend(model, texts=[text], output=output, plan=parse_plan(PLAN, "plan"), device="cpu", force=True)
     assert again.recipe.tiers == recipe.tiers
     assert {path: path.read_text() for path in results} == results
-    assert json.loads(recipe.to_json())["adapter"] == "adapter"
+    assert recipe.adapter == "adapter"
 
 
 def test_stages_are_repeated_by_one_process_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -396,3 +396,28 @@ def test_progress_names_its_stage(case: Case, tmp_path: Path) -> None:
     assert {step.task for step in seen} == {"2-tune"} and seen[0].what == "starting"
     assert [(step.done, step.total) for step in seen if step.what.startswith("text")] == [(n, 5) for n in range(1, 6)]
     assert any("answers" in step.what for step in seen)
+
+
+def test_somebody_else_s_folder_stays(case: Case, tmp_path: Path) -> None:
+    """A folder `adapter` that no recipe names is not the extension's to replace; the recipe names another."""
+    output = case.copy(tmp_path)
+    (output / "adapter").mkdir(parents=True)
+    (output / "adapter" / "mine.txt").write_text("mine")
+    result = case.again(output)
+    assert (output / "adapter" / "mine.txt").read_text() == "mine"
+    assert result.recipe.adapter is not None and result.recipe.adapter.startswith("adapter-")
+    assert (output / result.recipe.adapter / "adapter_model.safetensors").is_file()
+
+
+def test_a_replaced_recipe_leaves_no_adapter_behind(case: Case, tmp_path: Path) -> None:
+    """With `force`: the new recipe's adapter alone, and nothing copied where it is the same."""
+    output = case.copy(tmp_path)
+    first = case.again(output).recipe.adapter
+    assert case.again(output, force=True).recipe.adapter == first == "adapter"
+    weights = output / "adapter" / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    again = case.again(output, force=True).recipe.adapter
+    assert again is not None and again != "adapter"
+    assert [path.name for path in sorted(output.iterdir())] == [again, "recipe.json"]
+    assert (output / again / "adapter_model.safetensors").read_bytes() == whole

@@ -56,7 +56,8 @@ def test_some_steps_have_short_rows_under_the_short_set(task: Task) -> None:
     make = RowMaker.of(tune(mixed_every=3, mixed_rows=2), task)
     short, long = task.recipe.tiers
     for step in range(9):
-        tier, rows, kind = make(step)
+        made = make(step)
+        tier, rows, kind = made.rotation, made.rows, made.kind
         if step % 3 == 2:
             assert (tier, len(rows), kind) == (short, 2, "short")
             assert all(row.positions.tolist() == list(range(64)) for row in rows)
@@ -70,18 +71,18 @@ def test_every_ingredient_can_be_turned_off(task: Task) -> None:
     """Without short rows, jumps or keys."""
     make = RowMaker.of(tune(mixed_every=0, jumps=(0, 0), keys=0), task)
     for step in range(8):
-        _, rows, kind = make(step)
-        assert kind == "long" and not any(row.answers.any() for row in rows)
-        assert all(row.positions.tolist() == list(range(160)) for row in rows)
+        made = make(step)
+        assert made.kind == "long" and not any(row.answers.any() for row in made.rows)
+        assert all(row.positions.tolist() == list(range(160)) for row in made.rows)
 
 
 def test_rows_are_those_of_their_step(task: Task) -> None:
     """The same after an interruption, whatever was made before; others in every step, row, seed and window."""
     first, again = RowMaker.of(tune(), task), RowMaker.of(tune(), task)
     first(0)
-    wanted = first(4)[1]
-    assert all(np.array_equal(one.tokens, two.tokens) for one, two in zip(wanted, again(4)[1], strict=True))
-    others = [again(5)[1][0], wanted[1], RowMaker.of(tune(), replace(task, seed=1))(4)[1][0]]
+    wanted = first(4).rows
+    assert all(np.array_equal(one.tokens, two.tokens) for one, two in zip(wanted, again(4).rows, strict=True))
+    others = [again(5).rows[0], wanted[1], RowMaker.of(tune(), replace(task, seed=1))(4).rows[0]]
     assert not any(np.array_equal(wanted[0].tokens, other.tokens) for other in others)
 
 
@@ -91,13 +92,13 @@ def test_rows_are_those_of_their_step(task: Task) -> None:
 @pytest.mark.parametrize(
     ("method", "wanted"),
     [
-        ("pi", lambda: rope.pi_factors(16, 4.0)),
-        ("ntk", lambda: rope.ntk_factors(16, 8.0)),
-        ("yarn", lambda: rope.yarn_factors(16, 10000.0, 4.0, 256)),
+        ("pi", lambda own: rope.pi_factors(16, 4.0)),
+        ("ntk", lambda own: rope.ntk_factors(16, 8.0)),
+        ("yarn", lambda own: rope.yarn_factors(16, 10000.0, 4.0, 256, own=own)),  # as `recipe derive` on a scaled model
     ],
 )
 def test_an_analytic_set_stands_on_the_one_before(
-    method: Any, wanted: Callable[[], np.ndarray], task: Task, tmp_path: Path
+    method: Any, wanted: Callable[[Any], np.ndarray], task: Task, tmp_path: Path
 ) -> None:
     """λ_own · λ_new for four times the window that there was; the attention factor is LongRoPE's for all of it, the
     start tokens are those of the own set, and the sets below stay."""
@@ -105,7 +106,8 @@ def test_an_analytic_set_stands_on_the_one_before(
     found = load_recipe(tmp_path / "recipe.json")
     assert facts["ratio"] == (8.0 if method == "ntk" else 4.0)
     assert found.tiers[:2] == task.recipe.tiers
-    np.testing.assert_allclose(found.tiers[2].factors, np.array(task.recipe.tiers[1].factors) * wanted())
+    own = task.recipe.tiers[1].factors
+    np.testing.assert_allclose(found.tiers[2].factors, np.array(own) * wanted(own))
     assert found.tiers[2].attention_factor == pytest.approx(rope.longrope_attention_factor(16, 64))
     assert found.tiers[2].start_tokens == 4
 

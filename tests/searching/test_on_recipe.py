@@ -209,3 +209,11 @@ def test_a_search_on_a_recipe_goes_on_from_its_journal(folder: Path, tmp_path: P
         record.answer.loss for record in read_journal(whole.journal).records
     ]
     assert serving(found.recipe.tiers, 256) == load_recipe(folder / "own").tiers[-1]
+
+
+def test_what_does_not_go_together_is_refused(folder: Path) -> None:
+    """Whole sets as a start for what multiplies sets; rows that are too short to hide a key in."""
+    with pytest.raises(UsageError, match="--start-from names whole sets, and --on searches what multiplies"):
+        plan_search(request(folder, start_from=folder / "own"))
+    with pytest.raises(InputError, match="a row of 64 tokens has no room for a key"):
+        plan_search(request(folder, objective="needle", rows=JumpingRows(64)))

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from safetensors.numpy import load_file
 from support.extending import scaled, write_wordy
 from support.forks import ForkedCommands, Process
+from support.processes import ranks
 from support.staging import linux_only
 
 from lrconvert.checkpoint import Model, open_model
@@ -28,15 +28,6 @@ from lrconvert.training.tuning import StepRows, TuneOptions, Tuning, load_traina
 
 def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(DATA.parents[1]), "OMP_NUM_THREADS": "1", **more}
-
-
-def ranks(count: int) -> list[dict[str, str]]:
-    """What torchrun tells each of the processes that it starts."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
 def workers(count: int, rank: int, *, team: int = 1, together: bool = False) -> Workers:

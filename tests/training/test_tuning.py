@@ -140,13 +140,16 @@ def test_rates_rise_then_fall() -> None:
 
 
 def test_with_less_memory_it_computes_the_same(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pass that runs out of memory is made again with activations recomputed, and so are all later ones."""
+    """A step that runs out of memory is made again with activations recomputed, and so are all later ones. What the
+    pass that failed had added to the gradients does not count."""
     _, wanted, _ = tune(model, options(), tmp_path / "whole")
     real, refused = LoadedModel.backward, []
 
     def short(self: LoadedModel, *given: Any) -> Any:
         if not self.recompute:
             refused.append(1)
+            for weight in self.trainable:
+                weight.grad = torch.full_like(weight, 1e3)
             raise RuntimeError("CUDA out of memory")
         return real(self, *given)
 
@@ -154,6 +157,7 @@ def test_with_less_memory_it_computes_the_same(model: Model, tmp_path: Path, mon
     loaded, found, _ = tune(model, options(), tmp_path / "short")
     assert loaded.recompute and len(refused) == 1
     assert [step.text for step in found] == pytest.approx([step.text for step in wanted], rel=1e-5)
+    assert [step.gradient_norm for step in found] == pytest.approx([step.gradient_norm for step in wanted], rel=1e-4)
 
 
 def test_a_loss_that_is_no_number_ends_it(model: Model, tmp_path: Path) -> None:

@@ -91,8 +91,9 @@ class Search:
 @dataclass(frozen=True)
 class Tune:
     """Fine-tuning under the set for `window`: `steps` of `rows` rows of `length` tokens, whose positions make `jumps`
-    over the window. Every row hides `keys` keys. Every `mixed_every`-th step has `mixed_rows` rows of the original
-    window under the short set; 0: none."""
+    over the window. Every row hides `keys` keys. Every `mixed_every`-th step keeps a lower window, one after the other:
+    the original one with `mixed_rows` rows of it under the short set, the others with rows as above under their own
+    sets; 0: none."""
 
     __pydantic_config__: ClassVar = STRICT
 

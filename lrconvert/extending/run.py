@@ -30,7 +30,7 @@ from lrconvert.rope import Tier
 RESULT, START = "result.json", "0-start"
 SPENT = "spent.json"  # what an unfinished stage took so far
 WAIT = 0.2  # seconds between two looks for what the leading process writes
-FORMAT = 1  # of the digests: another one repeats all stages
+FORMAT = 2  # of the digests: another one repeats all stages
 
 
 @dataclass(frozen=True)

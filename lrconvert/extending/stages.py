@@ -164,8 +164,7 @@ class RowMaker:
     texts: tuple[np.ndarray, ...]
     keys: KeyMaker | None
     long: Tier
-    short: Tier
-    window: int
+    lower: tuple[Tier, ...]  # of the windows that mixed steps keep, the original one first
     seed: tuple[int, int]
 
     @classmethod
@@ -177,19 +176,19 @@ class RowMaker:
             tuple(text.tokens for text in task.texts),
             keys,
             serving(recipe.tiers, stage.window),
-            recipe.tiers[0],
-            recipe.original_window,
+            tuple(tier for tier in recipe.tiers if tier.max_length < stage.window) or recipe.tiers[:1],
             (task.seed, stage.window),
         )
 
     def __call__(self, step: int) -> StepRows:
         stage, every = self.stage, self.stage.mixed_every
-        if every and step % every == every - 1:
-            options = RowOptions(self.window, self.window, keys=stage.keys)
-            count, tier, kind = stage.mixed_rows, self.short, "short"
+        tier = self.lower[step // every % len(self.lower)] if every and step % every == every - 1 else self.long
+        if tier is self.lower[0]:
+            options = RowOptions(tier.max_length, tier.max_length, keys=stage.keys)
+            count, kind = stage.mixed_rows, "short"
         else:
-            options = RowOptions(stage.length, stage.window, stage.jumps, stage.keys)
-            count, tier, kind = stage.rows, self.long, "long"
+            options = RowOptions(min(stage.length, tier.max_length), tier.max_length, stage.jumps, stage.keys)
+            count, kind = stage.rows, "long" if tier is self.long else f"{tier.max_length}"
         seeds = [np.random.default_rng([*self.seed, step, index]) for index in range(count)]
         return StepRows(tier, tuple(make_row(self.texts, options, self.keys, rng) for rng in seeds), kind)
 

@@ -67,6 +67,20 @@ def test_some_steps_have_short_rows_under_the_short_set(task: Task) -> None:
             assert all(row.answers.any() for row in rows)
 
 
+def test_windows_in_between_are_kept_in_turns(task: Task, tmp_path: Path) -> None:
+    """Of a stage at 1024 after one at 256, every other mixed step has rows that jump over 256 under its set."""
+    recipe = with_tier(task.recipe, scaled(task.model, 1024))
+    task = replace(task, before=write_recipe(recipe, tmp_path / "before"))
+    make = RowMaker.of(tune(window=1024, mixed_every=3, mixed_rows=2), task)
+    short, middle, long = recipe.tiers
+    steps = [make(step) for step in range(12)]
+    assert [step.rotation for step in steps] == [long, long, short, long, long, middle] * 2
+    assert [len(step.rows) for step in steps] == [3, 3, 2, 3, 3, 3] * 2
+    ends = [max(row.positions[-1] for row in step.rows) for step in steps if step.rotation is middle]
+    assert all(160 < end < 256 for end in ends)
+    assert max(row.positions[-1] for step in steps for row in step.rows) > 256
+
+
 def test_every_ingredient_can_be_turned_off(task: Task) -> None:
     """Without short rows, jumps or keys."""
     make = RowMaker.of(tune(mixed_every=0, jumps=(0, 0), keys=0), task)

@@ -93,7 +93,8 @@ class Tune:
     """Fine-tuning under the set for `window`: `steps` of `rows` rows of `length` tokens, whose positions make `jumps`
     over the window. Every row hides `keys` keys. Every `mixed_every`-th step keeps a lower window, one after the other:
     the original one with `mixed_rows` rows of it under the short set, the others with rows as above under their own
-    sets; 0: none."""
+    sets; 0: none. LoRA trains `projections`: all of the blocks, those of the attention, or queries and keys, which are
+    what the rotation turns."""
 
     __pydantic_config__: ClassVar = STRICT
 
@@ -108,6 +109,7 @@ class Tune:
     mixed_rows: Count = 8
     method: Literal["lora", "full"] = "lora"
     rank: Count = 32
+    projections: Literal["all", "attention", "turned"] = "all"
     rate: Annotated[float, Gt(0)] = 1e-3
     norm_rate: Annotated[float, Gt(0)] = 2e-4
     warmup: Annotated[int, Ge(0)] = 8
@@ -117,13 +119,14 @@ class Tune:
 
 @dataclass(frozen=True)
 class Recover:
-    """The set of the original window searched again on the trained weights, with its attention factor."""
+    """The set of the original window searched again on the trained weights, with its attention factor. An evaluation
+    reads as many tokens as `documents` of the next window have."""
 
     __pydantic_config__: ClassVar = STRICT
 
     kind: Literal["recover"]
     budget: Count | None = None
-    documents: Count = 4
+    documents: Count = 1
 
 
 @dataclass(frozen=True)
@@ -216,8 +219,10 @@ class Plan:
                 if trained is not None and stage.method == "lora":
                     if trained.method == "full":
                         found.append(f"{key}.method is 'lora'; after stages that trained all weights only 'full' can")
-                    elif stage.rank != trained.rank:
-                        found.append(f"{key}.rank is {stage.rank}; the adapter that it trains on has {trained.rank}")
+                    for name in ("rank", "projections"):
+                        value, has = getattr(stage, name), getattr(trained, name)
+                        if trained.method == "lora" and value != has:
+                            found.append(f"{key}.{name} is {value!r}; the adapter that it trains on has {has!r}")
                 trained = stage
             if isinstance(stage, Recover) and reach <= window:
                 found.append(f"{key} has nothing to recover from: no stage before it goes beyond {window}")

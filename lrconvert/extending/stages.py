@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ def search(stage: Search, task: Task) -> Facts:
     rows = None if stage.row_length is None else JumpingRows(stage.row_length, stage.rows, stage.jumps, stage.keys)
     facts = _search(
         task,
+        stage.window,
         target=stage.window,
         tiers=("long",),
         algorithm=stage.algorithm,
@@ -69,15 +70,22 @@ def search(stage: Search, task: Task) -> Facts:
 
 
 def recover(stage: Recover, task: Task) -> Facts:
-    window = task.recipe.tiers[-1].max_length
+    # A search of the short set reads as many tokens as one of the target: those of the next window are enough.
+    short, following = task.recipe.tiers[:2]
     return _search(
-        task, target=window, tiers=("short",), start_tokens=False, budget=stage.budget, documents=stage.documents,
-        lengths={task.recipe.original_window: 1.0},
-    )  # fmt: skip
+        task,
+        short.max_length,
+        target=following.max_length,
+        tiers=("short",),
+        start_tokens=False,
+        budget=stage.budget,
+        documents=stage.documents,
+        lengths={short.max_length: 1.0},
+    )
 
 
-def _search(task: Task, **options: Any) -> Facts:
-    """A search on top of the recipe so far; it goes on from its journal."""
+def _search(task: Task, length: int, **options: Any) -> Facts:
+    """The set for `length` searched, on top of the recipe so far; it goes on from its journal."""
     import lrconvert.searching.api as searching
     from lrconvert.searching.run import Progress as Searched
 
@@ -104,7 +112,7 @@ def _search(task: Task, **options: Any) -> Facts:
     assert found.journal is not None
     searched = recipe.provenance.search or {}
     if found.leading:  # what an extension's recipe says of its search stands with its stage
-        task.write(replace(recipe, provenance=task.recipe.provenance, evaluation=None), task.adapter)
+        task.write(with_tier(task.recipe, serving(recipe.tiers, length)), task.adapter)
     return {"journal_sha256": searched.get("journal_sha256"), "tiers": searched.get("tiers"),
             "losses": (recipe.evaluation or {}).get("tiers")}  # fmt: skip
 
@@ -121,6 +129,7 @@ def tune(stage: Tune, task: Task) -> Facts:
         rate=stage.rate,
         norm_rate=stage.norm_rate,
         rank=stage.rank,
+        projections=stage.projections,
         warmup=stage.warmup,
         final=stage.final,
         answer_weight=stage.answer_weight,

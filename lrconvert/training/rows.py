@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lrconvert.training.rotation import Rotation
 
 KEY_TOKENS = 40  # more than the sentence and the question of one key together take
+ENDS = 0.5  # share of rows with a key in front of all text, and of rows with one behind it
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +76,7 @@ def make_row(texts: Sequence[Tokens], options: RowOptions, keys: KeyMaker | None
     tail = [part for key in asked for part in (key.question, key.answer, key.end)]
     behind = sum(map(len, tail))
     window = _window(texts, options.length - behind - sum(len(key.sentence) for key in made), rng)
-    places = np.sort(rng.integers(0, len(window) + 1, len(made)))
+    places = key_places(len(window), len(made), rng)
     tokens, own = hidden_in(window, made, places.tolist())
     answers = np.zeros(options.length, bool)
     at = len(tokens)
@@ -85,6 +86,19 @@ def make_row(texts: Sequence[Tokens], options: RowOptions, keys: KeyMaker | None
     tokens = np.concatenate([tokens, *tail])
     text = np.concatenate([own, np.zeros(behind, bool)])
     return Row(tokens, jumping_positions(options, rng), text[1:], answers[1:])
+
+
+def key_places(length: int, count: int, rng: np.random.Generator) -> Tokens:
+    """How many of a text's tokens stand before each of `count` keys, in order.
+
+    Places are even but for the ends: a key with nothing in front of it is a case of its own, which even places never
+    show.
+    """
+    places = rng.integers(0, length + 1, count)
+    if count > 1:
+        places[0] = 0 if rng.random() < ENDS else places[0]
+        places[1] = length if rng.random() < ENDS else places[1]
+    return np.sort(places)
 
 
 def jumping_positions(options: RowOptions, rng: np.random.Generator) -> Tokens:

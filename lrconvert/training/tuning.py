@@ -31,21 +31,28 @@ from lrconvert.training.loaded import LoadedModel
 from lrconvert.training.rows import Row, StepRows
 
 LOG, STATE = "log.jsonl", "state.safetensors"
-# Every projection of the blocks, under the names that the families' classes have.
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj"]
+# Projections of the blocks, under the names that the families' classes have; a fused one holds what is asked for.
+TURNED = ["q_proj", "k_proj", "qkv_proj"]  # queries and keys: what the rotation turns
+ATTENTION = [*TURNED, "v_proj", "o_proj"]
+PROJECTIONS = {
+    "all": [*ATTENTION, "gate_proj", "up_proj", "down_proj", "gate_up_proj"],
+    "attention": ATTENTION,
+    "turned": TURNED,
+}
 FORWARD_TOKENS = {"cpu": 4096, "cuda": 65536}  # short rows share a forward pass up to this many tokens
 BETAS = (0.9, 0.95)
 LARGEST_NORM = 1.0  # of the gradient
 
 Method = Literal["lora", "full"]
+Projections = Literal["all", "attention", "turned"]
 
 
 @dataclass(frozen=True)
 class TuneOptions:
     """How weights are trained. Embeddings and head stay frozen: they know nothing of positions.
 
-    `lora` trains an adapter of `rank` on every projection, and the norms; `full` all weights of the blocks, and the
-    last norm.
+    `lora` trains an adapter of `rank` on `projections`, and the norms; `full` all weights of the blocks, and the last
+    norm.
     `norm_rate` is the learning rate of norms, `answer_weight` what the mean loss of answers counts beside the mean loss
     of text. Rates rise over `warmup` steps, then fall along a cosine to `final` of themselves.
     """
@@ -55,6 +62,7 @@ class TuneOptions:
     rate: float = 1e-3
     norm_rate: float = 2e-4
     rank: int = 32
+    projections: Projections = "all"
     warmup: int = 8
     final: float = 0.05
     answer_weight: float = 0.5
@@ -122,7 +130,7 @@ class Trainable:
             config = peft.LoraConfig(
                 r=self.options.rank,
                 lora_alpha=self.options.rank,
-                target_modules=[name for name in PROJECTIONS if name in there],
+                target_modules=[name for name in PROJECTIONS[self.options.projections] if name in there],
                 modules_to_save=norms,
                 task_type="CAUSAL_LM",
             )

@@ -54,6 +54,10 @@ WRONG: dict[str, tuple[str, str]] = {
         f"{SEARCH}row_length = 4\n", "stage[0].jumps is [1, 4]; a row of 4 tokens has room for fewer"
     ),
     "another rank": (f"{DERIVE}{TUNE}{TUNE}rank = 4\n", "stage[2].rank is 4; the adapter that it trains on has 32"),
+    "other projections": (
+        f"{DERIVE}{TUNE}{TUNE}projections = 'turned'\n",
+        "stage[2].projections is 'turned'; the adapter that it trains on has 'all'",
+    ),
     "an adapter on whole weights": (
         f'{DERIVE}{TUNE}method = "full"\n{TUNE}', "stage[2].method is 'lora'; after stages that trained all weights"
     ),

@@ -10,7 +10,7 @@ import pytest
 from support.extending import any_text, encode, key_maker, tokenizer
 
 from lrconvert.errors import InputError
-from lrconvert.training.rows import KEY_TOKENS, Row, RowOptions, jumping_positions, make_row
+from lrconvert.training.rows import KEY_TOKENS, Row, RowOptions, jumping_positions, key_places, make_row
 
 TEXT = any_text(5000, vocab=200)
 
@@ -82,6 +82,19 @@ def test_text_is_neither_keys_nor_questions() -> None:
     starts = np.flatnonzero((TEXT[:-1] == own[0]) & (TEXT[1:] == own[1]))
     assert any(np.array_equal(TEXT[start : start + len(own)], own) for start in starts)
     assert not (made.text & made.answers).any()
+
+
+def test_keys_stand_at_both_ends_of_many_texts() -> None:
+    """Of 400 texts of 1000 tokens about half have a key in front of all text, half one behind it; all other places are
+    equally likely. A key alone stands anywhere."""
+    places = np.array([key_places(1000, 8, np.random.default_rng(seed)) for seed in range(400)])
+    assert (np.diff(places) >= 0).all()
+    for end in (places[:, 0] == 0, places[:, -1] == 1000):
+        assert end.mean() == pytest.approx(0.5, abs=0.08)
+    inner = places[(places > 0) & (places < 1000)]
+    assert inner.mean() == pytest.approx(500, abs=20) and inner.std() == pytest.approx(1000 / 12**0.5, abs=15)
+    alone = np.concatenate([key_places(1000, 1, np.random.default_rng(seed)) for seed in range(400)])
+    assert alone.min() > 0 and alone.max() < 1000 and len(key_places(1000, 0, np.random.default_rng(0))) == 0
 
 
 def test_a_row_depends_on_its_seed_alone() -> None:

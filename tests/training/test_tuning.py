@@ -313,6 +313,21 @@ def test_the_seed_makes_the_adapter(model: Model) -> None:
     assert torch.equal(first[0], first[1]) and not torch.equal(first[0], first[2])
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_only_the_chosen_projections_train(family: str, tmp_path: Path) -> None:
+    """Of fewer projections fewer pairs, always with the norms. Phi-3's fused projection holds queries and keys."""
+    model = open_model(write_wordy(tmp_path / "model", family))
+    fused = family == "phi3"
+    wanted = {"turned": {"qkv_proj"} if fused else {"q_proj", "k_proj"}}
+    wanted["attention"] = wanted["turned"] | ({"o_proj"} if fused else {"v_proj", "o_proj"})
+    wanted["all"] = wanted["attention"] | {"down_proj"} | ({"gate_up_proj"} if fused else {"gate_proj", "up_proj"})
+    for projections, names in wanted.items():
+        loaded, _ = load_trainable(model, options(projections=projections), device="cpu", dtype="float32")
+        trained = {name for name, weight in loaded.network.named_parameters() if weight.requires_grad}
+        assert {name.split(".lora_")[0].rpartition(".")[2] for name in trained if ".lora_" in name} == names
+        assert any("norm" in name for name in trained) and not any("embed" in name for name in trained)
+
+
 def test_an_adapter_of_another_rank_is_refused(model: Model, tmp_path: Path) -> None:
     _, _, adapter = tune(model, options(steps=1), tmp_path / "first")
     with pytest.raises(InputError, match=r"adapter has rank 4, not 8"):

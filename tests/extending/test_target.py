@@ -6,12 +6,26 @@ from __future__ import annotations
 import pytest
 
 from lrconvert.errors import UsageError
-from lrconvert.extending.plan import Evaluate, Search, Tune, load_plan
+from lrconvert.extending.plan import Evaluate, Search, Tune, load_plan, parse_plan
+
+TWICE_TRAINED = """
+name = "twice"
+stage = [
+    {kind = "derive", window = "256k"},
+    {kind = "tune", window = "256k", length = "64k", steps = 9, jumps = [1, 1]},
+    {kind = "evaluate", perplexity = ["8k", "64k", "256k"], retrieval = ["8k", "256k"]},
+    {kind = "search", window = "1024k", row_length = "64k", decide = "448k"},
+    {kind = "tune", window = "1024k", length = "64k", steps = 9},
+    {kind = "search", window = "2048k", row_length = "64k"},
+    {kind = "recover"},
+    {kind = "evaluate", perplexity = ["8k", "448k"], retrieval = ["8k", "2048k"]},
+]
+"""
 
 
 def test_a_cut_plan_ends_at_its_target() -> None:
     """Later sets are gone, the last one is for the target alone, and what is left can be carried out."""
-    whole = load_plan("small")
+    whole = parse_plan(TWICE_TRAINED, "a test")
     for target, kinds in (
         (32768, ["derive", "tune", "evaluate", "recover", "evaluate"]),
         (262144, ["derive", "tune", "evaluate", "recover", "evaluate"]),

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from lrconvert.checkpoint.base import FLOAT_DTYPES, Checkpoint, CheckpointView, Model, numpy_dtype, refuse_quantised
+from lrconvert.checkpoint.base import FLOAT_DTYPES, Checkpoint, CheckpointView, Model, numpy_dtype
 from lrconvert.checkpoint.blocks import Array, Block
 
 
@@ -55,7 +55,6 @@ def folded(model: Model, scale: float, *, rounded: bool = True) -> Model:
 
     With a scale of 1 nothing is scaled. Raises `UnsupportedError` for a quantised model.
     """
-    refuse_quantised(model, "folding an attention factor into weights")
     scales = {} if scale == 1.0 else row_scales(model, scale)
     return replace(model, checkpoint=FoldedCheckpoint(model.checkpoint, scales, rounded=rounded))
 

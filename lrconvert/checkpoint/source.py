@@ -33,6 +33,7 @@ def describe_source(model: Model) -> dict[str, Any]:
         "family": model.family.name,
         "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
         "weights": inputs,
+        **({"quantised": model.quantised} if checkpoint.quantised_with else {}),
     }
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lrconvert.artifact.sliding import lifted_note
 from lrconvert.checkpoint import open_model
 from lrconvert.checkpoint.adapter import WEIGHTS
-from lrconvert.checkpoint.base import Model, refuse_quantised
+from lrconvert.checkpoint.base import Model
 from lrconvert.checkpoint.source import sha256_of
 from lrconvert.checkpoint.tokenizer import tokenizer_of
 from lrconvert.errors import InputError, UsageError, require
@@ -150,7 +150,6 @@ def _prepared(
         raise UsageError(f"{folder}: an extension has an adapter beside its recipe", remedy="Name a folder")
     check_output(folder, force=force)
     opened = open_model(str(model), revision=revision)
-    refuse_quantised(opened, "an extension")
     _check(opened, plan)
     read, kept = _texts(opened, texts, held_out)
     check_texts(

@@ -15,7 +15,6 @@ from lrconvert.artifact.record import BakeRecord
 from lrconvert.artifact.sliding import settle_windows
 from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.adapter import Adapter, merged
-from lrconvert.checkpoint.base import refuse_quantised
 from lrconvert.checkpoint.onnx_folder import TIED_HEAD
 from lrconvert.checkpoint.source import snapshot
 from lrconvert.engines.capability import native_hf
@@ -120,7 +119,6 @@ def plan(
 
 def _check(model: Model, options: Options) -> None:
     """Refuse what can't be written, before the graph is built."""
-    refuse_quantised(model, "ONNX")
     if DTYPES[options.dtype][1] is not None:
         require("onnxruntime", "onnx", f"--dtype {options.dtype}")
     if options.opset not in OPSETS:

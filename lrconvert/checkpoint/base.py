@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -96,6 +97,7 @@ class Checkpoint(ABC):
     format: str  # "safetensors", "gguf", "onnx"
     quantised_with: str | None = None  # the method of a `quantization_config`; weights are read dequantised
     dense_dtype: str | None = None  # what such weights are written as where nobody says otherwise
+    outdated: Mapping[str, Any] = MappingProxyType({})  # keys of the file's config that no longer hold of what is read
     families: tuple[str, ...] = ()  # all whose weights these may be, where the file does not say
     computing: str | None = None  # what code computes products over these weights in, where the file decides that
     takes_padding: bool = True  # whether rows of a batch may be padded on the left, where the file decides that
@@ -153,6 +155,7 @@ class CheckpointView(Checkpoint):
         self.path, self.format, self.config, self.tensors = base.path, base.format, base.config, base.tensors
         self.quantised_with, self.families, self.rope_problems = base.quantised_with, base.families, base.rope_problems
         self.native, self.dequantises, self.dense_dtype = base.native, base.dequantises, base.dense_dtype
+        self.outdated = base.outdated
         self.gguf, self.adapter = base.gguf, base.adapter
 
     @property
@@ -209,7 +212,7 @@ class Model:
         """A note on `what` computes with weights that a folder stores quantised; none for others."""
         if self.checkpoint.quantised_with is None or self.quantised is None:
             return []
-        return [f"{self.reference} is quantised ({self.quantised}): {what}"]
+        return [f"the model is quantised, {self.quantised}: {what}"]
 
     def dequantised(self, written: str | None) -> list[str]:
         """What a user has to know where quantised weights are written as another type; None: as they are."""

@@ -66,6 +66,8 @@ def test_a_folder_has_plain_weights_in_the_model_s_dtype(layout: str, tmp_path: 
     assert said in result.err and said in (tmp_path / "o" / "README.md").read_text()
     config = json.loads((tmp_path / "o" / "config.json").read_text())
     assert "quantization_config" not in config and config["torch_dtype"] == "bfloat16"
+    edits = cli("hf", tmp_path / "m", "--recipe", recipe, "-o", tmp_path / "p", "--dry-run")
+    assert "config.json: quantization_config {" in edits.out and "→ none" in edits.out
     manifest = Manifest.read(tmp_path / "o")
     assert manifest.source["quantised"] == kinds and manifest.bake.stored == "BF16"
     found = written(tmp_path / "o")
@@ -111,7 +113,7 @@ def test_verify_judges_on_the_dequantised_weights(layout: str, tmp_path: Path, r
     assert cli("hf", tmp_path / "m", "--recipe", recipe, "-o", artifact).code == 0
     result = cli("verify", artifact, "--code", "custom", "--threads", 1)
     assert result.code == 0, result.out + result.err
-    assert "is quantised (" in result.out + result.err and "its dequantised weights are what" in result.out + result.err
+    assert "the model is quantised, " in result.out and "its dequantised weights are what" in result.out
     write_quantised(tmp_path / "other", layout, seed=8)
     wrong = cli("verify", artifact, "--code", "custom", "--threads", 1, "--against", tmp_path / "other")
     assert wrong.code == 5
@@ -134,7 +136,7 @@ def test_inspect_names_what_the_weights_are(tmp_path: Path, cli: Cli) -> None:
     write_quantised(tmp_path / "m", "bnb-nf4-double")
     result = cli("inspect", tmp_path / "m")
     assert result.code == 0
-    assert "is quantised (bitsandbytes nf4 (blocks of 64, double)): its weights are read dequantised" in result.out
+    assert "the model is quantised, bitsandbytes nf4 (blocks of 64, double): its weights are read" in result.out
     assert json.loads(cli("inspect", tmp_path / "m", "--json").out)["quantised"].startswith("bitsandbytes nf4")
     for target in ("hf", "gguf", "onnx"):
         assert f"can become {target}" in result.out
@@ -180,7 +182,7 @@ def test_a_search_says_what_it_runs_on_and_an_extension_trains_an_adapter(tmp_pa
     write_quantised(tmp_path / "m", "gptq-4")
     text = Text("book.txt", "ab" * 32, np.arange(1024) % 101)
     plan = plan_search(SearchRequest(tmp_path / "m", 128, [text], budget=30))
-    assert "m is quantised (GPTQ 4 bits (groups of 32)): the search runs on its dequantised weights" in plan.notes[0]
+    assert "the model is quantised, GPTQ 4 bits (groups of 32): the search runs on its deq" in plan.notes[0]
     np.save(tmp_path / "text.npy", np.arange(4096) % 101)
     (tmp_path / "plan.toml").write_text(EXTENSION)
     options = ("--text", tmp_path / "text.npy", "--plan", tmp_path / "plan.toml", "-o", tmp_path / "r")

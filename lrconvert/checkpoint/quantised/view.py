@@ -32,6 +32,7 @@ class DequantisedCheckpoint(CheckpointView):
         super().__init__(base, weights)
         self._weights = weights
         self.config = {key: value for key, value in base.config.items() if key not in SECTIONS}
+        self.outdated = {key: base.config[key] for key in SECTIONS if key in base.config}
         self.quantised_with, self.native, self.dequantises = method, False, True
         self.tensors: Mapping[str, TensorInfo] = dict(_tensors(base, weights))
         self.dense_dtype = _dense_dtype(self)

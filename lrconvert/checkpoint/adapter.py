@@ -239,7 +239,7 @@ def merged(model: Model, adapter: Adapter, *, rounded: bool = True) -> Model:
     """The model with the adapter merged, tensor by tensor when they are read.
 
     `rounded`: see `MergedCheckpoint`. Raises `InputError` that lists, with shapes, every tensor of the adapter
-    that doesn't fit the model; `UnsupportedError` for a quantised model.
+    that doesn't fit the model.
     """
     plan = _Matching(model, adapter)
     changes, untied, tie_note = plan.changes()

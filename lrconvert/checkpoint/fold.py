@@ -53,7 +53,7 @@ def _scaled(block: Block, scales: Array | None, dtype: np.dtype[Any] | None) -> 
 def folded(model: Model, scale: float, *, rounded: bool = True) -> Model:
     """The model with the rotated channels of q and k scaled; `rounded`: see `FoldedCheckpoint`.
 
-    With a scale of 1 nothing is scaled. Raises `UnsupportedError` for a quantised model.
+    With a scale of 1 nothing is scaled.
     """
     scales = {} if scale == 1.0 else row_scales(model, scale)
     return replace(model, checkpoint=FoldedCheckpoint(model.checkpoint, scales, rounded=rounded))

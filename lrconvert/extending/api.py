@@ -85,7 +85,7 @@ def extend(
         UsageError: Options that don't go together, a plan or stage that doesn't exist, an output that exists.
         InputError: A model, text or plan that is damaged or doesn't fit, a model whose rotation is scaled, a stage's
             files that were changed.
-        UnsupportedError: A quantised model.
+        UnsupportedError: A model quantised in a way that can't be read.
         EnvironmentFailure: PyTorch, PEFT or a GPU is missing, or a stage does not fit the memory.
     """
     chosen = _plan(plan, target)

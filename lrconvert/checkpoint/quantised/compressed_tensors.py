@@ -242,7 +242,8 @@ def _packed(scheme: Scheme, parts: Parts) -> Weight:
     shape = (out, stated[1])
     block, shapes = _grid(scheme, shape)
     parts.take("weight_scale", FLOATS, *shapes)
-    if not scheme.symmetric:
+    has_zeros = not scheme.symmetric or "weight_zero_point" in parts
+    if has_zeros:
         parts.take("weight_zero_point", ("I32",), (-(-out * bits // 32), shapes[0][1]))
     _check_order(parts, block, shape[1])
     each = 32 // bits
@@ -250,7 +251,7 @@ def _packed(scheme: Scheme, parts: Parts) -> Weight:
     def load(start: int, stop: int) -> Loaded:
         codes = unpacked(parts.rows("weight_packed", start, stop), bits)[:, : shape[1]]
         scales = _spread(parts, "weight_scale", block, shape[1], start, stop)
-        if scheme.symmetric:
+        if not has_zeros:
             return codes, scales, np.full((1, 1), 2 ** (bits - 1))
         found = unpacked(parts.rows("weight_zero_point", start // each, -(-stop // each)).T, bits).T
         zeros = found[start % each :][: stop - start]

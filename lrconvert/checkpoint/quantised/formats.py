@@ -42,9 +42,11 @@ class Format:
 
 
 def _rounds_activations(section: Mapping[str, Any]) -> bool:
+    """Whether a config of compressed-tensors does, or rounds keys and values in the cache."""
     groups = section.get("config_groups")
     each = groups.values() if isinstance(groups, Mapping) else ()
-    return any(isinstance(group, Mapping) and group.get("input_activations") for group in each)
+    rounded = any(isinstance(group, Mapping) and group.get("input_activations") for group in each)
+    return rounded or bool(section.get("kv_cache_scheme"))
 
 
 FORMATS: dict[str, Format] = {

@@ -83,7 +83,7 @@ def readable(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:
             )
         notes.append(f"config.json names {method}; the weights are plain")
     elif format.activations(settings.values):
-        notes.append(f"{method} rounds activations too when it runs this model; here they are computed in full")
+        notes.append(f"{method} rounds activations or the cache too when it runs this model; an artifact does not")
     return DequantisedCheckpoint(checkpoint, method, weights), notes
 
 

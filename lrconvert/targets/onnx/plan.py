@@ -59,8 +59,8 @@ def plan(
 ) -> Plan:
     """Resolve, build the graph, lay out. Touches no weights yet.
 
-    Raises `UnsupportedError` for quantised sources, `UsageError` for options that exclude each other, and what
-    `Model.resolve` and `merged` raise.
+    Raises `UnsupportedError` for heads that GroupQueryAttention doesn't take, `UsageError` for options that exclude
+    each other, and what `Model.resolve` and `merged` raise.
     """
     options = options or Options()
     require("onnx", "onnx", "ONNX")

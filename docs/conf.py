@@ -37,7 +37,8 @@ html_show_sphinx = False
 
 # The site's order. On a forge the README's last section is the table of contents.
 NAVIGATION = {
-    "Formats": ("docs/hf", "docs/gguf", "docs/llama-cpp", "docs/onnx", "examples/web/README", "docs/engines"),
+    "Formats": ("docs/hf", "docs/gguf", "docs/llama-cpp", "docs/onnx", "docs/quantised-sources",
+                "examples/web/README", "docs/engines"),
     "Recipes": ("docs/recipe-format", "docs/scaled-models", "docs/search", "docs/extend", "recipes/demo-8x/README",
                 "recipes/demo-yarn-8x/README", "recipes/smollm2-135m-64k/README"),
     "Using it": ("docs/verify", "docs/evaluations", "docs/publishing", "docs/ci", "docs/python", "docs/exit-codes"),

@@ -49,6 +49,7 @@ class Inspection:
     bytes: int = 0
     parameters: int = 0
     dtype: str = ""
+    quantised: str | None = None
     shape: dict[str, Any] = field(default_factory=dict)
     rope: FoundRope | None = None
     problems: tuple[str, ...] = ()
@@ -68,7 +69,7 @@ class Inspection:
         about = {"model": self.model, "family": self.family, "format": self.format}
         if self.foreign or self.rope is None:
             return {**about, "rope": {"words": self.words}, "graph": self.graph}
-        counted = ("tensors", "files", "bytes", "parameters", "dtype", "shape")
+        counted = ("tensors", "files", "bytes", "parameters", "dtype", "quantised", "shape")
         return {
             **about,
             **{name: getattr(self, name) for name in counted},
@@ -112,12 +113,14 @@ def inspect(model: str | Path, *, revision: str | None = None) -> Inspection:
         bytes=sum(file.stat().st_size for file in files),
         parameters=sum(math.prod(info.shape) for info in tensors.values()),
         dtype=opened.dtype,
+        quantised=opened.quantised,
         shape=asdict(opened.shape),
         rope=rotation,
         problems=checkpoint.rope_problems,
         sparklines=sparklines(recipe) if rotation.scaled else [],
         engines=_engines(opened, rotation),
         notes=[
+            *opened.read_dequantised("its weights are read dequantised"),
             *opened.notes,
             *rotation.notes,
             *open_questions,

@@ -36,7 +36,6 @@ from lrconvert.checkpoint.base import (
     Model,
     TensorInfo,
     numpy_dtype,
-    refuse_quantised,
 )
 from lrconvert.checkpoint.blocks import Array, Block
 from lrconvert.checkpoint.matching import build_model
@@ -240,9 +239,8 @@ def merged(model: Model, adapter: Adapter, *, rounded: bool = True) -> Model:
     """The model with the adapter merged, tensor by tensor when they are read.
 
     `rounded`: see `MergedCheckpoint`. Raises `InputError` that lists, with shapes, every tensor of the adapter
-    that doesn't fit the model; `UnsupportedError` for a quantised model.
+    that doesn't fit the model.
     """
-    refuse_quantised(model, "merging an adapter")
     plan = _Matching(model, adapter)
     changes, untied, tie_note = plan.changes()
     checkpoint = MergedCheckpoint(model.checkpoint, adapter, changes, untied=untied, rounded=rounded)

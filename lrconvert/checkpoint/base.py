@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -94,7 +95,9 @@ class Checkpoint(ABC):
     config: dict[str, Any]
     tensors: Mapping[str, TensorInfo]
     format: str  # "safetensors", "gguf", "onnx"
-    quantised_with: str | None = None  # the method of `quantization_config`: weights are opaque then
+    quantised_with: str | None = None  # the method of a `quantization_config`; weights are read dequantised
+    dense_dtype: str | None = None  # what such weights are written as where nobody says otherwise
+    outdated: Mapping[str, Any] = MappingProxyType({})  # keys of the file's config that no longer hold of what is read
     families: tuple[str, ...] = ()  # all whose weights these may be, where the file does not say
     computing: str | None = None  # what code computes products over these weights in, where the file decides that
     takes_padding: bool = True  # whether rows of a batch may be padded on the left, where the file decides that
@@ -151,7 +154,8 @@ class CheckpointView(Checkpoint):
         self.base, self.touched = base, base.touched | frozenset(touched)
         self.path, self.format, self.config, self.tensors = base.path, base.format, base.config, base.tensors
         self.quantised_with, self.families, self.rope_problems = base.quantised_with, base.families, base.rope_problems
-        self.native, self.dequantises = base.native, base.dequantises
+        self.native, self.dequantises, self.dense_dtype = base.native, base.dequantises, base.dense_dtype
+        self.outdated = base.outdated
         self.gguf, self.adapter = base.gguf, base.adapter
 
     @property
@@ -198,12 +202,23 @@ class Model:
             counts[info.dtype] = counts.get(info.dtype, 0) + int(np.prod(info.shape, dtype=np.float64))
         return max(counts, key=lambda name: counts[name])
 
+    @property
+    def quantised(self) -> str | None:
+        """What the weights are dequantised from, in words; None for plain ones."""
+        kinds = {info.dtype for info in self.checkpoint.tensors.values()} - set(FLOAT_DTYPES)
+        return ", ".join(sorted(kinds)) if self.checkpoint.dequantises and kinds else None
+
+    def read_dequantised(self, what: str) -> list[str]:
+        """A note on `what` computes with weights that a folder stores quantised; none for others."""
+        if self.checkpoint.quantised_with is None or self.quantised is None:
+            return []
+        return [f"the model is quantised, {self.quantised}: {what}"]
+
     def dequantised(self, written: str | None) -> list[str]:
         """What a user has to know where quantised weights are written as another type; None: as they are."""
-        kinds = {info.dtype for info in self.checkpoint.tensors.values()} - set(FLOAT_DTYPES)
-        if written is None or not self.checkpoint.dequantises or not kinds:
+        if written is None or self.quantised is None:
             return []
-        return [f"weights dequantised from {', '.join(sorted(kinds))}, written as {written}"]
+        return [f"weights dequantised from {self.quantised}, written as {written}"]
 
     def lifted(self) -> Model:
         """The model without its sliding windows: every layer attends to every token."""
@@ -260,12 +275,3 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
         if not level:
             return value
     raise InputError(f"{path}: not usable JSON (nested more than {MAX_JSON_DEPTH} deep)")
-
-
-def refuse_quantised(model: Model, target: str) -> None:
-    """For targets that have to look into weights."""
-    if model.checkpoint.quantised_with:
-        raise UnsupportedError(
-            f"{model.reference} is quantised with {model.checkpoint.quantised_with}; {target} needs plain weights",
-            remedy="Convert the unquantised checkpoint, or bake to hf, which copies weights unchanged",
-        )

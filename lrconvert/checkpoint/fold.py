@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from lrconvert.checkpoint.base import FLOAT_DTYPES, Checkpoint, CheckpointView, Model, numpy_dtype, refuse_quantised
+from lrconvert.checkpoint.base import FLOAT_DTYPES, Checkpoint, CheckpointView, Model, numpy_dtype
 from lrconvert.checkpoint.blocks import Array, Block
 
 
@@ -53,9 +53,8 @@ def _scaled(block: Block, scales: Array | None, dtype: np.dtype[Any] | None) -> 
 def folded(model: Model, scale: float, *, rounded: bool = True) -> Model:
     """The model with the rotated channels of q and k scaled; `rounded`: see `FoldedCheckpoint`.
 
-    With a scale of 1 nothing is scaled. Raises `UnsupportedError` for a quantised model.
+    With a scale of 1 nothing is scaled.
     """
-    refuse_quantised(model, "folding an attention factor into weights")
     scales = {} if scale == 1.0 else row_scales(model, scale)
     return replace(model, checkpoint=FoldedCheckpoint(model.checkpoint, scales, rounded=rounded))
 

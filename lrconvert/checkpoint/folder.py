@@ -51,10 +51,6 @@ class FolderCheckpoint(Checkpoint):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = read_json(path / CONFIG)
-        quantisation = self.config.get("quantization_config")
-        if quantisation is not None:
-            method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
-            self.quantised_with = str(method or "an unnamed method")
         # One whole file wins over an index beside it, as in transformers.
         sharded = (path / INDEX).exists() and not (path / SINGLE).is_file()
         self._weight_map = self._read_index() if sharded else None
@@ -118,13 +114,17 @@ class FolderCheckpoint(Checkpoint):
             raise InputError.collect(self.path, problems)
         return found
 
+    def file_of(self, name: str) -> TensorFile:
+        """The file that holds a tensor: for who reads other dtypes than floats, or other parts than blocks."""
+        return self._file(self.tensors[name].file)
+
     def _file(self, shard: Path) -> TensorFile:
         if shard not in self._files:
             self._files[shard] = TensorFile(shard)
         return self._files[shard]
 
     def blocks(self, name: str) -> Iterator[Block]:
-        return self._file(self.tensors[name].file).blocks(name)
+        return self.file_of(name).blocks(name)
 
     def weight_files(self) -> list[Path]:
         index = [self.path / INDEX] if self._weight_map is not None else []

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from lrconvert.checkpoint.base import FLOAT_DTYPES, Checkpoint, Model
-from lrconvert.checkpoint.names import head_of_its_own, is_extra, under_family_names
+from lrconvert.checkpoint.names import RenamedCheckpoint, head_of_its_own, is_extra, under_family_names
+from lrconvert.checkpoint.quantised import readable, zero_biases
 from lrconvert.errors import InputError
 from lrconvert.families import ExpectedTensor, Family, expected_tensors, get_family, read_shape
 
@@ -26,13 +27,15 @@ def build_model(reference: str, checkpoint: Checkpoint, *, tied: bool | None = N
     """
     family = get_family(checkpoint.config.get("model_type"))
     shape = read_shape(checkpoint.config, family)
-    if checkpoint.quantised_with:
-        _ = checkpoint.tensors  # headers, index and shards are checked all the same
-        note = f"weights are quantised with {checkpoint.quantised_with}: copied unchanged and not inspected"
-        return Model(reference, checkpoint, family, shape, notes=(note,))
+    checkpoint, quantised = readable(checkpoint)
     names = {tensor.name for tensor in expected_tensors(family, shape)}
     checkpoint, notes = under_family_names(checkpoint, family, shape, names)
-    if shape.tied and tied is None and checkpoint.native and head_of_its_own(checkpoint):
+    notes = [*quantised, *notes]
+    if checkpoint.quantised_with and (zero := zero_biases(checkpoint, names)):
+        checkpoint = RenamedCheckpoint(checkpoint, {name: name for name in checkpoint.tensors if name not in zero})
+        notes.append(f"{len(zero)} biases of quantised modules are zero, and {family.name} has none: never read")
+    stored = checkpoint.native or checkpoint.quantised_with is not None
+    if shape.tied and tied is None and stored and head_of_its_own(checkpoint):
         tied, notes = False, [*notes, OWN_HEAD]
     shape = shape if tied is None else replace(shape, tied=tied)
     expected = {tensor.name: tensor for tensor in expected_tensors(family, shape)}

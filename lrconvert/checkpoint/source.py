@@ -26,13 +26,14 @@ def describe_source(model: Model) -> dict[str, Any]:
     inputs: dict[str, Any] = {}
     for path in checkpoint.weight_files():
         inputs[path.name] = {"size": path.stat().st_size, "head_sha256": _head_digest(path)}
-    config = json.dumps(checkpoint.config, sort_keys=True, ensure_ascii=False)
+    config = json.dumps({**checkpoint.config, **checkpoint.outdated}, sort_keys=True, ensure_ascii=False)
     return {
         "model": model.reference,
         "format": checkpoint.format,
         "family": model.family.name,
         "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
         "weights": inputs,
+        **({"quantised": model.quantised} if checkpoint.quantised_with else {}),
     }
 
 

@@ -19,6 +19,19 @@ from lrconvert.checkpoint.base import FLOAT_DTYPES, TensorInfo, numpy_dtype
 from lrconvert.checkpoint.blocks import Array, Block, row_blocks
 from lrconvert.errors import InputError
 
+# What quantisers store, as safetensors spells it, beside floats and what ml_dtypes has.
+_INTEGERS = {"U8": np.uint8, "I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64}
+_SMALL_FLOATS = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}
+
+
+def stored_dtype(name: str) -> np.dtype[Any]:
+    """The NumPy dtype of a stored one. Raises `KeyError` for those that nobody reads."""
+    if name in _SMALL_FLOATS:
+        import ml_dtypes
+
+        return np.dtype(getattr(ml_dtypes, _SMALL_FLOATS[name]))
+    return np.dtype(_INTEGERS[name]) if name in _INTEGERS else numpy_dtype(name)
+
 
 class TensorFile:
     """The tensors of one file, in the order in which they lie there. Raises `InputError` if it isn't whole."""
@@ -36,20 +49,38 @@ class TensorFile:
     def blocks(self, name: str) -> Iterator[Block]:
         """One tensor by rows; its dtype has to be one of `FLOAT_DTYPES`."""
         ranges = row_blocks(self.tensors[name].shape)
-        return (Block(start, stop, partial(self._rows, name, start, stop)) for start, stop in ranges)
+        return (Block(start, stop, partial(self.rows, name, start, stop)) for start, stop in ranges)
 
     def read(self, name: str) -> Array:
-        """One tensor whole, of such a dtype."""
+        """One tensor whole, of a dtype that `stored_dtype` knows."""
         shape = self.tensors[name].shape
-        return self._values(name, 0, int(np.prod(shape, dtype=np.int64))).reshape(shape)
+        return self.values(name, 0, int(np.prod(shape, dtype=np.int64))).reshape(shape)
 
-    def _rows(self, name: str, start: int, stop: int) -> Array:
+    def rows(self, name: str, start: int, stop: int) -> Array:
+        """Rows along the first dimension."""
         inner = self.tensors[name].shape[1:]
         width = int(np.prod(inner, dtype=np.int64))
-        return self._values(name, start * width, (stop - start) * width).reshape(stop - start, *inner)
+        return self.values(name, start * width, (stop - start) * width).reshape(stop - start, *inner)
 
-    def _values(self, name: str, first: int, count: int) -> Array:
-        dtype = numpy_dtype(self.tensors[name].dtype)
+    def columns(self, name: str, start: int, stop: int) -> Array:
+        """Columns of a matrix: a piece of every row, so ask for many at once."""
+        (rows, width), dtype = self.tensors[name].shape, stored_dtype(self.tensors[name].dtype)
+        if stop - start == width:
+            return self.rows(name, 0, rows)
+        found = np.empty((rows, stop - start), dtype)
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                for row in range(rows):
+                    file.seek(self._offsets[name] + (row * width + start) * dtype.itemsize)
+                    if file.readinto(found[row].view(np.uint8).data) != found[row].nbytes:
+                        raise InputError(f"{self.path}: shrank while {name} was read")
+        except OSError as error:
+            raise InputError(f"{self.path}: can't be read ({error.strerror or error})") from error
+        return found
+
+    def values(self, name: str, first: int, count: int) -> Array:
+        """Values of a tensor as they follow each other in the file."""
+        dtype = stored_dtype(self.tensors[name].dtype)
         try:
             values = np.fromfile(self.path, dtype, count, offset=self._offsets[name] + first * dtype.itemsize)
         except OSError as error:

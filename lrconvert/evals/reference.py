@@ -11,7 +11,6 @@ import numpy as np
 
 from lrconvert import __version__
 from lrconvert.checkpoint import Model
-from lrconvert.checkpoint.base import refuse_quantised
 from lrconvert.errors import UnsupportedError, require
 from lrconvert.rope import RopeSpec
 from lrconvert.runtimes.base import Scores
@@ -28,7 +27,6 @@ class ReferenceSession:
 
     def __init__(self, model: Model, spec: RopeSpec, *, device: str = "cpu") -> None:
         torch = require("torch", "hf", "the reference implementation")
-        refuse_quantised(model, "the reference implementation")
         from lrconvert.reference import FactorSet, Reference, Rotation
 
         sets = [FactorSet(t.max_length, t.factors, t.start_tokens, t.attention_factor) for t in spec.tiers]

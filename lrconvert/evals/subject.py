@@ -14,6 +14,7 @@ from lrconvert.artifact.bake import bake
 from lrconvert.artifact.manifest import Manifest, manifest_path
 from lrconvert.checkpoint import Model, locate, open_checkpoint, open_model
 from lrconvert.checkpoint.adapter import Adapter, choose_adapter, merged, open_adapter
+from lrconvert.checkpoint.quantised import is_quantised
 from lrconvert.checkpoint.tokenizer import Encode, tokenizer_of
 from lrconvert.errors import UsageError
 from lrconvert.evals.texts import Text
@@ -26,6 +27,7 @@ from lrconvert.runtimes import runtime_for
 from lrconvert.runtimes.backend import Backend, OpenOptions, Runtime
 from lrconvert.runtimes.base import Session
 from lrconvert.targets import hf, target_of
+from lrconvert.targets.hf.plain import write_plain
 from lrconvert.training.devices import torch_device
 
 REFERENCE = "reference"  # not code of an artifact: our implementation over its weights
@@ -83,6 +85,12 @@ class Subject:
     def runtime(self) -> Runtime:
         """What runs it: a model under a given recipe is baked to a folder first."""
         return runtime_for("hf" if self.given is not None else target_of(self.artifact).name)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether it is a model's folder that only the program which quantised it could run."""
+        found = open_checkpoint(self.artifact, tolerant=True)
+        return is_quantised(found) and not manifest_path(self.artifact).is_file()
 
     @property
     def window(self) -> int | None:
@@ -173,6 +181,9 @@ def opened(
             if subject.given is not None:
                 progress(Step("baking"))
                 artifact = stack.enter_context(baked(subject))
+            elif subject.quantised:
+                progress(Step("dequantising"))
+                artifact = stack.enter_context(dequantised(subject))
             backend = _backend_of(subject, artifact, runtime, code)
             session = stack.enter_context(closing(backend.open(artifact, options)))
         yield session, encode
@@ -199,6 +210,14 @@ def baked(subject: Subject) -> Iterator[Path]:
         planned = hf.plan(model, subject.recipe, Path(folder) / "model", adapter=subject.adapter)
         bake(planned)
         yield planned.output
+
+
+@contextmanager
+def dequantised(subject: Subject) -> Iterator[Path]:
+    """A quantised model with plain weights, in a folder that goes away again."""
+    with tempfile.TemporaryDirectory(prefix="lrconvert-eval-") as folder:
+        write_plain(open_model(subject.artifact), Path(folder))
+        yield Path(folder)
 
 
 def _no_text(piece: str) -> list[int]:

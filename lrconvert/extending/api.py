@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lrconvert.artifact.sliding import lifted_note
 from lrconvert.checkpoint import open_model
 from lrconvert.checkpoint.adapter import WEIGHTS
-from lrconvert.checkpoint.base import Model, refuse_quantised
+from lrconvert.checkpoint.base import Model
 from lrconvert.checkpoint.source import sha256_of
 from lrconvert.checkpoint.tokenizer import tokenizer_of
 from lrconvert.errors import InputError, UsageError, require
@@ -85,7 +85,7 @@ def extend(
         UsageError: Options that don't go together, a plan or stage that doesn't exist, an output that exists.
         InputError: A model, text or plan that is damaged or doesn't fit, a model whose rotation is scaled, a stage's
             files that were changed.
-        UnsupportedError: A quantised model.
+        UnsupportedError: A model quantised in a way that can't be read.
         EnvironmentFailure: PyTorch, PEFT or a GPU is missing, or a stage does not fit the memory.
     """
     chosen = _plan(plan, target)
@@ -150,7 +150,6 @@ def _prepared(
         raise UsageError(f"{folder}: an extension has an adapter beside its recipe", remedy="Name a folder")
     check_output(folder, force=force)
     opened = open_model(str(model), revision=revision)
-    refuse_quantised(opened, "an extension")
     _check(opened, plan)
     read, kept = _texts(opened, texts, held_out)
     check_texts(

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from lrconvert.checkpoint import Model
-from lrconvert.checkpoint.base import refuse_quantised
 from lrconvert.errors import require
 from lrconvert.parity.cases import DECODED, Case, kept, stream
 from lrconvert.rope import RopeSpec, Tier
@@ -27,7 +26,6 @@ class ReferenceRunner:
     ) -> None:
         """`watch` gets the part of a forward pass that is done."""
         require("torch", "hf", "the reference implementation")
-        refuse_quantised(model, "the reference implementation")
         from lrconvert.reference import Reference, Rotation
 
         # The rotation is handed over with every question: weights are read once for all of them.

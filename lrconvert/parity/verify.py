@@ -61,6 +61,7 @@ def verify(
     if manifest is None and recipe is None:
         raise UsageError("--against needs --recipe where the artifact has no manifest")
     model, notes = _source(artifact, target, manifest, against)
+    notes = [*notes, *model.read_dequantised("its dequantised weights are what the artifact is compared with")]
     chosen = _recipe(artifact, manifest, recipe)
     spec = model.resolve(chosen, manifest.bake.window if manifest and recipe is None else None)
     record = manifest.bake if manifest else target.record(spec.window)

@@ -127,7 +127,7 @@ def search(
     Raises:
         UsageError: Options that don't go together, an output that exists, a journal in use.
         InputError: A model, text, recipe or journal that is damaged, too short, or another one's.
-        UnsupportedError: A quantised model.
+        UnsupportedError: A model quantised in a way that can't be read.
         EnvironmentFailure: PyTorch or a GPU is missing, or a document does not fit the memory.
     """
     where = None if output is None else Path(output)

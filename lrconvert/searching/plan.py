@@ -14,7 +14,6 @@ import numpy as np
 from lrconvert.artifact.sliding import lifted_note
 from lrconvert.checkpoint import Model, describe_source, open_model
 from lrconvert.checkpoint.adapter import Adapter, choose_adapter, merged, open_adapter
-from lrconvert.checkpoint.base import refuse_quantised
 from lrconvert.checkpoint.tokenizer import tokenizer_of
 from lrconvert.errors import UsageError
 from lrconvert.evals.passkey import PasskeyFormat, form_of
@@ -130,13 +129,11 @@ def plan_search(request: SearchRequest) -> SearchPlan:
     """The plan for a request. Reads the config, the texts and the tokenizer, and loads no model.
 
     Without a `dtype` the plan has float32. Raises `UsageError` for lengths that don't go together, `InputError` for
-    texts, recipes and adapters that are unreadable, too short or another model's, `UnsupportedError` for a quantised
-    model.
+    texts, recipes and adapters that are unreadable, too short or another model's.
     """
     request = limited(request)
     sources = sources_of(request.texts) if request.objective != "needle" or request.texts else []
     model = open_model(str(request.model), revision=request.revision)
-    refuse_quantised(model, "a search")
     on = load_recipe(request.on) if request.on else None
     adapter = _adapter(request, on)
     if adapter is not None:
@@ -178,7 +175,11 @@ def plan_search(request: SearchRequest) -> SearchPlan:
         uniform=request.uniform,
         adapter=adapter,
         adapter_path=None if adapter is None else _beside(adapter.reference, request.output),
-        notes=(*notes, *lifted_note(model, "a search")),
+        notes=(
+            *notes,
+            *model.read_dequantised("the search runs on its dequantised weights"),
+            *lifted_note(model, "a search"),
+        ),
     )
 
 

@@ -563,12 +563,6 @@ def test_dora_on_an_embedding_is_refused_by_name(pico: Callable[..., Model], tmp
         merged(pico(), open_adapter(write_adapter(tmp_path / "adapter", tensors=tensors, use_dora=True)))
 
 
-def test_a_quantised_base_is_refused(tmp_path: Path) -> None:
-    base = write_pico(tmp_path / "base", quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(UnsupportedError, match="quantised with gptq; merging an adapter needs plain weights"):
-        with_ours(base, write_adapter(tmp_path / "adapter"))
-
-
 @pytest.mark.parametrize(("named", "noted"), [(None, False), ("org/other", True), ("elsewhere/{}", False)])
 def test_another_name_of_the_base_is_a_note(
     named: str | None, noted: bool, pico: Callable[..., Model], tmp_path: Path

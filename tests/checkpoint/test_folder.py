@@ -207,47 +207,6 @@ def test_stored_rotary_tables_are_ignored_by_name(tmp_path: Path) -> None:
         open_model(folder)
 
 
-def quantised(folder: Path) -> Path:
-    """A folder as a quantiser leaves it: weights packed into integers, a `quantization_config`."""
-    write_pico(folder)
-    tensors: dict[str, np.ndarray] = {}
-    for name, array in load_file(folder / WEIGHTS).items():
-        if "proj" in name:
-            stem = name.removesuffix("weight")
-            tensors[f"{stem}qweight"] = np.ones((4, array.shape[0]), np.int32)
-            tensors[f"{stem}scales"] = np.ones((1, array.shape[0]), np.float16)
-        else:
-            tensors[name] = array
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    edit_json(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
-    return folder
-
-
-def test_a_quantised_checkpoint_is_baked_with_its_weights_untouched(
-    tmp_path: Path, cli: Callable[..., Result], pico: Callable[..., Any]
-) -> None:
-    """The same bytes and the same quantization_config; a conversion of the weights is refused."""
-    folder = quantised(tmp_path / "model")
-    recipe = write_recipe(recipe_for(pico()), tmp_path / "recipe")
-    result = cli("hf", folder, "--recipe", recipe, "-o", tmp_path / "out")
-    assert result.code == 0, result.err
-    assert "quantised with gptq" in result.err
-    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["bits"] == 4
-    refused = cli("hf", folder, "--recipe", recipe, "-o", tmp_path / "other", "--dtype", "f16")
-    assert refused.code == 4
-    assert "quantised with gptq" in refused.err
-    assert not (tmp_path / "other").exists()
-
-
-def test_a_quantised_checkpoint_that_is_cut_short_is_refused_too(tmp_path: Path) -> None:
-    """Its tensors are opaque, its files are not."""
-    weights = quantised(tmp_path) / WEIGHTS
-    weights.write_bytes(weights.read_bytes()[:-1])
-    with pytest.raises(InputError, match=WEIGHTS):
-        open_model(tmp_path)
-
-
 # --- what is damaged -------------------------------------------------------------------------------------
 
 Damage = Callable[[Path], object]

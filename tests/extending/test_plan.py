@@ -134,7 +134,7 @@ def test_every_problem_is_reported_at_once() -> None:
 def test_models_that_can_not_be_extended(
     text: Path, pico_folder: Callable[..., Path], tmp_path: Path, cli: Run
 ) -> None:
-    """One that is scaled already, and one that is quantised: each with the way out."""
+    """One that is scaled already, with the way out."""
     (tmp_path / "plan.toml").write_text(DERIVE)
     plain = json.loads((pico_folder("llama") / "config.json").read_text())
     scaled = pico_folder("llama", rope_scaling={"rope_type": "linear", "factor": 2.0, "type": "linear"})
@@ -142,9 +142,6 @@ def test_models_that_can_not_be_extended(
     options = ["--text", text, "--plan", tmp_path / "plan.toml", "-o", tmp_path / "r"]
     found = cli("extend", scaled, *options)
     assert found.code == 3 and "scaling" in found.err and "Extend the model it was made from" in found.err
-    quantised = pico_folder("llama", quantization_config={"quant_method": "gptq", "bits": 4})
-    found = cli("extend", quantised, *options)
-    assert found.code == 4 and "quantised with gptq; an extension needs plain weights" in found.err
 
 
 @pytest.mark.usefixtures("nothing_loads")

@@ -18,7 +18,7 @@ from support.verifying import verify
 from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.artifact.manifest import MANIFEST
 from lrconvert.checkpoint import Model
-from lrconvert.errors import InputError, UnsupportedError, UsageError
+from lrconvert.errors import InputError, UsageError
 from lrconvert.parity import Options, Report
 from lrconvert.parity.mutants import RECIPE_MUTANTS, unpermuted_qk
 from lrconvert.recipe import Recipe, write_recipe
@@ -216,14 +216,6 @@ def test_code_that_does_not_load_is_a_failure_of_the_artifact(artifact: Path, qu
     (artifact / "config.json").write_text(json.dumps(config))
     report = verify(artifact, options=quick)
     assert [row.case for row in report.failed if row.code == "custom"] == ["loads"]
-
-
-def test_quantised_weights_are_refused_by_name(artifact: Path, quick: Options) -> None:
-    config = json.loads((artifact / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq"}
-    (artifact / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedError, match="gptq"):
-        verify(artifact, against=str(artifact), options=quick)
 
 
 def test_the_command_exits_5_and_writes_junit(

@@ -24,7 +24,6 @@ from lrconvert.artifact.record import BakeRecord
 from lrconvert.artifact.sliding import settle_windows
 from lrconvert.checkpoint import Checkpoint, Model
 from lrconvert.checkpoint.adapter import Adapter, merged
-from lrconvert.checkpoint.base import refuse_quantised
 from lrconvert.checkpoint.fold import folded
 from lrconvert.checkpoint.gguf import PERMUTED
 from lrconvert.checkpoint.source import snapshot
@@ -86,7 +85,6 @@ def plan(
     options = options or Options()
     _check_name(output)
     architecture = longrope_architecture(model.family)
-    refuse_quantised(model, "GGUF")
     _check_shape(model, architecture)
     spec = model.resolve(recipe, options.window)
     windows = settle_windows(model, spec.window, lift=options.lift, keeps=False, target="llama.cpp")
@@ -241,7 +239,7 @@ def _scheme(model: Model, options: Options, *, rewritten: bool) -> Scheme | None
         return get_scheme(options.type)
     if model.checkpoint.gguf is not None and not rewritten:
         return None
-    if (own := _OWN_TYPE.get(model.dtype)) is None:
+    if (own := _OWN_TYPE.get(model.checkpoint.dense_dtype or model.dtype)) is None:
         raise UsageError(
             f"{model.reference} is quantised ({model.dtype}), and its weights would change",
             remedy="Choose the type to write with --type; a recipe alone leaves the weights unchanged",

@@ -40,7 +40,7 @@ def edited_config(
         spelled = [key for key in ("dtype", "torch_dtype") if key in source] or ["torch_dtype"]
         config.update(dict.fromkeys(spelled, TORCH_NAMES[dtype]))
     config[LONGROPE_KEY] = own_key(spec)
-    return config, _edits("config.json", source, config)
+    return config, _edits("config.json", {**source, **model.checkpoint.outdated}, config)
 
 
 def json_bytes(value: dict[str, Any], name: str) -> bytes:

@@ -13,7 +13,7 @@ from lrconvert.artifact.record import BakeRecord
 from lrconvert.artifact.sliding import settle_windows
 from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.adapter import Adapter, merged
-from lrconvert.checkpoint.base import FLOAT_DTYPES, refuse_quantised
+from lrconvert.checkpoint.base import FLOAT_DTYPES
 from lrconvert.checkpoint.fold import folded
 from lrconvert.checkpoint.source import snapshot
 from lrconvert.engines.capability import native_hf
@@ -121,11 +121,10 @@ def _notes(spec: RopeSpec, scale: float, texts: dict[str, bytes], copies: dict[s
 def _stored_dtype(model: Model, dtype: str | None) -> str | None:
     """The dtype that weights have to be written in, None when they stay byte for byte."""
     if not model.checkpoint.native:
-        own = model.dtype if model.dtype in FLOAT_DTYPES else "BF16"
+        own = model.checkpoint.dense_dtype or (model.dtype if model.dtype in FLOAT_DTYPES else "BF16")
         return DTYPES[dtype] if dtype else own
     if dtype is None:
         return None
-    refuse_quantised(model, f"--dtype {dtype}")
     wanted = DTYPES[dtype]
     used = [model.checkpoint.tensors[tensor.name] for tensor in model.roles.values()]
     return None if all(info.dtype == wanted for info in used) else wanted

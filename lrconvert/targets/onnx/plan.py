@@ -15,7 +15,6 @@ from lrconvert.artifact.record import BakeRecord
 from lrconvert.artifact.sliding import settle_windows
 from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.adapter import Adapter, merged
-from lrconvert.checkpoint.base import refuse_quantised
 from lrconvert.checkpoint.onnx_folder import TIED_HEAD
 from lrconvert.checkpoint.source import snapshot
 from lrconvert.engines.capability import native_hf
@@ -60,8 +59,8 @@ def plan(
 ) -> Plan:
     """Resolve, build the graph, lay out. Touches no weights yet.
 
-    Raises `UnsupportedError` for quantised sources, `UsageError` for options that exclude each other, and what
-    `Model.resolve` and `merged` raise.
+    Raises `UnsupportedError` for heads that GroupQueryAttention doesn't take, `UsageError` for options that exclude
+    each other, and what `Model.resolve` and `merged` raise.
     """
     options = options or Options()
     require("onnx", "onnx", "ONNX")
@@ -120,7 +119,6 @@ def plan(
 
 def _check(model: Model, options: Options) -> None:
     """Refuse what can't be written, before the graph is built."""
-    refuse_quantised(model, "ONNX")
     if DTYPES[options.dtype][1] is not None:
         require("onnxruntime", "onnx", f"--dtype {options.dtype}")
     if options.opset not in OPSETS:

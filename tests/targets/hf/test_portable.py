@@ -276,13 +276,6 @@ def test_all_that_is_wrong_is_named_at_once(pico: Callable[..., Model], tmp_path
         assert needle in str(error.value)
 
 
-def test_quantised_weights_are_not_scaled(tmp_path: Path) -> None:
-    folder = write_pico(tmp_path / "model", quantization_config={"quant_method": "gptq"})
-    model = open_model(folder)
-    with pytest.raises(UnsupportedError, match="gptq"):
-        hf.plan(model, uneven(model), tmp_path / "out", hf.Options(portable=True))
-
-
 def test_lossy_alone_is_usage(cli: Callable[..., Result], pico: Callable[..., Model], tmp_path: Path) -> None:
     model = pico("llama")
     path = write_recipe(recipe_for(model), tmp_path / "recipe")

@@ -316,14 +316,6 @@ def test_options_that_overlap_do_not_disturb_each_other(tmp_path: Path, cli: Cli
     assert result.code == 2 and "boundaries: 4096, 8192" in result.err
 
 
-def test_a_quantised_source_is_refused_by_name(tmp_path: Path, cli: Cli) -> None:
-    folder = write_pico(tmp_path / "m", quantization_config={"quant_method": "gptq"})
-    recipe = write_recipe(recipe_for(open_model(folder)), tmp_path / "r")
-    result = cli(*command(folder, recipe, tmp_path / "o"))
-    assert result.code == 4 and "gptq" in result.err and "ONNX needs plain weights" in result.err
-    assert not (tmp_path / "o").exists()
-
-
 @pytest.mark.parametrize(
     ("value", "error", "needle"),
     [(65520.0, UnsupportedError, "beyond float16's range"), (-1e30, UnsupportedError, "--dtype bf16"),

@@ -197,11 +197,15 @@ ENGINES: tuple[Engine, ...] = (
         _families("llama", "mistral", "qwen2", "phi3"),
     ),
     Engine(
-        _config_reader(_BAKED_GGUF, "one"),
-        _GGML,
-        "read",
-        "the C++ of the qwen3 architecture",
-        Rule("not at all", refuses="qwen3 there ignores factors, and its q/k norms fit no other architecture"),
+        replace(LLAMA_CPP, name=_BAKED_GGUF),
+        "0.6.0-dev",
+        "measured",
+        "`lrconvert verify`; llama-context.cpp; the C++ of the qwen3 architecture",
+        Rule(
+            "its own YaRN, at every length",
+            refuses="qwen3 there ignores factors, and knows one YaRN for every length",
+            formula=True,
+        ),
         _families("qwen3"),
     ),
     Engine(

@@ -15,13 +15,15 @@ from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.gguf import GgufCheckpoint
 from lrconvert.checkpoint.gguf_config import LONG, SHORT, STATIC
 from lrconvert.rope import RopeSpec
+from lrconvert.targets.gguf.yarn import by_formula, formula_keys
 
 FLOAT32 = 1e-6  # metadata and factors are float32: one rounding
 
 
 def checks(artifact: Path, stored: GgufCheckpoint, model: Model, spec: RopeSpec, record: BakeRecord) -> list[Row]:
     """A row for everything in the file that contradicts `spec`; one `pass` where nothing does."""
-    problems = [*stored.rope_problems, *_numbers(stored, model), *_rope(stored, spec, record.static)]
+    rope = _formula(stored, spec) if by_formula(model.family) else _rope(stored, spec, record.static)
+    problems = [*stored.rope_problems, *_numbers(stored, model), *rope]
     good = "rope and shape are the recipe's and the model's"
     return rows_of("metadata", good, [(problem.partition(":")[0][:60], problem) for problem in problems])
 
@@ -46,6 +48,15 @@ def _numbers(stored: GgufCheckpoint, model: Model) -> Iterator[str]:
         found = stored.metadata.get(prefix + key, defaults.get(key))
         if not isinstance(found, int | float) or not math.isclose(found, value, rel_tol=FLOAT32):
             yield f"{prefix}{key} is {found!r:.60}; the model needs {value:g}"
+
+
+def _formula(stored: GgufCheckpoint, spec: RopeSpec) -> Iterator[str]:
+    """Where no factors are, the keys that say which formula makes them."""
+    for key, value in formula_keys(stored.architecture, spec).items():
+        found = stored.metadata.get(key, 1.0 if key.endswith("attn_factor") else None)
+        numbers = isinstance(found, int | float) and isinstance(value, int | float)
+        if not (math.isclose(found, value, rel_tol=FLOAT32) if numbers else found == value):
+            yield f"{key} is {found!r:.60}; the recipe needs {value!r:.60}"
 
 
 def _rope(stored: GgufCheckpoint, spec: RopeSpec, static: bool) -> Iterator[str]:

@@ -198,12 +198,13 @@ ENGINES: tuple[Engine, ...] = (
     ),
     Engine(
         replace(LLAMA_CPP, name=_BAKED_GGUF),
-        "0.6.0-dev",
+        "0.6.0-dev; step35 since PR 19283",
         "measured",
-        "`lrconvert verify`; llama-context.cpp; the C++ of the qwen3 architecture",
+        "`lrconvert verify`; llama-context.cpp; the C++ of qwen3 and of step35 (older versions with it were not run)",
         Rule(
-            "its own YaRN, at every length",
-            refuses="qwen3 there ignores factors, and knows one YaRN for every length",
+            "its own YaRN, at every length; with `--architecture step35` as above",
+            refuses="qwen3 there ignores factors, and knows one YaRN for every length; `lrconvert gguf --architecture "
+            "step35` writes any two sets",
             formula=True,
         ),
         _families("qwen3"),

@@ -43,13 +43,14 @@ class Accepts:
     `positions`: tokens at any positions, at consecutive ones wherever they start, or whole prompts only, one at a time
     ("none": no tokens spread over a length, no batch). `reserved`: tokens of the window that a prompt may not take.
     `padded`: rows of a batch may differ in length. `cached_keys`: decoding can go on with keys that were cached for
-    another tier (its sessions answer "cached").
+    another tier (its sessions answer "cached"). `shifts`: the oldest tokens of a full context can be forgotten.
     """
 
     positions: Literal["any", "consecutive", "none"] = "any"
     reserved: int = 0
     padded: bool = True
     cached_keys: bool = False
+    shifts: bool = True
 
 
 ANYTHING = Accepts()

@@ -14,7 +14,9 @@ from lrconvert.artifact.record import BakeRecord
 from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.gguf import GgufCheckpoint
 from lrconvert.checkpoint.gguf_config import LONG, SHORT, STATIC
+from lrconvert.families.base import GGUF_STEP35
 from lrconvert.rope import RopeSpec
+from lrconvert.targets.gguf.step35 import architecture_keys
 from lrconvert.targets.gguf.yarn import by_formula, formula_keys
 
 FLOAT32 = 1e-6  # metadata and factors are float32: one rounding
@@ -22,7 +24,8 @@ FLOAT32 = 1e-6  # metadata and factors are float32: one rounding
 
 def checks(artifact: Path, stored: GgufCheckpoint, model: Model, spec: RopeSpec, record: BakeRecord) -> list[Row]:
     """A row for everything in the file that contradicts `spec`; one `pass` where nothing does."""
-    rope = _formula(stored, spec) if by_formula(model.family) else _rope(stored, spec, record.static)
+    formula = by_formula(model.family, stored.architecture)
+    rope = _formula(stored, spec) if formula else _rope(stored, spec, record.static)
     problems = [*stored.rope_problems, *_numbers(stored, model), *rope]
     good = "rope and shape are the recipe's and the model's"
     return rows_of("metadata", good, [(problem.partition(":")[0][:60], problem) for problem in problems])
@@ -38,6 +41,9 @@ def _numbers(stored: GgufCheckpoint, model: Model) -> Iterator[str]:
         "attention.head_count_kv": shape.kv_heads,
         "block_count": shape.layers,
     }
+    if stored.architecture == GGUF_STEP35:
+        given = architecture_keys(shape)
+        wanted |= {key: given[prefix + key] for key in ("rope.dimension_count", "block_count")}
     # What llama.cpp takes where a file says nothing.
     defaults = {
         "rope.freq_base": 10000.0,

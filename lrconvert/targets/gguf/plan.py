@@ -31,7 +31,7 @@ from lrconvert.checkpoint.gguf import PERMUTED
 from lrconvert.checkpoint.source import snapshot
 from lrconvert.engines.capability import LLAMA_CPP, divide_attention, static
 from lrconvert.errors import EnvironmentFailure, UnsupportedError, UsageError
-from lrconvert.families.base import GGUF_INTERLEAVED, LAYER, Family
+from lrconvert.families.base import GGUF_INTERLEAVED, GGUF_STEP35, LAYER, Family
 from lrconvert.recipe import Recipe
 from lrconvert.rope import RopeSpec
 from lrconvert.runtimes import llama_library
@@ -49,6 +49,7 @@ from lrconvert.targets.gguf.metadata import (
     shape_keys,
 )
 from lrconvert.targets.gguf.schemes import MixFacts, Scheme, get_scheme, tensor_type
+from lrconvert.targets.gguf.step35 import NOTE, architecture_keys, more_tensors
 from lrconvert.targets.gguf.vocabulary import vocabulary
 from lrconvert.targets.gguf.weights import Source, is_plain, jobs
 from lrconvert.targets.gguf.yarn import architecture_for, by_formula, formula_keys
@@ -74,6 +75,7 @@ class Options:
     modelfile: bool = False
     library: str | None = None
     lift: bool = False  # a sliding window
+    architecture: str | None = None  # another one of llama.cpp than the family's usual one
 
 
 def plan(
@@ -88,7 +90,7 @@ def plan(
     _check_name(output)
     refuse_quantised(model, "GGUF")
     spec = model.resolve(recipe, options.window)
-    architecture = architecture_for(model.family, spec, static=options.static)
+    architecture = architecture_for(model.family, spec, static=options.static, asked=options.architecture)
     _check_shape(model, architecture)
     windows = settle_windows(model, spec.window, lift=options.lift, keeps=False, target="llama.cpp")
     model = windows.model
@@ -103,6 +105,8 @@ def plan(
     baked = model if scale == 1.0 else folded(model, scale, rounded=False)
     imatrix = None if options.imatrix is None else Imatrix.load(options.imatrix)
     tensors = _tensors(baked, architecture, scheme, imatrix)
+    if architecture == GGUF_STEP35:
+        tensors += more_tensors(baked, {item.planned.name: item.planned.kind for item in tensors})
     library = _library(options.library)
     if scheme is not None:
         kinds = {item.planned.name: (item.planned.kind, item.planned.shape) for item in tensors}
@@ -114,6 +118,9 @@ def plan(
         for name, values in values_of.items()
     ]
     keys, notes = _metadata(model, architecture, options)
+    if architecture == GGUF_STEP35:
+        keys |= architecture_keys(model.shape)
+        notes = [*notes, NOTE]
     if windows.lifted:
         keys.pop(f"{architecture}.attention.sliding_window", None)
     if scheme is not None:
@@ -152,7 +159,7 @@ def _rotation(
     family: Family, architecture: str, spec: RopeSpec, *, static: bool
 ) -> tuple[dict[str, Value], dict[str, np.ndarray]]:
     """The keys and the tensors of a spec: factors, or the formula that they follow where the C++ ignores factors."""
-    if by_formula(family):
+    if by_formula(family, architecture):
         return formula_keys(architecture, spec), {}
     return rope_keys(architecture, spec, static=static), rope_tensors(architecture, spec, static=static)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from lrconvert.errors import UnsupportedError
+from lrconvert.errors import UnsupportedError, UsageError
 from lrconvert.families import Family, longrope_architecture
 from lrconvert.rope import RopeSpec, Yarn, as_yarn, yarn_attention_factor
 from lrconvert.targets.gguf.layout import Value
@@ -21,11 +21,20 @@ REMEDY = (
 )
 
 
-def architecture_for(family: Family, spec: RopeSpec, *, static: bool) -> str:
-    """The architecture of a family's files: one that honours factors, else its own, where that can do without them.
+def architecture_for(family: Family, spec: RopeSpec, *, static: bool, asked: str | None = None) -> str:
+    """The architecture of a family's files: the one that is `asked` for, one that honours factors, else the family's
+    own, where that can do without them.
 
-    `UnsupportedError` for a spec that it can't express.
+    `UnsupportedError` for a spec that it can't express, `UsageError` for an architecture that isn't the family's.
     """
+    if asked is not None:
+        known = {family.gguf_longrope, family.gguf_other} - {None}
+        if asked not in known:
+            listed = ", ".join(sorted(name for name in known if name)) or "none"
+            raise UsageError(
+                f"--architecture {asked}: {family.name} can't be written as it", remedy=f"It has: {listed}"
+            )
+        return asked
     if family.gguf_longrope is not None:
         return longrope_architecture(family)
     if len(spec.tiers) > 1 and not static:
@@ -36,15 +45,16 @@ def architecture_for(family: Family, spec: RopeSpec, *, static: bool) -> str:
         what = f"its set is a YaRN whose ramp is not the usual one, between {BETAS[0]:g} turns and {BETAS[1]:g}"
     else:
         return family.gguf_architecture
+    other = f"--architecture {family.gguf_other} takes any two sets; " if family.gguf_other else ""
     raise UnsupportedError(
         f"llama.cpp's C++ ignores rope factors for {family.name}, and {what}: a GGUF of it would run unscaled",
-        remedy=REMEDY,
+        remedy=f"{other}{REMEDY}",
     )
 
 
-def by_formula(family: Family) -> bool:
-    """Whether a family's files have YaRN's keys instead of factors."""
-    return family.gguf_longrope is None
+def by_formula(family: Family, architecture: str) -> bool:
+    """Whether files of this architecture have YaRN's keys instead of factors."""
+    return family.gguf_longrope is None and architecture == family.gguf_architecture
 
 
 def formula_keys(architecture: str, spec: RopeSpec) -> dict[str, Value]:

@@ -17,7 +17,7 @@ from lrconvert.checkpoint import Model
 from lrconvert.families import ModelShape
 from lrconvert.families.base import GGUF_STEP35, LAYER
 from lrconvert.targets.gguf.layout import Planned, Value
-from lrconvert.targets.gguf.weights import Source
+from lrconvert.targets.gguf.weights import Source, is_plain
 
 NOTE = (
     "written as the step35 architecture, which llama.cpp 0.6 runs and versions from before February 2026 don't know; a "
@@ -40,14 +40,15 @@ def architecture_keys(shape: ModelShape) -> dict[str, Value]:
 
 
 def more_tensors(model: Model, kinds: Mapping[str, GGMLQuantizationType]) -> list[Source]:
-    """The layer of zeros, with the types of the layer before it, and a head where the model has none."""
+    """The layer of zeros, and a head where the model has none. Zeros are exact in Q8_0, which needs no matrix."""
     last, found = model.shape.layers - 1, []
     rows = {row.role: row for row in model.family.rows}
     for (role, layer), tensor in model.roles.items():
         if layer == last:
             before, name = (rows[role].gguf.replace(LAYER, str(index)) for index in (last, last + 1))
+            kind = kinds[before] if is_plain(kinds[before]) else GGMLQuantizationType.Q8_0
             zeros = np.zeros(tensor.shape, np.float32)
-            found.append(Source(Planned(name, kinds[before], tensor.shape), tensor.name, values=zeros))
+            found.append(Source(Planned(name, kind, tensor.shape), tensor.name, values=zeros))
     if model.shape.tied:
         embedding = model.roles["embedding", None]
         head = Planned(rows["lm_head"].gguf, kinds[rows["embedding"].gguf], embedding.shape)

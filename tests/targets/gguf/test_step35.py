@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import recipe_for
+from support.gguf_files import WIDE
 from support.verifying import verify
 
 from lrconvert.artifact.bake import bake
@@ -67,11 +68,13 @@ def test_every_mutant_is_caught(pico: Pico, tmp_path: Path, mutant: str, options
     assert max((row.kl_mean or 0) / (row.bound or 1) for row in caught) > FAR
 
 
-def test_the_file_is_a_qwen3_again(pico: Pico, tmp_path: Path) -> None:
-    """Without the empty layer, with the rotated width of its heads; it can be baked once more."""
-    model = pico("qwen3", max_position_embeddings=WINDOW)
+def test_the_file_is_a_qwen3_again(pico: Pico, tmp_path: Path, options: Options) -> None:
+    """Without the empty layer, with the rotated width of its heads. K types too; baked once more it is right as well."""
+    model = pico("qwen3", max_position_embeddings=WINDOW, tie_word_embeddings=True, **WIDE)
     recipe = recipe_for(model, even=True)
-    again = open_model(baked(model, recipe, tmp_path / "m.gguf"))
+    again = open_model(baked(model, recipe, tmp_path / "m.gguf", type="q4_k_m"))
+    report = verify(baked(again, recipe, tmp_path / "n.gguf", type=None), options=options)
+    assert report.passed, report.summary
     assert again.family.name == "qwen3"
     assert (again.shape.layers, again.shape.rotary_dim) == (model.shape.layers, model.shape.rotary_dim)
     assert [tier.max_length for tier in again.rotation.tiers] == [WINDOW, 2 * WINDOW]

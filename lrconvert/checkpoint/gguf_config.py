@@ -109,6 +109,8 @@ def build_config(
     sliding_window = keys.get("attention.sliding_window", int, zero=True)
     keys.check()
     if architecture == GGUF_STEP35:  # half of the width, and the layer of zeros at the end
+        if header.metadata.get("lrconvert.family") != family.name:
+            raise UnsupportedError(f"{header.path}: a step35 of another program; only {family.name} as it is read")
         rotary_dim, layers, sliding_window = rotary_dim // 2, layers - 1, 0
     config: dict[str, Any] = {
         "architectures": [family.hf_class],

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import recipe_for
-from support.gguf_files import WIDE
+from support.gguf_files import WIDE, changed
 from support.verifying import verify
 
 from lrconvert.artifact.bake import bake
@@ -69,7 +69,7 @@ def test_every_mutant_is_caught(pico: Pico, tmp_path: Path, mutant: str, options
 
 
 def test_the_file_is_a_qwen3_again(pico: Pico, tmp_path: Path, options: Options) -> None:
-    """Without the empty layer, with the rotated width of its heads. K types too; baked once more it is right as well."""
+    """Without the empty layer, with the rotated width of its heads. In K types too, and baked once more."""
     model = pico("qwen3", max_position_embeddings=WINDOW, tie_word_embeddings=True, **WIDE)
     recipe = recipe_for(model, even=True)
     again = open_model(baked(model, recipe, tmp_path / "m.gguf", type="q4_k_m"))
@@ -78,6 +78,15 @@ def test_the_file_is_a_qwen3_again(pico: Pico, tmp_path: Path, options: Options)
     assert again.family.name == "qwen3"
     assert (again.shape.layers, again.shape.rotary_dim) == (model.shape.layers, model.shape.rotary_dim)
     assert [tier.max_length for tier in again.rotation.tiers] == [WINDOW, 2 * WINDOW]
+
+
+def test_a_step35_of_another_program_is_refused(pico: Pico, tmp_path: Path) -> None:
+    """Its last layer is one of the model, and would be left out."""
+    model = pico("qwen3", max_position_embeddings=WINDOW)
+    ours = baked(model, recipe_for(model, even=True), tmp_path / "m.gguf")
+    other = changed(ours, tmp_path / "other.gguf", lambda metadata, tensors: metadata.pop("lrconvert.family"))
+    with pytest.raises(UnsupportedError, match="a step35 of another program"):
+        open_model(other)
 
 
 def test_a_folded_factor_is_right_and_no_shift_is_asked_for(pico: Pico, tmp_path: Path, options: Options) -> None:

@@ -91,6 +91,51 @@ def yarn_factors(
     return 1.0 / (interpolated / ratio + (1.0 - interpolated))
 
 
+@dataclass(frozen=True)
+class Yarn:
+    """The parameters of a set that is a YaRN: s, L0, and the turns in L0 between which frequencies are blended."""
+
+    ratio: float
+    original_window: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+
+def as_yarn(factors: Sequence[float], base: float, original_window: int) -> Yarn | None:
+    """The YaRN that a set of d/2 factors is, to 1e-6 of each; None where it is none, or where the ramp doesn't end.
+
+    The ramp of 1/λ shows where it begins and ends. Turns half an index inside of those give it again, whatever numbers
+    the set was made with; the usual ones (32 and 1) are tried first.
+    """
+    values, width = np.asarray(factors, dtype=np.float64), 2 * len(factors)
+    ratio = float(values[-1])
+    if not ratio > 1.0:
+        return None
+    tried = [Yarn(ratio, original_window)]
+    if (ends := _ends_of_ramp((1.0 - 1.0 / values) / (1.0 - 1.0 / ratio))) is not None:
+        inside = (ends[0] + 0.5, ends[1] - 0.5)
+        fast, slow = (original_window / (2 * math.pi) * base ** (-2.0 * index / width) for index in inside)
+        tried.append(Yarn(ratio, original_window, fast, slow))
+    for yarn in tried:
+        made = yarn_factors(width, base, ratio, original_window, beta_fast=yarn.beta_fast, beta_slow=yarn.beta_slow)
+        if np.allclose(made, values, rtol=1e-6, atol=0):
+            return yarn
+    return None
+
+
+def _ends_of_ramp(ramp: Array) -> tuple[int, int] | None:
+    """The last index of 0 and the first of 1 of a straight ramp; None where it doesn't rise."""
+    inside = np.flatnonzero((ramp > 1e-6) & (ramp < 1.0 - 1e-6))
+    if len(inside) == 0:
+        first = int(np.argmax(ramp >= 1.0 - 1e-6))
+        return first - 1, first
+    if len(inside) == 1:
+        low = int(inside[0]) - 1
+        return low, low + round(1.0 / float(ramp[inside[0]]))
+    slope, start = np.polyfit(inside, ramp[inside], 1).tolist()
+    return (round(-start / slope), round((1.0 - start) / slope)) if slope > 1e-6 else None
+
+
 def _index_of_turns(turns: Array, fall: float) -> Callable[[float], float]:
     """Where, among frequencies that make so many `turns` in a window (shape [d/2]), a number of turns lies: a fraction
     between two indices. Beyond the first and the last one, turns fall by the factor e^`fall` an index."""

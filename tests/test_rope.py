@@ -155,3 +155,35 @@ def test_tiers_compose_at_every_boundary_of_either() -> None:
         own, new = rope.serving((short, OWN), length), rope.serving((UNSCALED, NEW), length)
         assert rope.serving(total, length).factors == rope.compose(own, new).factors
     assert [tier.max_length for tier in rope.compose_tiers((short, OWN), (short,))] == [L0]
+
+
+@pytest.mark.parametrize(
+    ("width", "base", "window", "ratio", "betas"),
+    [
+        (128, 1e6, 32768, 4.0, (32.0, 1.0)),
+        (32, 1e4, 256, 4.0, (32.0, 1.0)),
+        (128, 1e4, 4096, 40.0, (64.0, 2.0)),
+        (64, 5e5, 8192, 8.0, (16.0, 0.5)),
+        (32, 1e4, 256, 2.5, (8.0, 7.5)),
+    ],
+)
+def test_a_yarn_is_recognised_with_its_parameters(
+    width: int, base: float, window: int, ratio: float, betas: tuple[float, float]
+) -> None:
+    """Whatever its ramp: s and L0 are those it was made with, and the turns make the same set, in float32 too."""
+    fast, slow = betas
+    made = rope.yarn_factors(width, base, ratio, window, beta_fast=fast, beta_slow=slow)
+    for factors in (made, made.astype(np.float32)):
+        found = rope.as_yarn(factors.tolist(), base, window)
+        assert found is not None and (found.ratio, found.original_window) == (pytest.approx(ratio), window)
+        again = rope.yarn_factors(width, base, ratio, window, beta_fast=found.beta_fast, beta_slow=found.beta_slow)
+        np.testing.assert_allclose(again, made, rtol=1e-6)
+    assert rope.as_yarn(made.tolist(), base, window) == rope.Yarn(ratio, window) or betas != (32.0, 1.0)
+
+
+def test_what_is_no_yarn_is_not_taken_for_one() -> None:
+    """PI, NTK, plain, a YaRN with one factor off, a falling set."""
+    made = rope.yarn_factors(64, 1e4, 8.0, 4096)
+    off = made * np.where(np.arange(32) == 20, 1.0001, 1.0)
+    for factors in (rope.pi_factors(64, 8.0), rope.ntk_factors(64, 8.0), np.ones(32), off, made[::-1], 1 / made):
+        assert rope.as_yarn(factors.tolist(), 1e4, 4096) is None

@@ -24,6 +24,8 @@ class Row:
     top1: float | None = None
     bound: float | None = None
     reason: str = ""
+    basis: str = ""  # where the bound comes from
+    noise: float | None = None  # the mean KL that float32 costs the reference, where that was asked for
 
     @property
     def margin(self) -> float | None:

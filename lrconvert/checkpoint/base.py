@@ -101,6 +101,7 @@ class Checkpoint(ABC):
     families: tuple[str, ...] = ()  # all whose weights these may be, where the file does not say
     computing: str | None = None  # what code computes products over these weights in, where the file decides that
     takes_padding: bool = True  # whether rows of a batch may be padded on the left, where the file decides that
+    takes_shift: bool = True  # whether a full context may be shifted, where the file decides that
     rope_problems: tuple[str, ...] = ()  # why the rope scaling of a file that was opened all the same means nothing
     native: bool = False  # the weight files are what transformers loads, and an artifact may keep them as they are
     dequantises: bool = False  # tensors of other types than floats are read as float32
@@ -169,6 +170,10 @@ class CheckpointView(Checkpoint):
     @property
     def takes_padding(self) -> bool:  # type: ignore[override]
         return self.base.takes_padding
+
+    @property
+    def takes_shift(self) -> bool:  # type: ignore[override]
+        return self.base.takes_shift
 
     def blocks(self, name: str) -> Iterator[Block]:
         return self.base.blocks(name)

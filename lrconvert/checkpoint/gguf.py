@@ -24,7 +24,7 @@ from lrconvert.checkpoint.gguf_header import GgufHeader, GgufTensor, read_header
 from lrconvert.checkpoint.gguf_tokenizer import side_files
 from lrconvert.errors import InputError, UnsupportedError
 from lrconvert.families import Family, TensorRow, family_names, get_family
-from lrconvert.families.base import GGUF_INTERLEAVED, LAYER
+from lrconvert.families.base import GGUF_INTERLEAVED, GGUF_STEP35, LAYER
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _LAYER = re.compile(r"blk\.(0|[1-9]\d{0,4})\.")
@@ -51,16 +51,24 @@ class GgufCheckpoint(Checkpoint):
         self.architecture = _architecture(self.headers[0])
         self.family, self.families = _families(path, self.architecture, self.stored)
         self.interleaved = self.architecture in GGUF_INTERLEAVED
+        self.takes_shift = self.architecture != GGUF_STEP35  # its layers have two widths, and llama.cpp shifts by one
         self.config, rope_problems = build_config(self.headers[0], self.architecture, self.family, self.stored, _whole)
         if rope_problems and not tolerant:
             raise InputError.collect(path, rope_problems)
         self.rope_problems = tuple(rope_problems)
-        self._sources = dict(_translate(self.family, self.stored.values()))
+        self._sources = dict(_translate(self.family, self._used().values()))
         self.tensors = {
             name: TensorInfo(name, tensor.type.name, tensor.shape, tensor.file, tensor.nbytes)
             for name, (tensor, _) in self._sources.items()
         }
         _check_types(path, self.stored.values())
+
+    def _used(self) -> dict[str, GgufTensor]:
+        """The tensors of the model: without the empty layer that a step35 ends with."""
+        if self.architecture != GGUF_STEP35:
+            return self.stored
+        empty = f"blk.{self.config['num_hidden_layers']}."
+        return {name: tensor for name, tensor in self.stored.items() if not name.startswith(empty)}
 
     def blocks(self, name: str) -> Iterator[Block]:
         tensor, heads = self._sources[name][0], self._interleaved_heads(name)
@@ -170,7 +178,11 @@ def _families(path: Path, architecture: str, stored: dict[str, GgufTensor]) -> t
     computes the same for all of them (it drops Mistral's sliding window).
     """
     families = [get_family(name) for name in family_names()]
-    candidates = [family for family in families if architecture in (family.gguf_architecture, family.gguf_longrope)]
+    candidates = [
+        family
+        for family in families
+        if architecture in (family.gguf_architecture, family.gguf_longrope, family.gguf_other)
+    ]
     if not candidates:
         known = ", ".join(sorted({family.gguf_architecture for family in families}))
         raise UnsupportedError(

@@ -16,7 +16,7 @@ import numpy as np
 from lrconvert.checkpoint.gguf_header import GgufArray, GgufHeader, GgufTensor
 from lrconvert.errors import InputError, UnsupportedError
 from lrconvert.families import Family
-from lrconvert.families.base import GGUF_INTERLEAVED
+from lrconvert.families.base import GGUF_INTERLEAVED, GGUF_STEP35
 from lrconvert.rope import longrope_attention_factor
 
 SHORT, LONG, STATIC = "rope_factors_short.weight", "rope_factors_long.weight", "rope_freqs.weight"
@@ -108,6 +108,10 @@ def build_config(
     kv_heads = keys.get("attention.head_count_kv", int) or heads
     sliding_window = keys.get("attention.sliding_window", int, zero=True)
     keys.check()
+    if architecture == GGUF_STEP35:  # half of the width, and the layer of zeros at the end
+        if header.metadata.get("lrconvert.family") != family.name:
+            raise UnsupportedError(f"{header.path}: a step35 of another program; only {family.name} as it is read")
+        rotary_dim, layers, sliding_window = rotary_dim // 2, layers - 1, 0
     config: dict[str, Any] = {
         "architectures": [family.hf_class],
         "model_type": family.name,

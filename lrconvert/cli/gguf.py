@@ -38,6 +38,8 @@ class Bytes(click.ParamType):
 @click.option("--fold-attention-factor", "fold", is_flag=True, help="Fold the attention factor into q and k: exact, "
               "also after context shifts.")  # fmt: skip
 @click.option("--static-long", "static", is_flag=True, help="Use the long factors only, at every length.")
+@click.option("--architecture", metavar="NAME", help="Another architecture of llama.cpp: step35 takes any two sets of "
+              "Qwen3.")  # fmt: skip
 @click.option("--imatrix", type=click.Path(path_type=Path), metavar="FILE", help="Importance matrix (GGUF format).")
 @click.option(
     "--llama-library", "library", metavar="PATH", help="libllama to quantise with; default: an installed one."
@@ -50,6 +52,7 @@ def command(
     split: int | None,
     fold: bool,
     static: bool,
+    architecture: str | None,
     imatrix: Path | None,
     library: str | None,
     modelfile: bool,
@@ -79,5 +82,6 @@ def command(
         modelfile=modelfile,
         library=library,
         lift=shared["lift"],
+        architecture=architecture,
     )
     return _bake.run("gguf", options, shared)

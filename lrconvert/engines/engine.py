@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from lrconvert.engines.capability import Capability, switch_length
-from lrconvert.rope import RopeSpec
+from lrconvert.rope import RopeSpec, Yarn, as_yarn
 
 BRIEF = 70  # characters of a reason beside its engine
 Outcome = Literal["right", "differs", "refuses", "unknown"]
@@ -24,7 +24,8 @@ class Rule:
 
     `limits`: where it departs from the recipe by itself, so that the user must know; `breaks`: what even a
     whole prompt beyond the boundary gets instead of its set; `refuses`: what it says instead of working. All but
-    `refuses` matter only where the two sets differ, unless `always`.
+    `refuses` matter only where the two sets differ, unless `always`. `formula`: it makes a YaRN by itself, for every
+    length, and refuses only what is none.
     """
 
     chooses: str
@@ -32,6 +33,7 @@ class Rule:
     breaks: str | None = None
     refuses: str | None = None
     always: bool = False
+    formula: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def verdict(rows: Sequence[Engine], spec: RopeSpec, family: str, config: Mapping
     matters = rule.always or len({tier.factors for tier in (spec.tiers[0], spec.tiers[-1])}) > 1
     missing = [need for need in engine.needs if config is not None and not any(_has(config, k) for k in need.keys)]
     refusals = [_lacks(need) for need in missing if need.otherwise == "refuses"]
-    refusals += [rule.refuses] if rule.refuses else []
+    refusals += [rule.refuses] if rule.refuses and not (rule.formula and _is_formula(spec)) else []
     if refusals:
         return Verdict(engine.name, engine.version, "refuses", tuple(refusals))
     why = [rule.breaks.format(**values)] if rule.breaks and matters else []
@@ -104,6 +106,12 @@ def verdict(rows: Sequence[Engine], spec: RopeSpec, family: str, config: Mapping
         why += replace(engine.capability, name="it", once=False).fit(spec)[1]
     limits = tuple(text.format(**values) for text in rule.limits) if matters else ()
     return Verdict(engine.name, engine.version, "differs" if why else "right", tuple(why), limits)
+
+
+def _is_formula(spec: RopeSpec) -> bool:
+    """Whether one set that is a YaRN, with the usual ramp, serves every length."""
+    usual = Yarn(spec.tiers[-1].factors[-1], spec.original_window)
+    return len(spec.tiers) == 1 and as_yarn(spec.tiers[0].factors, spec.base, spec.original_window) == usual
 
 
 def _has(config: Mapping[str, Any], dotted: str) -> bool:

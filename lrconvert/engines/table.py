@@ -197,11 +197,16 @@ ENGINES: tuple[Engine, ...] = (
         _families("llama", "mistral", "qwen2", "phi3"),
     ),
     Engine(
-        _config_reader(_BAKED_GGUF, "one"),
-        _GGML,
-        "read",
-        "the C++ of the qwen3 architecture",
-        Rule("not at all", refuses="qwen3 there ignores factors, and its q/k norms fit no other architecture"),
+        replace(LLAMA_CPP, name=_BAKED_GGUF),
+        "0.6.0-dev; step35 since PR 19283",
+        "measured",
+        "`lrconvert verify`; llama-context.cpp; the C++ of qwen3 and of step35 (older versions with it were not run)",
+        Rule(
+            "its own YaRN, at every length; with `--architecture step35` as above",
+            refuses="qwen3 there ignores factors, and knows one YaRN for every length; `lrconvert gguf --architecture "
+            "step35` writes any two sets",
+            formula=True,
+        ),
         _families("qwen3"),
     ),
     Engine(

@@ -19,6 +19,7 @@ from lrconvert.families.keys import check_keys
 LAYER = "{layer}"
 # Architectures of GGUF files whose q and k rows are permuted: llama.cpp rotates pairs (2i, 2i+1) there.
 GGUF_INTERLEAVED = frozenset({"llama"})
+GGUF_STEP35 = "step35"  # targets/gguf/step35.py says how a family is written as it
 # Counts beyond these are damage or malice, not a model; they also bound the time and memory of the checks.
 MAX_LAYERS = 4096
 MAX_COUNT = {"num_hidden_layers": MAX_LAYERS, "default": 2**31 - 1}
@@ -53,6 +54,7 @@ class Family:
     ignored: tuple[str, ...] = ()  # stored by some programs, never used
     # The GGUF architecture whose C++ honours longrope factors for this family's weights; None: there is none.
     gguf_longrope: str | None = None
+    gguf_other: str | None = None  # one that does with more than its weights, so that a user has to ask for it
     # What names of scalings mean in this family's configs, where that is not what they mean in others.
     rope_kinds: Mapping[str, str] = field(default_factory=dict)
     # Which layers attend to the last `sliding_window` tokens only: all of them, those that `use_sliding_window` and

@@ -6,7 +6,8 @@ from lrconvert.families import base
 FAMILY = base.Family(
     name="qwen3",
     hf_class="Qwen3ForCausalLM",
-    gguf_architecture="qwen3",  # it ignores factors, and q/k norms fit no architecture that honours them
+    gguf_architecture="qwen3",  # it ignores factors, and q/k norms fit none of the plain architectures that honour them
+    gguf_other=base.GGUF_STEP35,
     rows=(
         base.EMBEDDING,
         *base.NORMS,

@@ -17,16 +17,17 @@ from lrconvert.parity.cases import DECODED, Case, kept, stream
 from lrconvert.parity.expected import lost
 from lrconvert.parity.graph import graph_rows, placement_rows, rotary_rows
 from lrconvert.parity.hypotheses import closest_hypothesis
-from lrconvert.parity.measures import Measures, compare, merge
+from lrconvert.parity.judging import Asked, judged
 from lrconvert.parity.opened import Opened
 from lrconvert.parity.options import Options
 from lrconvert.parity.questions import LOADING, Questions, case_cost, reference_cost
 from lrconvert.parity.reference_runner import ReferenceRunner, kept_of_batch
-from lrconvert.parity.report import Report, case_row
+from lrconvert.parity.report import Report
 from lrconvert.parity.tokens import token_rows
 from lrconvert.progress import Progress, Steps
 from lrconvert.rope import Tier
 from lrconvert.runtimes.answers import Answer, AnswersCached, AnswersShift
+from lrconvert.runtimes.tolerances import Tolerance
 
 # What some sessions answer besides the cases: how progress names it, and the rows that come of it.
 CHECKS: dict[Answer, tuple[str, Callable[[Opened], Iterable[Row]]]] = {
@@ -64,7 +65,8 @@ def ask_backend(run: Run, questions: Questions, reference: ReferenceRunner) -> N
         return
     with closing(session):
         report.runtimes[backend.name] = session.info
-        opened = Opened(run.artifact, backend, session, questions.spec, reference, questions.dtype)
+        rounding = backend.rounding(options)
+        opened = Opened(run.artifact, backend, session, questions.spec, reference, questions.dtype, rounding)
         _ask(run, questions, opened)
     report.losses += questions.dropped
     if questions.lost is not None:
@@ -103,22 +105,15 @@ def _case_rows(case: Case, opened: Opened) -> list[Row]:
     tolerance = opened.backend.tolerance(opened.dtype, case.length)
     try:
         if case.cached:
-            same, exact = _decode_cached(case, opened)
-            cost = "the cost of keeping a cache across the boundary, compared with the exact answer"
-            return [
-                case_row(opened.name, case.name, case.length, same, tolerance),
-                Row(
-                    opened.name, f"{case.name}, against exact", "known", length=case.length, reason=cost, **vars(exact)
-                ),
-            ]
-        measures = MEASURED[case.kind](case, opened)
+            return _cached_rows(case, opened, tolerance)
+        asked = ASKED[case.kind](case, opened)
     except InputError as error:
         return [Row(opened.name, case.name, "fail", length=case.length, reason=error.message)]
-    return [case_row(opened.name, case.name, case.length, measures, tolerance, known=case.known)]
+    return [judged(opened.name, case.name, case.length, asked, opened, tolerance, known=case.known)]
 
 
-def _measure_forward(case: Case, opened: Opened) -> Measures:
-    return compare(opened.reference.forward(opened.spec, case), _forward(case, opened))
+def _ask_forward(case: Case, opened: Opened) -> Asked:
+    return Asked([_forward(case, opened)], lambda reference: [reference.forward(opened.spec, case)])
 
 
 def _forward(case: Case, opened: Opened) -> np.ndarray:
@@ -134,44 +129,51 @@ def _forward(case: Case, opened: Opened) -> np.ndarray:
     return answer
 
 
-def _measure_batch(case: Case, opened: Opened) -> Measures:
+def _ask_batch(case: Case, opened: Opened) -> Asked:
     rows = [stream(opened.vocabulary, length, row).tolist() for row, length in enumerate(case.lengths)]
     count = len(kept_of_batch(case, 0))
     answered = opened.session.logits(rows, keep=list(range(-count, 0)), **_context(case))
-    reference, spec = opened.reference, opened.spec
-    parts = [compare(reference.forward(spec, case, row), answer) for row, answer in enumerate(answered)]
-    return merge(parts, [count] * len(parts))
+    return Asked(
+        answered, lambda reference: [reference.forward(opened.spec, case, row) for row in range(len(case.lengths))]
+    )
 
 
-def _measure_decode(case: Case, opened: Opened) -> Measures:
+def _ask_decode(case: Case, opened: Opened) -> Asked:
     prompt = stream(opened.vocabulary, case.lengths[0])
     tokens, answers = opened.session.generate(prompt.tolist(), DECODED, **_context(case))
-    return compare(opened.reference.decoded(opened.spec, prompt, tokens, context=case.context), answers)
+    return Asked([answers], lambda ours: [ours.decoded(opened.spec, prompt, tokens, context=case.context)])
 
 
-def _decode_cached(case: Case, opened: Opened) -> tuple[Measures, Measures]:
+def _cached_rows(case: Case, opened: Opened, tolerance: Tolerance) -> list[Row]:
     """Decoding with keys from before a boundary: against the reference that keeps them too, and the exact one."""
     session: AnswersCached = opened.answering("cached")
     prompt = stream(opened.vocabulary, case.lengths[0])
     tokens, answers = session.generate(prompt.tolist(), DECODED, policy="cached")
-    reference, spec = opened.reference, opened.spec
-    same, exact = (compare(reference.decoded(spec, prompt, tokens, cached=kept), answers) for kept in (True, False))
-    return same, exact
+    same, exact = (
+        Asked([answers], lambda ours, cached=cached: [ours.decoded(opened.spec, prompt, tokens, cached=cached)])
+        for cached in (True, False)
+    )
+    cost = "the cost of keeping a cache across the boundary, compared with the exact answer"
+    name, length = f"{case.name}, against exact", case.length
+    return [
+        judged(opened.name, case.name, length, same, opened, tolerance),
+        judged(opened.name, name, length, exact, opened, tolerance, known=cost),
+    ]
 
 
-def _measure_shift(case: Case, opened: Opened) -> Measures:
+def _ask_shift(case: Case, opened: Opened) -> Asked:
     session: AnswersShift = opened.answering("shift")
     tokens = stream(opened.vocabulary, case.lengths[0] + DECODED).tolist()
     read, more = tokens[: case.lengths[0]], tokens[case.lengths[0] :]
     answers = session.shifted(read, case.dropped, more, **_context(case))
-    return compare(opened.reference.shifted(opened.spec, case), answers)
+    return Asked([answers], lambda reference: [reference.shifted(opened.spec, case)])
 
 
-MEASURED: dict[str, Callable[[Case, Opened], Measures]] = {
-    "forward": _measure_forward,
-    "batch": _measure_batch,
-    "decode": _measure_decode,
-    "shift": _measure_shift,
+ASKED: dict[str, Callable[[Case, Opened], Asked]] = {
+    "forward": _ask_forward,
+    "batch": _ask_batch,
+    "decode": _ask_decode,
+    "shift": _ask_shift,
 }
 
 

@@ -123,7 +123,7 @@ def build_cases(
         cases += _decodes(boundary, capability, budget, accepts)
     if capability.context_step:
         yield from (replace(case, context=_context_of(case, spec)) for case in cases)
-        yield from _contexts(spec)
+        yield from _contexts(spec, accepts)
         return
     yield from cases
     if not boundaries and spec.window > 4 * DECODED:
@@ -138,7 +138,7 @@ def _context_of(case: Case, spec: RopeSpec) -> int:
     return max(case.lengths) + (DECODED if case.kind == "decode" else 0)
 
 
-def _contexts(spec: RopeSpec) -> Iterator[Case]:
+def _contexts(spec: RopeSpec, accepts: Accepts) -> Iterator[Case]:
     """What only code with contexts can be asked: it serves a short prompt with the set of its context, decodes in
     each, and forgets the oldest tokens of a full one (exact while no attention factor is left to be applied
     again, so only then)."""
@@ -148,7 +148,7 @@ def _contexts(spec: RopeSpec) -> Iterator[Case]:
         yield Case("short prompt, long context", "forward", (prompt,), context=far)
         yield Case("decode, short context", "decode", (min(short, 512) - DECODED,), context=min(short, 512))
     yield Case("decode, long context", "decode", (min(short, 512) - DECODED,), context=far)
-    if spec.tiers[-1].attention_factor == 1.0:
+    if spec.tiers[-1].attention_factor == 1.0 and accepts.shifts:
         read = min(512, spec.window - DECODED)
         yield Case("after a context shift", "shift", (read,), context=far)
 

@@ -13,9 +13,8 @@ from lrconvert.artifact.checks import Row
 from lrconvert.checkpoint.onnx_folder import OnnxCheckpoint
 from lrconvert.errors import InputError
 from lrconvert.parity.cases import stream
-from lrconvert.parity.measures import compare
+from lrconvert.parity.judging import Asked, judged
 from lrconvert.parity.opened import Opened
-from lrconvert.parity.report import case_row
 from lrconvert.parity.tolerances import COS_SIN_ERROR
 from lrconvert.runtimes.answers import AnswersGraph, AnswersPlacements, AnswersRotary
 
@@ -75,10 +74,10 @@ def _evaluated(stored: OnnxCheckpoint, opened: Opened) -> Iterator[Row]:
     except InputError as error:
         yield Row(CODE, name, "fail", length=len(tokens), reason=error.message)
         return
-    expected = opened.reference.answer(opened.spec, tokens, len(tokens), keep)
+    asked = Asked([answer], lambda reference: [reference.answer(opened.spec, tokens, len(tokens), keep)])
     dtype = "F16" if "F16" in stored.kinds else "F32"
     tolerance = opened.backend.tolerance(dtype, len(tokens))
-    yield case_row(CODE, name, len(tokens), compare(expected, answer), tolerance)
+    yield judged(CODE, name, len(tokens), asked, opened, tolerance)
 
 
 def _padding(opened: Opened) -> Iterator[Row]:

@@ -9,14 +9,14 @@ from typing import Any
 
 from lrconvert.parity.reference_runner import ReferenceRunner
 from lrconvert.rope import RopeSpec
-from lrconvert.runtimes.backend import Backend
+from lrconvert.runtimes.backend import Backend, Rounding
 from lrconvert.runtimes.base import Session
 
 
 @dataclass(frozen=True)
 class Opened:
     """`spec` is what the backend can express of the recipe; `dtype` is what its products are computed in, as its
-    tolerances call it."""
+    tolerances call it; `rounding` is what else it rounds."""
 
     artifact: Path
     backend: Backend
@@ -24,6 +24,7 @@ class Opened:
     spec: RopeSpec
     reference: ReferenceRunner
     dtype: str
+    rounding: Rounding
 
     @property
     def name(self) -> str:

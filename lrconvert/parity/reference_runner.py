@@ -11,6 +11,7 @@ from lrconvert.checkpoint import Model
 from lrconvert.errors import require
 from lrconvert.parity.cases import DECODED, Case, kept, stream
 from lrconvert.rope import RopeSpec, Tier
+from lrconvert.runtimes.backend import Rounding
 
 
 class ReferenceRunner:
@@ -23,16 +24,27 @@ class ReferenceRunner:
         device: str = "cpu",
         stored_dtype: str | None = None,
         watch: Callable[[float], None] | None = None,
+        rounding: Rounding | None = None,
     ) -> None:
-        """`watch` gets the part of a forward pass that is done."""
+        """`watch` gets the part of a forward pass that is done. `rounding`: compute in float32, as a program does."""
         require("torch", "hf", "the reference implementation")
+        import torch
+
         from lrconvert.reference import Reference, Rotation
 
         # The rotation is handed over with every question: weights are read once for all of them.
         placeholder = Rotation(model.shape.theta, model.shape.rotary_dim, ())
-        self.model, self.stored_dtype = model, stored_dtype
-        self._reference = Reference(model, placeholder, device=device, stored_dtype=stored_dtype)
+        self.model, self.stored_dtype, self._device, self._rounding = model, stored_dtype, device, rounding
+        self._reference = Reference(
+            model,
+            placeholder,
+            device=device,
+            dtype=None if rounding is None else torch.float32,
+            stored_dtype=stored_dtype,
+            cache=torch.float16 if rounding is not None and rounding.cache == "f16" else None,
+        )
         self._reference.watch = watch
+        self._rounded: dict[Rounding, ReferenceRunner] = {}
         self._dense: list[tuple[Tier, int, np.ndarray, np.ndarray]] = []  # tier, tokens, indices, logits
 
     @property
@@ -46,7 +58,15 @@ class ReferenceRunner:
             spec.base,
             spec.rotary_dim,
             [FactorSet(t.max_length, t.factors, t.start_tokens, t.attention_factor) for t in spec.tiers],
+            "float64" if self._rounding is None else self._rounding.angles,
         )
+
+    def rounded(self, rounding: Rounding) -> ReferenceRunner:
+        """The same reference with the rounding of a program."""
+        if rounding not in self._rounded:
+            more = {"device": self._device, "stored_dtype": self.stored_dtype, "watch": self._reference.watch}
+            self._rounded[rounding] = ReferenceRunner(self.model, rounding=rounding, **more)
+        return self._rounded[rounding]
 
     def prepare(
         self, spec: RopeSpec, cases: Iterable[Case], start: Callable[[Tier, int], None] = lambda tier, tokens: None

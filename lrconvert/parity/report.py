@@ -20,14 +20,14 @@ def case_row(
 ) -> Row:
     """The row of a case. `known`: what the code is known to get wrong there; no bound applies then."""
     verdict: Verdict = "pass"
-    reason, bound = "", tolerance.kl_mean
+    reason, bound, basis = "", tolerance.kl_mean, tolerance.reason
     if not measures.kl_mean <= tolerance.kl_mean:
         verdict, reason = "fail", f"mean KL {measures.kl_mean:.2e}, {tolerance.kl_mean:.0e} allowed"
     elif not measures.kl_max <= tolerance.kl_max:
         verdict, reason = "fail", f"largest KL {measures.kl_max:.2e}, {tolerance.kl_max:.0e} allowed"
     if known:
-        verdict, reason, bound = "known", known, None
-    return Row(code, case, verdict, length=length, bound=bound, reason=reason, **vars(measures))
+        verdict, reason, bound, basis = "known", known, None, ""
+    return Row(code, case, verdict, length=length, bound=bound, basis=basis, reason=reason, **vars(measures))
 
 
 class Rows(list[Row]):
@@ -124,8 +124,8 @@ class Report:
         return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
 
 
-_COLUMNS = "{:<12} {:<50} {:>9} {:>8} {:>8} {:>6} {:>7}  {}"
-HEADER = _COLUMNS.format("code", "case", "tokens", "KL mean", "KL max", "bound", "margin", "verdict")
+_COLUMNS = "{:<12} {:<50} {:>9} {:>8} {:>8} {:>6} {:>7}  {:<7}  {}"
+HEADER = _COLUMNS.format("code", "case", "tokens", "KL mean", "KL max", "bound", "margin", "verdict", "bound from")
 
 
 def line_of(row: Row) -> str:
@@ -145,7 +145,8 @@ def line_of(row: Row) -> str:
         if margin >= 100
         else f"{margin:.3g}x",
         row.verdict,
-    )
+        "" if row.bound is None or not row.basis else "the table" if row.noise is None else f"noise {row.noise:.1e}",
+    ).rstrip()
 
 
 def _finite(value: Any) -> Any:

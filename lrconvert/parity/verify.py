@@ -114,6 +114,8 @@ def _compare(run: Run, target: Target[Any], wanted: Expected, record: BakeRecord
             backend = replace(backend, capability=lambda family, own=own: static(own(family)))
         if stored is not None and not stored.takes_padding:
             backend = replace(backend, accepts=replace(backend.accepts, padded=False))
+        if stored is not None and not stored.takes_shift:
+            backend = replace(backend, accepts=replace(backend.accepts, shifts=False))
         dtype = references.computing or options.dtype
         questions = Questions.of(backend, wanted.spec, wanted.model.family, dtype, options.budget)
         questions.expect(run.steps)

@@ -33,7 +33,8 @@ class Reference:
     """What a checkpoint computes under a rotation.
 
     `stored_dtype` (a safetensors name) rounds the weights to what an artifact stores before they are widened,
-    so that the artifact is not blamed for a rounding that the user asked for.
+    so that the artifact is not blamed for a rounding that the user asked for. `cache` rounds both sides of attention's
+    products as a cache of that type does.
     """
 
     def __init__(
@@ -44,12 +45,13 @@ class Reference:
         device: str = "cpu",
         dtype: torch.dtype | None = None,
         stored_dtype: str | None = None,
+        cache: torch.dtype | None = None,
         keep_bytes: int = KEEP_BYTES,
     ) -> None:
         self.model, self.shape, self.rotation = model, model.shape, rotation
         self.device = torch.device(device)
         self.dtype = dtype or (torch.float64 if self.device.type == "cpu" else torch.float32)
-        self._stored_dtype = stored_dtype
+        self._stored_dtype, self._cache = stored_dtype, cache
         self._kept: dict[tuple[str, int | None], torch.Tensor] = {}
         self._room = keep_bytes
         self.watch: Callable[[float], None] | None = None  # gets the part of a forward pass that is done
@@ -194,9 +196,14 @@ class Reference:
         if ("q_norm", layer) in self.model.roles:
             q, k = self._norm(q, "q_norm", layer), self._norm(k, "k_norm", layer)
         q, k = self.rotation.rotate(q, *cos_sin), self.rotation.rotate(k, *cos_sin)
+        q, k, v = self._as_cached(q), self._as_cached(k), self._as_cached(v)
         reach = shape.sliding[layer] if shape.sliding else 0
         mixed = self._attend(q, k, v, forgotten, reach).transpose(0, 1).reshape(n, q_width)
         return self._linear(mixed, "o", layer)
+
+    def _as_cached(self, x: torch.Tensor) -> torch.Tensor:
+        """Rounded to the type of the cache: what is kept in it, and what is multiplied with that."""
+        return x if self._cache is None else x.to(self._cache).to(self.dtype)
 
     def _attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, forgotten: tuple[int, int] | None, reach: int
@@ -219,7 +226,7 @@ class Reference:
                 scores.masked_fill_(own[:, None] - other >= reach, float("-inf"))
             if forgotten is not None and end > forgotten[1]:
                 scores[:, max(forgotten[1] - start, 0) :, : forgotten[0]] = float("-inf")
-            weights = torch.softmax(scores, dim=-1)
+            weights = self._as_cached(torch.softmax(scores, dim=-1))
             mixed = weights.reshape(groups, -1, end) @ v[:, :end]
             out[:, start:end] = mixed.reshape(heads, end - start, width)
         return out

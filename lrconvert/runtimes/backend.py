@@ -43,16 +43,29 @@ class Accepts:
     `positions`: tokens at any positions, at consecutive ones wherever they start, or whole prompts only, one at a time
     ("none": no tokens spread over a length, no batch). `reserved`: tokens of the window that a prompt may not take.
     `padded`: rows of a batch may differ in length. `cached_keys`: decoding can go on with keys that were cached for
-    another tier (its sessions answer "cached").
+    another tier (its sessions answer "cached"). `shifts`: the oldest tokens of a full context can be forgotten.
     """
 
     positions: Literal["any", "consecutive", "none"] = "any"
     reserved: int = 0
     padded: bool = True
     cached_keys: bool = False
+    shifts: bool = True
 
 
 ANYTHING = Accepts()
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What float32 arithmetic rounds besides its products: angles, and keys and values in a cache of "f32" or "f16"."""
+
+    angles: str
+    cache: str = "f32"
+
+    def __str__(self) -> str:
+        angles = "float32" if self.angles == "float64" else "float32 angles"
+        return angles if self.cache == "f32" else f"{angles} and a cache of {self.cache}"
 
 
 @dataclass(frozen=True)
@@ -62,7 +75,9 @@ class Backend:
     `check` raises `UnsupportedError` for an artifact that it can't run on a device, before anything is loaded.
     `needs_key`: a key of config.json without which an artifact has no such code. `exact_types`: compute types whose
     rounding is so small that a bound sees every mistake; None: all. `tolerances`: rows by compute type and length, the
-    first that fits counts; each bound is chosen against the mistakes that it has to catch.
+    first that fits counts; each bound is chosen against the mistakes that it has to catch. `angles`: how it makes them,
+    "float64" or a name of `reference.rotation.ROUNDED`; `cached`: whether `OpenOptions.kv` is the type of its cache.
+    What these two cost, a case may be off beyond its row.
     """
 
     name: str
@@ -73,10 +88,16 @@ class Backend:
     check: Callable[[Path, OpenOptions], None] = lambda artifact, options: None
     needs_key: str | None = None
     exact_types: tuple[str, ...] | None = None
+    angles: Literal["float64", "product", "powers"] = "float64"
+    cached: bool = False
 
     def is_exact(self, dtype: str) -> bool:
         """Whether rounding in this compute type hides no mistake from a bound."""
         return self.exact_types is None or dtype in self.exact_types
+
+    def rounding(self, options: OpenOptions) -> Rounding:
+        """How its arithmetic rounds, with these options."""
+        return Rounding(self.angles, options.kv if self.cached else "f32")
 
     def tolerance(self, dtype: str, length: int) -> Tolerance:
         """How far from the reference a case of `length` tokens may be. `KeyError` for a type without a row."""

@@ -35,6 +35,7 @@ RUNTIME = Runtime(
             open=_open,
             accepts=Accepts("none"),
             tolerances=engine_tolerances("9e-11 on pico models, 1.6e-9 on the embedded model at 4k", BF16_ENGINE),
+            angles="product",
         ),
     ),
 )

@@ -22,7 +22,7 @@ from lrconvert.engines.table import ENGINES, assess
 from lrconvert.families import get_family
 from lrconvert.parity.verify import _recorded
 from lrconvert.recipe import write_recipe
-from lrconvert.rope import RopeSpec, Tier, longrope_attention_factor
+from lrconvert.rope import RopeSpec, Tier, longrope_attention_factor, yarn_factors
 from lrconvert.targets.hf.config import edited_config
 
 FORMULA = longrope_attention_factor(2.0, 64)
@@ -105,6 +105,9 @@ def test_families_have_their_own_facts() -> None:
     assert genai == {"llama": "differs", "mistral": "refuses", "phi3": "right", "qwen2": "unknown", "qwen3": "unknown"}
     baked = {family: found["llama.cpp, a file with the factors"].outcome for family, found in by_family.items()}
     assert baked == {"llama": "right", "mistral": "right", "phi3": "right", "qwen2": "right", "qwen3": "refuses"}
+    yarn = Tier(256, tuple(yarn_factors(16, 10000.0, 4.0, 64).tolist()), 0, 1.2)
+    one = RopeSpec("qwen3", 16, 10000.0, 64, 256, (yarn,))
+    assert verdicts(one, "qwen3")["llama.cpp, a file with the factors"].outcome == "right"
     assert verdicts(spec("phi3", attention=1.3), "phi3")["transformers, native"].outcome == "differs"
 
 

@@ -23,7 +23,7 @@ from lrconvert.cli.eval import perplexity
 from lrconvert.cli.verify import command as verify
 from lrconvert.errors import UnsupportedError, UsageError
 from lrconvert.families import get_family
-from lrconvert.parity.asking import CHECKS, MEASURED
+from lrconvert.parity.asking import ASKED, CHECKS
 from lrconvert.parity.mutants import RECIPE_MUTANTS
 from lrconvert.recipe import write_recipe
 from lrconvert.runtimes import RUNTIMES, backend_choices, get_runtime, register, runtime_for, runtimes_of
@@ -134,7 +134,7 @@ def test_sessions_have_what_they_answer() -> None:
             assert issubclass(session, protocols[answer]), (session, answer)
     assert set(CHECKS) < set(PROTOCOLS)
     assert {"contexts", "cached", "shift", "behind"} == set(PROTOCOLS) - set(CHECKS)
-    assert "shift" in MEASURED
+    assert "shift" in ASKED
 
 
 def test_parity_knows_no_session_class() -> None:

@@ -14,14 +14,19 @@ from lrconvert.artifact.record import BakeRecord
 from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.gguf import GgufCheckpoint
 from lrconvert.checkpoint.gguf_config import LONG, SHORT, STATIC
+from lrconvert.families.base import GGUF_STEP35
 from lrconvert.rope import RopeSpec
+from lrconvert.targets.gguf.step35 import architecture_keys
+from lrconvert.targets.gguf.yarn import by_formula, formula_keys
 
 FLOAT32 = 1e-6  # metadata and factors are float32: one rounding
 
 
 def checks(artifact: Path, stored: GgufCheckpoint, model: Model, spec: RopeSpec, record: BakeRecord) -> list[Row]:
     """A row for everything in the file that contradicts `spec`; one `pass` where nothing does."""
-    problems = [*stored.rope_problems, *_numbers(stored, model), *_rope(stored, spec, record.static)]
+    formula = by_formula(model.family, stored.architecture)
+    rope = _formula(stored, spec) if formula else _rope(stored, spec, record.static)
+    problems = [*stored.rope_problems, *_numbers(stored, model), *rope]
     good = "rope and shape are the recipe's and the model's"
     return rows_of("metadata", good, [(problem.partition(":")[0][:60], problem) for problem in problems])
 
@@ -36,6 +41,9 @@ def _numbers(stored: GgufCheckpoint, model: Model) -> Iterator[str]:
         "attention.head_count_kv": shape.kv_heads,
         "block_count": shape.layers,
     }
+    if stored.architecture == GGUF_STEP35:
+        given = architecture_keys(shape)
+        wanted |= {key: given[prefix + key] for key in ("rope.dimension_count", "block_count")}
     # What llama.cpp takes where a file says nothing.
     defaults = {
         "rope.freq_base": 10000.0,
@@ -46,6 +54,15 @@ def _numbers(stored: GgufCheckpoint, model: Model) -> Iterator[str]:
         found = stored.metadata.get(prefix + key, defaults.get(key))
         if not isinstance(found, int | float) or not math.isclose(found, value, rel_tol=FLOAT32):
             yield f"{prefix}{key} is {found!r:.60}; the model needs {value:g}"
+
+
+def _formula(stored: GgufCheckpoint, spec: RopeSpec) -> Iterator[str]:
+    """Where no factors are, the keys that say which formula makes them."""
+    for key, value in formula_keys(stored.architecture, spec).items():
+        found = stored.metadata.get(key, 1.0 if key.endswith("attn_factor") else None)
+        numbers = isinstance(found, int | float) and isinstance(value, int | float)
+        if not (math.isclose(found, value, rel_tol=FLOAT32) if numbers else found == value):
+            yield f"{key} is {found!r:.60}; the recipe needs {value!r:.60}"
 
 
 def _rope(stored: GgufCheckpoint, spec: RopeSpec, static: bool) -> Iterator[str]:

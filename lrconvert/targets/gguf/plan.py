@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from gguf import GGMLQuantizationType
 from gguf.constants import GGUFValueType
 
@@ -29,8 +30,7 @@ from lrconvert.checkpoint.gguf import PERMUTED
 from lrconvert.checkpoint.source import snapshot
 from lrconvert.engines.capability import LLAMA_CPP, divide_attention, static
 from lrconvert.errors import EnvironmentFailure, UnsupportedError, UsageError
-from lrconvert.families import longrope_architecture
-from lrconvert.families.base import GGUF_INTERLEAVED, LAYER
+from lrconvert.families.base import GGUF_INTERLEAVED, GGUF_STEP35, LAYER, Family
 from lrconvert.recipe import Recipe
 from lrconvert.rope import RopeSpec
 from lrconvert.runtimes import llama_library
@@ -48,8 +48,10 @@ from lrconvert.targets.gguf.metadata import (
     shape_keys,
 )
 from lrconvert.targets.gguf.schemes import MixFacts, Scheme, get_scheme, tensor_type
+from lrconvert.targets.gguf.step35 import NOTE, architecture_keys, more_tensors
 from lrconvert.targets.gguf.vocabulary import vocabulary
 from lrconvert.targets.gguf.weights import Source, is_plain, jobs
+from lrconvert.targets.gguf.yarn import architecture_for, by_formula, formula_keys
 
 SUFFIX = ".gguf"
 _OWN_TYPE = {"F64": "f32", "F32": "f32", "F16": "f16", "BF16": "bf16"}
@@ -72,6 +74,7 @@ class Options:
     modelfile: bool = False
     library: str | None = None
     lift: bool = False  # a sliding window
+    architecture: str | None = None  # another one of llama.cpp than the family's usual one
 
 
 def plan(
@@ -79,14 +82,14 @@ def plan(
 ) -> Plan:
     """Resolve, choose types, lay out. Touches no weights yet.
 
-    Raises `UnsupportedError` for a family whose C++ ignores factors and for what the recipe asks beyond llama.cpp
+    Raises `UnsupportedError` for factors that the family's C++ ignores and for what the recipe asks beyond llama.cpp
     (unless `lossy`), and what `Model.resolve`, `merged`, `get_scheme` and `vocabulary` raise.
     """
     options = options or Options()
     _check_name(output)
-    architecture = longrope_architecture(model.family)
-    _check_shape(model, architecture)
     spec = model.resolve(recipe, options.window)
+    architecture = architecture_for(model.family, spec, static=options.static, asked=options.architecture)
+    _check_shape(model, architecture)
     windows = settle_windows(model, spec.window, lift=options.lift, keeps=False, target="llama.cpp")
     model = windows.model
     kept, dropped = _fitted(spec, options)
@@ -100,17 +103,22 @@ def plan(
     baked = model if scale == 1.0 else folded(model, scale, rounded=False)
     imatrix = None if options.imatrix is None else Imatrix.load(options.imatrix)
     tensors = _tensors(baked, architecture, scheme, imatrix)
+    if architecture == GGUF_STEP35:
+        tensors += more_tensors(baked, {item.planned.name: item.planned.kind for item in tensors})
     library = _library(options.library)
     if scheme is not None:
         kinds = {item.planned.name: (item.planned.kind, item.planned.shape) for item in tensors}
         check_matrix(scheme, kinds, imatrix)
         encode.check({kind for kind, _ in kinds.values()}, library, weighted=imatrix is not None)
+    rope, values_of = _rotation(model.family, architecture, written, static=options.static)
     factors = [
         Source(Planned(name, GGMLQuantizationType.F32, values.shape), name, values=values)
-        for name, values in rope_tensors(architecture, written, static=options.static).items()
+        for name, values in values_of.items()
     ]
-    rope = rope_keys(architecture, written, static=options.static)
     keys, notes = _metadata(model, architecture, options)
+    if architecture == GGUF_STEP35:
+        keys |= architecture_keys(model.shape)
+        notes = [*notes, NOTE]
     if windows.lifted:
         keys.pop(f"{architecture}.attention.sliding_window", None)
     if scheme is not None:
@@ -143,6 +151,15 @@ def plan(
         place="files",
         stamps=snapshot([*model.checkpoint.weight_files(), *used]),
     )
+
+
+def _rotation(
+    family: Family, architecture: str, spec: RopeSpec, *, static: bool
+) -> tuple[dict[str, Value], dict[str, np.ndarray]]:
+    """The keys and the tensors of a spec: factors, or the formula that they follow where the C++ ignores factors."""
+    if by_formula(family, architecture):
+        return formula_keys(architecture, spec), {}
+    return rope_keys(architecture, spec, static=static), rope_tensors(architecture, spec, static=static)
 
 
 def _metadata(model: Model, architecture: str, options: Options) -> tuple[dict[str, Value], list[str]]:

@@ -11,8 +11,10 @@ from lrconvert.checkpoint.gguf_config import LONG, SHORT, STATIC
 from lrconvert.checkpoint.gguf_header import GgufArray
 from lrconvert.engines.capability import LLAMA_CPP
 from lrconvert.errors import InputError, UnsupportedError
-from lrconvert.families import family_names, get_family, longrope_architecture
+from lrconvert.families import family_names, get_family
+from lrconvert.rope import RopeSpec
 from lrconvert.targets.gguf.metadata import OURS
+from lrconvert.targets.gguf.yarn import architecture_for
 
 SUFFIX = ".gguf"
 
@@ -28,9 +30,11 @@ def open_artifact(path: Path) -> GgufCheckpoint:
 
 
 def refuses(model: Model) -> str | None:
-    """Why llama.cpp can't run the family with factors."""
+    """Why llama.cpp can't run the model with its own rotation."""
+    found, shape = model.rotation, model.shape
+    spec = RopeSpec(model.family.name, shape.rotary_dim, shape.theta, found.original_window, found.window, found.tiers)
     try:
-        longrope_architecture(model.family)
+        architecture_for(model.family, spec, static=False)
     except UnsupportedError as error:
         return error.message
     return None

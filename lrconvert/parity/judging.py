@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is an answer as close to the reference as a right program can be?
+
+A program's row of tolerances says how far any of its answers may be off. Angles in float32 add noise that no row can
+foresee: it grows with the position, the size of a head and how sharply a model attends. So an answer beyond its row
+gets a second opinion: the reference computes the case once more in float32, with angles (and, for a float16 cache,
+attention) rounded as the program rounds them. How far that is from the exact answer is the noise of this case on this
+model, and `tolerances.NOISE` times that is allowed on top. Answers within their row cost nothing more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from lrconvert.artifact.checks import Row
+from lrconvert.parity.measures import Measures, compare, merge
+from lrconvert.parity.opened import Opened
+from lrconvert.parity.reference_runner import ReferenceRunner
+from lrconvert.parity.report import case_row
+from lrconvert.parity.tolerances import NOISE
+from lrconvert.runtimes.backend import Rounding
+from lrconvert.runtimes.tolerances import Tolerance
+
+Logits = Sequence[np.ndarray]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an artifact answered, [n, vocabulary] for each row, and how a reference answers the same."""
+
+    answers: Logits
+    expect: Callable[[ReferenceRunner], Logits]
+
+
+def judged(
+    code: str, case: str, length: int, asked: Asked, opened: Opened, tolerance: Tolerance, *, known: str | None = None
+) -> Row:
+    """The row of a case. `known`: what the code is known to get wrong there; no bound applies then."""
+    expected = asked.expect(opened.reference)
+    measures = over_rows(expected, asked.answers)
+    noise = None
+    if known is None and not tolerance.holds(measures.kl_mean, measures.kl_max):
+        noise = over_rows(expected, asked.expect(opened.reference.rounded(opened.rounding)))
+        tolerance = with_noise(tolerance, noise, opened.rounding)
+    row = case_row(code, case, length, measures, tolerance, known=known)
+    return row if noise is None else replace(row, noise=noise.kl_mean)
+
+
+def over_rows(expected: Logits, answers: Logits) -> Measures:
+    """One measure for every row that was compared."""
+    parts = [compare(ours, theirs) for ours, theirs in zip(expected, answers, strict=True)]
+    return merge(parts, [len(ours) for ours in expected])
+
+
+def with_noise(tolerance: Tolerance, noise: Measures, rounding: Rounding) -> Tolerance:
+    """A row of tolerances with the noise of one case on top. Noise that is no finite number allows nothing."""
+    if not np.isfinite([noise.kl_mean, noise.kl_max]).all():
+        return tolerance
+    what = f"{NOISE:.0f} x the {noise.kl_mean:.1e} that {rounding} cost the reference here"
+    return replace(
+        tolerance,
+        kl_mean=tolerance.kl_mean + NOISE * noise.kl_mean,
+        kl_max=tolerance.kl_max + NOISE * noise.kl_max,
+        reason=f"{tolerance.kl_mean:.0e} and {what}",
+    )

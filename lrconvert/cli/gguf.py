@@ -79,5 +79,6 @@ def command(
         modelfile=modelfile,
         library=library,
         lift=shared["lift"],
+        pad=shared["pad"],
     )
     return _bake.run("gguf", options, shared)

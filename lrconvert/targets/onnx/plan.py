@@ -17,6 +17,7 @@ from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.adapter import Adapter, merged
 from lrconvert.checkpoint.base import refuse_quantised
 from lrconvert.checkpoint.onnx_folder import TIED_HEAD
+from lrconvert.checkpoint.padding import settle_vocabulary
 from lrconvert.checkpoint.source import snapshot
 from lrconvert.engines.capability import native_hf
 from lrconvert.errors import UnsupportedError, UsageError, require
@@ -53,6 +54,7 @@ class Options:
     double: bool = True
     genai_rewind: bool = False
     lift: bool = False  # a sliding window
+    pad: bool = False  # the embedding, to the size of the tokenizer
 
 
 def plan(
@@ -75,6 +77,7 @@ def plan(
     model = windows.model
     if adapter is not None:  # rounded once, when it is stored
         model = merged(model, adapter, rounded=False)
+    model, rows = settle_vocabulary(model, pad=options.pad)
     choices = Choices(computing, options.attention, options.opset, options.double)  # type: ignore[arg-type]
     tensors = lay_out(model, computing, bits)
     graph = build(model, spec, tensors, choices, producer=__version__).SerializeToString(deterministic=True)
@@ -105,7 +108,7 @@ def plan(
         recipe=recipe,
         spec=spec,
         output=output,
-        record=BakeRecord(spec.window, options.dtype, lifted=windows.lifted),
+        record=BakeRecord(spec.window, options.dtype, lifted=windows.lifted, padded=rows),
         texts=texts,
         copies=copies,
         streams=streams,
@@ -113,7 +116,7 @@ def plan(
         edits=[*(edit for edit in edits if edit.key != "auto_map"), *more],
         dropped=dropped,
         notes=notes,
-        options={key: value for key, value in asdict(options).items() if key not in ("window", "dtype", "lift")},
+        options={key: value for key, value in asdict(options).items() if key not in ("window", "dtype", "lift", "pad")},
         stamps=snapshot([*model.checkpoint.weight_files(), *copies.values(), *added]),
     )
 

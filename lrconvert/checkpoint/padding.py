@@ -114,17 +114,19 @@ def settle_vocabulary(model: Model, *, pad: bool) -> tuple[Model, int]:
 
 def tokens_of(side_files: Mapping[str, Path | bytes]) -> int:
     """One more than the largest id of a tokenizer's files, 0 where there are none. `InputError` for damaged ones."""
-    found = [-1]
+    found: list[Any] = [-1]
     if tokenizer := _json(side_files, "tokenizer.json"):
         model, added = tokenizer.get("model"), tokenizer.get("added_tokens")
         vocabulary = model.get("vocab") if isinstance(model, dict) else None
-        found += vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary or ()))
-        found += [entry.get("id") for entry in added or () if isinstance(entry, dict)]
+        if isinstance(vocabulary, list):  # a unigram model's pieces, by their place
+            found.append(len(vocabulary) - 1)
+        found += vocabulary.values() if isinstance(vocabulary, dict) else ()
+        found += [entry.get("id") for entry in added if isinstance(entry, dict)] if isinstance(added, list) else ()
     elif source := side_files.get("tokenizer.model"):
         found.append(_pieces(source) - 1)
     found += (_json(side_files, "added_tokens.json") or {}).values()
     decoder = (_json(side_files, "tokenizer_config.json") or {}).get("added_tokens_decoder")
-    found += [int(key) for key in decoder if key.isdecimal()] if isinstance(decoder, dict) else []
+    found += [int(key) for key in decoder if key.isdecimal() and len(key) < 10] if isinstance(decoder, dict) else ()
     return 1 + max(index for index in found if isinstance(index, int))
 
 
@@ -143,6 +145,8 @@ def _json(side_files: Mapping[str, Path | bytes], name: str) -> dict[str, Any] |
 
 def _pieces(source: Path | bytes) -> int:
     try:
+        if isinstance(source, Path) and not source.is_file():  # a pipe has no end
+            raise ValueError("not a file")
         data = source.read_bytes() if isinstance(source, Path) else source
         return sum(field == 1 for field, _ in fields(data))
     except (OSError, ValueError) as error:

@@ -162,7 +162,7 @@ ENGINES: tuple[Engine, ...] = (
         "4.57.6",
         TESTED,
         "modeling_phimoe.py; its attention factors are `short_mscale` and `long_mscale`",
-        BY_FORWARD,
+        BY_FORWARD_ANEW,
         _families("phimoe"),
     ),
     Engine(

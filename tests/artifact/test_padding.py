@@ -176,6 +176,9 @@ def test_every_file_of_a_tokenizer_counts() -> None:
     unigram = json.dumps({"model": {"vocab": [["a", 0.0], ["b", -1.0]]}}).encode()
     assert tokens_of({"tokenizer.json": unigram}) == 2
     assert tokens_of({"tokenizer.model": b"\x0a\x03\x0a\x01a\x0a\x03\x0a\x01b"}) == 2
+    odd = {"model": {"vocab": 7}, "added_tokens": 8}
+    assert tokens_of({"tokenizer.json": json.dumps(odd).encode()}) == 0
+    assert tokens_of({"tokenizer_config.json": json.dumps({"added_tokens_decoder": {"9" * 5000: 1}}).encode()}) == 0
     for name in ("tokenizer.json", "added_tokens.json", "tokenizer.model"):
         with pytest.raises(InputError, match=name):
             tokens_of({name: b"\x0a\xff{"})

@@ -234,20 +234,26 @@ def model(factor):
 ids = torch.randint(0, 101, (1, 65), generator=torch.Generator().manual_seed(1))
 with torch.inference_mode():
     two, eight = model(2.0), model(8.0)
+    prompt = ids[:, :60]
+    made = eight.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=8,
+                          min_new_tokens=8, return_dict_in_generate=True, output_logits=True)
+    stale = max((eight(made.sequences[:, :60 + i], use_cache=False).logits[0, -1] - logits[0]).abs().max().item()
+                for i, logits in enumerate(made.logits))
     moved = [(two(ids[:, :n], use_cache=False).logits - eight(ids[:, :n], use_cache=False).logits).abs().max().item()
              for n in (64, 65)]
-print(json.dumps([transformers.__version__, *moved]))
+print(json.dumps([transformers.__version__, *moved, stale]))
 """
 
 
 @pytest.mark.parametrize("name", VERSIONS.values())
 def test_phimoe_reads_its_long_set_or_does_not(name: str) -> None:
-    """Logits within the window and one past it, with one long set and with another."""
+    """Logits within the window and one past it, with one long set and with another; and `generate` across it."""
     python = OLDEST if "4.57" in name else None
     done = subprocess.run([python or sys.executable, "-c", PHIMOE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    version, within, past = json.loads(done.stdout.splitlines()[-1])
+    version, within, past, stale = json.loads(done.stdout.splitlines()[-1])
     (row,) = (row for row in ENGINES if row.name == name and "phimoe" in (row.families or ()))
     assert row.version == version
     assert within == 0.0  # the short set is the same in both
     assert (past > OTHER) == (row.rule.breaks is None), past
+    assert stale < 1e-4 and not any("keeps keys" in limit for limit in row.rule.limits)  # a stale key: 0.5

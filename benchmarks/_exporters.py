@@ -30,12 +30,22 @@ made = torch.onnx.export(Logits(), (ids,), dynamo=True, opset_version=23, dynami
                          input_names=["input_ids"], output_names=["logits"], verbose=False)
 made.save(output, external_data=True)
 """
+# transformers 5 exports by itself; its page shows this.
+_TRANSFORMERS = """
+import sys, torch, transformers
+from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+source, output, dtype = sys.argv[1:]
+model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype)).eval()
+ids = torch.arange(100)[None]
+inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+OnnxExporter().export(model, inputs, config=OnnxConfig(dynamic=True)).save_pretrained(output)
+"""
 _LONG_NAMES = {"f32": "float32", "f16": "float16"}
 _NUMBERED = {"f32": "fp32", "f16": "fp16"}
 
 
 def tools(genai: Path, optimum: Path) -> dict[str, Command]:
-    """The baselines: environment of the genai builder, and of optimum and mobius."""
+    """The baselines: an environment with transformers 5, and that of optimum, which needs 4.57."""
 
     def builder(source: Path, output: Path, dtype: str) -> list[str | Path]:
         options = ("-i", source, "-o", output, "-p", _NUMBERED[dtype], "-e", "cpu", "-c", output.parent / "cache")
@@ -50,17 +60,26 @@ def tools(genai: Path, optimum: Path) -> dict[str, Command]:
         return [optimum.with_name("optimum-cli"), "export", "onnx", "--model", source, *options, output]
 
     def mobius(source: Path, output: Path, dtype: str) -> list[str | Path]:
-        return [optimum.with_name("mobius"), "build", "--config", source, "--dtype", dtype, output]
+        return [genai.with_name("mobius"), "build", "--config", source, "--dtype", dtype, output]
 
-    return {"genai builder": builder, "optimum": traced, "torch dynamo": dynamo, "mobius": mobius}
+    def own(source: Path, output: Path, dtype: str) -> list[str | Path]:
+        return [genai, "-c", _TRANSFORMERS, source, output, _LONG_NAMES[dtype]]
+
+    return {
+        "genai builder": builder,
+        "optimum": traced,
+        "torch dynamo": dynamo,
+        "transformers' exporter": own,
+        "mobius": mobius,
+    }
 
 
 def versions(genai: Path, optimum: Path) -> dict[str, dict[str, str]]:
     code = "import json, sys; from importlib.metadata import version; "
     code += "print(json.dumps({name: version(name) for name in sys.argv[1:]}))"
     options = {
-        "genai builder, torch dynamo": (genai, ("onnxruntime-genai", "onnxscript", "torch", "transformers")),
-        "optimum, mobius": (optimum, ("optimum-onnx", "mobius-onnx", "torch", "transformers")),
+        "with transformers 5": (genai, ("onnxruntime-genai", "mobius-onnx", "onnxscript", "torch", "transformers")),
+        "optimum": (optimum, ("optimum-onnx", "torch", "transformers")),
     }
     listed = {
         name: subprocess.run([python, "-c", code, *packages], capture_output=True, check=True).stdout

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Four other ways to ONNX beside `lrconvert onnx`, on the same longrope checkpoints; then what exporting 2.8 GB costs.
+"""Five other ways to ONNX beside `lrconvert onnx`, on the same longrope checkpoints; then what exporting 2.8 GB costs.
 
     python benchmarks/onnx_baseline.py --genai ENV/bin/python --optimum ENV/bin/python [--scratch DIR] [--rounds N]
         [--only TEXT] [--size SHAPE | --skip-size] [--large]
 
     python3 -m venv genai && genai/bin/pip install onnxruntime-genai==0.18.0 onnxruntime==1.32.0 onnx==1.23.2 \
-        onnxscript==0.7.2 transformers==5.23.0 torch==2.13.0         # its builder, and torch.onnx.export
-    python3 -m venv optimum && optimum/bin/pip install optimum-onnx==0.1.0 mobius-onnx==0.1.0 torch==2.13.0
+        onnxscript==0.7.2 mobius-onnx==0.1.0 transformers==5.23.0 torch==2.13.0
+    python3 -m venv optimum && optimum/bin/pip install optimum-onnx==0.1.0 torch==2.13.0
 
 1. Small checkpoints with the heads of real models (128 channels in LLaMA2 and Mistral, whose keys serve four heads
    each; 96 in Phi-3), two layers, random float32 weights, q and k widened so that a wrong rotation shows. What each
@@ -15,7 +15,7 @@
 2. A Llama of 2.8 GB in bf16, exported in f16: times in turns with a plain copy with fsync of the output, beside the
    tools that were right on every Llama of part 1. Memory is the largest sum of anonymous pages of a process and its
    children, read from /proc every few milliseconds: pages of mapped files don't count. `--large` adds our memory at
-   14 GB (a sparse checkpoint, 14 GB of disk).
+   14 GB (a sparse checkpoint, 14 GB of disk). `--skip-size` keeps the figures of an earlier run, which say when.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -350,19 +351,23 @@ def keep(
         text += ["Last words of those that refuse:", "", *refused, ""]
     if cost:
         ratio = f"{cost['ratio_to_copy']}x of a copy with fsync"
-        text += [f"## A Llama of {cost['shape']} in f16", ""]
+        text += [f"## A Llama of {cost['shape']} in f16 ({cost['date']})", ""]
         text += [f"{ratio}; a second run gave {'the same' if cost['same_bytes_again'] else 'other'} bytes. The largest "
                  f"tensor has {cost['largest_tensor_mb']} MB.", "", *cost_table(cost, large), ""]  # fmt: skip
     text += ["Missed: " + "; ".join(broken) if broken else "Every limit is met.", ""]
     (RESULTS / "onnx-baseline.md").write_text("\n".join(text))
 
 
+def earlier() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Part 2 as it was kept, with its date."""
+    saved = json.loads((RESULTS / "onnx-baseline.json").read_text())
+    return ({"date": saved["date"], **saved["cost"]} if saved["cost"] else {}), saved["14 GB"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument(
-        "--genai", type=Path, required=True, help="interpreter with onnxruntime-genai and transformers 5"
-    )
-    parser.add_argument("--optimum", type=Path, required=True, help="interpreter with optimum-onnx and mobius-onnx")
+    parser.add_argument("--genai", type=Path, required=True, help="interpreter with transformers 5, genai and mobius")
+    parser.add_argument("--optimum", type=Path, required=True, help="interpreter with optimum-onnx")
     parser.add_argument("--scratch", type=Path, help="where to work; default: a temporary folder")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", help="checkpoints whose name contains this; nothing is kept then")
@@ -384,6 +389,10 @@ def main() -> None:
             cost = {"shape": arguments.size, **rounds_of(arguments.size, scratch, right, arguments.rounds)}
             print(json.dumps(cost, indent=1), flush=True)
         large = at_14_gb(scratch) if arguments.large else {}
+    if cost:
+        cost["date"] = date.today().isoformat()
+    elif arguments.skip_size:
+        cost, large = earlier()
     if arguments.only is None and arguments.size == "2.8 GB":
         keep(results, cost, large, versions(arguments.genai, arguments.optimum))
 

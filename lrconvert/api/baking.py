@@ -72,6 +72,7 @@ def hf(
     dtype: str | None = None,
     adapter: str | None = None,
     lift: bool = False,
+    pad: bool = False,
     portable: bool = False,
     lossy: bool = False,
     link: bool | None = None,
@@ -83,12 +84,14 @@ def hf(
 
     `window`: stop there, in tokens. `dtype`: f32, bf16 or f16, or by the long names; None keeps the stored bytes.
     `portable`: only what other engines compute right too, `lossy`: and drop what they can't. `link`: see
-    `lrconvert.artifact.bake.bake`. `force` replaces an artifact. `lift`: without the model's sliding windows. Raises
-    what `lrconvert.errors` lists.
+    `lrconvert.artifact.bake.bake`. `force` replaces an artifact. `lift`: without the model's sliding windows. `pad`:
+    with a row of the embedding for every token of the tokenizer. Raises what `lrconvert.errors` lists.
     """
     from lrconvert.targets.hf import Options
 
-    options = Options(window=window, dtype=dtype and short_name(dtype), portable=portable, lossy=lossy, lift=lift)
+    options = Options(
+        window=window, dtype=dtype and short_name(dtype), portable=portable, lossy=lossy, lift=lift, pad=pad
+    )
     plan = plan_bake("hf", model, recipe, output, options, adapter=adapter, revision=revision)
     return Artifact(plan.opens, bake(plan, force=force, link=link, progress=progress))
 
@@ -102,6 +105,7 @@ def gguf(
     type: str | None = None,
     adapter: str | None = None,
     lift: bool = False,
+    pad: bool = False,
     static: bool = False,
     fold: bool = False,
     lossy: bool = False,
@@ -134,6 +138,7 @@ def gguf(
         modelfile=modelfile,
         library=library,
         lift=lift,
+        pad=pad,
     )
     plan = plan_bake("gguf", model, recipe, output, options, adapter=adapter, revision=revision)
     return Artifact(plan.opens, bake(plan, force=force, progress=progress))
@@ -152,6 +157,7 @@ def onnx(
     genai_rewind: bool = False,
     adapter: str | None = None,
     lift: bool = False,
+    pad: bool = False,
     force: bool = False,
     revision: str | None = None,
     progress: Progress | None = None,
@@ -164,6 +170,6 @@ def onnx(
     """
     from lrconvert.targets.onnx import Options
 
-    options = Options(window, short_name(dtype), attention, opset, double, genai_rewind, lift)
+    options = Options(window, short_name(dtype), attention, opset, double, genai_rewind, lift, pad)
     plan = plan_bake("onnx", model, recipe, output, options, adapter=adapter, revision=revision)
     return Artifact(plan.opens, bake(plan, force=force, progress=progress))

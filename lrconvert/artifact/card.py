@@ -25,6 +25,7 @@ from lrconvert.artifact.manifest import MANIFEST, Manifest
 from lrconvert.artifact.redaction import hub_revision, local_name, without_paths
 from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.adapter import Adapter
+from lrconvert.families import Family
 from lrconvert.recipe import Recipe
 from lrconvert.rope import RopeSpec, Tier
 
@@ -42,12 +43,13 @@ _MARKER = re.compile(r"^[ \t]*<!-- lrconvert: [\w ]+ -->[ \t]*\r?\n?", re.MULTIL
 @dataclass(frozen=True)
 class CardText:
     """What a card says of one format. `run`: lines that say how to run it, given its name on the Hub (None: where it
-    lies isn't known yet); `about`: paragraphs on its code, given what was dropped and what native code loses."""
+    lies isn't known yet); `about`: paragraphs on its code, given the family, what was dropped and what native code
+    loses."""
 
     library: str
     tags: tuple[str, ...]
     run: Callable[[str | None], list[str]]
-    about: Callable[[Sequence[str], Sequence[str]], list[str]]
+    about: Callable[[Family, Sequence[str], Sequence[str]], list[str]]
 
 
 # --- the source's card -----------------------------------------------------------------------------------
@@ -144,7 +146,7 @@ def render(
         f"Written by lrconvert {__version__}.",
         f"Licence, as the source states it: {_plain(str(licence))}." if licence else "The source states no licence.",
         _section("run", text.run(None)),
-        *(without_paths(part, local) for part in text.about(dropped, losses)),
+        *(without_paths(part, local) for part in text.about(model.family, dropped, losses)),
         "## Tiers",
         "A sequence uses the factors λ of the first tier that is long enough for it. Every inverse frequency is "
         "divided by its λ, except at the first n̂ positions; cos and sin are multiplied by the attention factor.",

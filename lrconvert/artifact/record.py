@@ -24,6 +24,7 @@ class BakeRecord:
     model's, so that code computes that much less of the attention factor. `capability`: the name of what the recipe
     was fitted to (`engines.capability.NAMED`), None where the artifact expresses all of it. `static`: the last set
     serves every length. `lifted`: the model's sliding windows are gone, and every layer attends to every token.
+    `padded`: how many rows the embedding, and a head of its own, have beyond the model's.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -34,6 +35,7 @@ class BakeRecord:
     capability: str | None = None
     static: bool = False
     lifted: bool = False
+    padded: Annotated[int, Ge(0)] = 0
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from lrconvert.checkpoint.base import (
 )
 from lrconvert.checkpoint.blocks import Array, Block
 from lrconvert.checkpoint.matching import build_model
+from lrconvert.checkpoint.padding import PaddedCheckpoint
 from lrconvert.checkpoint.source import describe_source, sha256_of
 from lrconvert.checkpoint.tensor_file import TensorFile, other_dtypes
 from lrconvert.errors import InputError, UnsupportedError, UsageError
@@ -391,8 +392,8 @@ class _Matching:
 
 def describe(model: Model) -> dict[str, Any]:
     """`describe_source`, with the adapter where one is merged."""
-    checkpoint = model.checkpoint
-    if not isinstance(checkpoint, MergedCheckpoint):
-        return describe_source(model)
-    base = replace(model, checkpoint=checkpoint.base)  # its config is not the one with a broken tie
-    return {**describe_source(base), "adapter": checkpoint.adapter.description}
+    checkpoint, merged_into = model.checkpoint, model.checkpoint.adapter
+    while isinstance(checkpoint, MergedCheckpoint | PaddedCheckpoint):
+        checkpoint = checkpoint.base  # its config is not the one with a broken tie or more tokens
+    source = describe_source(replace(model, checkpoint=checkpoint))
+    return source if merged_into is None else {**source, "adapter": merged_into.description}

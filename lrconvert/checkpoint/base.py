@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # The largest indexes, of a hundred thousand tensors, are about 10 MB; parsed, a file can be 20 times its size.
 MAX_JSON_BYTES = 32 * 2**20
 MAX_JSON_DEPTH = 64
+MAX_TOKENIZER_BYTES = 48 * 2**20  # of a tokenizer.json: 262,000 tokens with their merges take 33 MB
 
 # Names of the dtypes as safetensors spells them, as arrays come in.
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")

@@ -28,9 +28,9 @@ DOMAIN = "lrconvert"
 COS_SIN = "LongRopeCosSin"
 TIER_ATTRIBUTES = ("tier_lengths", "start_tokens", "attention_factors", "inverse_frequencies",
                    "scaled_inverse_frequencies")  # fmt: skip
-# A quantised tensor is two initializers.
-PACKED, SCALES = ".packed", ".scales"
-TIED_HEAD = "lm_head.weight"  # of a tied model that is quantised: another copy of the embedding
+# A quantised tensor is two initializers; a table has the first one's values again, row by row.
+PACKED, SCALES, ROWS = ".packed", ".scales", ".rows"
+TIED_HEAD = "lm_head.weight"  # of a tied model that is quantised, where the embedding itself can't be
 MAX_GRAPH_BYTES = 2**31 - 1  # of a protobuf message
 
 
@@ -205,7 +205,7 @@ class OnnxCheckpoint(Checkpoint):
         """Of tensors whose bytes are there: what can't be read as the graph reads it."""
         for name, place in self._external.items():
             if place.dtype == "U8" and name.removesuffix(PACKED) not in self._blocks:
-                yield f"{name}: bytes that no MatMulNBits reads"
+                yield f"{name}: bytes that nothing reads as quantised values"
         for name, (bits, block, columns) in self._blocks.items():
             packed, scales = self._external.get(name + PACKED), self._external.get(name + SCALES)
             if packed is None or scales is None:
@@ -214,18 +214,23 @@ class OnnxCheckpoint(Checkpoint):
                 yield f"{name}: {bits} bits in blocks of {block} for rows of {columns}"
             elif (packed.dtype, packed.shape[1:]) != ("U8", (-(-columns // block), block * bits // 8)):
                 yield f"{name}: packed values of shape {list(packed.shape)}"
-            elif (scales.dtype, scales.shape) != ("F32", packed.shape[:2]):
-                yield f"{name}: scales of shape {list(scales.shape)}"
+            elif scales.dtype not in ("F32", "F16") or scales.shape != packed.shape[:2]:
+                yield f"{name}: scales of type {scales.dtype} and shape {list(scales.shape)}"
 
     @cached_property
     def _blocks(self) -> dict[str, tuple[int, int, int]]:
         """Of quantised tensors: bits, values a block, and values a row."""
-        found = {}
+        found: dict[str, tuple[int, int, int]] = {}
         for node in self.graph.graph.node:
+            values = {a.name: a.i for a in node.attribute}
             if node.op_type == "MatMulNBits" and len(node.input) > 2:
-                values = {a.name: a.i for a in node.attribute}
                 name = node.input[1].removesuffix(PACKED)
                 found[name] = (values.get("bits", 4), values.get("block_size", 32), values.get("K", 0))
+            if node.op_type == "GatherBlockQuantized" and len(node.input) > 2:
+                name = node.input[0].removesuffix(ROWS).removesuffix(PACKED)
+                block, packed = values.get("block_size", 128), self._external.get(name + PACKED)
+                columns = block * packed.shape[1] if packed and len(packed.shape) == 3 else 0
+                found.setdefault(name, (values.get("bits", 4), block, columns))
         return found
 
     @cached_property
@@ -280,7 +285,7 @@ class OnnxCheckpoint(Checkpoint):
         packed, scales = (self._raw(name + part, start, stop) for part in (PACKED, SCALES))
         if bits == 4:  # two values a byte, the first one in the low half
             packed = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:2], block)
-        values = (packed.astype(np.float32) - 2 ** (bits - 1)) * scales[..., None]
+        values = (packed.astype(np.float32) - 2 ** (bits - 1)) * scales[..., None].astype(np.float32)
         return values.reshape(len(values), -1)[:, :columns]
 
     def weight_files(self) -> list[Path]:

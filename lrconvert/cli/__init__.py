@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from lrconvert import __version__
+from lrconvert.cli._third_parties import hush
 from lrconvert.errors import EnvironmentFailure, LrconvertError, UsageError
 
 # Name: (module under lrconvert.cli, one line of help). A command's module is imported only when it is used.
@@ -82,6 +83,7 @@ def run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     if odd := [argument for argument in arguments if not _is_utf8(argument)]:
         return _fail(f"{odd[0]!a} is not UTF-8, so no manifest can record it. Rename it", UsageError.exit_code, False)
+    hush()
     try:
         result: Any = cli.main(arguments, prog_name="lrconvert", standalone_mode=False)
         return result if isinstance(result, int) else 0

@@ -25,7 +25,7 @@ RECIPE_HELP = (
 
 
 def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Model, recipe, adapter and window; --dry-run, --verify, --force, --verbose."""
+    """Model, recipe, adapter, window and embedding; --dry-run, --verify, --force, --verbose."""
     options = (
         model_argument,
         click.option("--recipe", metavar="RECIPE", help=RECIPE_HELP),
@@ -36,6 +36,9 @@ def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "lift",
             is_flag=True,
             help="Let every layer attend to every token, where the model's own attend to the last ones only.",
+        ),
+        click.option(
+            "--pad-embedding", "pad", is_flag=True, help="Add rows to an embedding that is smaller than the tokenizer."
         ),
         click.option("--dry-run", is_flag=True, help="Print what would be written; write nothing."),
         click.option("--verify", "verify_too", is_flag=True, help="Run `lrconvert verify` on the artifact."),

@@ -83,5 +83,6 @@ def command(
         library=library,
         lift=shared["lift"],
         architecture=architecture,
+        pad=shared["pad"],
     )
     return _bake.run("gguf", options, shared)

@@ -46,7 +46,8 @@ def command(
         raise UsageError("--private needs --push-to-hub")
     if lossy and not portable:
         raise UsageError("--allow-lossy needs --portable")
-    options = Options(window=shared["window"], dtype=dtype, portable=portable, lossy=lossy, lift=shared["lift"])
+    options = Options(window=shared["window"], dtype=dtype, portable=portable, lossy=lossy, lift=shared["lift"],
+                      pad=shared["pad"])  # fmt: skip
     link = None if copy is None else not copy
     code = _bake.run("hf", options, shared, link=link, before=_signed_in(name), describe=_engines)
     if name is not None and shared["dry_run"]:

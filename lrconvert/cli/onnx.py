@@ -35,5 +35,7 @@ def command(dtype: str, attention: str, opset: int, no_double: bool, genai_rewin
     """
     from lrconvert.targets.onnx import Options
 
-    options = Options(shared["window"], dtype, attention, opset, not no_double, genai_rewind, shared["lift"])
+    options = Options(
+        shared["window"], dtype, attention, opset, not no_double, genai_rewind, shared["lift"], shared["pad"]
+    )
     return _bake.run("onnx", options, shared)

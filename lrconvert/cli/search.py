@@ -151,7 +151,8 @@ def command(model: str, output: Path, dry_run: bool, row_length: int | None, **o
     if dry_run:
         check_output(output, force=True)
         given = {field.name: options[field.name] for field in fields(SearchRequest) if field.name in options}
-        _show_cost(plan_search(SearchRequest(model=model, output=output, **given)))
+        place = {name: options[name] for name in ("device", "dtype", "threads")}
+        _show_cost(plan_search(SearchRequest(model=model, output=output, **given)), place)
         return
     try:
         with _watching() as watch:
@@ -176,7 +177,8 @@ def command(model: str, output: Path, dry_run: bool, row_length: int | None, **o
 # --- output --------------------------------------------------------------------------------------------------
 
 
-def _show_cost(plan: SearchPlan) -> None:
+def _show_cost(plan: SearchPlan, place: dict[str, Any]) -> None:
+    from lrconvert.errors import require
     from lrconvert.searching.plan import costs
 
     for note in plan.notes:
@@ -189,7 +191,15 @@ def _show_cost(plan: SearchPlan) -> None:
             f"{cost.operations / 1e12:.3g} TFLOP each"
         )
     total = sum(cost.evaluations * cost.operations for cost in found)
-    out.say(f"in total {total / 1e15:.3g} PFLOP: about {out.duration(total / 200e12)} at 200 TFLOP/s")
+    for module in ("torch", "transformers"):
+        require(module, "search", "measuring how fast this device is")
+    from lrconvert.searching.estimate import measured_speed
+
+    speed = measured_speed(plan, **place)
+    out.say(
+        f"in total {total / 1e15:.3g} PFLOP: about {out.duration(total / speed.rate)} on {speed.device}, "
+        f"which does {speed.rate / 1e12:.2g} TFLOP/s (measured on a short row)"
+    )
 
 
 def _summary(recipe: Recipe) -> None:

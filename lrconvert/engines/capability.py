@@ -103,8 +103,9 @@ class Capability:
 
 CUSTOM_HF = Capability("the artifact's own modeling code", None, True, "per tier", True, True)
 NATIVE_HF = Capability("transformers' native code", 2, False, "one", False, False)
-# Phi3Config of transformers 4.57 has no place for an attention factor (it accepts exactly three keys).
-NATIVE_HF_FORMULA = Capability("transformers' native Phi-3 code", 2, False, "formula", False, False)
+# Phi3Config of transformers 4.57 has no place for an attention factor (it accepts exactly three keys). `generate` of
+# this class empties its cache where a sequence grows past the original window.
+NATIVE_HF_FORMULA = Capability("transformers' native Phi-3 code", 2, False, "formula", False, True)
 
 
 def native_hf(family: Family) -> Capability:

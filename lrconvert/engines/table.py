@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What other programs do with a longrope config: one table of facts, each with its source.
 
-`assess` checks a recipe against every row. Re-measure when versions move; docs/engines.md is generated from here:
-
-    python -m lrconvert.engines.table > docs/engines.md
+`assess` checks a recipe against every row. Re-measure when versions move, and make the page again (`engines.page`).
 """
 
 from __future__ import annotations
@@ -21,7 +19,18 @@ from lrconvert.engines.capability import (
     VLLM,
     Capability,
 )
-from lrconvert.engines.engine import Engine, Need, Rule, Verdict, verdict
+from lrconvert.engines.engine import (
+    Engine,
+    Rule,
+    Verdict,
+    attention_factor,
+    exactly,
+    has,
+    named,
+    verdict,
+    where,
+    within,
+)
 from lrconvert.rope import RopeSpec
 
 # --- how programs choose ---------------------------------------------------------------------------------
@@ -30,6 +39,14 @@ BY_ROW = Rule("every row by its own length; keys are recomputed where a row chan
 BY_FORWARD = Rule(
     "every forward pass, by the longest sequence of its batch",
     ("generation across {boundary} keeps keys of the short set", "a batch shares one set"),
+)
+BY_FORWARD_ANEW = replace(
+    BY_FORWARD,
+    chooses=f"{BY_FORWARD.chooses}; `generate` reads the sequence anew where it grows past {{boundary}}",
+    limits=BY_FORWARD.limits[1:],
+)
+BY_FORWARD_EXPORTED = replace(
+    BY_FORWARD, limits=(*BY_FORWARD.limits, "the model that was exported stays at the short set in memory")
 )
 BY_BATCH = Rule(
     "every forward pass, by any position above {boundary} in the batch",
@@ -53,6 +70,7 @@ BY_POSITION = Rule(
     breaks="positions below {boundary} use the short set and the rest the long one, in one sequence",
 )
 FROZEN_SHORT = Rule("in tracing: the short set", breaks="the short set is baked in for every length")
+NEVER_LONG = Rule("the short set, always", breaks="the long set is never used")
 DROPPED = Rule("never: the scaling is silently dropped", breaks="plain RoPE, unscaled", always=True)
 IN_GRAPH = Rule(
     "in the graph, by the length of the attention mask",
@@ -72,6 +90,11 @@ def _config_reader(name: str, attention: Literal["one", "formula"] = "formula") 
     return Capability(name, 2, False, attention, False, False)
 
 
+def _own_factors(name: str) -> Capability:
+    """Code with an attention factor for each set, in keys of its own."""
+    return Capability(name, 2, False, "per tier", False, False)
+
+
 def _families(*names: str) -> frozenset[str]:
     return frozenset(names)
 
@@ -79,103 +102,167 @@ def _families(*names: str) -> frozenset[str]:
 # Any of these spellings, where a program takes both of transformers' sections.
 _INNER = tuple(f"{section}.original_max_position_embeddings" for section in ("rope_scaling", "rope_parameters"))
 _TOP = "original_max_position_embeddings"
-_SECTION, _OLD_SECTION = Need(("rope_scaling", "rope_parameters"), "differs"), Need(("rope_scaling",), "differs")
-_TYPE = Need(("rope_scaling.type",), "refuses")
+_SECTION, _OLD_SECTION = has("rope_scaling", "rope_parameters"), has("rope_scaling")
+_TYPE = has("rope_scaling.type", otherwise="refuses")
+_OLD, _NEW = "transformers 4.57, native", "transformers 5, native"
+# What 4.57 needs of every family but Phi-3: without the window it takes `factor`, and fails where that is missing too.
+_OLD_NEEDS = (
+    _OLD_SECTION,
+    has(_TOP),
+    within("rope_scaling", has(_TOP, "rope_scaling.factor", otherwise="refuses")),
+    named("longrope"),
+)
+_NEW_NEEDS = (_SECTION, has(_TOP, *_INNER), named("longrope"))
+_HEAD_SIZE = within("rope_scaling", has("head_dim", otherwise="refuses"))
+_PHI3_TYPES = named("longrope", "su", "yarn")
+_NEW_PHI3_NEEDS = (
+    _SECTION,
+    has(_TOP),
+    _PHI3_TYPES,
+    where("su", has(*_INNER, otherwise="refuses")),
+    attention_factor("rope_scaling.attention_factor", "rope_parameters.attention_factor"),
+)
+# How a fact is known. What no test can ask where they run was seen once.
+TESTED, MEASURED, READ = "tested", "measured 2026-11-25", "read 2026-11-25"
+_BASELINE = "2026-11-29"  # benchmarks/onnx_baseline.py, in environments of their own
 _PICO = "KL against a float64 reference on pico models"
 _GGML, _CONVERTER = "as of llama-cpp-python 0.3.36", "llama.cpp, its own converter"
 _BAKED_GGUF = "llama.cpp, a file with the factors"
 
 ENGINES: tuple[Engine, ...] = (
     Engine(
-        replace(NATIVE_HF, name="transformers, native"),
-        "4.57.6 and 5.23.0",
-        "measured",
-        "modeling_rope_utils.py, configuration_*.py; issue 33129; `lrconvert verify`",
+        replace(NATIVE_HF, name=_OLD),
+        "4.57.6",
+        TESTED,
+        "modeling_rope_utils.py; issue 33129; `lrconvert verify`",
         BY_FORWARD,
-        _families("llama", "mistral", "qwen2", "qwen3"),
-        (Need((_TOP,), "differs"), _OLD_SECTION),  # 4.57 knows nothing else
+        _families("llama", "qwen2", "qwen3"),
+        _OLD_NEEDS,
     ),
     Engine(
-        replace(NATIVE_HF_FORMULA, name="transformers, native"),
-        "4.57.6 and 5.23.0",
-        "measured",
-        "configuration_phi3.py, modeling_phi3.py; `lrconvert verify`",
+        replace(NATIVE_HF, name=_OLD),
+        "4.57.6",
+        TESTED,
+        "configuration_mistral.py, which leaves head_dim empty; the rest as above",
         BY_FORWARD,
+        _families("mistral"),
+        (*_OLD_NEEDS, _HEAD_SIZE),
+    ),
+    Engine(
+        replace(NATIVE_HF_FORMULA, name=_OLD),
+        "4.57.6",
+        TESTED,
+        "configuration_phi3.py, modeling_phi3.py; `lrconvert verify`",
+        BY_FORWARD_ANEW,
         _families("phi3"),
-        (Need((_TOP,), "differs"), _OLD_SECTION, _TYPE),
+        (_OLD_SECTION, has(_TOP), exactly("rope_scaling", "type", "short_factor", "long_factor"), _PHI3_TYPES),
+    ),
+    Engine(
+        _own_factors(_OLD),
+        "4.57.6",
+        TESTED,
+        "modeling_phimoe.py; its attention factors are `short_mscale` and `long_mscale`",
+        BY_FORWARD_ANEW,
+        _families("phimoe"),
+    ),
+    Engine(
+        replace(NATIVE_HF, name=_NEW),
+        "5.23.0",
+        TESTED,
+        "modeling_rope_utils.py; `lrconvert verify`",
+        BY_FORWARD,
+        _families("llama", "mistral", "qwen2", "qwen3"),
+        _NEW_NEEDS,
+    ),
+    Engine(
+        replace(NATIVE_HF, name=_NEW),
+        "5.23.0",
+        TESTED,
+        "configuration_phi3.py, modeling_phi3.py; `lrconvert verify`",
+        BY_FORWARD_ANEW,
+        _families("phi3"),
+        _NEW_PHI3_NEEDS,
+    ),
+    Engine(
+        _own_factors(_NEW),
+        "5.23.0",
+        TESTED,
+        "modeling_phimoe.py, which makes its frequencies without a length",
+        NEVER_LONG,
+        _families("phimoe"),
     ),
     Engine(
         replace(CUSTOM_HF, name="transformers, trust_remote_code"),
         "4.57.6 and 5.23.0",
-        "measured",
+        TESTED,
         "modeling_longrope.py; `lrconvert verify`",
         BY_ROW,
-        needs=(Need(("auto_map",), "differs"), Need(("longrope",), "differs")),
+        needs=(has("auto_map"), has("longrope")),
     ),
     Engine(
         VLLM,
         "0.32.0",
-        "measured",
+        MEASURED,
         f"rotary_embedding/phi3_long_rope_scaled_rope.py, config/model.py; PR 27431, issues 27414, 6135; {_PICO}",
         ONCE_ASKED,
-        needs=(Need((*_INNER, _TOP), "refuses"), _SECTION),
+        needs=(has(*_INNER, _TOP, otherwise="refuses"), _SECTION),
     ),
     Engine(
         _config_reader("SGLang"),
         "0.5.23",
-        "read",
+        READ,
         "layers/rotary_embedding",
         BY_BATCH,
         _families("mistral", "qwen2", "qwen3"),
-        (Need(_INNER, "differs"), _SECTION),
+        (has(*_INNER), _SECTION),
     ),
     Engine(
         _config_reader("SGLang"),
         "0.5.23",
-        "read",
+        READ,
         "layers/rotary_embedding; models/llama.py @0023954, which takes the original window from the top level too",
         BY_BATCH,
         _families("llama", "phi3"),
-        (Need((*_INNER, _TOP), "differs"), _SECTION),
+        (has(*_INNER, _TOP), _SECTION),
     ),
     Engine(
         _config_reader("TGI"),
         "0666316",
-        "read",
+        READ,
         "layers/rotary.py",
         BY_POSITION,
-        needs=(Need((_TOP,), "differs"), _OLD_SECTION),
+        needs=(has(_TOP), _OLD_SECTION),
     ),
     Engine(
         MLX,
         "0.32.2",
-        "measured",
+        MEASURED,
         f"models/rope_utils.py, models/llama.py; PR 660; {_PICO}",
         ALWAYS_LONG,
         _families("llama", "mistral", "qwen2", "qwen3"),
-        (Need(_INNER[:1], "refuses"), _OLD_SECTION),
+        (has(_INNER[0], otherwise="refuses"), _OLD_SECTION),
     ),
     Engine(
         MLX,
         "0.32.2",
-        "measured",
+        MEASURED,
         f"models/phi3.py; {_PICO}",
         ALWAYS_LONG,
         _families("phi3"),
-        (Need((_TOP,), "differs"), _OLD_SECTION, _TYPE),
+        (has(_TOP), _OLD_SECTION, _TYPE),
     ),
     Engine(
         _config_reader("ExLlamaV3"),
         "0445820",
-        "read",
+        READ,
         "util/rope.py",
         ONCE,
-        needs=(Need((*_INNER, _TOP), "differs"), _OLD_SECTION),
+        needs=(has(*_INNER, _TOP), _OLD_SECTION),
     ),
     Engine(
         _config_reader(_CONVERTER),
         _GGML,
-        "measured",
+        MEASURED,
         "convert_hf_to_gguf.py, llama.cpp; for Qwen the C++ reads no factors either",
         DROPPED,
         _families("llama", "mistral", "qwen2", "qwen3"),
@@ -183,7 +270,7 @@ ENGINES: tuple[Engine, ...] = (
     Engine(
         _config_reader(_CONVERTER),
         _GGML,
-        "measured",
+        MEASURED,
         "convert_hf_to_gguf.py; llama.cpp issues 8995, 24820, PR 24875",
         ONCE_PADDED,
         _families("phi3"),
@@ -191,7 +278,7 @@ ENGINES: tuple[Engine, ...] = (
     Engine(
         replace(LLAMA_CPP, name=_BAKED_GGUF),
         "0.5.0 and 0.6.0-dev",
-        "measured",
+        TESTED,
         "`lrconvert verify`; llama.cpp PR 24875; Qwen2 written as the llama architecture",
         ONCE_PADDED,
         _families("llama", "mistral", "qwen2", "phi3"),
@@ -199,7 +286,7 @@ ENGINES: tuple[Engine, ...] = (
     Engine(
         replace(LLAMA_CPP, name=_BAKED_GGUF),
         "0.6.0-dev; step35 since PR 19283",
-        "measured",
+        TESTED,
         "`lrconvert verify`; llama-context.cpp; the C++ of qwen3 and of step35 (older versions with it were not run)",
         Rule(
             "its own YaRN, at every length; with `--architecture step35` as above",
@@ -212,7 +299,7 @@ ENGINES: tuple[Engine, ...] = (
     Engine(
         _config_reader("ONNX, genai builder"),
         "0.18.0",
-        "measured",
+        MEASURED,
         "builders/llama.py (make_rope_init handles llama3 alone)",
         DROPPED,
         _families("llama"),
@@ -220,7 +307,7 @@ ENGINES: tuple[Engine, ...] = (
     Engine(
         _config_reader("ONNX, genai builder"),
         "0.18.0",
-        "measured",
+        MEASURED,
         "its NotImplementedError",
         REFUSED,
         _families("mistral"),
@@ -228,7 +315,7 @@ ENGINES: tuple[Engine, ...] = (
     Engine(
         _config_reader("ONNX, genai builder"),
         "0.18.0",
-        "measured",
+        MEASURED,
         "builders/base.py, builders/phi.py; onnxruntime-genai PR 1161",
         IN_GRAPH,
         _families("phi3"),
@@ -236,7 +323,7 @@ ENGINES: tuple[Engine, ...] = (
     Engine(
         _config_reader("ONNX, optimum", "one"),
         "0.1.0",
-        "measured",
+        MEASURED,
         "optimum-onnx with transformers 4.57.6; optimum-intel issues 913, 1504",
         FROZEN_SHORT,
         _families("llama", "mistral"),
@@ -244,12 +331,37 @@ ENGINES: tuple[Engine, ...] = (
     Engine(
         _config_reader("ONNX, optimum"),
         "0.1.0",
-        "measured",
+        MEASURED,
         "optimum-onnx with transformers 4.57.6",
         FROZEN_SHORT,
         _families("phi3"),
     ),
-    Engine(_config_reader("ONNX, mobius"), "0.1.0", "measured", "the graph that it builds", BY_FORWARD),
+    Engine(
+        _config_reader("ONNX, transformers' exporter", "one"),
+        "5.23.0",
+        f"measured {_BASELINE}",
+        "OnnxExporter, benchmarks/results/onnx-baseline.md; the model in memory is then off by a KL of 0.8 above L0",
+        BY_FORWARD_EXPORTED,
+        _families("llama", "mistral"),
+        _NEW_NEEDS,
+    ),
+    Engine(
+        _config_reader("ONNX, transformers' exporter", "one"),
+        "5.23.0",
+        f"measured {_BASELINE}",
+        "as above",
+        BY_FORWARD_EXPORTED,
+        _families("phi3"),
+        _NEW_PHI3_NEEDS,
+    ),
+    Engine(
+        _config_reader("ONNX, mobius"),
+        "0.1.0",
+        f"measured {_BASELINE}",
+        "the graph that it builds, benchmarks/results/onnx-baseline.md; its commit 78437cd does the same",
+        BY_FORWARD,
+        _families("llama", "mistral", "phi3"),
+    ),
 )
 
 
@@ -267,49 +379,3 @@ def _by_name() -> dict[str, list[Engine]]:
     for engine in ENGINES:
         found.setdefault(engine.name, []).append(engine)
     return found
-
-
-# --- the page --------------------------------------------------------------------------------------------
-
-PAGE = """\
-# Engines: which programs run a longrope config correctly
-
-Generated by `python -m lrconvert.engines.table > docs/engines.md`; a test checks it. Facts were measured or read in the
-version named; `lrconvert hf` and `lrconvert inspect` check every recipe against this table.
-
-Most engines compute the *portable subset* correctly: two tiers, no start tokens, an attention factor equal to the
-formula's, sqrt(1 + ln(window / L0) / ln L0). `lrconvert hf --portable` folds another attention factor into q and k
-for it. Engines that choose once use the long set for short sequences too: `lrconvert verify --runtime mlx` and
-`--runtime vllm` measure what that costs.
-
-| engine | families | chooses | attention factor | needs in config.json | known from |
-| --- | --- | --- | --- | --- | --- |
-"""
-
-
-def page() -> str:
-    """docs/engines.md."""
-    attention = {
-        "per tier": "of each tier",
-        "one": "the config's",
-        "formula": "the formula's, regardless of the config",
-    }
-    lines = []
-    for engine in ENGINES:
-        rule = engine.rule
-        gets = rule.refuses or rule.breaks
-        chooses = rule.chooses + "".join(f"; {text}" for text in (*rule.limits, *([gets] if gets else [])))
-        cells = (
-            f"{engine.name} {engine.version}",
-            "all" if engine.families is None else ", ".join(sorted(engine.families)),
-            chooses.format(boundary="L0", window="WINDOW"),
-            "" if rule.always or rule.refuses else attention[engine.capability.attention],
-            ", ".join(" or ".join(f"`{key}`" for key in need.keys) for need in engine.needs),
-            f"{engine.known}: {engine.source}",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return PAGE + "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    print(page(), end="")

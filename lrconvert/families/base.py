@@ -60,6 +60,7 @@ class Family:
     # Which layers attend to the last `sliding_window` tokens only: all of them, those that `use_sliding_window` and
     # `max_window_layers` or `layer_types` name, or none, whatever the config says.
     sliding: Literal["all", "named"] | None = None
+    hf_states_head_size: bool = False  # transformers 4.57 fails on longrope without a head_dim
     hf_three_key_scaling: bool = False  # transformers 4.57 takes only {type, short_factor, long_factor}
 
 

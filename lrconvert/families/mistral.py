@@ -19,4 +19,5 @@ FAMILY = base.Family(
     defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
     ignored=base.STORED_TABLES,
     sliding="all",
+    hf_states_head_size=True,
 )

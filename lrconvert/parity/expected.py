@@ -18,6 +18,7 @@ from lrconvert.artifact.record import BakeRecord
 from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.base import numpy_dtype
 from lrconvert.checkpoint.fold import folded
+from lrconvert.checkpoint.padding import padded
 from lrconvert.engines.capability import NAMED, divide_attention, static
 from lrconvert.errors import InputError
 from lrconvert.parity.cases import Budget, Case
@@ -51,10 +52,13 @@ class Expected:
 
 
 def expected(model: Model, spec: RopeSpec, record: BakeRecord, artifact: Path) -> Expected:
-    """From the record of the bake; `model` may be the artifact itself, which is folded already.
+    """From the record of the bake; `model` may be the artifact itself, which is folded and padded already.
 
     Raises `InputError` for a capability that isn't known.
     """
+    stored = model.checkpoint.path.resolve() == artifact.resolve()
+    if record.padded and not stored:
+        model = padded(model, record.padded)
     limited = model if record.lifted and model.shape.sliding else None
     model = model.lifted() if record.lifted else model
     kept, dropped = spec, []
@@ -71,7 +75,7 @@ def expected(model: Model, spec: RopeSpec, record: BakeRecord, artifact: Path) -
             dropped += more
     scale = record.attention_scale
     computed = divide_attention(kept, scale)
-    if scale == 1.0 or model.checkpoint.path.resolve() == artifact.resolve():
+    if scale == 1.0 or stored:
         return Expected(spec, kept, dropped, computed, model, limited=limited)
     rounded = record.stored is None  # else they are rounded once, when they are stored
     return Expected(spec, kept, dropped, computed, folded(model, scale, rounded=rounded), model, scale, limited)

@@ -19,13 +19,13 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from lrconvert.artifact.checks import Row
 from lrconvert.checkpoint import Checkpoint, read_json
+from lrconvert.checkpoint.base import MAX_TOKENIZER_BYTES
 from lrconvert.checkpoint.gguf_tokenizer import MAX_PIECE, PRE_TOKENIZERS, SPACE, PreTokenizer
 from lrconvert.errors import InputError, LrconvertError
 from lrconvert.parity.opened import Opened
 from lrconvert.runtimes.answers import AnswersTokens
 
 TOKENIZER = "tokenizer"
-MAX_TOKENIZER_BYTES = 48 * 2**20
 
 STRINGS = (
     "",

@@ -28,6 +28,7 @@ from lrconvert.parity import stored as stored_rows
 from lrconvert.parity.asking import Run, ask_backend
 from lrconvert.parity.expected import Expected, exact_fold_rows, expected, lifted_rows, lost, rounding_rows
 from lrconvert.parity.options import Options, chosen_backends
+from lrconvert.parity.padding import padding_rows
 from lrconvert.parity.questions import Questions, at_ends
 from lrconvert.parity.reference_runner import ReferenceRunner
 from lrconvert.parity.report import Report, Rows
@@ -105,6 +106,8 @@ def _compare(run: Run, target: Target[Any], wanted: Expected, record: BakeRecord
     if target.stored and stored is None:
         return
     report.rows += target.checks(run.artifact, stored, wanted.model, wanted.spec, record)
+    if record.padded:
+        report.rows += padding_rows(stored or target.open(run.artifact), wanted.model, record.padded)
     references = _on_model(run, wanted, record) if stored is None else _on_stored(run, wanted, stored)
     report.reference = f"reference in {references.stored.dtype} on {options.device}"
     backend_questions: list[Questions] = []

@@ -294,13 +294,18 @@ class TierCost:
 
 def costs(plan: SearchPlan) -> list[TierCost]:
     """Every tier's cost, from shapes alone."""
-    shape = plan.model.shape
-    parameters = sum(int(np.prod(info.shape, dtype=np.float64)) for info in plan.model.checkpoint.tensors.values())
     found = []
     for tier in plan.tiers:
         lengths = [len(document.tokens) for document in tier.objective.documents]
-        # A product of matrices takes 2 operations a parameter and token; causal attention reads half of all pairs.
-        dense = 2.0 * parameters * sum(lengths)
-        attention = sum(2.0 * shape.layers * shape.heads * shape.head_dim * length**2 for length in lengths)
-        found.append(TierCost(tier.length, tier.budget, len(lengths), sum(lengths), dense + attention))
+        done = operations(plan.model, lengths)
+        found.append(TierCost(tier.length, tier.budget, len(lengths), sum(lengths), done))
     return found
+
+
+def operations(model: Model, lengths: Sequence[int]) -> float:
+    """Floating-point operations of a forward pass over rows of these lengths."""
+    shape = model.shape
+    parameters = sum(int(np.prod(info.shape, dtype=np.float64)) for info in model.checkpoint.tensors.values())
+    # A product of matrices takes 2 operations a parameter and token; causal attention reads half of all pairs.
+    attention = sum(2.0 * shape.layers * shape.heads * shape.head_dim * length**2 for length in lengths)
+    return 2.0 * parameters * sum(lengths) + attention

@@ -16,8 +16,8 @@ from conftest import Result, recipe_for
 from support.pico import FAMILIES
 
 from lrconvert.checkpoint import Model
-from lrconvert.engines import table as engines
 from lrconvert.engines.engine import Verdict
+from lrconvert.engines.page import page
 from lrconvert.engines.table import ENGINES, assess
 from lrconvert.families import get_family
 from lrconvert.parity.verify import _recorded
@@ -27,9 +27,11 @@ from lrconvert.targets.hf.config import edited_config
 
 FORMULA = longrope_attention_factor(2.0, 64)
 # Read the config, and rotate what it says: right for the portable subset in every family.
-READERS = ("transformers, native", "transformers, trust_remote_code", "vLLM", "SGLang", "mlx-lm", "ExLlamaV3")
+NATIVE = ("transformers 4.57, native", "transformers 5, native")
+READERS = (*NATIVE, "transformers, trust_remote_code", "vLLM", "SGLang", "mlx-lm", "ExLlamaV3")
 NAMES = {*READERS, "TGI", "llama.cpp, its own converter", "llama.cpp, a file with the factors",
-         "ONNX, genai builder", "ONNX, optimum", "ONNX, mobius"}  # fmt: skip
+         "ONNX, genai builder", "ONNX, optimum", "ONNX, transformers' exporter", "ONNX, mobius"}  # fmt: skip
+MORE = {"phimoe"}  # read, but not converted
 
 
 def spec(family: str = "llama", *, attention: float = FORMULA, start: int = 0, ends: tuple[int, ...] = (64, 128)):
@@ -44,11 +46,12 @@ def verdicts(*arguments: Any) -> dict[str, Verdict]:
 
 
 def test_every_row_says_where_it_is_from() -> None:
-    """Version and source; families that exist, each at most once an engine."""
+    """Version, source and when it was seen; families that exist, each at most once an engine."""
     for row in ENGINES:
         assert row.version and row.source and row.rule.chooses, row
-        assert row.families is None or row.families <= set(FAMILIES), row
-        assert all(get_family(name) for name in row.families or ())
+        assert row.known == "tested" or re.fullmatch(r"(measured|read) \d{4}-\d\d-\d\d", row.known), row
+        assert row.families is None or row.families <= {*FAMILIES, *MORE}, row
+        assert all(get_family(name) for name in (row.families or set()) - MORE)
     for name in {row.name for row in ENGINES}:
         rows = [row for row in ENGINES if row.name == name]
         listed = [family for row in rows for family in row.families or FAMILIES]
@@ -68,7 +71,9 @@ def test_the_portable_subset_is_right_in_engines_that_read_it(family: str) -> No
     assert any("--max-model-len 128" in text for text in found["vLLM"].limits)
     assert any("up to 64 tokens use the long set" in text for text in found["mlx-lm"].limits)
     assert found["transformers, trust_remote_code"].limits == ()
-    assert found["ONNX, mobius"].outcome == "right"
+    asked = family in ("llama", "mistral", "phi3")
+    assert found["ONNX, mobius"].outcome == ("right" if asked else "unknown")
+    assert found["ONNX, transformers' exporter"].outcome == ("right" if asked else "unknown")
 
 
 def test_one_set_for_all_lengths_leaves_no_rule_to_get_wrong() -> None:
@@ -82,7 +87,11 @@ def test_one_set_for_all_lengths_leaves_no_rule_to_get_wrong() -> None:
 @pytest.mark.parametrize(
     ("changed", "needle", "still_right"),
     [
-        ({"attention": 1.3}, "1.3 (up to 128)", {"transformers, native", "llama.cpp, a file with the factors"}),
+        (
+            {"attention": 1.3},
+            "1.3 (up to 128)",
+            {*NATIVE, "llama.cpp, a file with the factors", "ONNX, transformers' exporter"},
+        ),
         ({"start": 4}, "knows no start tokens: the first 4", set()),
         ({"ends": (64, 96, 128)}, "knows 2 tiers: sequences of 65 to 96", set()),
     ],
@@ -90,7 +99,7 @@ def test_one_set_for_all_lengths_leaves_no_rule_to_get_wrong() -> None:
 def test_what_an_engine_can_not_do_is_its_reason(changed: dict[str, Any], needle: str, still_right: set[str]) -> None:
     """Each departure from the subset is named by every engine that it concerns, and by no other."""
     found = verdicts(spec(**changed), "llama")
-    readers = {*READERS, "llama.cpp, a file with the factors", "TGI", "ONNX, mobius"}
+    readers = NAMES - {"llama.cpp, its own converter", "ONNX, genai builder", "ONNX, optimum"}
     for name in readers - still_right - {"transformers, trust_remote_code"}:
         assert found[name].outcome == "differs"
         assert any(needle in reason for reason in found[name].why), (name, found[name].why)
@@ -108,7 +117,8 @@ def test_families_have_their_own_facts() -> None:
     yarn = Tier(256, tuple(yarn_factors(16, 10000.0, 4.0, 64).tolist()), 0, 1.2)
     one = RopeSpec("qwen3", 16, 10000.0, 64, 256, (yarn,))
     assert verdicts(one, "qwen3")["llama.cpp, a file with the factors"].outcome == "right"
-    assert verdicts(spec("phi3", attention=1.3), "phi3")["transformers, native"].outcome == "differs"
+    for name in NATIVE:  # `lrconvert hf` states no factor there: 4.57 would not load it
+        assert verdicts(spec("phi3", attention=1.3), "phi3")[name].outcome == "differs"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -125,7 +135,10 @@ def test_the_config_that_is_written_has_every_key(family: str, pico: Callable[..
     found = verdicts(made, family, config)
     assert found["vLLM"].outcome == "refuses" and "original_max_position_embeddings" in found["vLLM"].why[0]
     assert found["mlx-lm"].outcome == ("differs" if family == "phi3" else "refuses")
-    assert found["transformers, native"].outcome == found["TGI"].outcome == "differs"
+    assert {found[name].outcome for name in (*NATIVE, "TGI")} == {"differs"}
+    config["rope_scaling"].pop("factor", None)  # what 4.57 takes in place of the window
+    old = verdicts(made, family, config)["transformers 4.57, native"]
+    assert old.outcome == ("differs" if family == "phi3" else "refuses")
 
 
 def test_the_spelling_of_transformers_5_alone_is_not_enough() -> None:
@@ -133,14 +146,15 @@ def test_the_spelling_of_transformers_5_alone_is_not_enough() -> None:
     made = spec()
     section = {"rope_type": "longrope", "original_max_position_embeddings": 64}
     found = verdicts(made, "llama", {"rope_parameters": section})
-    assert found["transformers, native"].outcome == "differs"
+    assert found["transformers 4.57, native"].outcome == "differs"
+    assert found["transformers 5, native"].outcome == "right"
     assert found["mlx-lm"].outcome == "refuses"
     assert found["vLLM"].outcome == "right"
 
 
 def test_the_page_is_the_table() -> None:
     path = Path(__file__).parents[2] / "docs" / "engines.md"
-    assert path.read_text(encoding="utf-8") == engines.page(), "python -m lrconvert.engines.table > docs/engines.md"
+    assert path.read_text(encoding="utf-8") == page(), "python -m lrconvert.engines.page > docs/engines.md"
 
 
 def test_hf_and_inspect_print_it(cli: Callable[..., Result], pico: Callable[..., Model], tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from support.onnx_files import (
     with_weights_of,
     write_adapter,
 )
-from support.pico import FAMILIES
+from support.pico import FAMILIES, write_pico
 from support.verifying import verify
 
 from lrconvert.artifact.bake import bake as bake_plan
@@ -183,7 +183,7 @@ def test_narrow_weights_pass_and_say_what_they_cost(
         for what in ("", ", without factors"):
             assert (known[f"quantisation alone{what}, at {end}"].kl_mean or 0) > 0
     kinds = {row.case.partition(",")[0] for row in report.rows if row.code == "weights"}
-    assert kinds == {"f16": {"F16"}, "int8": {"F16", "F32", "INT8"}, "int4": {"F16", "F32", "INT4", "INT8"}}[dtype]
+    assert kinds == {"f16": {"F16"}, "int8": {"F32", "INT8"}, "int4": {"F32", "INT4", "INT8"}}[dtype]
 
 
 def test_every_opset_passes(pico: Pico, tmp_path: Path, options: Options) -> None:
@@ -533,6 +533,20 @@ def test_float32_angles_are_caught_far_out(pico: Pico, tmp_path: Path, options: 
 # --- data with a mistake ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("attention", ["gqa", "standard"])
+def test_an_embedding_without_whole_blocks_stays_float16(tmp_path: Path, attention: str, options: Options) -> None:
+    """Rows of 80 values: a tied head is a copy of its own then, in 8 bits."""
+    model = open_model(write_pico(tmp_path / "m", "llama", hidden_size=80, tie_word_embeddings=True))
+    artifact = export(model, three(model), tmp_path / "a", dtype="int4", attention=attention)
+    report = verify(artifact, options=options)
+    assert report.passed, report.summary
+    kinds = {row.case.partition(",")[0] for row in report.rows if row.code == "weights"}
+    assert kinds == {"F16", "F32", "INT4", "INT8"}
+    broken = changed(artifact, tmp_path / "broken", _shifted("lm_head.weight.packed", 128))
+    report = verify(broken, against=model.reference, recipe=three(model), options=options)
+    assert "weights" in {row.code for row in report.failed}
+
+
 def _shifted(name: str, by: int) -> Change:
     """One tensor that begins some bytes later than it does."""
 
@@ -551,8 +565,8 @@ SHIFTED = [
     ("llama", "int8", "model.layers.1.mlp.up_proj.weight.packed", 1),
     ("llama", "int4", "model.layers.0.self_attn.k_proj.weight.scales", 4),
     ("llama", "int8", "lm_head.weight.packed", 101),
-    ("mistral", "int8", "lm_head.weight.packed", 128),
-    ("mistral", "int8", "lm_head.weight.scales", 8),
+    ("mistral", "int8", "model.embed_tokens.weight.packed", 128),
+    ("mistral", "int8", "model.embed_tokens.weight.scales", 8),
 ]  # fmt: skip
 
 
@@ -560,8 +574,7 @@ SHIFTED = [
 def test_a_shifted_offset_is_caught(
     pico: Pico, healthy: Healthy, tmp_path: Path, family: str, dtype: str, name: str, by: int, options: Options
 ) -> None:
-    """Other bytes than the tensor's are other weights than the model's; a tied model's quantised head too, which is a
-    copy of its own."""
+    """Other bytes than the tensor's are other weights than the model's, also of an embedding that is quantised."""
     broken = changed(healthy(family, dtype=dtype), tmp_path / "broken", _shifted(name, by))
     model = pico(family)
     report = verify(broken, against=model.reference, recipe=three(model), options=options)

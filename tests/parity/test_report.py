@@ -80,6 +80,8 @@ def test_native_code_is_not_blamed_for_what_it_is_known_to_do() -> None:
     cases = {case.name: case for case in build_cases(spec(64, 256), NATIVE_HF, CPU)}
     assert cases["decode across 64"].known and cases["batch across the boundary"].known
     assert not any(case.known for name, case in cases.items() if "across" not in name)
+    anew = {case.name: case for case in build_cases(spec(64, 256), NATIVE_HF_FORMULA, CPU)}
+    assert not anew["decode across 64"].known and anew["batch across the boundary"].known  # Phi-3 reads it again
 
 
 def test_long_sequences_are_spread_and_reach_the_last_position() -> None:

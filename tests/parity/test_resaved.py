@@ -55,19 +55,19 @@ def test_what_save_pretrained_writes_works_or_is_named(
 def test_each_check_can_fail_and_a_fresh_artifact_passes_all(
     pico: Callable[..., Model], tmp_path: Path, case: str
 ) -> None:
-    model = pico("llama")
+    model = pico("mistral", head_dim=None)  # the family with the most that a config has to say
     bake_plan(hf.plan(model, recipe_for(model), tmp_path / "a"))
     config = json.loads((tmp_path / "a" / "config.json").read_text())
-    native = model.family.hf_class
-    assert [row.verdict for row in check_config(config, tmp_path / "a", native)] == ["pass"]
+    assert [row.verdict for row in check_config(config, tmp_path / "a", model.family)] == ["pass"]
     breaks = {
         "rope_scaling": lambda: config.update(rope_parameters=config.pop("rope_scaling")),
         "rope_theta": lambda: config.pop("rope_theta"),
         "original window": lambda: config.pop("original_max_position_embeddings"),
+        "head_dim": lambda: config.pop("head_dim"),
         "architectures": lambda: config.update(architectures=["LongRopeForCausalLM"]),
         "auto_map": lambda: (tmp_path / "a" / "modeling_longrope.py").unlink(),
     }
     breaks[case]()
-    rows = check_config(config, tmp_path / "a", native)
+    rows = check_config(config, tmp_path / "a", model.family)
     assert [(row.case, row.verdict) for row in rows] == [(case, "fail")]
     assert replace(rows[0], reason="") != rows[0]

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -297,8 +299,28 @@ def test_dry_run_says_what_it_costs(text: Path, cli: Run, tmp_path: Path) -> Non
     assert found.code == 0
     assert "set for 128 tokens: 40 evaluations of 1 document, 128 tokens" in found.out
     assert "set for 32 tokens: 10 evaluations of 4 documents" in found.out
-    assert "PFLOP" in found.out
+    assert re.search(r"in total [\d.e-]+ PFLOP: about \d+ s on this CPU with \d+ thread", found.out)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_estimate_is_of_the_device_at_hand(
+    text: Path, cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device that takes twice as long for a row takes twice as long for the search; one that isn't there
+    is said to be missing."""
+    estimates = []
+    for seconds in (1.0, 2.0):
+        clock = itertools.count(step=seconds)
+        monkeypatch.setattr("lrconvert.searching.estimate.time.perf_counter", lambda clock=clock: next(clock))
+        found = cli(*arguments(text, tmp_path / "r", "--dry-run", "--threads", "1"))
+        (line,) = [line for line in found.out.splitlines() if "in total" in line]
+        estimates.append(float(line.split("about ")[1].split()[0]))
+        assert "with 1 thread," in line
+    assert estimates[1] == pytest.approx(2 * estimates[0], rel=0.05)
+    torch = pytest.importorskip("torch", reason="needs lrconvert[search]")
+    if not torch.cuda.is_available():
+        missing = cli(*arguments(text, tmp_path / "r", "--dry-run", "--device", "cuda"))
+        assert missing.code == 6 and "sees no GPU" in missing.err
 
 
 NEEDLE = ["--objective", "mixed", "--lengths", "64:1,128:3", "--tier", "long", "--budget", "4"]

@@ -126,7 +126,7 @@ def checks(artifact: Path, stored: NpyCheckpoint, model: Model, spec: RopeSpec, 
 
 
 CARD_TEXT = CardText("numpy", ("longrope",), lambda repo: ["## How to run", "", f"`numpy.load` {repo}"],
-                     lambda dropped, losses: ["Arrays, nothing else."])  # fmt: skip
+                     lambda family, dropped, losses: ["Arrays, nothing else."])  # fmt: skip
 TARGET = Target(
     name="npy",
     title="a folder of arrays",

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lrconvert.artifact.card import CardText, bullets
+from lrconvert.families import Family
 
 
 def _run(repo: str | None) -> list[str]:
@@ -21,7 +22,7 @@ def _run(repo: str | None) -> list[str]:
     ]
 
 
-def _about(dropped: Sequence[str], losses: Sequence[str]) -> list[str]:
+def _about(family: Family, dropped: Sequence[str], losses: Sequence[str]) -> list[str]:
     parts = ["llama.cpp chooses the short or the long set once, when a context is made, by the context's size."]
     return [*parts, "llama.cpp can't express, and this file drops:", bullets(*dropped)] if dropped else parts
 

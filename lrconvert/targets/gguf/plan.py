@@ -27,6 +27,7 @@ from lrconvert.checkpoint import Checkpoint, Model
 from lrconvert.checkpoint.adapter import Adapter, merged
 from lrconvert.checkpoint.fold import folded
 from lrconvert.checkpoint.gguf import PERMUTED
+from lrconvert.checkpoint.padding import settle_vocabulary
 from lrconvert.checkpoint.source import snapshot
 from lrconvert.engines.capability import LLAMA_CPP, divide_attention, static
 from lrconvert.errors import EnvironmentFailure, UnsupportedError, UsageError
@@ -75,6 +76,7 @@ class Options:
     library: str | None = None
     lift: bool = False  # a sliding window
     architecture: str | None = None  # another one of llama.cpp than the family's usual one
+    pad: bool = False  # the embedding, to the size of the tokenizer
 
 
 def plan(
@@ -100,6 +102,9 @@ def plan(
     _check_options(options, scheme, is_gguf=model.checkpoint.gguf is not None)
     if adapter is not None:
         model = merged(model, adapter, rounded=False)
+    rows = 0
+    if options.pad:  # else the vocabulary says what has no row
+        model, rows = settle_vocabulary(model, pad=True)
     baked = model if scale == 1.0 else folded(model, scale, rounded=False)
     imatrix = None if options.imatrix is None else Imatrix.load(options.imatrix)
     tensors = _tensors(baked, architecture, scheme, imatrix)
@@ -139,7 +144,7 @@ def plan(
         recipe=recipe,
         spec=written,
         output=output,
-        record=BakeRecord(spec.window, stored, scale, LLAMA_CPP.name, options.static, windows.lifted),
+        record=BakeRecord(spec.window, stored, scale, LLAMA_CPP.name, options.static, windows.lifted, rows),
         texts=texts,
         copies={},
         streams=streams,

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lrconvert.checkpoint.gguf_tokenizer import SPACE
+from lrconvert.checkpoint.protobuf import fields
 from lrconvert.errors import InputError, UnsupportedError
 
 BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
@@ -142,9 +143,9 @@ def parse(data: bytes, where: str) -> SentencePiece:
     types: list[int] = []
     trainer, normalizer = b"", b""
     try:
-        for field, value in _fields(data):
+        for field, value in fields(data):
             if field == 1 and isinstance(value, bytes):
-                piece = dict(_fields(value))
+                piece = dict(fields(value))
                 pieces.append(_bytes(piece.get(1, b"")).decode())
                 scores.append(struct.unpack("<f", _bytes(piece.get(2, b"\0\0\0\0")))[0])
                 types.append(_int(piece.get(3, 1)))
@@ -154,7 +155,7 @@ def parse(data: bytes, where: str) -> SentencePiece:
                 trainer = _bytes(value)
             elif field == 3:
                 normalizer = _bytes(value)
-        trained, normalised = dict(_fields(trainer)), dict(_fields(normalizer))
+        trained, normalised = dict(fields(trainer)), dict(fields(normalizer))
         if not pieces:
             raise ValueError("no pieces")
         if not all(map(math.isfinite, scores)):
@@ -186,41 +187,6 @@ def _refuse_other_models(
         raise UnsupportedError(f"{where}: a SentencePiece model without byte fallback, which llama.cpp needs")
     if _int(trainer.get(24, 0)) or not _int(normalizer.get(5, 1)):
         raise UnsupportedError(f"{where}: spaces are not marked in front of words, as llama.cpp expects")
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, bytes | int]]:
-    """Number and value of every field of a protocol-buffer message: an int, or the bytes of anything else."""
-    position = 0
-    while position < len(data):
-        key, position = _varint(data, position)
-        field, wire = key >> 3, key & 7
-        if wire == 0:
-            number, position = _varint(data, position)
-            yield field, number
-            continue
-        if wire == 2:
-            length, position = _varint(data, position)
-        elif wire in (1, 5):
-            length = 8 if wire == 1 else 4
-        else:
-            raise ValueError(f"wire type {wire} at byte {position}")
-        if length > len(data) - position:
-            raise ValueError(f"cut off at byte {position}")
-        yield field, data[position : position + length]
-        position += length
-
-
-def _varint(data: bytes, position: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        if position >= len(data):
-            raise ValueError(f"cut off at byte {position}")
-        byte = data[position]
-        value |= (byte & 127) << shift
-        position += 1
-        if byte < 128:
-            return value, position
-    raise ValueError(f"a number of more than ten bytes at byte {position}")
 
 
 def _bytes(value: bytes | int) -> bytes:

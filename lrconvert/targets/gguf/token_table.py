@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lrconvert.checkpoint.gguf_tokenizer import MAX_PIECE, NORMAL, USER_DEFINED
+from lrconvert.checkpoint.padding import FLAG
 from lrconvert.errors import InputError, UnsupportedError
 from lrconvert.targets.gguf import pre_tokenizers, sentencepiece
 from lrconvert.targets.gguf.tokenizer_files import MAX_MODEL_BYTES, Added, TokenizerFiles
 
+PAD = f"{FLAG} adds the rows that are missing"
 UNUSED, BYTE = 5, 6  # tokenizer.ggml.token_type; the others are the reader's
 
 
@@ -118,7 +120,8 @@ def _vocab(value: Any, rows: int, where: str) -> dict[str, int]:
             raise InputError(f"{where}: model.vocab[{token!r:.40}] is {index!r:.40}; an id is needed")
         if index >= rows:
             raise InputError(
-                f"{where}: model.vocab[{token!r:.40}] is {index}, but the embedding has {rows} rows (vocab_size)"
+                f"{where}: model.vocab[{token!r:.40}] is {index}, but the embedding has {rows} rows (vocab_size)",
+                remedy=PAD,
             )
         if index in seen:
             raise InputError(f"{where}: model.vocab has {index} twice: {seen[index]!r:.40} and {token!r:.40}")
@@ -152,7 +155,10 @@ def from_tokenizer_model(files: TokenizerFiles, rows: int) -> TokenTable:
     where = files.where("tokenizer.model")
     model = sentencepiece.parse(files.data("tokenizer.model", MAX_MODEL_BYTES), where)
     if len(model.pieces) > rows:
-        raise InputError(f"{where}: {len(model.pieces)} pieces, but the embedding has {rows} rows (vocab_size)")
+        raise InputError(
+            f"{where}: {len(model.pieces)} pieces, but the embedding has {rows} rows (vocab_size)",
+            remedy=PAD,
+        )
     vocab = {piece: index for index, piece in enumerate(model.pieces)}
     if len(vocab) != len(model.pieces):
         raise InputError(f"{where}: a piece appears twice")
@@ -189,7 +195,8 @@ def _added(files: TokenizerFiles, vocab: Mapping[str, int], rows: int) -> tuple[
         if token.id >= rows and token.content in listed:
             raise InputError(
                 f"{files.where('tokenizer.json')}: added token {token.content!r:.40} has id {token.id}, but the "
-                f"embedding has {rows} rows (vocab_size)"
+                f"embedding has {rows} rows (vocab_size)",
+                remedy=PAD,
             )
         if token.id >= rows:
             notes.append(f"{token.content!r:.40} has no row in the embedding: left out")

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from lrconvert.checkpoint import read_json
+from lrconvert.checkpoint.base import MAX_TOKENIZER_BYTES
 from lrconvert.errors import InputError
 
-MAX_TOKENIZER_BYTES = 48 * 2**20  # a vocabulary of 262,000 with its merges takes 33 MB
 MAX_TEMPLATE_BYTES = 4 * 2**20
 MAX_MODEL_BYTES = 32 * 2**20  # tokenizer.model: 4 MB for 256,000 pieces
 

@@ -6,6 +6,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lrconvert.artifact.card import CardText, bullets
+from lrconvert.engines.capability import native_hf
+from lrconvert.families import Family
+
+_STALE = "cached keys stay as they are when generation crosses the original window"
 
 
 def _run(repo: str | None) -> list[str]:
@@ -22,7 +26,7 @@ def _run(repo: str | None) -> list[str]:
     ]
 
 
-def _about(dropped: Sequence[str], losses: Sequence[str]) -> list[str]:
+def _about(family: Family, dropped: Sequence[str], losses: Sequence[str]) -> list[str]:
     """What each piece of code in the artifact does, and does not."""
     exact = "everything in the recipe except what is listed below" if dropped else "the recipe exactly"
     parts = [
@@ -31,8 +35,8 @@ def _about(dropped: Sequence[str], losses: Sequence[str]) -> list[str]:
         "stays exact when a sequence grows into another tier.",
         "Without it the native class runs, without a warning. Then:",
         bullets(
-            "a batch gets one tier for all its rows, and cached keys stay as they are when generation crosses the "
-            "original window",
+            "a batch gets one tier for all its rows",
+            *([] if native_hf(family).switches else [_STALE]),
             *(losses or ["the factor sets themselves stay exact"]),
         ),
     ]

@@ -15,6 +15,7 @@ from typing import Any
 from lrconvert.artifact.checks import Row, rows_of
 from lrconvert.artifact.record import BakeRecord
 from lrconvert.checkpoint import Checkpoint, Model, read_json
+from lrconvert.families import Family
 from lrconvert.rope import RopeSpec
 
 Config = Mapping[str, Any]
@@ -25,11 +26,11 @@ class ConfigCheck:
     """`broken` says whether the config, in its folder, breaks what `reason` says."""
 
     case: str
-    broken: Callable[[Config, Path, str], bool]
+    broken: Callable[[Config, Path, Family], bool]
     reason: str
 
 
-def _auto_map_file_is_missing(config: Config, folder: Path, native: str) -> bool:
+def _auto_map_file_is_missing(config: Config, folder: Path, family: Family) -> bool:
     named = config.get("auto_map")
     modules = [str(value).partition(".")[0] for value in named.values()] if isinstance(named, Mapping) else []
     return any("--" not in module and not (folder / f"{module}.py").is_file() for module in modules)
@@ -38,23 +39,28 @@ def _auto_map_file_is_missing(config: Config, folder: Path, native: str) -> bool
 CHECKS = (
     ConfigCheck(
         "rope_scaling",
-        lambda config, folder, native: not config.get("rope_scaling") and bool(config.get("rope_parameters")),
+        lambda config, folder, family: not config.get("rope_scaling") and bool(config.get("rope_parameters")),
         "rope_parameters without rope_scaling, as save_pretrained of transformers 5 writes it: transformers 4.57 "
         "computes plain RoPE from it",
     ),
     ConfigCheck(
         "rope_theta",
-        lambda config, folder, native: config.get("rope_theta") is None,
+        lambda config, folder, family: config.get("rope_theta") is None,
         "no rope_theta at the top level: transformers 4.57 takes 10000 instead",
     ),
     ConfigCheck(
         "original window",
-        lambda config, folder, native: config.get("original_max_position_embeddings") is None,
+        lambda config, folder, family: config.get("original_max_position_embeddings") is None,
         "no original_max_position_embeddings at the top level: transformers 4.57 never uses the long set",
     ),
     ConfigCheck(
+        "head_dim",
+        lambda config, folder, family: family.hf_states_head_size and config.get("head_dim") is None,
+        "no head_dim: transformers 4.57 fails on a Mistral with longrope",
+    ),
+    ConfigCheck(
         "architectures",
-        lambda config, folder, native: config.get("architectures") != [native],
+        lambda config, folder, family: config.get("architectures") != [family.hf_class],
         "architectures names another class than the native one: other engines don't know it",
     ),
     ConfigCheck(
@@ -66,12 +72,12 @@ CHECKS = (
 )
 
 
-def check_config(config: Config, folder: Path, native: str) -> list[Row]:
+def check_config(config: Config, folder: Path, family: Family) -> list[Row]:
     """A row for everything that some version or engine would read wrong; one `pass` when there is nothing."""
-    broken = [(check.case, check.reason) for check in CHECKS if check.broken(config, folder, native)]
+    broken = [(check.case, check.reason) for check in CHECKS if check.broken(config, folder, family)]
     return rows_of("config", "read alike by transformers 4.57 to 5.x", broken)
 
 
 def checks(artifact: Path, stored: Checkpoint | None, model: Model, spec: RopeSpec, record: BakeRecord) -> list[Row]:
     """What is read off the folder's config."""
-    return check_config(read_json(artifact / "config.json"), artifact, model.family.hf_class)
+    return check_config(read_json(artifact / "config.json"), artifact, model.family)

@@ -28,6 +28,8 @@ def edited_config(
     if model.shape.rotary_dim != model.shape.head_dim:
         # transformers 5 keeps this inside rope_parameters, 4.57 reads only the top level.
         config["partial_rotary_factor"] = model.shape.rotary_dim / model.shape.head_dim
+    if family.hf_states_head_size:
+        config["head_dim"] = model.shape.head_dim
     config.pop("rope_parameters", None)
     config.update(native_keys(native, family))
     if lifted:

@@ -15,6 +15,7 @@ from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.adapter import Adapter, merged
 from lrconvert.checkpoint.base import FLOAT_DTYPES
 from lrconvert.checkpoint.fold import folded
+from lrconvert.checkpoint.padding import settle_vocabulary
 from lrconvert.checkpoint.source import snapshot
 from lrconvert.engines.capability import native_hf
 from lrconvert.recipe import Recipe
@@ -40,6 +41,7 @@ class Options:
     portable: bool = False
     lossy: bool = False
     lift: bool = False  # a sliding window
+    pad: bool = False  # the embedding, to the size of the tokenizer
 
 
 def plan(
@@ -61,6 +63,7 @@ def plan(
     stored = _stored_dtype(model, options.dtype)
     if adapter is not None:  # with a dtype of its own, the artifact's one rounding is the writer's
         model = merged(model, adapter, rounded=stored is None and scale == 1.0)
+    model, rows = settle_vocabulary(model, pad=options.pad)
     baked = model if scale == 1.0 else folded(model, scale, rounded=False)
     config, edits = edited_config(
         model, spec, native, DTYPES[options.dtype] if options.dtype else stored, lifted=windows.lifted
@@ -91,7 +94,14 @@ def plan(
         recipe=recipe,
         spec=spec,
         output=output,
-        record=BakeRecord(spec.window, stored, scale, "portable" if options.portable else None, lifted=windows.lifted),
+        record=BakeRecord(
+            spec.window,
+            stored,
+            scale,
+            "portable" if options.portable else None,
+            lifted=windows.lifted,
+            padded=rows,
+        ),
         texts=texts,
         copies=copies,
         streams=[stream(baked.checkpoint, name, tensors) for name, tensors in shards],

@@ -36,4 +36,4 @@ def _run(repo: str | None) -> list[str]:
     ]
 
 
-CARD_TEXT = CardText("onnx", ("longrope", "long-context", "onnx"), _run, lambda dropped, losses: [_ABOUT])
+CARD_TEXT = CardText("onnx", ("longrope", "long-context", "onnx"), _run, lambda family, dropped, losses: [_ABOUT])

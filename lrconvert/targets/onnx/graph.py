@@ -22,7 +22,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from lrconvert.checkpoint import Model
-from lrconvert.checkpoint.onnx_folder import DOMAIN, MICROSOFT, TIED_HEAD
+from lrconvert.checkpoint.onnx_folder import DOMAIN, MICROSOFT, ROWS, TIED_HEAD
 from lrconvert.rope import RopeSpec
 from lrconvert.targets.onnx import rotary
 from lrconvert.targets.onnx.tensors import ONNX_TYPES, Stored
@@ -112,11 +112,18 @@ class _Decoder:
             return self.op("Gemm", x, name, *bias, name=label, transB=1)
         rows, columns = tensor.shape
         out = self.op(
-            "MatMulNBits", x, tensor.packed, tensor.scales, name=label if not bias else f"{label}.product",
+            "MatMulNBits", x, tensor.packed, self.scales(tensor), name=label if not bias else f"{label}.product",
             domain=MICROSOFT, K=columns, N=rows, bits=tensor.bits, block_size=tensor.block,
             accuracy_level=ACCURACY,
         )  # fmt: skip
         return self.op("Add", out, *bias, name=label) if bias else out
+
+    def scales(self, tensor: Stored) -> str:
+        """In the type of activations: what loads the graph computes this once."""
+        wide = f"{tensor.scales}.wide"
+        if all(wide not in node.output for node in self.nodes):
+            self.nodes.append(helper.make_node("Cast", [tensor.scales], [wide], name=wide, to=self.type))
+        return wide
 
     def norm(self, x: str, role: str, layer: int | None) -> str:
         return self.op("RMSNormalization", x, self.weight(role, layer), name=role, axis=-1, epsilon=self.shape.norm_eps)
@@ -147,12 +154,24 @@ class _Decoder:
     def _embedded(self) -> str:
         """[B·S, hidden]; with GQA, divided by zero where a batch is padded on the left."""
         table = self.stored[self.weight("embedding")]
-        x = self.op("Gather", table.name, "input_ids", name="embedded")
+        x = self._looked_up(table)
         if table.dtype != self.choices.computing:
             x = self.op("Cast", x, name="embedded.widened", to=self.type)
         if self.choices.attention == "gqa":
             x = self.op("Div", x, self._refusal(), name="embedded.allowed")
         return self.op("Reshape", x, self.constant([-1, self.shape.hidden]), name="embedded.flat")
+
+    def _looked_up(self, table: Stored) -> str:
+        """[B, S, hidden]."""
+        if table.bits is None:
+            return self.op("Gather", table.name, "input_ids", name="embedded")
+        rows = f"{table.packed}{ROWS}"  # as the operator wants them; a view of what lm_head multiplies with
+        shape = self.constant([table.shape[0], -1])
+        self.nodes.append(helper.make_node("Reshape", [table.packed, shape], [rows], name=rows))
+        return self.op(
+            "GatherBlockQuantized", rows, "input_ids", self.scales(table), name="embedded", domain=MICROSOFT,
+            bits=table.bits, block_size=table.block, gather_axis=0, quantize_axis=1,
+        )  # fmt: skip
 
     def _refusal(self) -> str:
         """One, or zero where a row begins with padding, which GroupQueryAttention would read as tokens: on a CPU the

@@ -16,6 +16,7 @@ from lrconvert.artifact.sliding import settle_windows
 from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.adapter import Adapter, merged
 from lrconvert.checkpoint.onnx_folder import TIED_HEAD
+from lrconvert.checkpoint.padding import settle_vocabulary
 from lrconvert.checkpoint.source import snapshot
 from lrconvert.engines.capability import native_hf
 from lrconvert.errors import UnsupportedError, UsageError, require
@@ -52,6 +53,7 @@ class Options:
     double: bool = True
     genai_rewind: bool = False
     lift: bool = False  # a sliding window
+    pad: bool = False  # the embedding, to the size of the tokenizer
 
 
 def plan(
@@ -74,6 +76,7 @@ def plan(
     model = windows.model
     if adapter is not None:  # rounded once, when it is stored
         model = merged(model, adapter, rounded=False)
+    model, rows = settle_vocabulary(model, pad=options.pad)
     choices = Choices(computing, options.attention, options.opset, options.double)  # type: ignore[arg-type]
     tensors = lay_out(model, computing, bits)
     graph = build(model, spec, tensors, choices, producer=__version__).SerializeToString(deterministic=True)
@@ -104,7 +107,7 @@ def plan(
         recipe=recipe,
         spec=spec,
         output=output,
-        record=BakeRecord(spec.window, options.dtype, lifted=windows.lifted),
+        record=BakeRecord(spec.window, options.dtype, lifted=windows.lifted, padded=rows),
         texts=texts,
         copies=copies,
         streams=streams,
@@ -112,7 +115,7 @@ def plan(
         edits=[*(edit for edit in edits if edit.key != "auto_map"), *more],
         dropped=dropped,
         notes=notes,
-        options={key: value for key, value in asdict(options).items() if key not in ("window", "dtype", "lift")},
+        options={key: value for key, value in asdict(options).items() if key not in ("window", "dtype", "lift", "pad")},
         stamps=snapshot([*model.checkpoint.weight_files(), *copies.values(), *added]),
     )
 

@@ -367,14 +367,15 @@ def test_heads_that_the_fused_operator_does_not_take_are_refused(tmp_path: Path,
     assert done.code == 0, done.err
 
 
-def test_an_embedding_beyond_float16_is_refused_where_it_would_be_rounded(tmp_path: Path) -> None:
-    """int8 and int4 store the embedding in float16."""
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", UP])
+def test_scales_beyond_float16_are_refused(name: str, tmp_path: Path) -> None:
+    """int8 and int4 store the scale of a block in float16: a 128th of its largest value, or an eighth."""
     folder = write_pico(tmp_path / "m")
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.embed_tokens.weight"][5, 5] = 1e6
+    tensors[name][5, 5] = 1e7
     save_file(tensors, folder / "model.safetensors")
     model = open_model(folder)
-    with pytest.raises(UnsupportedError, match=r"embed_tokens\.weight holds values beyond float16's range"):
+    with pytest.raises(UnsupportedError, match=rf"{name} holds values beyond float16's range"):
         export(model, recipe_for(model), tmp_path / "o", dtype="int8")
 
 

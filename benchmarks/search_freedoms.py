@@ -42,9 +42,9 @@ def freedoms(window: int, target: int, budget: int) -> dict[str, dict[str, Any]]
     fixed = {"budget": budget}
     return {
         "any": {"runtime": "any", **fixed},
-        "start tokens": {"uniform": True, **fixed},
-        "an attention factor per set": {"start_tokens": False, **fixed},
-        f"{len(lengths)} sets": {"start_tokens": False, "uniform": True, "tiers": lengths, "budget": budget // 2},
+        "start tokens": {"uniform": True, "start_tokens": True, **fixed},
+        "an attention factor per set": fixed,
+        f"{len(lengths)} sets": {"uniform": True, "tiers": lengths, "budget": budget // 2},
     }
 
 

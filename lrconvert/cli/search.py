@@ -110,6 +110,7 @@ class TierLength(click.ParamType):
               help="Where to record every evaluation; default: RECIPE.journal.jsonl.")  # fmt: skip
 @click.option("--attention-factor", type=Number(0),
               help="Attention factor of the long set; default: LongRoPE's formula.")  # fmt: skip
+@click.option("--start-tokens", is_flag=True, help="Search the number of start tokens too; default: there are none.")
 @click.option("--uniform", is_flag=True,
               help="Give all sets the long set's attention factor, for runtimes with one factor.")  # fmt: skip
 @click.option("--allow-concatenate", is_flag=True, help="Join texts that are shorter than the target.")

@@ -65,7 +65,7 @@ def search(
     start_from: str | Path | None = None,
     on: str | Path | None = None,
     rows: JumpingRows | None = None,
-    start_tokens: bool = True,
+    start_tokens: bool = False,
     from_plain: bool = False,
     runtime: str | None = None,
     attention_factor: float | None = None,
@@ -109,7 +109,8 @@ def search(
             as they are up to its window.
         rows: Evaluate rows whose positions jump over the target, instead of whole documents: for a model that was
             fine-tuned on such rows.
-        start_tokens: Search their number too; otherwise there are none.
+        start_tokens: Search their number too; otherwise there are none (on SmolLM2 they were worth nothing that a seed
+            isn't).
         runtime: What the recipe is for, a key of `engines.capability.SEARCHABLE`: sets that it can't express are no
             candidates. "any": one attention factor, no start tokens, two sets.
         attention_factor: The long set's; None: LongRoPE's formula. `uniform`: all sets take the long one's.

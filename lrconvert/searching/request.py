@@ -41,7 +41,7 @@ class SearchRequest:
     start_from: str | Path | None = None
     on: str | Path | None = None
     rows: JumpingRows | None = None
-    start_tokens: bool = True
+    start_tokens: bool = False
     from_plain: bool = False
     runtime: str | None = None
     attention_factor: float | None = None
@@ -100,11 +100,9 @@ def limited(request: SearchRequest) -> SearchRequest:
     able = SEARCHABLE[request.runtime]
     if able.attention == "formula" and request.attention_factor is not None:
         raise UsageError(f"--attention-factor: {able.name} computes LongRoPE's formula", remedy="Omit it, or --for")
-    return replace(
-        request,
-        start_tokens=request.start_tokens and able.start_tokens,
-        uniform=request.uniform or able.attention != "per tier",
-    )
+    if request.start_tokens and not able.start_tokens:
+        raise UsageError(f"--start-tokens: {able.name} knows none", remedy="Omit it, or --for")
+    return replace(request, uniform=request.uniform or able.attention != "per tier")
 
 
 def check_sets(request: SearchRequest, base: Base) -> None:

@@ -27,14 +27,15 @@ def plot_log(log: Path, picture: Path) -> Path:
         ("loss of text (nats)", "loss of answers (nats)", "norm of the gradient"),
         strict=True,
     ):
-        for kind, colour in zip(kinds, ("tab:blue", "tab:orange"), strict=False):
-            _draw(axis, [step for step in steps if step["kind"] == kind and key in step], key, kind, colour)
+        for number, kind in enumerate(kinds):
+            _draw(axis, [step for step in steps if step["kind"] == kind and key in step], key, kind, f"C{number}")
         axis.set_xlabel("step", fontsize=8)
         axis.set_ylabel(title, fontsize=8)
         axis.grid(alpha=0.3)
         if key != "text":
             axis.set_yscale("log")
-    axes[0].legend(fontsize=8, frameon=False)
+    if axes[0].get_legend_handles_labels()[0]:  # none of a run of a few steps
+        axes[0].legend(fontsize=8, frameon=False)
     figure.savefig(picture, dpi=120)
     pyplot.close(figure)
     return picture

@@ -30,7 +30,7 @@ def test_nothing_is_dropped_from_a_recipe_for_a_runtime(pico_folder: Callable[..
     folder = pico_folder("llama")
     model = open_model(folder)
     for name, able in SEARCHABLE.items():
-        plan = plan_search(request(folder, runtime=name))
+        plan = plan_search(request(folder, runtime=name, start_tokens=able.start_tokens))
         short, long = plan.tiers
         _, wish = planted(long.space, max(long.space.usable_start_tokens))
         recipe = Search(plan, Landscape(wish), None, lambda progress: None).run()
@@ -49,4 +49,6 @@ def test_more_than_a_runtime_knows_is_refused(pico_folder: Callable[..., Path]) 
         plan_search(request(folder, runtime="gguf", tiers=(256, "long")))
     with pytest.raises(UsageError, match="--attention-factor: every runtime computes LongRoPE's formula"):
         plan_search(request(folder, runtime="any", attention_factor=1.2))
+    with pytest.raises(UsageError, match=r"--start-tokens: llama\.cpp knows none"):
+        plan_search(request(folder, runtime="gguf", start_tokens=True))
     assert len(plan_search(request(folder, runtime="onnx", tiers=(256, "long"))).tiers) == 2

@@ -93,8 +93,10 @@ def test_short_sets_are_searched_on_their_own(folder: Path) -> None:
     assert tier.length == 64 and tier.objective.own == load_recipe(folder / "own").tiers[0]
     found = searched(plan)
     assert found.tiers[1:] == load_recipe(folder / "own").tiers[1:]
-    (plain,) = plan_search(request(folder, on=None)).tiers
+    (plain,) = plan_search(request(folder, on=None, start_tokens=True)).tiers
     assert plain.objective.own is None and plain.space.ratio == 16.0 and len(plain.space.start_tokens) > 1
+    (without,) = plan_search(request(folder, on=None)).tiers
+    assert without.space.start_tokens == (0,)
 
 
 @pytest.mark.parametrize("target", [256, 200])

@@ -17,12 +17,14 @@ from lrconvert.cli._common import (
     TOKENS,
     OutputName,
     Precision,
+    Registered,
     force_option,
     model_argument,
     revision_option,
     text_option,
 )
 from lrconvert.cli._progress import show_progress
+from lrconvert.engines.capability import SEARCHABLE
 
 if TYPE_CHECKING:
     from lrconvert.extending.api import ExtendResult
@@ -42,6 +44,9 @@ PIPED_SECONDS = 30.0  # between two lines of progress where no terminal shows a 
 @click.option("--target", type=TOKENS, help="The window to reach, where it is less than the plan's: 512k.")
 @click.option("--held-out", multiple=True, metavar="TEXT",
               help="Text to evaluate on, like --text; default: the last tenth of each text.")  # fmt: skip
+@click.option("--for", "runtime", type=Registered(lambda: SEARCHABLE),
+              help="Only sets that this runtime can express; any: all can. Default: what Hugging Face folders and ONNX "
+              "can.")  # fmt: skip
 @click.option("--until", metavar="STAGE", help="Stop after this stage: 2-tune.")
 @click.option("--from", "again", metavar="STAGE", help="Carry out this stage and all later ones anew.")
 @click.option("--work", type=click.Path(path_type=Path), metavar="DIR",

@@ -15,6 +15,7 @@ from lrconvert.checkpoint.adapter import WEIGHTS
 from lrconvert.checkpoint.base import Model
 from lrconvert.checkpoint.source import sha256_of
 from lrconvert.checkpoint.tokenizer import tokenizer_of
+from lrconvert.engines.capability import CUSTOM_HF, SEARCHABLE
 from lrconvert.errors import InputError, UsageError, require
 from lrconvert.evals.texts import Text, read_texts, sources_of
 from lrconvert.extending.plan import Evaluate, Plan, Recover, Search, Tune, load_plan
@@ -56,6 +57,7 @@ def extend(
     again: str | None = None,
     work: str | Path | None = None,
     seed: int = 0,
+    runtime: str | None = None,
     name: str | None = None,
     revision: str | None = None,
     device: str | None = None,
@@ -77,7 +79,8 @@ def extend(
         target: The window to reach, in tokens, where it is less than the plan's: later stages are left out.
         until: The last stage to carry out. `again`: the first of those that are carried out although they are finished.
         work: The folder for what the stages leave; None: OUTPUT.work. The same call goes on from it.
-        seed, device, dtype, attention, context_parallel, shard_weights: As for `search`.
+        seed, runtime, device, dtype, attention, context_parallel, shard_weights: As for `search`. A recipe for a
+            runtime with one attention factor has the last set's in every set, from the first stage on.
         name: The recipe's name; None: the output's.
         progress: Gets every `Step` of every stage.
 
@@ -89,7 +92,7 @@ def extend(
         EnvironmentFailure: PyTorch, PEFT or a GPU is missing, or a stage does not fit the memory.
     """
     chosen = _plan(plan, target)
-    task, folder = _prepared(model, texts, output, chosen, held_out, work, seed, revision, force, progress,
+    task, folder = _prepared(model, texts, output, chosen, held_out, work, seed, revision, force, progress, runtime,
                                      device=device, dtype=dtype, attention=attention,
                                      context_parallel=context_parallel, shard_weights=shard_weights)  # fmt: skip
     for option, stage in (("--until", until), ("--from", again)):
@@ -117,6 +120,7 @@ def estimate_extension(
     target: int | None = None,
     held_out: Sequence[str | Path] = (),
     work: str | Path | None = None,
+    runtime: str | None = None,
     revision: str | None = None,
     progress: Progress | None = None,
     **machine: Any,
@@ -125,7 +129,7 @@ def estimate_extension(
     from lrconvert.extending.estimate import estimate
 
     chosen = _plan(plan, target)
-    task, _ = _prepared(model, texts, output, chosen, held_out, work, 0, revision, True, progress, **machine)
+    task, _ = _prepared(model, texts, output, chosen, held_out, work, 0, revision, True, progress, runtime, **machine)
     for module in ("torch", "transformers", "peft"):
         require(module, "train", "an extension")
     return estimate(chosen, replace(task, name="estimate"))
@@ -142,6 +146,7 @@ def _prepared(
     revision: str | None,
     force: bool,
     progress: Progress | None,
+    runtime: str | None,
     **machine: Any,
 ) -> tuple[Task, Path]:
     """The task of the whole extension, and its output: everything is checked, and nothing is loaded."""
@@ -161,7 +166,8 @@ def _prepared(
     if machine.get("dtype"):
         machine["dtype"] = long_name(machine["dtype"])
     place = Path(work) if work is not None else folder.with_name(folder.name + ".work")
-    task = Task("", opened, str(model), read, kept, place, place, seed, machine, progress or silent)
+    able = SEARCHABLE[runtime] if runtime else CUSTOM_HF
+    task = Task("", opened, str(model), read, kept, place, place, seed, able, machine, progress or silent)
     return task, folder
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lrconvert.extending.plan import Search
-from lrconvert.extending.task import JOURNAL, Task, with_tier
+from lrconvert.extending.task import JOURNAL, Task
 from lrconvert.rope import Tier, compose, serving
 from lrconvert.searching.journal import Record, read_journal
 from lrconvert.searching.objective import PARTS
@@ -66,8 +66,7 @@ def decide(stage: Search, task: Task) -> dict[str, Any]:
             task.keep(DECIDED, kept)
         found.append(Decided(rank, record.question.made, record.answer.loss, kept[key], tier))
     best = min(found[: stage.finalists], key=lambda one: one.whole)
-    recipe = with_tier(before, best.tier)
-    task.write(recipe, task.adapter)
+    task.write(task.with_tier(best.tier), task.adapter)
     rows = [{key: value for key, value in asdict(one).items() if key != "tier"} for one in found]
     correlation = rank_correlation([one.searched for one in found], [one.whole for one in found])
     return {

@@ -25,7 +25,7 @@ from lrconvert.extending.plan import Evaluate, Plan
 from lrconvert.extending.stages import STAGES, Facts
 from lrconvert.extending.task import ADAPTER, Task
 from lrconvert.recipe import RECIPE_FILE, SCHEMA_VERSION, Provenance, Recipe, load_recipe, write_recipe
-from lrconvert.rope import Tier
+from lrconvert.rope import Tier, longrope_attention_factor
 
 RESULT, START = "result.json", "0-start"
 SPENT = "spent.json"  # what an unfinished stage took so far
@@ -147,7 +147,7 @@ class Extension:
             original_window=window,
             rope_theta=shape.theta,
             rotary_dim=shape.rotary_dim,
-            tiers=(Tier(window, (1.0,) * (shape.rotary_dim // 2)),),
+            tiers=(Tier(window, (1.0,) * (shape.rotary_dim // 2), 0, self._attention(window)),),
             provenance=Provenance(kind="extended", method=self.plan.name),
         )
         if self.task.leading:
@@ -156,11 +156,17 @@ class Extension:
             time.sleep(WAIT)
         return written
 
+    def _attention(self, window: int) -> float:
+        """The attention factor of the model as it is: of a runtime with one for all sets, already the last set's."""
+        per_tier = self.task.able.attention == "per tier"
+        return 1.0 if per_tier else longrope_attention_factor(max(self.plan.target / window, 1.0), window)
+
     def _identity(self) -> str:
         source = describe_source(self.task.model)
         texts = [[text.sha256 for text in group] for group in (self.task.texts, self.task.held_out)]
-        return _digest({"format": FORMAT, "model": {key: source[key] for key in ("family", "config_sha256", "weights")},
-                        "texts": texts, "seed": self.task.seed, "dtype": self.task.machine.get("dtype")})  # fmt: skip
+        model = {key: source[key] for key in ("family", "config_sha256", "weights")}
+        machine = {"dtype": self.task.machine.get("dtype"), "for": self.task.able.name}
+        return _digest({"format": FORMAT, "model": model, "texts": texts, "seed": self.task.seed, **machine})
 
 
 def _facts(stage: Any, task: Task) -> Facts:

@@ -18,7 +18,7 @@ import numpy as np
 from lrconvert import rope
 from lrconvert.errors import EnvironmentFailure
 from lrconvert.extending.plan import Derive, Evaluate, Recover, Search, Tune
-from lrconvert.extending.task import ADAPTER, JOURNAL, Task, with_tier
+from lrconvert.extending.task import ADAPTER, JOURNAL, Task
 from lrconvert.recipe.derive import factor_set
 from lrconvert.recipe.models import portable_name
 from lrconvert.rope import Tier, compose, serving
@@ -37,9 +37,11 @@ def derive(stage: Derive, task: Task) -> Facts:
     extension = stage.window / reach
     ratio = stage.ratio or (2 * extension if stage.method == "ntk" else extension)
     factors = factor_set(stage.method, recipe.rotary_dim, recipe.rope_theta, ratio, reach, own.factors)
-    total = rope.longrope_attention_factor(stage.window / recipe.original_window, recipe.original_window)
+    total = task.one_attention
+    if total is None:
+        total = rope.longrope_attention_factor(stage.window / recipe.original_window, recipe.original_window)
     new = Tier(stage.window, tuple(factors.tolist()), own.start_tokens, total / own.attention_factor)
-    task.write(with_tier(recipe, compose(own, new)), task.adapter)
+    task.write(task.with_tier(compose(own, new)), task.adapter)
     return {"method": stage.method, "ratio": ratio}
 
 
@@ -103,6 +105,8 @@ def _search(task: Task, length: int, **options: Any) -> Facts:
         seed=task.seed,
         name=task.recipe.name,
         allow_concatenate=True,
+        attention_factor=task.one_attention,
+        uniform=task.one_attention is not None,
         force=True,
         watch=watch,
         **{key: value for key, value in task.machine.items() if value is not None},
@@ -112,7 +116,7 @@ def _search(task: Task, length: int, **options: Any) -> Facts:
     assert found.journal is not None
     searched = recipe.provenance.search or {}
     if found.leading:  # what an extension's recipe says of its search stands with its stage
-        task.write(with_tier(task.recipe, serving(recipe.tiers, length)), task.adapter)
+        task.write(task.with_tier(serving(recipe.tiers, length)), task.adapter)
     return {"journal_sha256": searched.get("journal_sha256"), "tiers": searched.get("tiers"),
             "losses": (recipe.evaluation or {}).get("tiers")}  # fmt: skip
 

@@ -12,6 +12,7 @@ from typing import Any
 from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.adapter import choose_adapter, merged, open_adapter
 from lrconvert.checkpoint.tokenizer import Encode, tokenizer_of
+from lrconvert.engines.capability import CUSTOM_HF, Capability
 from lrconvert.evals.texts import Text
 from lrconvert.progress import Progress, Step, silent
 from lrconvert.recipe import Recipe, load_recipe, recipe_folder, write_recipe
@@ -36,6 +37,7 @@ class Task:
     before: Path
     folder: Path
     seed: int = 0
+    able: Capability = CUSTOM_HF  # what the recipe is for: sets that it can't express are not made
     machine: dict[str, Any] = field(default_factory=dict)
     progress: Progress = silent
 
@@ -57,6 +59,18 @@ class Task:
     def trained(self) -> Model:
         """The model with the adapter so far merged."""
         return self.model if self.adapter is None else merged(self.model, open_adapter(self.adapter))
+
+    @property
+    def one_attention(self) -> float | None:
+        """The attention factor of every set, where the recipe's runtime has one for all; else None."""
+        return None if self.able.attention == "per tier" else self.recipe.tiers[-1].attention_factor
+
+    def with_tier(self, tier: Tier) -> Recipe:
+        """The recipe with a tier added; of a runtime that knows two, the original window's and this one."""
+        tiers = self.recipe.tiers
+        if self.able.tiers is not None and tier.max_length > tiers[0].max_length:
+            return replace(self.recipe, tiers=(tiers[0], tier))
+        return with_tier(self.recipe, tier)
 
     @property
     def encode(self) -> Encode:

@@ -149,8 +149,11 @@ def start_tokens_of(request: SearchRequest, own: Tier | None) -> tuple[int, ...]
 
 def attention_of(request: SearchRequest, base: Base, length: int) -> tuple[float, float] | None:
     """The attention factors to try on top of what the model has; None: the space's own."""
-    own, named = base.own(length), request.attention_factor
-    if length <= base.original_window or (own is None and named is None):
+    own, named, short = base.own(length), request.attention_factor, length <= base.original_window
+    if named is not None and (request.uniform or not short):
+        factor = named / (own.attention_factor if own else 1.0)
+    elif short or own is None:
         return None
-    factor = base.attention_factor(length) if named is None else named / (own.attention_factor if own else 1.0)
+    else:
+        factor = base.attention_factor(length)
     return factor, factor

@@ -46,11 +46,13 @@ def warned() -> Iterator[list[str]]:
             heard.append(record.getMessage())
 
     logger, handler = logging.getLogger(*RETRYING), Hearing()
-    before = list(logger.filters)
+    before, level = list(logger.filters), logger.level
     logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)  # `push` silences the client, for the rest of the process
     yield heard
     logger.removeHandler(handler)
     logger.filters[:] = before
+    logger.setLevel(level)
 
 
 @pytest.mark.parametrize("hushed", [True, False])

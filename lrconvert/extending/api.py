@@ -18,6 +18,7 @@ from lrconvert.checkpoint.tokenizer import tokenizer_of
 from lrconvert.engines.capability import CUSTOM_HF, SEARCHABLE
 from lrconvert.errors import InputError, UsageError, require
 from lrconvert.evals.texts import Text, read_texts, sources_of
+from lrconvert.extending.fitting import check_memory
 from lrconvert.extending.plan import Evaluate, Plan, Recover, Search, Tune, load_plan
 from lrconvert.extending.run import Extension, Finished, check_name, extended_recipe
 from lrconvert.extending.task import ADAPTER, Task
@@ -99,6 +100,7 @@ def extend(
         check_name(chosen, option, stage)
     for module in ("torch", "transformers", "peft"):
         require(module, "train", "an extension")
+    check_memory(chosen, task)
     extension = Extension(chosen, task, task.folder)
     done = extension.run(until=until, again=again)
     recipe = replace(
@@ -132,6 +134,7 @@ def estimate_extension(
     task, _ = _prepared(model, texts, output, chosen, held_out, work, 0, revision, True, progress, runtime, **machine)
     for module in ("torch", "transformers", "peft"):
         require(module, "train", "an extension")
+    check_memory(chosen, task)
     return estimate(chosen, replace(task, name="estimate"))
 
 

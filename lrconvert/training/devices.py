@@ -66,6 +66,14 @@ def default_dtype(device: str | None, purpose: str) -> str:
     return "bfloat16" if cuda else "float32"
 
 
+def device_memory(device: Any) -> int:
+    """Bytes of memory that a `torch.device` has, used or not."""
+    torch = require("torch", "search", "computing with PyTorch")
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory was short. PyTorch raises a class of its own on a GPU, and a RuntimeError on a CPU."""
     torch = require("torch", "search", "computing with PyTorch")

@@ -2,15 +2,18 @@
 """Published LongRoPE sets, baked from the model's own rotation into every format and verified at their real windows.
 
     python benchmarks/published_configs.py FACTORS [--only phi-3.5-mini] [--formats gguf] [--widen 2 3 6] [--jobs 8]
+        [--add]
 
-FACTORS is a folder of published sets as JSON: `short_factor`, `long_factor` (one of them null where a table is for one
-length), `head_dim`, windows and θ. They are read where they lie. Every set becomes the config of a small random model
-of its family, with the set's own head size, and with q and k widened so that a wrong rotation shows. A long LLaMA2 or
-Mistral table has the short 4k table of the same fine-tuned model beside it, as its authors' loader pairs them.
+FACTORS are folders of published sets as JSON (benchmarks/factors is one): `short_factor`, `long_factor` (one of them null
+where a table is for one length), `head_dim`, windows and θ. They are read where they lie. Every set becomes the config
+of a small random model of its family, with the set's own head size, and with q and k widened so that a wrong rotation
+shows. A long LLaMA2 or Mistral table has the short 4k table of the same fine-tuned model beside it, as its authors'
+loader pairs them.
 
 Each artifact is verified as it is, with the cases and the budget of `lrconvert verify`, and once for every mistake of
 `lrconvert.parity.mutants`, with prompts of 512 tokens that end at the same lengths, without decoding: fewer cases
-to be caught by. The result has a row for each artifact, and what caught each mistake.
+to be caught by. The result has a row for each artifact, and what caught each mistake. `--add` keeps the rows of an
+earlier run that this one does not measure again.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -93,11 +97,12 @@ class Published:
     config: dict[str, Any]
 
 
-def published(folder: Path) -> Iterator[Published]:
+def published(folders: list[Path]) -> Iterator[Published]:
     """Every set of a family that is converted, as a config."""
-    values = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    paths = [path for folder in folders for path in sorted(folder.glob("*.json"))]
+    values = {path.stem: json.loads(path.read_text()) for path in paths}
     for name, found in values.items():
-        if name.startswith("phi-3") and not {"moe", "vision"} & set(name.split("-")):  # those are other families
+        if name.startswith("phi-") and not {"moe", "vision"} & set(name.split("-")):  # those are other families
             yield Published(name, config_of("phi3", found, found["short_factor"], found["long_factor"]))
         elif (match := TABLE.fullmatch(name)) and found["long_factor"]:
             family = match[1].removesuffix("2")
@@ -107,12 +112,14 @@ def published(folder: Path) -> Iterator[Published]:
 
 
 def config_of(family: str, found: dict[str, Any], short: list[float], long: list[float]) -> dict[str, Any]:
+    rotated = found["rotary_dim"] / found["head_dim"]
     return {
         "model_type": family,
         "architectures": [CLASSES[family]],
         **SMALL,
         "hidden_size": SMALL["num_attention_heads"] * found["head_dim"],
         "head_dim": found["head_dim"],
+        **({"partial_rotary_factor": rotated} if rotated < 1 else {}),
         "max_position_embeddings": found["target_length"] or found["max_position_embeddings"],
         "original_max_position_embeddings": found["original_max_position_embeddings"],
         "rope_theta": found["rope_theta"],
@@ -214,23 +221,28 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("factors", type=Path)
+    parser.add_argument("factors", type=Path, nargs="+")
     parser.add_argument("--only", nargs="*", help="names of sets; default: all")
     parser.add_argument("--formats", nargs="*", default=list(FORMATS), choices=list(FORMATS))
     parser.add_argument("--widen", nargs="*", type=float, default=[3.0])
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--scratch", type=Path, help="where to work; default: a temporary folder")
     parser.add_argument("--print", action="store_true", help="keep no result")
+    parser.add_argument("--add", action="store_true", help="to the rows of an earlier result")
     options = parser.parse_args()
     sets = [one for one in published(options.factors) if not options.only or one.name in options.only]
     with scratch_folder(options.scratch) as scratch:
         tasks = [(one, widen, kind, scratch) for one in sets for widen in options.widen for kind in options.formats]
         with multiprocessing.get_context("spawn").Pool(options.jobs, maxtasksperchild=1) as pool:
             rows = list(pool.imap(measured, tasks))
-    lines = table(rows)
-    print("\n".join(lines))
+    print("\n".join(table(rows)))
     if options.print:
         return
+    if options.add:
+        key = itemgetter("set", "widened", "format")
+        earlier = json.loads((RESULTS / f"{NAME}.json").read_text())["rows"]
+        rows = [row for row in earlier if key(row) not in set(map(key, rows))] + rows
+    lines = table(rows)
     result = json.loads(save(NAME, {"rows": rows}).read_text())
     versions = ", ".join(f"{name} {number}" for name, number in {**result["versions"], **engines()}.items())
     head = [

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lrconvert.evals.passkey import by_length
-from lrconvert.recipe.plotting import one_axis, plain_log_scale, save
+from lrconvert.recipe.plotting import new_pyplot, one_axis, plain_log_scale, save
 
 if TYPE_CHECKING:
     from lrconvert.evals.passkey import PasskeyRow
@@ -54,6 +54,38 @@ def plot_passkey(rows: Sequence[PasskeyRow], path: Path, *, title: str, protocol
     axis.set_ylabel("depth of the key")
     figure.colorbar(image, label="share of keys found")
     _titled(axis, title, protocol)
+    save(figure, path)
+
+
+class Measured(Protocol):
+    """A model at one length."""
+
+    @property
+    def length(self) -> int: ...
+    @property
+    def perplexity(self) -> float: ...
+    @property
+    def keys(self) -> int: ...
+
+
+def plot_before_after(results: Mapping[str, Sequence[Measured]], path: Path, *, title: str) -> None:
+    """Perplexity and keys found against length, a line for each of the results, as a PNG."""
+    figure, axes = new_pyplot().subplots(1, 2, figsize=(8.5, 3.6), layout="constrained")
+    for name, rows in results.items():
+        lengths = [row.length for row in rows]
+        for axis, values in zip(axes, ([row.perplexity for row in rows], [row.keys for row in rows]), strict=True):
+            axis.plot(lengths, values, marker="o", label=name)
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(lengths, [f"{length:,}" for length in lengths], fontsize=8)
+            axis.minorticks_off()
+            axis.set_xlabel("tokens of context", fontsize=8)
+            axis.grid(alpha=0.3)
+    plain_log_scale(axes[0], [row.perplexity for rows in results.values() for row in rows])
+    axes[0].set_ylabel("perplexity of the last 1,024 tokens", fontsize=8)
+    axes[1].set_ylabel("keys found", fontsize=8)
+    axes[1].set_ylim(bottom=0)
+    axes[0].legend(fontsize=8, frameon=False)
+    figure.suptitle(title, fontsize=10)
     save(figure, path)
 
 

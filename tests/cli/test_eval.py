@@ -107,7 +107,8 @@ def test_pictures_say_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monk
     from lrconvert.evals.figures import Figure
     from lrconvert.evals.passkey import PasskeyRow
     from lrconvert.evals.perplexity import PerplexityRow
-    from lrconvert.evals.plotting import plot_passkey, plot_perplexity
+    from lrconvert.cli.demo import Measured
+    from lrconvert.evals.plotting import plot_before_after, plot_passkey, plot_perplexity
 
     found: list[str] = []
 
@@ -119,6 +120,9 @@ def test_pictures_say_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monk
     plot_perplexity([PerplexityRow(64, Figure(3.0, 2.5, 3.5), 1234, 2, "whole")], tmp_path / "p.png", **told)
     plot_passkey([PasskeyRow(64, 1, 3, 0.0), PasskeyRow(64, 2, 3, 1.0)], tmp_path / "k.png", **told)
     assert all("demo: seed 7\nsome protocol" in text for text in found)
+    rows = {"before": [Measured(64, 9.0, 5), Measured(4096, 90.0, 0)], "after": [Measured(64, 8.0, 5)]}
+    plot_before_after(rows, tmp_path / "both.png", title="some model")
+    assert all(word in found[2] for word in ("some model", "before", "after", "4,096", "keys found", "perplexity"))
     assert "64\n(1,234)" in found[0] and "95 % interval" in found[0]
     assert "1/3" in found[1] and "2/3" in found[1] and "64\n19% … 81%" in found[1]
 

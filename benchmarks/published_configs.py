@@ -4,11 +4,11 @@
     python benchmarks/published_configs.py FACTORS [--only phi-3.5-mini] [--formats gguf] [--widen 2 3 6] [--jobs 8]
         [--add]
 
-FACTORS are folders of published sets as JSON (benchmarks/factors is one): `short_factor`, `long_factor` (one of them null
-where a table is for one length), `head_dim`, windows and θ. They are read where they lie. Every set becomes the config
-of a small random model of its family, with the set's own head size, and with q and k widened so that a wrong rotation
-shows. A long LLaMA2 or Mistral table has the short 4k table of the same fine-tuned model beside it, as its authors'
-loader pairs them.
+FACTORS are folders of published sets as JSON (benchmarks/factors is one): `short_factor`, `long_factor` (one of them
+null where a table is for one length), `head_dim`, windows and θ. They are read where they lie. Every set becomes the
+config of a small random model of its family, with the set's own head size, and with q and k widened so that a wrong
+rotation shows. A long LLaMA2 or Mistral table has the short 4k table of the same fine-tuned model beside it, as its
+authors' loader pairs them.
 
 Each artifact is verified as it is, with the cases and the budget of `lrconvert verify`, and once for every mistake of
 `lrconvert.parity.mutants`, with prompts of 512 tokens that end at the same lengths, without decoding: fewer cases

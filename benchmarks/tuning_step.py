@@ -30,7 +30,7 @@ from lrconvert.cli._common import TOKENS
 from lrconvert.training.loaded import LoadedModel
 from lrconvert.training.network import load_network
 from lrconvert.training.rows import Row, StepRows
-from lrconvert.training.tuning import PROJECTIONS, TuneOptions, Tuning, load_trainable
+from lrconvert.training.tuning import PROJECTIONS, StepResult, TuneOptions, Tuning, load_trainable
 
 UNTIMED = 2
 RATE = 1e-4
@@ -58,11 +58,12 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     def rows_of(step: int) -> StepRows:
         return StepRows(loaded.rotation, (Row(tokens[step], positions, everything, nothing),))
 
-    times, losses = [], []
+    results: list[StepResult] = []
     with tempfile.TemporaryDirectory() as folder:
         tuning = Tuning(loaded, tune, rows_of, Path(folder), every=1e9)
-        tuning.run(lambda result: (times.append(result.seconds), losses.append(result.text)))
-    facts = {"attention": loaded.attention, "recomputed": loaded.recompute}
+        tuning.run(results.append)
+    times, losses = [result.seconds for result in results], [result.text for result in results]
+    facts: dict[str, Any] = {"attention": loaded.attention, "recomputed": loaded.recompute}
     if loaded.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
         row = Row(tokens[0], positions, everything, nothing)
@@ -85,7 +86,7 @@ def peer(options: argparse.Namespace) -> dict[str, Any]:
         r=options.rank, lora_alpha=options.rank, target_modules=[name for name in PROJECTIONS["all"] if name in names],
         modules_to_save=norms, task_type="CAUSAL_LM",
     ))  # fmt: skip
-    rows = [{"input_ids": torch.from_numpy(row), "labels": torch.from_numpy(row)} for row in tokens]
+    rows: Any = [{"input_ids": torch.from_numpy(row), "labels": torch.from_numpy(row)} for row in tokens]
     times, losses = [], []
 
     class Clock(transformers.TrainerCallback):
@@ -144,11 +145,11 @@ def share_of_card(model: Any, options: argparse.Namespace, seconds: float) -> di
     attention = 7 * 2 * options.length**2 / 2 * shape.heads * shape.head_dim * shape.layers
     one, two = (torch.randn(SQUARE, SQUARE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     for _ in range(3):
-        one @ two
+        torch.mm(one, two)
     torch.cuda.synchronize()
     started = time.perf_counter()
     for _ in range(10):
-        one @ two
+        torch.mm(one, two)
     torch.cuda.synchronize()
     rate = 10 * 2 * SQUARE**3 / (time.perf_counter() - started)
     return {"operations": linear + attention, "card": rate, "share": round((linear + attention) / seconds / rate, 3)}

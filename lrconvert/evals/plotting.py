@@ -72,14 +72,15 @@ def plot_before_after(results: Mapping[str, Sequence[Measured]], path: Path, *, 
     """Perplexity and keys found against length, a line for each of the results, as a PNG."""
     figure, axes = new_pyplot().subplots(1, 2, figsize=(8.5, 3.6), layout="constrained")
     for name, rows in results.items():
-        lengths = [row.length for row in rows]
         for axis, values in zip(axes, ([row.perplexity for row in rows], [row.keys for row in rows]), strict=True):
-            axis.plot(lengths, values, marker="o", label=name)
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(lengths, [f"{length:,}" for length in lengths], fontsize=8)
-            axis.minorticks_off()
-            axis.set_xlabel("tokens of context", fontsize=8)
-            axis.grid(alpha=0.3)
+            axis.plot([row.length for row in rows], values, marker="o", label=name)
+    lengths = sorted({row.length for rows in results.values() for row in rows})
+    for axis in axes:
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [f"{length:,}" for length in lengths], fontsize=8)
+        axis.minorticks_off()
+        axis.set_xlabel("tokens of context", fontsize=8)
+        axis.grid(alpha=0.3)
     plain_log_scale(axes[0], [row.perplexity for rows in results.values() for row in rows])
     axes[0].set_ylabel("perplexity of the last 1,024 tokens", fontsize=8)
     axes[1].set_ylabel("keys found", fontsize=8)

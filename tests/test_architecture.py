@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 import shutil
 from collections.abc import Iterator
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
@@ -226,3 +229,12 @@ def test_the_check_can_fail(file: str, code: str, expected: str | None, tmp_path
     """A planted import is found in a copy of the package, and an allowed one is not."""
     found = violations(planted(tmp_path, file, code))
     assert ([expected in text for text in found] == [True]) if expected else (found == []), found
+
+
+@pytest.mark.parametrize("target", ["hf", "gguf", "onnx"])
+def test_the_api_takes_every_option_of_a_target(target: str) -> None:
+    """What the command line can ask of a bake, Python can."""
+    options = importlib.import_module(f"lrconvert.targets.{target}").Options
+    function = getattr(importlib.import_module("lrconvert.api.baking"), target)
+    missing = {field.name for field in fields(options)} - set(inspect.signature(function).parameters)
+    assert not missing

@@ -106,6 +106,7 @@ def gguf(
     adapter: str | None = None,
     lift: bool = False,
     pad: bool = False,
+    architecture: str | None = None,
     static: bool = False,
     fold: bool = False,
     lossy: bool = False,
@@ -120,15 +121,17 @@ def gguf(
 ) -> Artifact:
     """Bake a GGUF for llama.cpp; a GGUF as `model` is re-baked.
 
-    `type`: f32, f16, bf16, q8_0, q4_k_m and llama.cpp's other types; None keeps what is stored. `static`: the long set
-    for every length; `fold`: the attention factor goes into q and k; `lossy`: drop what llama.cpp can't express;
-    `split`: bytes of tensor data a file; `library`: libllama to quantise with.
+    `type`: f32, f16, bf16, q8_0, q4_k_m and llama.cpp's other types; None keeps what is stored. `architecture`: another
+    one of llama.cpp than the family's usual one; `static`: the long set for every length; `fold`: the attention factor
+    goes into q and k; `lossy`: drop what llama.cpp can't express; `split`: bytes of tensor data a file; `library`:
+    libllama to quantise with.
     """
     from lrconvert.targets.gguf import Options
 
     options = Options(
         window=window,
         type=type,
+        architecture=architecture,
         static=static,
         fold=fold,
         lossy=lossy,

@@ -194,12 +194,13 @@ def _show_cost(plan: SearchPlan, place: dict[str, Any]) -> None:
     total = sum(cost.evaluations * cost.operations for cost in found)
     for module in ("torch", "transformers"):
         require(module, "search", "measuring how fast this device is")
-    from lrconvert.searching.estimate import measured_speed
+    from lrconvert.searching.estimate import measured_device
 
-    speed = measured_speed(plan, **place)
+    device = measured_device(plan, **place)
+    rows = " and ".join(f"{length:,}" for length in device.rows)
     out.say(
-        f"in total {total / 1e15:.3g} PFLOP: about {out.duration(total / speed.rate)} on {speed.device}, "
-        f"which does {speed.rate / 1e12:.2g} TFLOP/s (measured on a short row)"
+        f"in total {total / 1e15:.3g} PFLOP: about {out.duration(device.seconds(plan))} on {device.name}, "
+        f"by what rows of {rows} tokens took"
     )
 
 

@@ -287,7 +287,8 @@ ENGINES: tuple[Engine, ...] = (
         replace(LLAMA_CPP, name=_BAKED_GGUF),
         "0.4.0-dev to 0.6.0-dev; step35 since PR 19283",
         TESTED,
-        "`lrconvert verify`; llama-context.cpp; the C++ of qwen3 and of step35 (xllamacpp 2026.9.10809 is the oldest that ran)",
+        "`lrconvert verify`; llama-context.cpp; the C++ of qwen3 and step35; the oldest that ran is in xllamacpp "
+        "2026.9.10809",
         Rule(
             "its own YaRN, at every length; with `--architecture step35` as above",
             refuses="qwen3 there ignores factors, and knows one YaRN for every length; `lrconvert gguf --architecture "

@@ -104,10 +104,10 @@ def test_pictures_say_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monk
     """Title, protocol, tokens that count, trials of every cell, intervals."""
     from matplotlib.figure import Figure as Picture
 
+    from lrconvert.cli.demo import Measured
     from lrconvert.evals.figures import Figure
     from lrconvert.evals.passkey import PasskeyRow
     from lrconvert.evals.perplexity import PerplexityRow
-    from lrconvert.cli.demo import Measured
     from lrconvert.evals.plotting import plot_before_after, plot_passkey, plot_perplexity
 
     found: list[str] = []

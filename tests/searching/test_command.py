@@ -311,7 +311,7 @@ def test_the_estimate_is_of_the_device_at_hand(
     estimates = []
     for seconds in (1.0, 2.0):
         clock = itertools.count(step=seconds)
-        monkeypatch.setattr("lrconvert.searching.estimate.time.perf_counter", lambda clock=clock: next(clock))
+        monkeypatch.setattr("lrconvert.training.costs.time.perf_counter", lambda clock=clock: next(clock))
         found = cli(*arguments(text, tmp_path / "r", "--dry-run", "--threads", "1"))
         (line,) = [line for line in found.out.splitlines() if "in total" in line]
         estimates.append(float(line.split("about ")[1].split()[0]))

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from lrconvert.training.loaded import LoadedModel
 
 PROBES = {"cpu": (512, 2048), "cuda": (8192, 32768)}  # tokens of the two rows that are measured
-REPEATS = 2  # of each; the faster one counts: other work on the machine only slows it down
+# Each is read again and again, so often or so long; the fastest pass counts: other work only slows one down.
+REPEATS, ENOUGH = 6, 1.5
+ATTENTION = (0.5, 4.0)
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,22 @@ class Cost:
         return None if self.base is None else self.base + self.each * tokens
 
 
-def fitted(lengths: tuple[int, int], seconds: tuple[float, float], memory: tuple[float, float] | None) -> Cost:
-    """The cost through two measurements; neither part is negative."""
+def fitted(
+    lengths: tuple[int, int], seconds: tuple[float, float], memory: tuple[float, float] | None, share: float
+) -> Cost:
+    """The cost through two measurements.
+
+    `share`: operations of attention for those of products, in a pass over one token. Two times that other work has
+    disturbed say anything about squares, and long rows multiply it: an operation of attention takes between
+    `ATTENTION` times what one of products does, and the longer row's time is kept.
+    """
     (one, two), (fast, slow) = lengths, seconds
-    square = max((slow / two - fast / one) / (two - one), 0.0)
-    linear = max(slow / two - square * two, 0.0)
+    square = (slow / two - fast / one) / (two - one)
+    linear = slow / two - square * two
+    slower = square / (share * linear) if linear > 0 else ATTENTION[1]
+    slower = min(max(slower, ATTENTION[0]), ATTENTION[1])
+    linear = slow / two / (1 + slower * share * two)
+    square = slower * share * linear
     if memory is None:
         return Cost(linear, square)
     each = max((memory[1] - memory[0]) / (two - one), 0.0)
@@ -65,18 +78,38 @@ def pass_cost(model: LoadedModel, run: Callable[[LoadedModel, np.ndarray], Any])
         run(model, tokens)  # the first one loads what others use
         if cuda:
             torch.cuda.reset_peak_memory_stats(model.device)
-        seconds.append(min(_seconds(model, run, tokens) for _ in range(REPEATS)))
+        seconds.append(_fastest(model, run, tokens))
         if cuda:
             memory.append(float(torch.cuda.max_memory_allocated(model.device)))
     model.free()
-    return fitted(lengths, (seconds[0], seconds[1]), (memory[0], memory[1]) if cuda else None)
+    return fitted(lengths, (seconds[0], seconds[1]), (memory[0], memory[1]) if cuda else None, attention_share(model))
+
+
+def attention_share(model: LoadedModel) -> float:
+    """Operations of attention for those of products, of a pass over one token: causal attention over n tokens takes
+    2 · layers · heads · head size · n², products take 2 · parameters · n."""
+    config = model.network.config
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return config.num_hidden_layers * heads * size / sum(weight.numel() for weight in model.network.parameters())
+
+
+def _fastest(model: LoadedModel, run: Callable[[LoadedModel, np.ndarray], Any], tokens: np.ndarray) -> float:
+    taken: list[float] = []
+    while len(taken) < REPEATS and sum(taken) < ENOUGH:
+        taken.append(_seconds(model, run, tokens))
+    return min(taken)
 
 
 def _seconds(model: LoadedModel, run: Callable[[LoadedModel, np.ndarray], Any], tokens: np.ndarray) -> float:
+    """Of one pass. On a CPU its own time on all threads, which other work on the machine hardly changes."""
     import torch
 
+    if model.device.type == "cpu":
+        started = time.process_time()
+        run(model, tokens)
+        return (time.process_time() - started) / torch.get_num_threads()
     started = time.perf_counter()
     run(model, tokens)
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+    torch.cuda.synchronize(model.device)
     return time.perf_counter() - started

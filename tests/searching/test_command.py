@@ -309,7 +309,7 @@ def test_the_estimate_is_of_the_device_at_hand(
     """A device that takes twice as long for a row takes twice as long for the search; one that isn't there
     is said to be missing."""
     estimates = []
-    for seconds in (0.1, 0.2):
+    for seconds in (16.0, 32.0):
         clock = itertools.count(step=seconds)
         monkeypatch.setattr("lrconvert.training.costs.time.process_time", lambda clock=clock: next(clock))
         found = cli(*arguments(text, tmp_path / "r", "--dry-run", "--threads", "1"))

@@ -25,79 +25,49 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from lrconvert.families import expected_tensors, get_family, read_shape
-from lrconvert.targets.hf.shards import PlannedTensor, header_of
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
+import make_shape
+from make_shape import normal_blocks, planned, shape_config, spread_of, stored_tensors
 
 RESULTS = Path(__file__).parent / "results"
 CHUNK = 64 * 2**20
 
 # 2.8 GB in bf16 (1.4 B parameters), and the shape of a 7B model (13.5 GB).
 SHAPES = {
-    "2.8 GB": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 26, "num_attention_heads": 16},
-    "14 GB": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "2.8 GB": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+    },
+    "14 GB": {},
 }
 
 
 def write_checkpoint(folder: Path, shape: str, *, shards: int = 7, sparse: bool = False) -> Path:
     """A sharded bf16 Llama of a shape, random weights; `sparse`: holes instead of weights, for what never
     reads them. Kept if it is there already."""
-    if (folder / "config.json").exists():
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "num_key_value_heads": SHAPES[shape]["num_attention_heads"],
-        "vocab_size": 32000,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "torch_dtype": "bfloat16",
-        **SHAPES[shape],
-    }
-    family = get_family("llama")
-    tensors = [
-        PlannedTensor(t.name, "BF16", t.shape)
-        for t in expected_tensors(family, read_shape(config, family))
-        if t.required
-    ]
-    weight_map: dict[str, str] = {}
-    noise = np.random.default_rng(0).integers(0x3B00, 0x3D00, size=CHUNK // 2, dtype=np.uint16).tobytes()
+    config = {**shape_config("llama2-7b"), **SHAPES[shape]}
+    tensors = planned(config)
     ends = [len(tensors) * part // shards for part in range(shards + 1)]
-    groups = [tensors[start:end] for start, end in itertools.pairwise(ends)]
-    for index, group in enumerate(groups, 1):
-        name = f"model-{index:05d}-of-{len(groups):05d}.safetensors"
-        weight_map |= {tensor.name: name for tensor in group}
-        left = sum(tensor.nbytes for tensor in group)
-        with (folder / name).open("wb") as file:
-            file.write(header_of(group))
-            if sparse:
-                file.truncate(file.tell() + left)
-                continue
-            while left:
-                left -= file.write(noise[: min(left, CHUNK)])
-    total = sum(tensor.nbytes for tensor in tensors)
-    index_text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map})
-    (folder / "model.safetensors.index.json").write_text(index_text)
-    (folder / "config.json").write_text(json.dumps(config))
+    groups = [
+        (f"model-{index:05d}-of-{shards:05d}.safetensors", tensors[start:end])
+        for index, (start, end) in enumerate(itertools.pairwise(ends), 1)
+    ]
+    if not (folder / "config.json").exists():
+        make_shape.write_checkpoint(folder, config, groups, None if sparse else normal_blocks(config))
     return folder
 
 
 def write_random(folder: Path, config: dict[str, Any], *, widen: float) -> None:
     """A small float32 checkpoint of any family: random weights, q and k `widen` times as large, so that a wrong
     rotation shows."""
-    family = get_family(config["model_type"])
     rng = np.random.default_rng(7)
     tensors = {}
-    for tensor in expected_tensors(family, read_shape(config, family)):
-        if not tensor.required:
-            continue
-        if tensor.role.endswith("norm"):
-            values = 1 + 0.1 * rng.standard_normal(tensor.shape)
-        else:
-            scale = widen if tensor.role in ("q", "k", "qkv") else 1.0
-            values = scale * rng.standard_normal(tensor.shape) / np.sqrt(tensor.shape[-1])
-        tensors[tensor.name] = values.astype(np.float32)
+    for tensor in stored_tensors(config):
+        mean, deviation = spread_of(tensor.role, tensor.shape, widen)
+        tensors[tensor.name] = (mean + deviation * rng.standard_normal(tensor.shape)).astype(np.float32)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2))

@@ -60,7 +60,13 @@ WIDEN = 2.0  # q and k of fresh weights attend almost evenly, which hides rotati
 RATIO = 8
 COMPARED = 128  # last positions of every length
 SMALL = "0.1 GB"  # for trying the script
-SHAPES[SMALL] = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8}
+SHAPES[SMALL] = {
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+}
 
 # No width of a layer equals the vocabulary: the builder of onnxruntime-genai would take it for lm_head.
 COMMON: dict[str, Any] = {

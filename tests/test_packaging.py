@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import Result
 
+from lrconvert.recipe import load_recipe, shipped_recipes
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -27,11 +29,18 @@ def test_the_wheel_holds_the_recipes_the_model_and_the_modeling_code(tmp_path: P
         "lrconvert/data/demo/LICENSE",
         "lrconvert/data/recipes/demo-8x/recipe.json",
         "lrconvert/data/recipes/demo-yarn-8x/recipe.json",
+        "lrconvert/data/recipes/llama2-7b-2048k/recipe.json",
+        "lrconvert/data/recipes/mistral-7b-2048k/README.md",
         "lrconvert/data/recipe.schema.json",
         "lrconvert/targets/hf/modeling_longrope.py",
     ):
         assert needed in names
     assert not [name for name in names if name.startswith(("tests", "benchmarks"))]
+    (notice,) = (name for name in names if name.endswith("/licenses/NOTICE"))
+    told = zipfile.ZipFile(wheel).read(notice).decode()
+    for name in shipped_recipes():
+        licence = load_recipe(name).provenance.licence
+        assert licence is None or (name in told and "Permission is hereby granted" in told), name
     assert wheel.stat().st_size < 16 * 2**20
 
 

@@ -16,7 +16,7 @@ from lrconvert.precision import short_name
 from lrconvert.progress import Progress
 from lrconvert.recipe import Recipe
 from lrconvert.recipe.importing import open_recipe
-from lrconvert.recipe.models import own_recipe, replaced_note
+from lrconvert.recipe.models import check_window, fit_notes, own_recipe
 from lrconvert.targets import get_target
 
 
@@ -50,17 +50,20 @@ def plan_bake(
     loaded, folder, notes = _recipe(opened, recipe, getattr(options, "window", None))
     chosen = choose_adapter(adapter, loaded.adapter, folder)
     merged = None if chosen is None else open_adapter(chosen)
+    if recipe is not None:
+        notes += fit_notes(opened, loaded, tuned=merged is not None)
     opened = replace(opened, notes=(*opened.notes, *notes))
-    return row.plan(opened, loaded, Path(output), options, adapter=merged)
+    plan = row.plan(opened, loaded, Path(output), options, adapter=merged)
+    check_window(opened, loaded)  # last: another family or θ says more about what is wrong
+    return plan
 
 
 def _recipe(model: Model, recipe: str | Path | Recipe | None, window: int | None) -> tuple[Recipe, Path, list[str]]:
-    """The recipe to bake, the folder that its adapter is relative to, and notes on both."""
+    """The recipe to bake, the folder that its adapter is relative to, and notes on what was assumed."""
     if recipe is None:
         own, notes = own_recipe(model, window)
         return own, Path(), notes
-    loaded, folder, notes = (recipe, Path(), []) if isinstance(recipe, Recipe) else open_recipe(recipe)
-    return loaded, folder, [*notes, *replaced_note(model, loaded)]
+    return (recipe, Path(), []) if isinstance(recipe, Recipe) else open_recipe(recipe)
 
 
 def hf(

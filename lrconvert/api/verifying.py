@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lrconvert.artifact.checks import Row
-from lrconvert.errors import require
+from lrconvert.errors import UsageError, require
 from lrconvert.parity import Options, Report
 from lrconvert.parity import verify as compare
+from lrconvert.parity.options import PROFILES, Profile
 from lrconvert.precision import long_name, short_name
 from lrconvert.progress import Progress
 from lrconvert.recipe import Recipe
@@ -28,6 +29,7 @@ def verify(
     dtype: str | None = None,
     codes: Sequence[str] = (),
     runtime: str | None = None,
+    profile: Profile = "full",
     full: bool = False,
     python: str | None = None,
     library: str | None = None,
@@ -43,8 +45,14 @@ def verify(
     or a model whose rotation it is. `dtype`: what a folder computes in, f32 (default), bf16 or f16, or by the long
     names; the reference stays in float64 (float32 on a GPU). `codes`: "native", "custom" or both, of what transformers
     runs. `runtime`: what runs the artifact; `python`: its interpreter. `full`: consecutive positions at every length.
+    `profile`: "quick" asks for one case on each side of every boundary and the far end, and leaves the manifest's
+    report.
     `progress` gets every step, `watch` every row when it is known. Raises only where nothing can be compared.
     """
+    if profile not in PROFILES:
+        raise UsageError(f"profile {profile!r}: one of {', '.join(PROFILES)} is needed")
+    if full and profile == "quick":
+        raise UsageError("--full asks for every position, --profile quick for few", remedy="Choose one of them")
     dtype, kv = dtype and long_name(dtype), short_name(kv)
     path = Path(artifact)
     target = target_of(path)
@@ -65,6 +73,7 @@ def verify(
         kv=kv,
         runtime=runtime,
         backends=tuple(codes) or None,
+        profile=profile,
         full=full,
     )
     report = compare(path, target, against=against, recipe=named, options=options, progress=progress, watch=watch)

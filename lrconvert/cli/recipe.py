@@ -75,6 +75,8 @@ def show(recipe: str, as_json: bool) -> None:
     origin = loaded.provenance
     details = ", ".join(filter(None, (origin.method, origin.source, origin.licence and f"licence {origin.licence}")))
     out.say(f"{origin.kind}{': ' + details if details else ''}")
+    if origin.weights:
+        out.say(f"found for {origin.weights}")
     for note in origin.notes:
         out.say(f"note: {note}")
     for line in sparklines(loaded):

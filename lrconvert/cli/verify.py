@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -48,6 +48,13 @@ if TYPE_CHECKING:
     "their own environments: select one with --python.",
 )
 @click.option(
+    "--profile",
+    type=click.Choice(("quick", "full")),
+    default="full",
+    show_default=True,
+    help="quick: one case on each side of every tier boundary and the far end, no search for likely mistakes.",
+)
+@click.option(
     "--full", is_flag=True, help="Consecutive positions at every length and every decode, regardless of cost."
 )
 @click.option("--python", help="Interpreter for the runtime: another version of transformers, mlx-lm, vLLM.")
@@ -66,6 +73,7 @@ def command(
     dtype: str | None = None,
     codes: tuple[str, ...] = (),
     runtime: str | None = None,
+    profile: Literal["quick", "full"] = "full",
     full: bool = False,
     python: str | None = None,
     library: str | None = None,
@@ -94,6 +102,7 @@ def command(
             dtype=dtype,
             codes=codes,
             runtime=runtime,
+            profile=profile,
             full=full,
             python=python,
             library=library,

@@ -53,13 +53,9 @@ def ask_backend(run: Run, questions: Questions, reference: ReferenceRunner) -> N
     """Every case for one backend, into the report."""
     options, report, steps, backend = run.options, run.report, run.steps, questions.backend
 
-    def start(tier: Tier, tokens: int) -> None:
-        steps.start(f"reference, set for {tier.max_length} tokens", reference_cost(tokens))
-
-    reference.prepare(questions.spec, questions.runnable, start)
     steps.start(f"{backend.name} code: loading", LOADING)
     try:
-        session = backend.open(run.artifact, replace(options, longest=options.budget.dense))
+        session = backend.open(run.artifact, replace(options, longest=options.budget.most(backend.accepts)))
     except InputError as error:
         report.rows.append(Row(backend.name, "loads", "fail", reason=error.message))
         return
@@ -79,7 +75,13 @@ def _ask(run: Run, questions: Questions, opened: Opened) -> None:
     rows, steps = run.report.rows, run.steps
     checks = [check for answer, check in CHECKS.items() if answer in opened.session.answers]
     steps.expect(LOADING, len(checks))
+
+    def start(tier: Tier, tokens: int) -> None:
+        steps.start(f"reference, set for {tier.max_length} tokens", reference_cost(tokens))
+
     for case in questions.cases:
+        # One pass of the reference for all lengths of a tier, when the first of them comes: rows don't wait for others.
+        opened.reference.prepare(opened.spec, questions.sharing(case), start)
         steps.start(f"{opened.name} code: {case.name}", case_cost(case))
         rows += _case_rows(case, opened)
     for what, check in checks:

@@ -28,16 +28,23 @@ AROUND = 4  # of them up to the boundary
 
 @dataclass(frozen=True)
 class Budget:
-    """How long sequences may be before they are spread (`dense`) or not decoded (`decode`), in tokens."""
+    """How long sequences may be before they are spread (`dense`) or not decoded (`decode`), in tokens. `sides`: ask one
+    length on each side of every boundary and the far end, and nothing else."""
 
     dense: int
     decode: int
+    sides: bool = False
+
+    def most(self, accepts: Accepts) -> int:
+        """Tokens of the longest prompt. What can't be spread is read whole, also where only sides are asked."""
+        return CPU.dense if self.sides and accepts.positions == "none" else max(self.dense, SPREAD_TOKENS)
 
 
 CPU = Budget(dense=4224, decode=8320)
 GPU = Budget(dense=65600, decode=65600)
 # In float32 transformers' attention keeps the whole matrix of scores: 144 GiB for 9 heads at 64k.
 GPU_FLOAT32 = Budget(dense=33000, decode=33000)
+QUICK = Budget(dense=SPREAD_TOKENS, decode=0, sides=True)  # on any device
 
 
 @dataclass(frozen=True)
@@ -117,6 +124,10 @@ def build_cases(
     `spec`; code that chooses once has none of its own, and must not change anything at the recipe's."""
     boundaries = spec.boundaries if boundaries is None else boundaries
     cases = list(_lengths(spec, budget, accepts, boundaries))
+    if budget.sides:
+        steps = capability.context_step
+        yield from (replace(case, context=_context_of(case, spec)) if steps else case for case in cases)
+        return
     if accepts.positions != "none":
         cases += _batches(spec, capability, accepts)
     for boundary in boundaries:
@@ -155,14 +166,12 @@ def _contexts(spec: RopeSpec, accepts: Accepts) -> Iterator[Case]:
 
 def _lengths(spec: RopeSpec, budget: Budget, accepts: Accepts, boundaries: Sequence[int]) -> Iterator[Case]:
     names: dict[int, str] = {}
-    end, dense = spec.window - accepts.reserved, max(budget.dense, SPREAD_TOKENS)
+    end, dense = spec.window - accepts.reserved, budget.most(accepts)
     for boundary in boundaries:
-        for length, name in (
-            (boundary - 1, f"below {boundary}"),
-            (boundary, f"at {boundary}"),
-            (boundary + 1, f"one past {boundary}"),
-        ):
-            names.setdefault(length, name)
+        if not budget.sides:
+            names.setdefault(boundary - 1, f"below {boundary}")
+        names.setdefault(boundary, f"at {boundary}")
+        names.setdefault(boundary + 1, f"one past {boundary}")
     if not boundaries:
         names.setdefault(min(64, spec.window), "short")
     counts = sorted({tier.start_tokens for tier in spec.tiers if tier.start_tokens > 1})

@@ -81,17 +81,15 @@ def expected(model: Model, spec: RopeSpec, record: BakeRecord, artifact: Path) -
     return Expected(spec, kept, dropped, computed, folded(model, scale, rounded=rounded), model, scale, limited)
 
 
-def lost(name: str, exact: RopeSpec, fitted: RopeSpec, reference: ReferenceRunner, budget: Budget) -> list[Row]:
+def lost(name: str, exact: RopeSpec, fitted: RopeSpec, reference: ReferenceRunner, budget: Budget) -> Iterator[Row]:
     """What fitting a recipe to code costs, by the reference alone, at the end of every tier that it changes."""
-    cases = [end_case("lost", length, budget) for length in changed_tiers(exact, fitted)]
-    reference.prepare(exact, cases)
-    reference.prepare(fitted, cases)
     reason = "what the recipe asks for and this code can't express"
-    rows = []
+    cases = [end_case("lost", length, budget) for length in changed_tiers(exact, fitted)]
+    reference.prepare(fitted, cases)  # fewer sets than the recipe has: lengths share them
     for case in cases:
+        reference.prepare(exact, [case])
         measures = compare(reference.forward(exact, case), reference.forward(fitted, case))
-        rows.append(Row(name, case.name, "known", length=case.length, reason=reason, **vars(measures)))
-    return rows
+        yield Row(name, case.name, "known", length=case.length, reason=reason, **vars(measures))
 
 
 def changed_tiers(exact: RopeSpec, fitted: RopeSpec) -> list[int]:

@@ -26,10 +26,11 @@ SMALLEST_EFFECT = 0.3
 Answer = Callable[[Case], np.ndarray]
 
 
-def closest_hypothesis(opened: Opened, answer: Answer) -> list[Row]:
-    """A row for every tier. `answer` asks the artifact."""
+def closest_hypothesis(opened: Opened, answer: Answer) -> Iterator[Row]:
+    """A row for every tier, when it is known. `answer` asks the artifact."""
     contexts = "contexts" in opened.session.answers  # the size of a context chooses its tier, not a length
-    return [_row(_case(opened.spec, tier, contexts), tier, opened, answer) for tier in opened.spec.tiers]
+    for tier in opened.spec.tiers:
+        yield _row(_case(opened.spec, tier, contexts), tier, opened, answer)
 
 
 def _case(spec: RopeSpec, tier: Tier, contexts: bool) -> Case:

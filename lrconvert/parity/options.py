@@ -5,27 +5,38 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from lrconvert.parity.cases import CPU, GPU, GPU_FLOAT32, Budget
+from lrconvert.parity.cases import CPU, GPU, GPU_FLOAT32, QUICK, Budget
 from lrconvert.runtimes import runtime_for
 from lrconvert.runtimes.backend import Backend, OpenOptions
 
+Profile = Literal["quick", "full"]
+PROFILES: tuple[Profile, ...] = ("quick", "full")
 UNLIMITED = Budget(dense=2**31, decode=2**31)
 
 
 @dataclass(frozen=True)
 class Options(OpenOptions):
     """How to verify. `runtime`: a name of the registry, by default the target's own; `backends`: names of those to ask,
-    None for all that the artifact has; `full`: nothing is spread over a length or skipped."""
+    None for all that the artifact has; `profile`: "quick" asks for one case on each side of every boundary and the far
+    end, and looks for no likely mistakes; `full`: nothing is spread over a length or skipped."""
 
     runtime: str | None = None
     backends: tuple[str, ...] | None = None
+    profile: Profile = "full"
     full: bool = False
+
+    @property
+    def quick(self) -> bool:
+        return self.profile == "quick"
 
     @property
     def budget(self) -> Budget:
         if self.full:
             return UNLIMITED
+        if self.quick:
+            return QUICK
         if self.device == "cpu":
             return CPU
         return GPU_FLOAT32 if self.dtype == "float32" else GPU

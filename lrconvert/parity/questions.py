@@ -49,10 +49,17 @@ class Questions:
     def runnable(self) -> list[Case]:
         return [case for case in self.cases if not case.skipped]
 
+    def sharing(self, case: Case) -> list[Case]:
+        """The cases that one pass of the reference answers together with this one: none where it is not the first."""
+        passes = dense_passes(self.spec, [case])
+        together = [other for other in self.runnable if dense_passes(self.spec, [other]).keys() & passes.keys()]
+        return together if together[:1] == [case] else []
+
     @property
     def hypotheses(self) -> float | None:
-        """The cost of looking for a better explanation, None where the code is exact enough to need none."""
-        if self.backend.is_exact(self.dtype):
+        """The cost of looking for a better explanation, None where the code is exact enough to need none, or only sides
+        are asked."""
+        if self.budget.sides or self.backend.is_exact(self.dtype):
             return None
         tokens = sum(min(TOKENS, tier.max_length) for tier in self.spec.tiers)
         return tokens * (1 + HYPOTHESES * REFERENCE)
@@ -61,7 +68,7 @@ class Questions:
     def lost(self) -> float | None:
         """The cost of measuring what was dropped, None where nothing was."""
         changed = changed_tiers(self.recipe, self.spec)
-        return at_ends(changed, self.budget, passes=2) if self.dropped else None
+        return at_ends(changed, self.budget, passes=2) if self.dropped and not self.budget.sides else None
 
     def expect(self, steps: Steps) -> None:
         """Every step that these questions will take."""

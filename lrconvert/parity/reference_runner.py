@@ -13,6 +13,8 @@ from lrconvert.parity.cases import DECODED, Case, kept, stream
 from lrconvert.rope import RopeSpec, Tier
 from lrconvert.runtimes.backend import Rounding
 
+MOST_KEPT = 2**28  # bytes of answers that are kept for another code of the same artifact
+
 
 class ReferenceRunner:
     """The reference implementation over a model, asked case by case."""
@@ -46,6 +48,7 @@ class ReferenceRunner:
         self._reference.watch = watch
         self._rounded: dict[Rounding, ReferenceRunner] = {}
         self._dense: list[tuple[Tier, int, np.ndarray, np.ndarray]] = []  # tier, tokens, indices, logits
+        self._spread: dict[tuple[Tier, float, int, int, bool], np.ndarray] = {}
 
     @property
     def dtype(self) -> str:
@@ -110,15 +113,25 @@ class ReferenceRunner:
         length = case.lengths[row]
         chooses = case.context or length  # the number that decides on the tier
         if case.spread:
-            positions = case.positions()
-            self._rotate_like(spec)
-            tokens = stream(self.model.shape.vocab, len(positions))
-            return self._reference.logits(tokens, positions=positions, length=chooses, keep=kept(len(positions)))
+            return self._spread_out(spec, case, chooses)
         if row == 0 and case.kind == "forward":
             ready = self._prepared(spec.tier_for(chooses), length)
             if ready is not None:
                 return ready
         return self.answer(spec, stream(self.model.shape.vocab, length, row), chooses, kept_of_batch(case, row))
+
+    def _spread_out(self, spec: RopeSpec, case: Case, chooses: int) -> np.ndarray:
+        """Logits of a spread case, which the codes of an artifact are often asked with the same set."""
+        key = (spec.tier_for(chooses), spec.base, spec.rotary_dim, case.length, case.consecutive)
+        if key not in self._spread:
+            positions = case.positions()
+            self._rotate_like(spec)
+            tokens = stream(self.model.shape.vocab, len(positions))
+            logits = self._reference.logits(tokens, positions=positions, length=chooses, keep=kept(len(positions)))
+            if sum(answer.nbytes for answer in self._spread.values()) + logits.nbytes > MOST_KEPT:
+                return logits
+            self._spread[key] = logits
+        return self._spread[key]
 
     def shifted(self, spec: RopeSpec, case: Case) -> np.ndarray:
         """Logits after each of the `DECODED` tokens that follow when the oldest are forgotten. Only distances

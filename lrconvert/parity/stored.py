@@ -9,6 +9,7 @@ is measured by the reference alone, with the recipe's factors and without any.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,10 +113,9 @@ def check_weights(stored: Checkpoint, model: Model, progress: Progress | None = 
 
 def quantisation(
     name: str, original: ReferenceRunner, kept: RopeSpec, stored: ReferenceRunner, expected: RopeSpec, budget: Budget
-) -> list[Row]:
+) -> Iterator[Row]:
     """What the stored types cost by themselves, reference against reference, at the end of every tier: with the
     recipe's factors, and without any."""
-    rows = []
     plain = {"": (kept, expected), ", without factors": (_plain(kept, kept), _plain(expected, kept))}
     for suffix, (exact, rounded) in plain.items():
         for tier in kept.tiers:
@@ -123,8 +123,7 @@ def quantisation(
             original.prepare(exact, [case])
             stored.prepare(rounded, [case])
             measures = compare(original.forward(exact, case), stored.forward(rounded, case))
-            rows.append(Row(name, case.name, "known", length=case.length, reason="", **vars(measures)))
-    return rows
+            yield Row(name, case.name, "known", length=case.length, reason="", **vars(measures))
 
 
 def _plain(spec: RopeSpec, kept: RopeSpec) -> RopeSpec:

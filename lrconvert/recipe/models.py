@@ -74,6 +74,27 @@ def replaced_note(model: Model, recipe: Recipe) -> list[str]:
     ]
 
 
+def check_window(model: Model, recipe: Recipe) -> None:
+    """Raises `InputError` for a recipe that begins beyond the window that the model serves today."""
+    serves = max(model.shape.window, 0 if model.checkpoint.rope_problems else model.rotation.window)
+    if recipe.original_window > serves:
+        raise InputError(
+            f"recipe {recipe.name} is for another model: original window {recipe.original_window} in the recipe, "
+            f"{serves} in the model"
+        )
+
+
+def fit_notes(model: Model, recipe: Recipe, *, tuned: bool = False) -> list[str]:
+    """What to know before a recipe is baked into a model that it fits by its numbers. `tuned`: an adapter, with weights
+    of its own, is merged."""
+    notes = replaced_note(model, recipe)
+    if recipe.provenance.weights and not tuned:
+        notes.append(
+            f"the factors of {recipe.name} were found for {recipe.provenance.weights}; evaluate them on these weights"
+        )
+    return notes
+
+
 def _same(one: Tier, other: Tier) -> bool:
     """Whether two tiers rotate alike, to the rounding of what programs write."""
     values = [(*tier.factors, tier.attention_factor) for tier in (one, other)]

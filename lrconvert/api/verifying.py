@@ -33,6 +33,7 @@ def verify(
     library: str | None = None,
     kv: str = "f32",
     threads: int | None = None,
+    trust_code: bool = False,
     progress: Progress | None = None,
     watch: Callable[[Row], None] | None = None,
 ) -> Report:
@@ -43,6 +44,7 @@ def verify(
     or a model whose rotation it is. `dtype`: what a folder computes in, f32 (default), bf16 or f16, or by the long
     names; the reference stays in float64 (float32 on a GPU). `codes`: "native", "custom" or both, of what transformers
     runs. `runtime`: what runs the artifact; `python`: its interpreter. `full`: consecutive positions at every length.
+    `trust_code`: code that the folder brings is run even where it is not lrconvert's.
     `progress` gets every step, `watch` every row when it is known. Raises only where nothing can be compared.
     """
     dtype, kv = dtype and long_name(dtype), short_name(kv)
@@ -60,6 +62,7 @@ def verify(
         device=device,
         dtype="float32" if dtype is None or ignored else dtype,
         threads=threads,
+        trust_code=trust_code,
         python=python,
         library=library,
         kv=kv,

@@ -27,7 +27,7 @@ from lrconvert.errors import InputError, LrconvertError, UsageError
 from lrconvert.parity import stored as stored_rows
 from lrconvert.parity.asking import Run, ask_backend
 from lrconvert.parity.expected import Expected, exact_fold_rows, expected, lifted_rows, lost, rounding_rows
-from lrconvert.parity.options import Options, chosen_backends
+from lrconvert.parity.options import Options, chosen_backends, trusted_backends
 from lrconvert.parity.padding import padding_rows
 from lrconvert.parity.questions import Questions, at_ends
 from lrconvert.parity.reference_runner import ReferenceRunner
@@ -55,7 +55,7 @@ def verify(
     options, progress = options or Options(), progress or silent
     if not artifact.exists():
         raise InputError(f"{artifact}: no such artifact")
-    backends = chosen_backends(artifact, target.name, options)
+    backends, unasked = trusted_backends(artifact, chosen_backends(artifact, target.name, options), options)
     for backend in backends:
         backend.check(artifact, options)
     manifest = Manifest.read(artifact) if manifest_path(artifact).is_file() or against is None else None
@@ -75,6 +75,7 @@ def verify(
         notes=notes,
         losses=list(wanted.dropped),
     )
+    report.rows += unasked
     run = Run(artifact, options, report, progress, Steps("checks", progress))
     if manifest is not None:
         report.rows += _integrity(manifest_path(artifact).parent, manifest, progress)

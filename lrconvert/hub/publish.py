@@ -17,12 +17,13 @@ import contextlib
 import hashlib
 import tempfile
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lrconvert.artifact.card import CARD, refreshed
 from lrconvert.artifact.manifest import MANIFEST, FileRecord, Manifest
 from lrconvert.artifact.redaction import leaks, public_manifest, without_paths
+from lrconvert.checkpoint.links import is_own
 from lrconvert.errors import InputError, ParityError, UnsupportedError, UsageError
 from lrconvert.hub.access import Account, client, hub_errors, sign_in
 from lrconvert.progress import BYTES, Progress, Step, silent
@@ -184,10 +185,10 @@ def upload(
 
 def _check_files(artifact: Path, manifest: Manifest) -> None:
     """Every file that the manifest names is a file of this folder, as long as it was."""
-    problems, root = [], artifact.resolve()
+    problems = []
     for name, record in sorted(manifest.files.items()):
-        path, pure = artifact / name, PurePosixPath(name)
-        if pure.is_absolute() or ".." in pure.parts or "\\" in name or not path.resolve().is_relative_to(root):
+        path = artifact / name
+        if not is_own(artifact, path):
             problems.append(f"{name!r} is not a name inside the folder")
         elif not path.is_file():
             problems.append(f"{name} is missing")

@@ -21,6 +21,7 @@ from lrconvert.artifact.target import Target
 from lrconvert.checkpoint import Checkpoint, Model, build_model, describe_source, open_model
 from lrconvert.checkpoint.adapter import Adapter, merged, open_adapter
 from lrconvert.checkpoint.fold import folded
+from lrconvert.checkpoint.links import is_own
 from lrconvert.checkpoint.source import sha256_of
 from lrconvert.engines.capability import static
 from lrconvert.errors import InputError, LrconvertError, UsageError
@@ -246,7 +247,7 @@ def _source(
         note = f"the source, {named}, can't be opened ({error.message}): compared with the artifact's own weights"
         return build_model(str(artifact), target.open(artifact)), [note]
     changed = {
-        f"{named} is no longer the model": describe_source(model)["weights"] != manifest.source["weights"],
+        f"{named} is no longer the model": describe_source(model)["weights"] != manifest.source.get("weights"),
         "its adapter is no longer the one": adapter is not None and adapter.description != recorded,
     }
     if any(changed.values()):
@@ -303,7 +304,9 @@ def _integrity(folder: Path, manifest: Manifest, progress: Progress) -> list[Row
 
     for name, record in sorted(manifest.files.items()):
         path = folder / name
-        if not path.is_file():
+        if not is_own(folder, path):
+            rows.append(Row("files", name, "fail", reason=f"{name} is a link that leads out of the folder"))
+        elif not path.is_file():
             rows.append(Row("files", name, "fail", reason=f"{name} is missing"))
         elif name in EDITABLE:
             record.size, record.sha256 = path.stat().st_size, sha256_of(path, read)

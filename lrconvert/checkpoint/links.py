@@ -10,7 +10,10 @@ can't be told from files: whoever made one could read what it names.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from lrconvert.errors import InputError
 
 MAX_NAME = 1024  # characters
 
@@ -36,6 +39,15 @@ def is_own(folder: Path, path: Path) -> bool:
     except (OSError, RuntimeError, ValueError):  # a loop of links, a name that no file can have
         return False
     return real.is_relative_to(root) or real.parent == _blobs(root)
+
+
+def check_links(folder: Path, paths: Iterable[Path]) -> None:
+    """`InputError` that names every one of `paths` that leads out of the folder."""
+    if out := [str(path.relative_to(folder)) for path in paths if not is_own(folder, path)]:
+        raise InputError(
+            f"{folder}: {', '.join(out)} leads out of the folder, and what lies elsewhere is not copied from there",
+            remedy="Put the file itself in the folder",
+        )
 
 
 def _blobs(root: Path) -> Path | None:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -195,7 +197,20 @@ def manifest_path(artifact: Path) -> Path:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a small file beside `path` and put it in its place."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    """Write a small file beside `path` and put it in its place; what an error leaves of it is removed."""
+    temporary = temporary_of(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def temporary_of(path: Path) -> Path:
+    """Where `replace_file` writes first. A kill leaves it there: it is nobody's file."""
+    return path.with_name(f".{path.name}.tmp")

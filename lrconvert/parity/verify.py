@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from lrconvert.artifact.checks import Row
-from lrconvert.artifact.manifest import EDITABLE, Manifest, manifest_path, replace_file
+from lrconvert.artifact.manifest import EDITABLE, Manifest, manifest_path
 from lrconvert.artifact.record import BakeRecord
+from lrconvert.artifact.recording import Evidence
 from lrconvert.artifact.target import Target
 from lrconvert.checkpoint import Checkpoint, Model, build_model, describe_source, open_model
 from lrconvert.checkpoint.adapter import Adapter, merged, open_adapter
@@ -78,13 +79,19 @@ def verify(
     )
     report.rows += unasked
     run = Run(artifact, options, report, progress, Steps("checks", progress))
+    evidence = None if manifest is None else Evidence.of(artifact, manifest)
     if manifest is not None:
         report.rows += _integrity(manifest_path(artifact).parent, manifest, progress)
     _compare(run, target, wanted, record, backends)
-    if manifest is not None and recipe is None:
+    if manifest is not None and evidence is not None:
         engine = None if options.runtime in (None, target.runtime) else options.runtime
-        manifest.parity = _recorded(manifest.parity, report.to_json(), engine)
-        replace_file(manifest_path(artifact), manifest.to_json())
+        if recipe is None:
+            why = evidence.record(report.to_json(), manifest.files, engine)
+        else:
+            why = evidence.changed()
+        if why is not None:
+            reason = f"{why} while it was verified, so nothing was recorded: verify again"
+            report.rows.append(Row("files", "the artifact at the end", "fail", reason=reason))
     return report
 
 
@@ -210,14 +217,6 @@ def _bake_checks(
         rows = partial(stored_rows.quantisation, target.runtime, plain, kept, stored, spec, budget)
         found.append(_Check("reference: quantisation", 2 * cost, rows))
     return found
-
-
-def _recorded(earlier: dict[str, Any] | None, report: dict[str, Any], engine: str | None) -> dict[str, Any]:
-    """What the manifest keeps: the report on the artifact's own codes, and the other engines' beside it."""
-    engines = (earlier or {}).get("engines", {})
-    if engine is None:
-        return {**report, "engines": engines} if engines else report
-    return {**(earlier or report), "engines": {**engines, engine: report}}
 
 
 # --- what is compared with -------------------------------------------------------------------------------

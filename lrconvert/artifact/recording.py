@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,11 @@ class Evidence:
                 if (record.sha256 is None or name in EDITABLE) and name in files:
                     record.size, record.sha256 = files[name].size, files[name].sha256
             now.parity = _recorded(now.parity, report, engine)
+            written = path.stat()
             replace_file(path, now.to_json())
+            if any(record.sha256 is None for record in now.files.values()):
+                # What was edited after it was linked is known by that time alone, until a digest is there.
+                os.utime(path, ns=(written.st_atime_ns, written.st_mtime_ns))
         return None
 
     def _lock(self, stack: contextlib.ExitStack) -> bool:
@@ -75,16 +80,19 @@ class Evidence:
         stem = manifest.name.removesuffix(f".{MANIFEST}")
         output = manifest.with_name(f"{stem}.gguf") if self.artifact.suffix in FILES else self.artifact.resolve()
         end = time.monotonic() + PATIENCE
-        while True:
-            try:
-                stack.enter_context(Staging(output).locked())
-                return True
-            except OSError:
-                return True
-            except UsageError:
-                if time.monotonic() > end:
-                    return False
-                time.sleep(0.05)
+        while not (taken := _taken(Staging(output), stack)) and time.monotonic() < end:
+            time.sleep(0.05)
+        return taken
+
+
+def _taken(staging: Staging, stack: contextlib.ExitStack) -> bool:
+    try:
+        stack.enter_context(staging.locked())
+    except UsageError:
+        return False
+    except OSError:  # nobody can write there
+        return True
+    return True
 
 
 def _identity(manifest: Manifest) -> str:

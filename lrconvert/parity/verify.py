@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lrconvert.artifact.checks import Row
-from lrconvert.artifact.manifest import EDITABLE, Manifest, manifest_path
+from lrconvert.artifact.manifest import EDITABLE, MANIFEST, Manifest, manifest_path
 from lrconvert.artifact.record import BakeRecord
 from lrconvert.artifact.recording import Evidence
 from lrconvert.artifact.target import Target
@@ -85,10 +85,8 @@ def verify(
     _compare(run, target, wanted, record, backends)
     if manifest is not None and evidence is not None:
         engine = None if options.runtime in (None, target.runtime) else options.runtime
-        if recipe is None:
-            why = evidence.record(report.to_json(), manifest.files, engine)
-        else:
-            why = evidence.changed()
+        given = recipe is not None  # then the report is not the artifact's own
+        why = evidence.changed() if given else evidence.record(report.to_json(), manifest.files, engine)
         if why is not None:
             reason = f"{why} while it was verified, so nothing was recorded: verify again"
             report.rows.append(Row("files", "the artifact at the end", "fail", reason=reason))
@@ -307,18 +305,32 @@ def _integrity(folder: Path, manifest: Manifest, progress: Progress) -> list[Row
             rows.append(Row("files", name, "fail", reason=f"{name} is a link that leads out of the folder"))
         elif not path.is_file():
             rows.append(Row("files", name, "fail", reason=f"{name} is missing"))
+        elif record.sha256 is None and _edited(path, folder):
+            reason = f"{name} has changed since it was linked, and the source that it is a hard link of with it"
+            rows.append(Row("files", name, "fail", reason=reason))
         elif name in EDITABLE:
             record.size, record.sha256 = path.stat().st_size, sha256_of(path, read)
         elif path.stat().st_size != record.size:
             reason = f"{name} has {path.stat().st_size} bytes; the manifest says {record.size}"
             rows.append(Row("files", name, "fail", reason=reason))
         elif (digest := sha256_of(path, read)) != (record.sha256 or digest):
-            rows.append(Row("files", name, "fail", reason=f"{name} has changed since it was written"))
+            rows.append(Row("files", name, "fail", reason=f"{name} has changed since it was written{_shared(path)}"))
         else:
             record.sha256 = digest
     if not rows:
         rows.append(Row("files", _counted(len(manifest.files)), "pass"))
     return rows
+
+
+def _edited(path: Path, folder: Path) -> bool:
+    """Whether a hard link that nobody has read yet was edited in place: no digest says so, but the manifest was written
+    after it was linked. Copies of the folder are no links, and their times mean nothing."""
+    status = path.stat()
+    return status.st_nlink > 1 and status.st_mtime_ns > (folder / MANIFEST).stat().st_mtime_ns
+
+
+def _shared(path: Path) -> str:
+    return ", and so has every other hard link to it" if path.stat().st_nlink > 1 else ""
 
 
 def _counted(files: int) -> str:

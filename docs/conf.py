@@ -42,7 +42,7 @@ NAVIGATION = {
     "Recipes": ("docs/recipe-format", "docs/scaled-models", "docs/search", "docs/extend", "recipes/demo-8x/README",
                 "recipes/demo-yarn-8x/README", "recipes/smollm2-135m-64k/README"),
     "Using it": ("docs/verify", "docs/evaluations", "docs/publishing", "docs/ci", "docs/python", "docs/exit-codes"),
-    "Working on it": ("CONTRIBUTING", "docs/ARCHITECTURE", "benchmarks/README", "CHANGELOG"),
+    "Working on it": ("CONTRIBUTING", "docs/ARCHITECTURE", "benchmarks/README", "SECURITY", "CHANGELOG"),
 }  # fmt: skip
 
 

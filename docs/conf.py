@@ -44,7 +44,8 @@ NAVIGATION = {
                 "recipes/llama2-7b-2048k-ft128k/README", "recipes/mistral-7b-2048k/README",
                 "recipes/mistral-7b-2048k-ft128k/README"),
     "Using it": ("docs/verify", "docs/evaluations", "docs/publishing", "docs/ci", "docs/python", "docs/exit-codes"),
-    "Working on it": ("CONTRIBUTING", "docs/ARCHITECTURE", "docs/performance", "benchmarks/README", "CHANGELOG"),
+    "Working on it": ("CONTRIBUTING", "docs/ARCHITECTURE", "docs/performance", "benchmarks/README", "SECURITY",
+                      "CHANGELOG"),
 }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 import numpy as np
-from annotated_types import Ge, Gt, MinLen
+from annotated_types import Ge, Le, MinLen
 from numpy.typing import NDArray
 
 from lrconvert.errors import InputError, UnsupportedError
@@ -172,6 +172,12 @@ def dynamic_ntk_factors(rotary_dim: int, ratio: float, original_window: int, len
     return ntk_factors(rotary_dim, effective)
 
 
+# What a factor and an attention factor can be: published sets stay within 0.5 … 500 and 0.5 … 4. Beyond these bounds
+# angles are zero, or have no digits left, or the products of float16 and float32 overflow, and nothing says so.
+FACTORS = (1e-3, 1e7)
+ATTENTION = (1e-2, 1e2)
+
+
 @dataclass(frozen=True)
 class Tier:
     """One factor set and the longest sequence it serves.
@@ -183,9 +189,9 @@ class Tier:
     __pydantic_config__: ClassVar = STRICT
 
     max_length: Annotated[int, Ge(1)]
-    factors: Annotated[tuple[Annotated[float, Gt(0)], ...], MinLen(1)]
+    factors: Annotated[tuple[Annotated[float, Ge(FACTORS[0]), Le(FACTORS[1])], ...], MinLen(1)]
     start_tokens: Annotated[int, Ge(0)] = 0
-    attention_factor: Annotated[float, Gt(0)] = 1.0
+    attention_factor: Annotated[float, Ge(ATTENTION[0]), Le(ATTENTION[1])] = 1.0
 
     def angles(self, positions: NDArray[np.integer], base: float) -> Array:
         """Angle of every position (shape [n]) and frequency index: float64, shape [n, d/2]."""

@@ -35,6 +35,7 @@ def verify(
     library: str | None = None,
     kv: str = "f32",
     threads: int | None = None,
+    trust_code: bool = False,
     progress: Progress | None = None,
     watch: Callable[[Row], None] | None = None,
 ) -> Report:
@@ -47,6 +48,7 @@ def verify(
     runs. `runtime`: what runs the artifact; `python`: its interpreter. `full`: consecutive positions at every length.
     `profile`: "quick" asks for one case on each side of every boundary and the far end, and leaves the manifest's
     report.
+    `trust_code`: code that the folder brings is run even where it is not lrconvert's.
     `progress` gets every step, `watch` every row when it is known. Raises only where nothing can be compared.
     """
     if profile not in PROFILES:
@@ -68,6 +70,7 @@ def verify(
         device=device,
         dtype="float32" if dtype is None or ignored else dtype,
         threads=threads,
+        trust_code=trust_code,
         python=python,
         library=library,
         kv=kv,

@@ -20,6 +20,7 @@ from lrconvert.artifact.prefetch import Job, prefetch
 from lrconvert.artifact.redaction import source_record
 from lrconvert.artifact.staging import HashingFile, Staging, check_output
 from lrconvert.checkpoint.source import check_unchanged
+from lrconvert.data import DATA
 from lrconvert.errors import UsageError
 from lrconvert.progress import BYTES, Progress, Step, silent
 
@@ -44,11 +45,13 @@ def check_place(plan: Plan, *, force: bool) -> None:
 def bake(plan: Plan, *, force: bool = False, link: bool | None = None, progress: Progress | None = None) -> Manifest:
     """Write the artifact and its manifest.
 
-    `link`: True demands hard links for weights that stay as they are, False copies them, None links where that works.
-    Raises `UsageError` for an output that may not be replaced, `InputError` for a source that changed meanwhile, and
-    `EnvironmentFailure` for what the disk refuses.
+    `link`: True demands hard links for weights that stay as they are, False copies them, None links where that works,
+    except to the embedded model. Raises `UsageError` for an output that may not be replaced, `InputError` for a source
+    that changed meanwhile, and `EnvironmentFailure` for what the disk refuses.
     """
     check_place(plan, force=force)
+    if link is None and plan.model.checkpoint.path.is_relative_to(DATA):
+        link = False  # the installed package's own: editing the artifact would edit it
     report = _Report(plan, progress)
     with _staging(plan, force, link) as staging:
         for name, data in sorted(plan.texts.items()):

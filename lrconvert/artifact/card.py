@@ -25,6 +25,7 @@ from lrconvert.artifact.manifest import MANIFEST, Manifest
 from lrconvert.artifact.redaction import hub_revision, local_name, without_paths
 from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.adapter import Adapter
+from lrconvert.checkpoint.links import check_links
 from lrconvert.families import Family
 from lrconvert.recipe import Recipe
 from lrconvert.rope import RopeSpec, Tier
@@ -72,6 +73,7 @@ def source_card(model: Model) -> SourceCard:
         keys = {"license": "general.license", "license_name": "general.license.name", "language": "general.languages"}
         return SourceCard(_carried({key: header.get(name) for key, name in keys.items()}))
     path = folder / CARD
+    check_links(folder, [path] if path.is_symlink() else [])
     if path.is_file() and path.stat().st_size > MAX_CARD_BYTES:
         notes.append(f"the source's {CARD} has {path.stat().st_size} bytes: not copied into the artifact's")
     elif path.is_file():
@@ -86,6 +88,7 @@ def source_card(model: Model) -> SourceCard:
         metadata = _carried(loaded or {})
     if "license" not in metadata:
         files = [name for name in sorted(folder.iterdir()) if name.name.lower().startswith(("license", "licence"))]
+        check_links(folder, files[:1])
         metadata |= _licence_of(files[0]) if files and files[0].is_file() else {}
     text = _MARKER.sub("", _FRONT_MATTER.sub("", text)).strip()
     return SourceCard(metadata, text, tuple(notes))

@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lrconvert.artifact.manifest import MANIFEST, Manifest, manifest_path
+from lrconvert.artifact.manifest import MANIFEST, Manifest, manifest_path, temporary_of
 from lrconvert.artifact.staging import Staging, disk_errors, sync
 from lrconvert.errors import EnvironmentFailure, InputError, UsageError
 
@@ -88,6 +88,7 @@ class FileStaging(Staging):
             for name in (*reversed(left), self._manifest.name):
                 if (folder / name).exists():
                     (folder / name).replace(place / name)
+            temporary_of(self._manifest).unlink(missing_ok=True)  # of a `verify` that was killed
             sync(place)
         shutil.rmtree(folder)
 

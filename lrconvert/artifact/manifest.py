@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
+
+from annotated_types import Ge, Predicate
 
 from lrconvert import __version__
 from lrconvert.artifact.record import BakeRecord, options_of_version_1
+from lrconvert.checkpoint.links import is_inside
 from lrconvert.errors import InputError, first_problem
 
 MANIFEST = "lrconvert.json"
@@ -21,12 +26,22 @@ EDITABLE = frozenset({"README.md"})  # the card is for people: they may go on wr
 MAX_MANIFEST_BYTES = 64 * 2**20
 
 
+# A manifest may come from a stranger: nothing is coerced, and no number is anything else. Keys of later versions pass.
+_READ: Any = {"strict": True, "allow_inf_nan": False}
+
+
+def _is_digest(text: str) -> bool:
+    return re.fullmatch(r"[0-9a-f]{64}", text) is not None
+
+
 @dataclass
 class FileRecord:
     """A file of an artifact. `sha256` is None for a linked file that nobody has read yet (`verify` does)."""
 
-    size: int
-    sha256: str | None
+    __pydantic_config__: ClassVar = _READ
+
+    size: Annotated[int, Ge(0)]
+    sha256: Annotated[str, Predicate(_is_digest)] | None
     linked: bool = False
 
 
@@ -36,6 +51,8 @@ class Manifest:
 
     `bake` is what parity reads of it; `options` are the user's other options, for people.
     """
+
+    __pydantic_config__: ClassVar = _READ
 
     target: str
     source: dict[str, Any]
@@ -51,7 +68,7 @@ class Manifest:
 
     def to_json(self) -> str:
         files = {name: vars(self.files[name]) for name in sorted(self.files)}
-        values = {**vars(self), "bake": vars(self.bake), "files": files}
+        values: dict[str, Any] = {**vars(self), "bake": vars(self.bake), "files": files}
         order = ("manifest_version", "lrconvert", "target", "source", "recipe", "bake", "options", "losses", "notes",
                  "files", "parity")  # fmt: skip
         return json.dumps({key: values[key] for key in order}, indent=2, ensure_ascii=False) + "\n"
@@ -70,14 +87,20 @@ class Manifest:
         try:
             if path.stat().st_size > MAX_MANIFEST_BYTES:
                 raise InputError(f"{path}: {path.stat().st_size} bytes; at most {MAX_MANIFEST_BYTES} are read")
-            found = TypeAdapter(cls).validate_json(path.read_bytes())
+            found = TypeAdapter(cls).validate_json(text := path.read_bytes())
+            TypeAdapter(_Parts).validate_json(text)
         except OSError as error:
             raise InputError(f"{path}: can't be read ({error.strerror or error})") from error
         except ValidationError as error:
             raise InputError(f"{path}: not a manifest ({first_problem(error, 'the file')})") from error
-        for section, key in (("source", "model"), ("recipe", "name")):
-            if not isinstance(getattr(found, section).get(key), str):
-                raise InputError(f"{path}: not a manifest ({section}.{key} is not a string)")
+        free = [found.source, found.recipe, found.options, found.parity, found.losses, found.notes]
+        try:
+            if "\\u0000" in json.dumps(free, allow_nan=False):
+                raise InputError(f"{path}: not a manifest (it holds a NUL character)")
+        except ValueError as error:  # NaN and infinities, which are no JSON
+            raise InputError(f"{path}: not a manifest (it holds a number that is none)") from error
+        if odd := sorted(name for name in found.files if not is_inside(name)):
+            raise InputError.collect(path, [f"{name[:80]!a} is not a name inside the folder" for name in odd[:8]])
         if found.manifest_version > MANIFEST_VERSION:
             raise InputError(
                 f"{path}: manifest version {found.manifest_version}; this lrconvert reads up to {MANIFEST_VERSION}",
@@ -85,6 +108,65 @@ class Manifest:
             )
         found.bake, found.manifest_version = _record(path, found), MANIFEST_VERSION
         return found
+
+
+@dataclass
+class _Adapter:
+    """What is read of `source.adapter`."""
+
+    __pydantic_config__: ClassVar = _READ
+
+    reference: str
+
+
+@dataclass
+class _Source:
+    """What is read of `source`."""
+
+    __pydantic_config__: ClassVar = _READ
+
+    model: str
+    weights: dict[str, Any] = field(default_factory=dict)
+    revision: str | None = None
+    adapter: _Adapter | None = None
+    adapter_revision: str | None = None
+
+
+@dataclass
+class _Recipe:
+    """What is read of `recipe` without parsing it."""
+
+    __pydantic_config__: ClassVar = _READ
+
+    name: str
+
+
+@dataclass
+class _Report:
+    """What is read of `parity`, and of each engine's report in it."""
+
+    __pydantic_config__: ClassVar = _READ
+
+    passed: bool = False
+    summary: str = ""
+    reference: str = ""
+    against: str = ""
+    rows: list[dict[str, str | float | bool | None]] = field(default_factory=list)
+    losses: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    runtimes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    engines: dict[str, _Report] = field(default_factory=dict)
+
+
+@dataclass
+class _Parts:
+    """The sections of a manifest that are kept as they are, and the types of what is read of them."""
+
+    __pydantic_config__: ClassVar = _READ
+
+    source: _Source
+    recipe: _Recipe
+    parity: _Report | None = None
 
 
 def _record(path: Path, manifest: Manifest) -> BakeRecord:
@@ -115,7 +197,20 @@ def manifest_path(artifact: Path) -> Path:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a small file beside `path` and put it in its place."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    """Write a small file beside `path` and put it in its place; what an error leaves of it is removed."""
+    temporary = temporary_of(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def temporary_of(path: Path) -> Path:
+    """Where `replace_file` writes first. A kill leaves it there: it is nobody's file."""
+    return path.with_name(f".{path.name}.tmp")

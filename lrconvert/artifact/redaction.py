@@ -4,19 +4,24 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from lrconvert.artifact.manifest import Manifest
-from lrconvert.checkpoint import Model, read_json
+from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.adapter import describe
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NAME = r"[^\s\\/:*?\"'<>|,;()\[\]{}`]+"
-# An absolute path, or one from a home folder, that isn't part of a URL or a word.
-_LOCAL_PATH = re.compile(rf"(?<![\w:/\\.~-])(?:~|[A-Za-z]:)?[\\/]+(?:{_NAME}[\\/]+)*(?P<last>{_NAME})")
+# An absolute path, one from a home folder, or the URL of a file, that isn't part of another URL or a word. Names of
+# folders may have spaces: three words at most, or whatever stands between two paths would be part of one.
+_FOLDER = rf"{_NAME}(?: {_NAME}){{0,2}}[\\/]+"
+_LOCAL_PATH = re.compile(
+    rf"(?<![\w:/\\.~-])(?:file:(?://(?:localhost)?)?|~\w*|[A-Za-z]:)?[\\/]+(?:{_FOLDER})*(?P<last>{_NAME})"
+)
 
 
 def hub_revision(reference: str, path: Path) -> str | None:
@@ -46,14 +51,53 @@ def without_paths(text: str, known: Iterable[str] = ()) -> str:
     return _LOCAL_PATH.sub(lambda found: found["last"], text)
 
 
-def leaks(folder: Path) -> list[str]:
-    """Local paths that the programs which wrote the source left in its configs; they are published as they are."""
-    found = []
-    for name, key in (("config.json", "_name_or_path"), ("tokenizer_config.json", "name_or_path")):
-        value = read_json(folder / name).get(key) if (folder / name).is_file() else None
-        if isinstance(value, str) and without_paths(value) != value:
-            found.append(f"{name}: {key} is {value}")
-    return found
+# Keys that programs leave in a source's JSON files: those that name files of the machine that wrote them or say nothing
+# to anybody else are dropped, those that name a model are cut to its name.
+_DROPPED = frozenset({"special_tokens_map_file", "tokenizer_file", "_from_model_config"})
+_NAMES = frozenset({"_name_or_path", "name_or_path", "base_model_name_or_path", "_commit_hash"})
+MAX_TEXT_BYTES = 64 * 2**20  # of a file that is looked through
+_BINARY = (".safetensors", ".data", ".onnx", ".gguf", ".model")
+_SECRETS = {
+    "a Hugging Face token": r"\bhf_[A-Za-z0-9]{30,}",
+    "a GitHub token": r"\b(?:gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,})",
+    "an AWS key": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
+    "a Google key": r"\bAIza[\w-]{35}",
+    "a Slack token": r"\bxox[abprs]-[\w-]{20,}",
+    "an API key": r"\bsk-[A-Za-z0-9_-]{32,}",
+    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+    "a password in an address": r"\bhttps?://[^\s/:@]+:[^\s/@]+@",
+}
+_SECRET = {what: re.compile(pattern.encode()) for what, pattern in _SECRETS.items()}
+
+
+def is_text(name: str) -> bool:
+    """Whether a file of an artifact is one that people read, and whose text may say too much."""
+    return not name.endswith(_BINARY)
+
+
+def secrets_in(data: bytes) -> list[str]:
+    """What in a text looks like a token or a key: the kinds, never the thing itself."""
+    return [what for what, pattern in _SECRET.items() if pattern.search(data)]
+
+
+def public_json(data: bytes) -> bytes:
+    """A JSON file without what only the machine that wrote it can use; the same bytes where there is nothing of it."""
+    try:
+        found = json.loads(data)
+    except ValueError:
+        return data
+    cleaned = _public(found)
+    return data if cleaned == found else (json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _public(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_public(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {key: _public(item) for key, item in value.items() if key not in _DROPPED}
+    named = {key: without_paths(item) for key, item in kept.items() if key in _NAMES and isinstance(item, str)}
+    return {**kept, **named}
 
 
 def public_manifest(manifest: Manifest) -> Manifest:

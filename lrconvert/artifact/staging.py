@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from lrconvert.artifact.manifest import MANIFEST, FileRecord, Manifest
+from lrconvert.artifact.manifest import MANIFEST, FileRecord, Manifest, temporary_of
 from lrconvert.checkpoint.source import COPY_BYTES
 from lrconvert.errors import EnvironmentFailure, LrconvertError, UsageError
 
@@ -45,7 +45,7 @@ def _check_output(output: Path, *, force: bool) -> None:
             f"{output} was not written by lrconvert (it has no {MANIFEST})",
             remedy="--force replaces only artifacts; move it away first",
         )
-    known = {*Manifest.read(output).files, MANIFEST}
+    known = {*Manifest.read(output).files, MANIFEST, temporary_of(output / MANIFEST).name}
     present = {str(path.relative_to(output)) for path in output.rglob("*") if not _is_folder(path)}
     if foreign := sorted(present - known):
         raise UsageError(
@@ -89,6 +89,16 @@ class Staging(contextlib.AbstractContextManager["Staging"]):
     def check(self) -> None:
         """Refuse an output that may not be replaced."""
         check_output(self.output, force=self.force)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """The output's name, for who changes an artifact in its place. `UsageError` where somebody writes it anew."""
+        while not self._acquire():
+            pass
+        try:
+            yield
+        finally:
+            self._release()
 
     def _acquire(self) -> bool:
         """Lock the output's name; False when the file was removed by its last owner while we took it."""

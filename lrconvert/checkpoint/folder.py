@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lrconvert.checkpoint.base import Checkpoint, TensorInfo, read_json
 from lrconvert.checkpoint.blocks import Block
+from lrconvert.checkpoint.links import check_links
 from lrconvert.checkpoint.tensor_file import TensorFile
 from lrconvert.errors import InputError
 
@@ -135,8 +136,19 @@ class FolderCheckpoint(Checkpoint):
 
 
 def side_files_of(folder: Path) -> dict[str, Path | bytes]:
-    """What a folder holds of `SIDE_FILES`, by name."""
-    paths = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(paths) if path.is_file()}
-    wanted = {name for pattern in SIDE_FILES for name in files if fnmatchcase(name.lower(), pattern)}
-    return {name: path for name, path in files.items() if name in wanted}
+    """What a folder holds of `SIDE_FILES`, by name: plain files, no pipes and no devices.
+
+    They are copied as they are, so links out of the folder are not followed: `InputError` that names them.
+    """
+    found = {path.relative_to(folder).as_posix(): path for path in sorted([*folder.iterdir(), *_templates(folder)])}
+    wanted = {name for pattern in SIDE_FILES for name in found if fnmatchcase(name.lower(), pattern)}
+    files = {name: path for name, path in found.items() if name in wanted and (path.is_file() or path.is_symlink())}
+    check_links(folder, files.values())
+    return {name: path for name, path in files.items() if path.is_file()}
+
+
+def _templates(folder: Path) -> list[Path]:
+    """Chat templates in their folder, which may be a link as little as they."""
+    inner = folder / "additional_chat_templates"
+    check_links(folder, [inner] if inner.is_symlink() else [])
+    return list(folder.glob(f"{inner.name}/*"))

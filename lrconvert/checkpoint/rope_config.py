@@ -109,7 +109,7 @@ class _Section:
         return float(value)
 
     def factors(self, key: str) -> tuple[float, ...]:
-        value, needed = self.values.get(key), self.shape.rotary_dim // 2
+        value, needed, (low, high) = self.values.get(key), self.shape.rotary_dim // 2, rope.FACTORS
         if not isinstance(value, list):
             raise InputError(f"config.json: rope_scaling.{key} is missing; {needed} numbers are needed")
         if len(value) != needed:
@@ -118,8 +118,11 @@ class _Section:
                 f"{self.shape.rotary_dim} dimensions, so {needed} are needed"
             )
         for index, item in enumerate(value):
-            if not _positive(item):
-                raise InputError(f"config.json: rope_scaling.{key}[{index}] is {item!r}; a positive number is needed")
+            if not _positive(item) or not low <= item <= high:
+                raise InputError(
+                    f"config.json: rope_scaling.{key}[{index}] is {item!r:.40}; a positive number is needed, "
+                    f"from {low:g} to {high:g}"
+                )
         return tuple(float(item) for item in value)
 
     def original_window(self, default: int | None = None) -> int:
@@ -294,7 +297,22 @@ def read_rope(config: Mapping[str, Any], shape: ModelShape, *, window: int | Non
     if window is not None and kind != "dynamic" and window < section.original_window():
         raise UsageError(f"--window {window} is below the original window, {section.original_window()}")
     found = _READERS[kind](section)
+    _check_bounds(found.tiers)
     return FoundRope(found.kind, found.original_window, found.tiers, tuple(section.notes), section.question)
+
+
+def _check_bounds(tiers: tuple[Tier, ...]) -> None:
+    """`InputError` for sets that no model has: nothing but zeros and infinities would come of them."""
+    for tier in tiers:
+        for what, values, (low, high) in (
+            ("a factor", tier.factors, rope.FACTORS),
+            ("an attention factor", (tier.attention_factor,), rope.ATTENTION),
+        ):
+            if odd := [value for value in values if not low <= value <= high]:
+                raise InputError(
+                    f"config.json: rope_scaling makes {what} of {odd[0]:g} for {tier.max_length} tokens; "
+                    f"from {low:g} to {high:g} is needed"
+                )
 
 
 def _read_own(value: Any, shape: ModelShape) -> FoundRope:

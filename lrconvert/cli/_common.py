@@ -118,3 +118,6 @@ _text = partial(
 )
 text_option = _text(required=True)
 optional_text_option = _text()
+trust_code_option = click.option(
+    "--trust-code", is_flag=True, help="Run code that the folder brings even where it is not lrconvert's own."
+)

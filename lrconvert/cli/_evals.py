@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lrconvert.cli import _output as out
-from lrconvert.cli._common import SEED, OutputName, Precision, Registered
+from lrconvert.cli._common import SEED, OutputName, Precision, Registered, trust_code_option
 from lrconvert.cli._progress import show_progress
 from lrconvert.runtimes import backend_choices
 
@@ -36,6 +36,7 @@ def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--dtype", type=Precision(), help="What a folder computes in; default: f32."),
         click.option("--threads", type=click.IntRange(1), help="Threads of the runtime."),
         click.option("--llama-library", "library", metavar="PATH", help="libllama for a GGUF."),
+        trust_code_option,
         click.option(
             "-o", "--output", type=OutputName(".json", ".png"), metavar="STEM", help="Write STEM.json and STEM.png."
         ),

@@ -25,7 +25,12 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Publish an artifact that failed verification; write into a repository with other content.",
 )
-@click.option("--dry-run", is_flag=True, help="Print what would be uploaded and deleted; change nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Print what would be uploaded and deleted, and every difference from the files here; change nothing. "
+    "Works without a token and offline.",
+)
 def command(artifact: Path, name: str, private: bool = False, force: bool = False, dry_run: bool = False) -> None:
     """Publish ARTIFACT, a folder that lrconvert wrote, on the Hub as NAME (OWNER/NAME).
 
@@ -39,8 +44,11 @@ def command(artifact: Path, name: str, private: bool = False, force: bool = Fals
 
     quiet_client()
     with show_progress() as progress:
-        planned = hub.plan(artifact, name, private=private, force=force, progress=progress)
+        planned = hub.plan(artifact, name, private=private, force=force, dry=dry_run, progress=progress)
     describe(planned)
+    if dry_run:
+        for diff in planned.changes.values():
+            out.say(diff)
     planned.check(force=force)
     if dry_run:
         out.hint("dry run: nothing was uploaded")
@@ -53,8 +61,9 @@ def command(artifact: Path, name: str, private: bool = False, force: bool = Fals
 def describe(planned: Plan) -> None:
     """What would change on the Hub, before anything does."""
     state = "private" if planned.private else "public"
+    who = "the Hub was not asked" if planned.account is None else f"with the {planned.account}"
     branch = f", branch {planned.revision}" if planned.revision else ""
-    out.say(f"{planned.repo}{branch} ({'new, ' if planned.head is None else ''}{state}), with the {planned.account}")
+    out.say(f"{planned.repo}{branch} ({'new, ' if planned.head is None else ''}{state}), {who}")
     for name, size in planned.sizes.items():
         out.say(f"  {name}: {out.size(size)}")
     for name in planned.deleted:

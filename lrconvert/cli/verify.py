@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from lrconvert.cli import _output as out
-from lrconvert.cli._common import Precision, Registered
+from lrconvert.cli._common import Precision, Registered, trust_code_option
 from lrconvert.cli._progress import show_progress
 from lrconvert.runtimes import RUNTIMES, backend_choices
 
@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     "--kv", type=Precision("f32", "f16"), default="f32", show_default=True, help="Type of llama.cpp's KV cache."
 )
 @click.option("--threads", type=click.IntRange(1), help="Threads of the runtime.")
+@trust_code_option
 @click.option("--junit", type=click.Path(path_type=Path), metavar="FILE", help="Also write JUnit XML.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
@@ -79,6 +80,7 @@ def command(
     library: str | None = None,
     kv: str = "f32",
     threads: int | None = None,
+    trust_code: bool = False,
     junit: Path | None = None,
     as_json: bool = False,
 ) -> int:
@@ -108,6 +110,7 @@ def command(
             library=library,
             kv=kv,
             threads=threads,
+            trust_code=trust_code,
             progress=progress,
             watch=None if as_json else row_printer(),
         )

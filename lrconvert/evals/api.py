@@ -47,6 +47,7 @@ class Options(TypedDict, total=False):
     code: Which code of the artifact runs: native, custom, or reference for our own implementation; default: its own.
     device: cpu, cuda, cuda:1 …; default: cpu. dtype: f32 (default), bf16, f16, or by the long names.
     threads: Threads of the runtime. library: libllama for a GGUF.
+    trust_code: Run code that a folder brings even where it is not lrconvert's.
     seed: Of everything that is random; default: 0.
     output: A stem: STEM.json and the picture STEM.png are written.
     progress: Gets every step.
@@ -58,6 +59,7 @@ class Options(TypedDict, total=False):
     dtype: str
     threads: int | None
     library: str | None
+    trust_code: bool
     seed: int
     output: str | Path | None
     progress: Progress | None
@@ -268,6 +270,7 @@ class _Run:
     dtype: str = "float32"
     threads: int | None = None
     library: str | None = None
+    trust_code: bool = False
     seed: int = 0
     output: Path | None = None
     progress: Progress = silent
@@ -310,6 +313,7 @@ class _Run:
             dtype=self.dtype,
             threads=self.threads,
             library=self.library,
+            trust_code=self.trust_code,
             progress=self.progress,
             text=text,
         ) as (session, encode):

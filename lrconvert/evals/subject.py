@@ -152,13 +152,15 @@ def opened(
     dtype: str = "float32",
     threads: int | None = None,
     library: str | None = None,
+    trust_code: bool = False,
     progress: Progress = silent,
     text: bool = True,
 ) -> Iterator[tuple[Session, Encode]]:
     """A session and its tokenizer. A folder runs its own code where it has some; a model with a
     recipe is baked for as long as the session lives. Without `text` no tokenizer is needed.
 
-    Raises `UsageError` for a `code` that the artifact does not have, `InputError` for one without tokenizer.
+    Raises `UsageError` for a `code` that the artifact does not have, `InputError` for one without tokenizer,
+    `UnsupportedError` for code of the folder that isn't ours, unless `trust_code`.
     """
     if code == REFERENCE and dtype != "float32":
         raise UsageError("the reference computes in float64, on a GPU in float32", remedy="Omit --dtype")
@@ -168,7 +170,7 @@ def opened(
         runtime.require(purpose)
     if runtime.uses_torch and device.startswith("cuda"):
         torch_device(device, "hf", purpose)
-    options = OpenOptions(device=device, dtype=dtype, threads=threads, library=library)
+    options = OpenOptions(device=device, dtype=dtype, threads=threads, library=library, trust_code=trust_code)
     with ExitStack() as stack:
         progress(Step("loading"))
         encode = tokenizer_of(subject.artifact) if text else _no_text

@@ -7,23 +7,34 @@
 
 What is published are the files that the manifest names, and nothing else in the folder. README.md
 and lrconvert.json are made for the occasion: the card with the last parity report and the digests, the
-manifest without local paths; the artifact itself stays as it is. A file is deleted on the Hub only where an
-lrconvert.json there says that lrconvert wrote it.
+manifest without local paths. So are JSON files with paths of the machine that wrote them; `Plan.changes` has every
+difference from the artifact, which stays as it is. What looks like a token is refused. A file is deleted on the Hub
+only where an lrconvert.json there says that lrconvert wrote it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import tempfile
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lrconvert.artifact.card import CARD, refreshed
 from lrconvert.artifact.manifest import MANIFEST, FileRecord, Manifest
-from lrconvert.artifact.redaction import leaks, public_manifest, without_paths
-from lrconvert.errors import InputError, ParityError, UnsupportedError, UsageError
+from lrconvert.artifact.redaction import (
+    MAX_TEXT_BYTES,
+    is_text,
+    public_json,
+    public_manifest,
+    secrets_in,
+    without_paths,
+)
+from lrconvert.checkpoint.links import is_own
+from lrconvert.checkpoint.source import sha256_of
+from lrconvert.errors import EnvironmentFailure, InputError, ParityError, UnsupportedError, UsageError
 from lrconvert.hub.access import Account, client, hub_errors, sign_in
 from lrconvert.progress import BYTES, Progress, Step, silent
 from lrconvert.targets import get_target
@@ -39,10 +50,12 @@ SHADOWING = ("model.safetensors", "adapter_config.json")
 
 @dataclass(frozen=True)
 class Plan:
-    """What a push would do. `foreign`: what is on the Hub under that name and isn't this artifact's."""
+    """What a push would do. `foreign`: what is on the Hub under that name and isn't this artifact's. `changes`: of each
+    file that is published otherwise than it lies there, a unified diff. `account` is None where the Hub was not asked.
+    """
 
     repo: str
-    account: Account
+    account: Account | None
     revision: str | None
     head: str | None  # the commit that was looked at; None where the repository doesn't exist yet
     private: bool
@@ -52,6 +65,7 @@ class Plan:
     foreign: list[str]
     shadowing: list[str]
     warnings: list[str]
+    changes: dict[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -102,9 +116,12 @@ def plan(
     private: bool = False,
     revision: str | None = None,
     force: bool = False,
+    dry: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
     """What pushing `artifact` to `name` would upload, delete and meet there.
+
+    `dry`: nothing will be uploaded, so without a token or a network the plan is one without a look at the Hub.
 
     Raises `InputError` for an artifact that isn't whole, `ParityError` (unless `force`) for one that failed its
     last verification, and what `sign_in` raises.
@@ -124,8 +141,13 @@ def plan(
         )
     _check_files(artifact, local)
     progress(Step("contacting the Hub"))
-    api, account, repo = sign_in(name)
-    head, is_private, remote = _look(api, account, repo, revision)
+    try:
+        api, account, repo = sign_in(name)
+        head, is_private, remote = _look(api, account, repo, revision)
+    except EnvironmentFailure as error:
+        if not dry:
+            raise
+        return _unseen(artifact, local, name, error, progress)
     if head is not None and private and not is_private:
         raise UsageError(
             f"{repo} exists and is public; --private applies only to new repositories",
@@ -149,6 +171,28 @@ def plan(
         foreign=foreign,
         shadowing=[path for path in SHADOWING if path in set(remote) - names - written],
         warnings=_warnings(artifact, local, names),
+        changes=_changes(artifact, additions),
+    )
+
+
+def _unseen(artifact: Path, local: Manifest, name: str, error: EnvironmentFailure, progress: Progress) -> Plan:
+    """The plan of a dry run that could not ask the Hub."""
+    manifest, additions = _operations(artifact, local, name, progress)
+    names = {item.path_in_repo for item in additions}
+    warnings = [f"the Hub was not asked what it has already: {error.message}", *_warnings(artifact, local, names)]
+    return Plan(
+        repo=name,
+        account=None,
+        revision=None,
+        head=None,
+        private=False,
+        manifest=manifest,
+        additions=additions,
+        deleted=[],
+        foreign=[],
+        shadowing=[],
+        warnings=warnings,
+        changes=_changes(artifact, additions),
     )
 
 
@@ -162,7 +206,7 @@ def upload(
     progress = progress or silent
     api, head = client(), planned.head
     default = f"{planned.manifest.recipe.get('name')}, by lrconvert {planned.manifest.lrconvert}"
-    with hub_errors(f"publishing {planned.repo}", planned.account):
+    with hub_errors(f"publishing {planned.repo}", planned.account or "nobody"):
         if head is None:
             progress(Step(f"creating {planned.repo}"))
             api.create_repo(planned.repo, private=True if planned.private else None)
@@ -184,10 +228,10 @@ def upload(
 
 def _check_files(artifact: Path, manifest: Manifest) -> None:
     """Every file that the manifest names is a file of this folder, as long as it was."""
-    problems, root = [], artifact.resolve()
+    problems = []
     for name, record in sorted(manifest.files.items()):
-        path, pure = artifact / name, PurePosixPath(name)
-        if pure.is_absolute() or ".." in pure.parts or "\\" in name or not path.resolve().is_relative_to(root):
+        path = artifact / name
+        if not is_own(artifact, path):
             problems.append(f"{name!r} is not a name inside the folder")
         elif not path.is_file():
             problems.append(f"{name} is missing")
@@ -210,6 +254,12 @@ def _operations(
         if name == CARD:
             continue
         progress(Step("checksums", name, done, total, BYTES))
+        data = _public_data(artifact / name, name, problems)
+        if data is not None and record.sha256 in (None, sha256_of(artifact / name)):
+            additions[name] = CommitOperationAdd(name, data)
+            manifest.files[name] = FileRecord(len(data), additions[name].upload_info.sha256.hex())
+            done += record.size
+            continue
         additions[name] = CommitOperationAdd(name, artifact / name)
         done += record.size
         digest = additions[name].upload_info.sha256.hex()
@@ -224,8 +274,36 @@ def _operations(
         data = refreshed(text, manifest, card, repo).encode()
         manifest.files[CARD] = FileRecord(len(data), hashlib.sha256(data).hexdigest())
         additions[CARD] = CommitOperationAdd(CARD, data)
-    additions[MANIFEST] = CommitOperationAdd(MANIFEST, manifest.to_json().encode())
+        problems += [f"{CARD} holds what looks like {what}" for what in secrets_in(data)]
+    written = manifest.to_json().encode()
+    problems += [f"{MANIFEST} holds what looks like {what}" for what in secrets_in(written)]
+    if problems:
+        raise InputError.collect(artifact, problems)
+    additions[MANIFEST] = CommitOperationAdd(MANIFEST, written)
     return manifest, [additions[name] for name in sorted(additions)]
+
+
+def _public_data(path: Path, name: str, problems: list[str]) -> bytes | None:
+    """A JSON file as it is published, where that is not as it lies there; tokens and keys in a text are `problems`."""
+    if not is_text(name) or path.stat().st_size > MAX_TEXT_BYTES:
+        return None
+    data = path.read_bytes()
+    problems += [f"{name} holds what looks like {what}" for what in secrets_in(data)]
+    public = public_json(data) if name.endswith(".json") and name != "tokenizer.json" else data
+    return None if public == data else public
+
+
+def _changes(artifact: Path, additions: list[CommitOperationAdd]) -> dict[str, str]:
+    """A unified diff of every file that is made for the occasion, from the artifact's to what leaves the machine."""
+    found = {}
+    for item in additions:
+        if isinstance(item.path_or_fileobj, bytes):
+            sides = [(artifact / item.path_in_repo).read_bytes(), item.path_or_fileobj]
+            before, after = (side.decode("utf-8", errors="replace").splitlines() for side in sides)
+            names = (f"local/{item.path_in_repo}", f"published/{item.path_in_repo}")
+            if diff := "\n".join(difflib.unified_diff(before, after, *names, lineterm="", n=1)):
+                found[item.path_in_repo] = diff
+    return found
 
 
 def _warnings(artifact: Path, local: Manifest, names: set[str]) -> list[str]:
@@ -236,7 +314,6 @@ def _warnings(artifact: Path, local: Manifest, names: set[str]) -> list[str]:
         found.append("failed its last verification, and its card says so")
     if CARD not in local.files:
         found.append(f"no {CARD} in it, so no model card: convert again to get one")
-    found += [f"a local path is published with it: {leak}" for leak in leaks(artifact)]
     present = {path.relative_to(artifact).as_posix() for path in artifact.rglob("*") if path.is_file()}
     if extra := sorted(present - names):
         found.append(f"not published, since lrconvert did not write them: {', '.join(extra)}")

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lrconvert.artifact.checks import Row
+from lrconvert.checkpoint.folder_code import remedy
+from lrconvert.errors import UnsupportedError
 from lrconvert.parity.cases import CPU, GPU, GPU_FLOAT32, QUICK, Budget
 from lrconvert.runtimes import runtime_for
 from lrconvert.runtimes.backend import Backend, OpenOptions
@@ -45,3 +48,22 @@ class Options(OpenOptions):
 def chosen_backends(artifact: Path, target: str, options: Options) -> list[Backend]:
     """The backends to ask. `UsageError` for a runtime that does not run such artifacts."""
     return runtime_for(target, options.runtime).backends_of(artifact, options.backends)
+
+
+def trusted_backends(artifact: Path, backends: list[Backend], options: OpenOptions) -> tuple[list[Backend], list[Row]]:
+    """Those that run no code of strangers, and a `skipped` row for each of the others.
+
+    `UnsupportedError` (exit code 4) where none is left.
+    """
+    if options.trust_code:
+        return backends, []
+    reasons = {backend.name: reason for backend in backends if (reason := backend.refuses(artifact)) is not None}
+    asked = [backend for backend in backends if backend.name not in reasons]
+    if backends and not asked:
+        told = "; ".join(f"{name} code is not run: {reason}" for name, reason in reasons.items())
+        raise UnsupportedError(f"{artifact}: {told}", remedy=remedy())
+    rows = [
+        Row(name, "code of the folder", "skipped", reason=f"not run: {reason}. {remedy()}")
+        for name, reason in reasons.items()
+    ]
+    return asked, rows

@@ -15,19 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from lrconvert.artifact.checks import Row
-from lrconvert.artifact.manifest import EDITABLE, Manifest, manifest_path, replace_file
+from lrconvert.artifact.manifest import EDITABLE, MANIFEST, Manifest, manifest_path
 from lrconvert.artifact.record import BakeRecord
+from lrconvert.artifact.recording import Evidence
 from lrconvert.artifact.target import Target
 from lrconvert.checkpoint import Checkpoint, Model, build_model, describe_source, open_model
 from lrconvert.checkpoint.adapter import Adapter, merged, open_adapter
 from lrconvert.checkpoint.fold import folded
+from lrconvert.checkpoint.links import is_own
 from lrconvert.checkpoint.source import sha256_of
 from lrconvert.engines.capability import static
 from lrconvert.errors import InputError, LrconvertError, UsageError
 from lrconvert.parity import stored as stored_rows
 from lrconvert.parity.asking import Run, ask_backend
 from lrconvert.parity.expected import Expected, exact_fold_rows, expected, lifted_rows, lost, rounding_rows
-from lrconvert.parity.options import Options, chosen_backends
+from lrconvert.parity.options import Options, chosen_backends, trusted_backends
 from lrconvert.parity.padding import padding_rows
 from lrconvert.parity.questions import Questions, at_ends
 from lrconvert.parity.reference_runner import ReferenceRunner
@@ -60,7 +62,7 @@ def verify(
     options, progress = options or Options(), progress or silent
     if not artifact.exists():
         raise InputError(f"{artifact}: no such artifact")
-    backends = chosen_backends(artifact, target.name, options)
+    backends, unasked = trusted_backends(artifact, chosen_backends(artifact, target.name, options), options)
     for backend in backends:
         backend.check(artifact, options)
     manifest = Manifest.read(artifact) if manifest_path(artifact).is_file() or against is None else None
@@ -80,19 +82,22 @@ def verify(
         notes=notes,
         losses=list(wanted.dropped),
     )
+    report.rows += unasked
     run = Run(artifact, options, report, progress, Steps("checks", progress))
+    evidence = None if manifest is None else Evidence.of(artifact, manifest)
     if manifest is not None:
         report.rows += _integrity(manifest_path(artifact).parent, manifest, progress)
     _compare(run, target, wanted, record, backends)
     if options.quick:
         report.notes.append(QUICK_NOTE)
-    if manifest is not None and recipe is None:
-        if options.quick:  # what is published rests on a full verification
-            replace_file(manifest_path(artifact), manifest.to_json())
-            return report
+    if manifest is not None and evidence is not None:
         engine = None if options.runtime in (None, target.runtime) else options.runtime
-        manifest.parity = _recorded(manifest.parity, report.to_json(), engine)
-        replace_file(manifest_path(artifact), manifest.to_json())
+        # What is published rests on a full verification, and a recipe that was given is not the artifact's own.
+        unrecorded = options.quick or recipe is not None
+        why = evidence.changed() if unrecorded else evidence.record(report.to_json(), manifest.files, engine)
+        if why is not None:
+            reason = f"{why} while it was verified, so nothing was recorded: verify again"
+            report.rows.append(Row("files", "the artifact at the end", "fail", reason=reason))
     return report
 
 
@@ -222,14 +227,6 @@ def _bake_checks(
     return found
 
 
-def _recorded(earlier: dict[str, Any] | None, report: dict[str, Any], engine: str | None) -> dict[str, Any]:
-    """What the manifest keeps: the report on the artifact's own codes, and the other engines' beside it."""
-    engines = (earlier or {}).get("engines", {})
-    if engine is None:
-        return {**report, "engines": engines} if engines else report
-    return {**(earlier or report), "engines": {**engines, engine: report}}
-
-
 # --- what is compared with -------------------------------------------------------------------------------
 
 
@@ -257,7 +254,7 @@ def _source(
         note = f"the source, {named}, can't be opened ({error.message}): compared with the artifact's own weights"
         return build_model(str(artifact), target.open(artifact)), [note]
     changed = {
-        f"{named} is no longer the model": describe_source(model)["weights"] != manifest.source["weights"],
+        f"{named} is no longer the model": describe_source(model)["weights"] != manifest.source.get("weights"),
         "its adapter is no longer the one": adapter is not None and adapter.description != recorded,
     }
     if any(changed.values()):
@@ -314,20 +311,36 @@ def _integrity(folder: Path, manifest: Manifest, progress: Progress) -> list[Row
 
     for name, record in sorted(manifest.files.items()):
         path = folder / name
-        if not path.is_file():
+        if not is_own(folder, path):
+            rows.append(Row("files", name, "fail", reason=f"{name} is a link that leads out of the folder"))
+        elif not path.is_file():
             rows.append(Row("files", name, "fail", reason=f"{name} is missing"))
+        elif record.sha256 is None and _edited(path, folder):
+            reason = f"{name} has changed since it was linked, and the source that it is a hard link of with it"
+            rows.append(Row("files", name, "fail", reason=reason))
         elif name in EDITABLE:
             record.size, record.sha256 = path.stat().st_size, sha256_of(path, read)
         elif path.stat().st_size != record.size:
             reason = f"{name} has {path.stat().st_size} bytes; the manifest says {record.size}"
             rows.append(Row("files", name, "fail", reason=reason))
         elif (digest := sha256_of(path, read)) != (record.sha256 or digest):
-            rows.append(Row("files", name, "fail", reason=f"{name} has changed since it was written"))
+            rows.append(Row("files", name, "fail", reason=f"{name} has changed since it was written{_shared(path)}"))
         else:
             record.sha256 = digest
     if not rows:
         rows.append(Row("files", _counted(len(manifest.files)), "pass"))
     return rows
+
+
+def _edited(path: Path, folder: Path) -> bool:
+    """Whether a hard link that nobody has read yet was edited in place: no digest says so, but the manifest was written
+    after it was linked. Copies of the folder are no links, and their times mean nothing."""
+    status = path.stat()
+    return status.st_nlink > 1 and status.st_mtime_ns > (folder / MANIFEST).stat().st_mtime_ns
+
+
+def _shared(path: Path) -> str:
+    return ", and so has every other hard link to it" if path.stat().st_nlink > 1 else ""
 
 
 def _counted(files: int) -> str:

@@ -6,7 +6,6 @@ A source is recognised by what it holds, not by options. Several sources become 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +31,7 @@ from lrconvert.recipe import (
     shipped_recipes,
 )
 from lrconvert.recipe.models import portable_name
-from lrconvert.rope import Tier
+from lrconvert.rope import FACTORS, Tier
 
 _LENGTH_IN_NAME = re.compile(r"^(?:ft_[a-z0-9]+_)?(\d+)k", re.IGNORECASE)
 
@@ -276,9 +275,10 @@ def _read_csv(path: Path, length: str) -> _Piece:
     for index, row in enumerate(numbers):
         if row != numbers[0]:
             raise InputError(f"{path}: row {index + 1} differs from row 1; one factor set for all layers is needed")
-    bad = [value for value in numbers[0] if not math.isfinite(value) or value <= 0]
+    low, high = FACTORS
+    bad = [value for value in numbers[0] if not low <= value <= high]
     if bad:
-        raise InputError(f"{path}: holds {bad[0]}; positive numbers are needed")
+        raise InputError(f"{path}: holds {bad[0]}; numbers from {low:g} to {high:g} are needed")
     matched = _LENGTH_IN_NAME.match(path.name) or re.search(r"_(\d+)k\.csv$", path.name, re.IGNORECASE)
     if length:
         if not length.isdecimal():

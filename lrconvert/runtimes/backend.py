@@ -23,7 +23,8 @@ class OpenOptions:
 
     `device`: cpu, cuda, cuda:1 …; `dtype`: what is computed in, where the artifact leaves that open; `python`: the
     interpreter that runs the worker; `interpreter`: one that runs already, shared by several sessions; `library`: where
-    libllama lies; `kv`: the type of llama.cpp's cache; `longest`: tokens of the longest prompt to expect.
+    libllama lies; `kv`: the type of llama.cpp's cache; `longest`: tokens of the longest prompt to expect; `trust_code`:
+    whether code that a folder brings may run although it is not lrconvert's.
     """
 
     device: str = "cpu"
@@ -34,6 +35,7 @@ class OpenOptions:
     library: str | None = None
     kv: str = "f32"
     longest: int | None = None
+    trust_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class Backend:
     """A piece of code of a runtime that computes the rotation.
 
     `check` raises `UnsupportedError` for an artifact that it can't run on a device, before anything is loaded.
+    `refuses`: why code that an artifact brings for it is not run unless the user vouches for it (`trust_code`), None
+    where there is none or it is ours; its `open` raises `UnsupportedError` then.
     `needs_key`: a key of config.json without which an artifact has no such code. `exact_types`: compute types whose
     rounding is so small that a bound sees every mistake; None: all. `tolerances`: rows by compute type and length, the
     first that fits counts; each bound is chosen against the mistakes that it has to catch. `angles`: how it makes them,
@@ -86,6 +90,7 @@ class Backend:
     tolerances: tuple[Tolerance, ...]
     accepts: Accepts = ANYTHING
     check: Callable[[Path, OpenOptions], None] = lambda artifact, options: None
+    refuses: Callable[[Path], str | None] = lambda artifact: None
     needs_key: str | None = None
     exact_types: tuple[str, ...] | None = None
     angles: Literal["float64", "product", "powers"] = "float64"

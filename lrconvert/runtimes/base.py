@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -68,6 +68,38 @@ class Session(Scoring, Protocol):
     def close(self) -> None: ...
 
 
+# What a worker gets of the environment: where programs and libraries are, how they compute, and no more. Prefixes end
+# in an underscore.
+_PASSED = (
+    "COMSPEC", "CONDA_PREFIX", "LANG", "LANGUAGE", "LC_", "LD_LIBRARY_PATH", "LD_PRELOAD", "PATH", "PATHEXT",
+    "SYSTEMDRIVE", "SYSTEMROOT", "TEMP", "TMP", "TMPDIR", "TZ", "VIRTUAL_ENV", "WINDIR",
+    "CUBLAS_", "CUDA_", "CUDNN_", "DYLD_", "GGML_", "GOMP_", "HIP_", "HSA_", "KMP_", "METAL_", "MKL_", "MLX_", "NCCL_",
+    "NUMEXPR_", "NVIDIA_", "OMP_", "OPENBLAS_", "ORT_", "PYTORCH_", "ROCM_", "ROCR_", "TORCH_", "VECLIB_", "VLLM_",
+)  # fmt: skip
+_SECRET = ("AUTH", "CREDENTIAL", "KEY", "PASS", "SECRET", "TOKEN")  # of no name that is passed
+_OFFLINE = {
+    "DO_NOT_TRACK": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def worker_environment(environment: Mapping[str, str], home: Path) -> dict[str, str]:
+    """What a worker gets of `environment`: no token and no way to one, offline, `home` for whatever it stores."""
+
+    def passed(name: str) -> bool:
+        upper = name.upper()
+        known = any(upper == each or (each.endswith("_") and upper.startswith(each)) for each in _PASSED)
+        return known and not any(word in upper for word in _SECRET)
+
+    own = ("HOME", "HF_HOME", "HF_MODULES_CACHE", "USERPROFILE", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")
+    places = dict.fromkeys(own, str(home)) | {"HF_MODULES_CACHE": str(home / "modules")}
+    return {name: value for name, value in environment.items() if passed(name)} | _OFFLINE | places
+
+
 class Interpreter:
     """A fresh Python process that runs a worker script, spoken to over pipes.
 
@@ -79,19 +111,19 @@ class Interpreter:
         self._temporary = tempfile.TemporaryDirectory(prefix="lrconvert-runtime-")
         self.folder = Path(self._temporary.name)
         self._log = (self.folder / "log").open("w+")
-        environment = {
-            **os.environ,
-            "HF_HUB_OFFLINE": "1",
-            "HF_MODULES_CACHE": str(self.folder / "modules"),
-            "TOKENIZERS_PARALLELISM": "false",
-        }
+        home = self.folder / "home"
+        home.mkdir()
+        python = python or sys.executable
+        if Path(python).name != python:  # not a name on the PATH: relative to here, not to where the worker runs
+            python = str(Path(python).absolute())  # not resolved: a virtual environment's python is a link
         self._process = subprocess.Popen(
-            [python or sys.executable, "-I", str(script)],  # -I: nothing of ours on its path
+            [python, "-I", str(script)],  # -I: nothing of ours on its path
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env=environment,
+            env=worker_environment(os.environ, home),
+            cwd=home,
         )
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:

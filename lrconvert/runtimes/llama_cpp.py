@@ -123,7 +123,7 @@ def open_session(
     options = {
         "artifact": str(artifact.resolve()),
         "library": Path(library.name).name,  # reports are published: no path of this machine
-        "files": [str(file) for file in library.files],
+        "files": [str(file.absolute()) for file in library.files],
         "threads": usable_threads(threads),
         "gpu_layers": gpu_layers,
         "kv": kv,

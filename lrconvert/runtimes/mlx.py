@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lrconvert.checkpoint.folder_code import check_trusted, refuses_mlx
 from lrconvert.engines.capability import MLX
 from lrconvert.runtimes.backend import Accepts, Backend, OpenOptions, Runtime
 from lrconvert.runtimes.base import Interpreter, WorkerSession
@@ -22,6 +23,7 @@ def open_session(
 
 
 def _open(artifact: Path, options: OpenOptions) -> WorkerSession:
+    check_trusted(artifact, refuses_mlx, trust_code=options.trust_code)
     return open_session(artifact, dtype=options.dtype, python=options.python, interpreter=options.interpreter)
 
 
@@ -33,6 +35,7 @@ RUNTIME = Runtime(
             name="mlx",
             capability=lambda family: MLX,
             open=_open,
+            refuses=refuses_mlx,
             accepts=Accepts("none"),
             tolerances=engine_tolerances("9e-11 on pico models, 1.6e-9 on the embedded model at 4k", BF16_ENGINE),
             angles="product",

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lrconvert.checkpoint.folder_code import check_trusted, refuses_custom, refuses_native, stage
 from lrconvert.engines.capability import CUSTOM_HF, native_hf
 from lrconvert.runtimes.backend import Backend, OpenOptions, Runtime
 from lrconvert.runtimes.base import Interpreter, Scores, WorkerSession
@@ -21,6 +23,12 @@ class TransformersSession(WorkerSession):
     """A folder in transformers, which scores tokens by itself: logits stay in its process."""
 
     answers = frozenset({"behind"})
+    staged: tempfile.TemporaryDirectory[str] | None = None  # what it loaded, where that is not the folder itself
+
+    def close(self) -> None:
+        super().close()
+        if self.staged is not None:
+            self.staged.cleanup()
 
     def score(self, rows: Sequence[Sequence[int]], judged: Sequence[int]) -> list[Scores]:
         return self._scores({"do": "score"}, rows, judged)
@@ -46,12 +54,19 @@ def open_session(
     threads: int | None = None,
     python: str | None = None,
     interpreter: Interpreter | None = None,
+    trust_code: bool = False,
 ) -> TransformersSession:
     """Load the artifact; `custom` runs the code in it, in the worker's process alone.
 
-    `python` names another interpreter, to check the same artifact against another version of transformers;
+    Only our own code is run, from a folder that holds nothing else, unless `trust_code`: `UnsupportedError` for other
+    code. `python` names another interpreter, to check the same artifact against another version of transformers;
     `interpreter` is one that already runs.
     """
+    check_trusted(artifact, refuses_custom if custom else refuses_native, trust_code=trust_code)
+    staged = None
+    if custom and not trust_code:
+        staged = tempfile.TemporaryDirectory(prefix="lrconvert-artifact-")
+        artifact = stage(artifact, Path(staged.name))
     options = {
         "artifact": str(artifact.resolve()),
         "custom": custom,
@@ -59,7 +74,9 @@ def open_session(
         "dtype": dtype,
         "threads": threads,
     }
-    return TransformersSession(WORKER, options, python=python, interpreter=interpreter)
+    session = TransformersSession(WORKER, options, python=python, interpreter=interpreter)
+    session.staged = staged
+    return session
 
 
 def _open(custom: bool) -> Callable[[Path, OpenOptions], TransformersSession]:
@@ -71,6 +88,7 @@ def _open(custom: bool) -> Callable[[Path, OpenOptions], TransformersSession]:
         threads=options.threads,
         python=options.python,
         interpreter=options.interpreter,
+        trust_code=options.trust_code,
     )
 
 
@@ -96,8 +114,15 @@ RUNTIME = Runtime(
     name="transformers",
     runs=("hf",),
     backends=(
-        Backend("native", native_hf, _open(custom=False), NATIVE_TOLERANCES, angles="product"),
-        Backend("custom", lambda family: CUSTOM_HF, _open(custom=True), CUSTOM_TOLERANCES, needs_key="auto_map"),
+        Backend("native", native_hf, _open(custom=False), NATIVE_TOLERANCES, refuses=refuses_native, angles="product"),
+        Backend(
+            name="custom",
+            capability=lambda family: CUSTOM_HF,
+            open=_open(custom=True),
+            tolerances=CUSTOM_TOLERANCES,
+            refuses=refuses_custom,
+            needs_key="auto_map",
+        ),
     ),
     needs=(("torch", "hf"), ("transformers", "hf")),
 )

@@ -22,7 +22,7 @@ class Worker:
             raise loop.NoDevice(f"--device {request['device']}: the PyTorch of this interpreter sees no such GPU")
         dtype = getattr(torch, request["dtype"])
         self.model = transformers.AutoModelForCausalLM.from_pretrained(
-            request["artifact"], trust_remote_code=request["custom"], dtype=dtype
+            request["artifact"], trust_remote_code=request["custom"], dtype=dtype, use_safetensors=True
         )
         self.model = self.model.to(request["device"]).eval()
         self.device = self.model.device

@@ -4,16 +4,17 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from lrconvert.errors import require
+from lrconvert.errors import UsageError, require
 from lrconvert.evals.texts import Text
-from lrconvert.recipe import Recipe, check_output, write_recipe
-from lrconvert.searching.journal import Contents, Journal, journal_path
+from lrconvert.recipe import Recipe, check_output, find_recipe, load_recipe, write_recipe
+from lrconvert.searching.journal import Contents, Journal, differences, digest, journal_path, read_journal
 from lrconvert.searching.objective import JumpingRows
 from lrconvert.searching.objective import Kind as ObjectiveKind
 from lrconvert.searching.plan import SearchPlan, plan_search
@@ -132,8 +133,14 @@ def search(
         EnvironmentFailure: PyTorch or a GPU is missing, or a document does not fit the memory.
     """
     where = None if output is None else Path(output)
-    if where is not None:
-        check_output(where, force=force)
+    journal_file, exists = _journal_file(journal, where), None
+    try:
+        if where is not None:
+            check_output(where, force=force)
+    except UsageError as error:  # unless it is this search's own, killed after it had written it
+        if journal_file is None or not journal_file.is_file():
+            raise
+        exists = error
     request = SearchRequest(
         model=model,
         target=target,
@@ -166,10 +173,28 @@ def search(
     plan = plan_search(request)
     if dtype is None:
         plan = replace(plan, dtype=default_dtype(device, "a search"))
+    if exists is not None and where is not None and journal_file is not None:
+        return _finished(plan, where, journal_file, watch, exists)
     run = _Run(plan, device, threads, attention, context_parallel, shard_weights, watch)
-    recipe = run.carried_out(_journal_file(journal, where))
+    recipe = run.carried_out(journal_file)
     path = write_recipe(recipe, where, force=force) if where is not None and run.leading else None
     return SearchResult(recipe, path, run.journal, tuple(run.notes), run.leading)
+
+
+def _finished(plan: SearchPlan, output: Path, journal: Path, watch: Watch | None, exists: UsageError) -> SearchResult:
+    """The recipe at `output`, where it is what this very search made of its journal; raises `exists` otherwise."""
+    path = find_recipe(output)
+    found, recipe = read_journal(journal), load_recipe(output)
+    # As they come back from a file: the journal's head has the identity that the digest is made of.
+    same = found.head and not differences(found.head["identity"], json.loads(json.dumps(plan.identity)))
+    made_of = (recipe.provenance.search or {}).get("journal_sha256")
+    if path is None or not same or made_of != digest(plan.identity, found.records):
+        raise exists
+    leading = os.environ.get("RANK", "0") == "0"
+    note = Note(f"{path} is what this search found already; --force searches again", warning=False)
+    if watch is not None and leading:
+        watch(note)
+    return SearchResult(recipe, path, journal, (note,), leading)
 
 
 def _journal_file(journal: str | Path | None, output: Path | None) -> Path | None:
@@ -230,6 +255,8 @@ class _Run:
     def _note_found(self, path: Path, found: Contents) -> None:
         if found.torn:
             self._note(Note(found.torn))
+        if found.records and found.chain is None:
+            self._note(Note(f"{path}: written by an earlier lrconvert, without digests: changes to it can't be seen"))
         if found.records:
             self._note(Note(f"{path}: continuing after {len(found.records)} evaluations", warning=False))
 

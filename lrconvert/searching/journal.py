@@ -4,15 +4,21 @@
 The first line says which search it is. Every other line is one evaluation, or the machine on which a run of the search
 began (`run`). A search that finds its journal asks the same questions again and takes the answers from it: it goes on
 where it was killed. A last line that the kill left incomplete is dropped.
+
+Each line ends in a digest of itself and of the digest before it (`chain`), so a line that was changed, taken out or put
+in is found. It guards against accidents and edits by hand, not against who makes the digests anew. Journals of earlier
+versions have none; they are read, and a note says so.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
+import re
 import time
 from dataclasses import dataclass, field
 from io import FileIO
@@ -25,6 +31,8 @@ from lrconvert.searching.protocol import Answer, Question
 from lrconvert.searching.space import Candidate
 
 VERSION = 1
+_CHAIN = re.compile(rb', "chain": "([0-9a-f]{32})"}\n')
+_START = "0" * 32  # before the first line
 
 
 @dataclass(frozen=True)
@@ -54,9 +62,11 @@ class Record:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Record:
-        gradient = values.get("gradient")
+        gradient, loss = values.get("gradient"), values["loss"]
+        if loss is not None and (type(loss) not in (int, float) or not 0 <= loss < math.inf):
+            raise ValueError(f"a loss of {loss!r:.40}")
         answer = Answer(
-            math.inf if values["loss"] is None else float(values["loss"]),
+            math.inf if loss is None else float(loss),
             values["losses"],
             None if gradient is None else tuple(gradient),
             values.get("error"),
@@ -68,13 +78,15 @@ class Record:
 
 @dataclass
 class Contents:
-    """What a journal's file holds: `good` bytes of whole lines; `torn` says what was wrong with the last one."""
+    """What a journal's file holds: `good` bytes of whole lines; `torn` says what was wrong with the last one,
+    `chain` is the digest that the next line goes on from."""
 
     head: dict[str, Any] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
     runs: list[dict[str, Any]] = field(default_factory=list)
     good: int = 0
     torn: str | None = None
+    chain: str | None = _START  # of the last good line; None in a journal without digests
 
 
 def read_journal(path: Path) -> Contents:
@@ -92,13 +104,14 @@ def read_journal(path: Path) -> Contents:
         try:
             if not line.endswith(b"\n"):
                 raise ValueError("no end of line")
-            values = json.loads(line)
+            values = json.loads(line, parse_constant=_no_number)
             if number == 1:
                 _check_head(path, values)
                 found.head = values
-            elif "run" in values:
+            found.chain = _checked_chain(path, number, line, found.chain)
+            if "run" in values:
                 found.runs.append(values["run"])
-            else:
+            elif number > 1:
                 found.records.append(Record.from_json(values))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if number == 1 and (line.endswith(b"\n") or len(lines) > 1 or not _head_start(line)):
@@ -109,6 +122,28 @@ def read_journal(path: Path) -> Contents:
             break
         found.good += len(line)
     return found
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number")
+
+
+def _checked_chain(path: Path, number: int, line: bytes, before: str | None) -> str | None:
+    """The digest of a whole line; None in a journal whose first line has none. `InputError` where it does not fit."""
+    found = _CHAIN.search(line)
+    if found is None and (number == 1 or before is None):
+        return None
+    if found is None or before is None or found[1].decode() != (chain := _chained(before, line[: found.start()])):
+        raise InputError(
+            f"{path}: line {number} does not fit the digest of its line: it, or the one before it, was changed",
+            remedy="Restore the file, or name another --journal to search again",
+        )
+    return chain
+
+
+def _chained(before: str, body: bytes) -> str:
+    """The digest of a line, given the one before it and its text up to its own."""
+    return hashlib.sha256(before.encode() + body).hexdigest()[:32]
 
 
 def _check_head(path: Path, values: Any) -> None:
@@ -173,6 +208,7 @@ class Journal:
             file.seek(found.good)
             journal = cls(path, found, file)
             if not found.head:
+                found.chain = _START
                 journal._write({"journal": "lrconvert search", "version": VERSION, "identity": identity})
         except BaseException:
             file.close()
@@ -188,10 +224,20 @@ class Journal:
         self._write({"run": {**environment, "began": round(time.time(), 2)}})
 
     def _write(self, values: dict[str, Any]) -> None:
+        """A line, whole and on the disk, or none: what of it was written is taken back."""
+        line, chain = json.dumps(values, ensure_ascii=False, allow_nan=False).encode(), self.found.chain
+        if chain is not None:
+            chain = _chained(chain, line[:-1])
+            line = line[:-1] + f', "chain": "{chain}"}}'.encode()
+        start = self._file.tell()
         try:
-            self._file.write(json.dumps(values, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+            _write_all(self._file, line + b"\n")
             os.fsync(self._file.fileno())
+            self.found.chain = chain
         except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(start)
+                self._file.seek(start)
             raise EnvironmentFailure(f"{self.path}: can't be written ({error.strerror or error})") from error
 
     def __enter__(self) -> Journal:
@@ -201,6 +247,15 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+
+
+def _write_all(file: FileIO, data: bytes) -> None:
+    """A write without a buffer may take less than it was given; the rest says why."""
+    while data:
+        count = file.write(data)
+        if not count:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        data = data[count:]
 
 
 def digest(identity: dict[str, Any], records: list[Record]) -> str:

@@ -7,6 +7,7 @@ offline (conftest.py).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -496,13 +497,42 @@ def test_what_lrconvert_did_not_write_is_not_published(hub: Hub, user: User, art
     assert ".env" not in published(hub)
 
 
-def test_a_local_path_in_the_source_config_is_warned_of(hub: Hub, user: User, tmp_path: Path) -> None:
-    """Old programs left one there. The config is the source's; its owner hears of it before it leaves."""
-    new = bake(tmp_path / "new", _name_or_path="/home/me/base")
-    result = ok(user("push", new, ID, "--dry-run"))
-    assert "a local path is published with it: config.json: _name_or_path is /home/me/base" in result.err
+def test_local_paths_in_the_source_s_files_stay_here(hub: Hub, user: User, tmp_path: Path) -> None:
+    """Programs left them there. A dry run shows every difference; the artifact keeps its bytes, and what is
+    published agrees with its own digests."""
+    new = bake(tmp_path / "new", _name_or_path="file:///home/me/my models/base", tokenizer_file="/home/me/t.json")
+    local = (new / "config.json").read_bytes()
+    shown = ok(user("push", new, ID, "--dry-run")).out
+    assert '-  "_name_or_path": "file:///home/me/my models/base"' in shown and '+  "_name_or_path": "base"' in shown
+    ok(user("push", new, ID))
+    remote = published(hub)
+    assert b"/home/me" not in b"".join(remote.values()) and b"tokenizer_file" not in remote["config.json"]
+    assert (new / "config.json").read_bytes() == local
+    record = json.loads(remote[MANIFEST])["files"]["config.json"]
+    assert record["sha256"] == hashlib.sha256(remote["config.json"]).hexdigest()
     plain = bake(tmp_path / "plain", _name_or_path="meta/base")
-    assert "a local path" not in ok(user("push", plain, ID, "--dry-run")).err
+    assert "local/config.json" not in ok(user("push", plain, "me/plain", "--dry-run")).out
+
+
+def test_a_dry_run_needs_neither_token_nor_network(hub: Hub, user: User, artifact: Path) -> None:
+    shown = ok(user("push", artifact, ID, "--dry-run", HF_HUB_OFFLINE="1"))
+    assert "the Hub was not asked" in shown.out and f"  {MANIFEST}: " in shown.out and "+++ published/" in shown.out
+    user.token = None
+    assert "needs a token, and there is none" in ok(user("push", artifact, ID, "--dry-run")).err
+    assert hub.requests == []
+    refused(user("push", artifact, ID), 6, "needs a token")
+
+
+TOKENS = ["hf_" + "a" * 34, "ghp_" + "b" * 36, "AKIA" + "C" * 16, "sk-" + "d" * 40, "-----BEGIN RSA PRIVATE KEY-----"]
+
+
+@pytest.mark.parametrize("token", TOKENS, ids=lambda token: token[:6])
+def test_what_looks_like_a_token_is_refused(hub: Hub, user: User, artifact: Path, token: str) -> None:
+    """Wherever it stands; the message does not repeat it."""
+    (artifact / CARD).write_text((artifact / CARD).read_text() + token)
+    result = user("push", artifact, ID, "--dry-run", HF_HUB_OFFLINE="1")
+    refused(result, 3, "README.md holds what looks like a")
+    assert token not in result.err + result.out
 
 
 def test_metadata_that_the_hub_refuses(hub: Hub, user: User, artifact: Path) -> None:

@@ -37,8 +37,8 @@ def test_a_recipe_is_returned_and_written(text: Path, tmp_path: Path) -> None:
     assert (tmp_path / "r.journal.jsonl").is_file()
     last = seen[-1]
     assert isinstance(last, Progress) and (last.length, last.evaluations, last.budget) == (128, 3, 3)
-    with pytest.raises(UsageError, match="exists"):
-        search("demo", texts=[text], output=tmp_path / "r", **ASKED)
+    with pytest.raises(UsageError, match="exists"):  # another search
+        search("demo", texts=[text], output=tmp_path / "r", **{**ASKED, "seed": 9})
     again = search("demo", texts=[text], output=tmp_path / "r", force=True, **ASKED)
     assert again.recipe == found.recipe
     assert [(note.text.partition(": ")[2], note.warning) for note in again.notes] == [

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -389,5 +390,23 @@ def test_no_text_and_an_output_that_exists(text: Path, whole: Path, cli: Run, tm
     (tmp_path / "short.txt").write_text("In the beginning")
     found = cli(*arguments(tmp_path / "short.txt", tmp_path / "r"))
     assert found.code == 3 and "fewer than the 128 of the target" in found.err  # not than the short set's 32
-    found = cli(*arguments(text, whole))
+    found = cli(*arguments(text, whole), "--seed", "9")
     assert found.code == 2 and "exists" in found.err
+
+
+def test_killed_after_the_recipe_was_written_the_same_command_ends_well(
+    text: Path, whole: Path, cli: Run, tmp_path: Path
+) -> None:
+    """It says so and computes nothing. A recipe that was edited, or whose journal is gone, is not replaced."""
+    shutil.copytree(whole, tmp_path / "found")
+    journal = tmp_path / "found.journal.jsonl"
+    shutil.copy(whole.with_name(journal.name), journal)
+    before = {path: path.read_bytes() for path in (journal, tmp_path / "found" / "recipe.json")}
+    found = cli(*arguments(text, tmp_path / "found"))
+    assert found.code == 0 and "is what this search found already" in found.err
+    assert {path: path.read_bytes() for path in before} == before
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(lines[:-1]))  # the recipe is of more evaluations
+    assert cli(*arguments(text, tmp_path / "found")).code == 2
+    journal.unlink()
+    assert cli(*arguments(text, tmp_path / "found")).code == 2

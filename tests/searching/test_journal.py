@@ -3,14 +3,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
+import re
+from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from support.search_helpers import small_space
 
-from lrconvert.errors import InputError, UsageError
+from lrconvert.errors import EnvironmentFailure, InputError, UsageError
 from lrconvert.searching.journal import Journal, Record, digest, read_journal
 from lrconvert.searching.protocol import Answer, Question
 
@@ -145,3 +151,121 @@ def test_lines_are_plain_json(tmp_path: Path) -> None:
     assert lines[2]["candidate"]["factors"] == [8.0] * 8
     assert lines[3]["gradient"] == [0.1] * 8 and lines[3]["cost"] == 3.4
     assert lines[4]["error"] == "the loss is not a number"
+
+
+# --- what is hidden in it ---------------------------------------------------------------------------------
+
+
+def edited(path: Path, change: Callable[[list[str]], object]) -> Path:
+    lines = path.read_text().splitlines(keepends=True)
+    change(lines)
+    path.write_text("".join(lines))
+    return path
+
+
+def replaced(number: int, old: str, new: str) -> Callable[[list[str]], object]:
+    def change(lines: list[str]) -> None:
+        assert old in lines[number]
+        lines[number] = lines[number].replace(old, new, 1)
+
+    return change
+
+
+LIES: dict[str, Callable[[list[str]], object]] = {
+    "a better loss": replaced(2, '"loss": 3.25', '"loss": 0.001'),
+    "another identity": replaced(0, '"seed": 0', '"seed": 1'),
+    "a line taken out": lambda lines: lines.pop(2),
+    "a line twice": lambda lines: lines.insert(2, lines[2]),
+    "two lines swapped": lambda lines: lines.insert(2, lines.pop(3)),
+    "the last line": replaced(4, '"seconds": 0', '"seconds": 1'),
+    "no digest": lambda lines: lines.__setitem__(3, re.sub(', "chain": "[0-9a-f]+"', "", lines[3])),
+    "another digest": lambda lines: lines.__setitem__(3, re.sub('"chain": "....', '"chain": "0000', lines[3])),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_an_edited_journal_is_found(lie: str, tmp_path: Path) -> None:
+    """A chain of digests: whatever was changed, taken out or put in, wherever."""
+    path = edited(write(tmp_path / "j.jsonl", records()), LIES[lie])
+    before = path.read_bytes()
+    with pytest.raises(InputError, match="does not fit the digest"):
+        read_journal(path)
+    identity = {**IDENTITY, "seed": 1} if lie == "another identity" else IDENTITY
+    with pytest.raises(InputError, match="does not fit the digest"):
+        Journal.open(path, identity)
+    assert path.read_bytes() == before
+
+
+def without_digests(lines: list[str]) -> None:
+    """As earlier versions wrote them."""
+    lines[:] = [re.sub(', "chain": "[0-9a-f]+"', "", line) for line in lines]
+
+
+def test_a_journal_of_an_earlier_version_is_read_and_continued_without_digests(tmp_path: Path) -> None:
+    path = edited(write(tmp_path / "j.jsonl", records()[:2]), without_digests)
+    assert read_journal(path).chain is None
+    with Journal.open(path, IDENTITY) as journal:
+        journal.append(records()[2])
+    assert read_journal(path).records == records() and "chain" not in path.read_text()
+
+
+@pytest.mark.parametrize("loss", ["NaN", "-5", "Infinity", "-0.1", '"3.0"', "true", "1e999"])
+def test_what_no_loss_can_be_is_damage(loss: str, tmp_path: Path) -> None:
+    """In a journal without digests too."""
+    path = write(tmp_path / "j.jsonl", records())
+    edited(path, without_digests)
+    edited(path, replaced(2, '"loss": 3.25', f'"loss": {loss}'))
+    with pytest.raises(InputError, match="line 3 is damaged"):
+        read_journal(path)
+
+
+# --- a disk that takes less -------------------------------------------------------------------------------
+
+
+class Short:
+    """A file that takes `left` more bytes, then nothing or an error."""
+
+    def __init__(self, file: FileIO, left: int, code: int | None) -> None:
+        self.file, self.left, self.code = file, left, code
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def write(self, data: bytes) -> int:
+        if not self.left and self.code:
+            raise OSError(self.code, os.strerror(self.code))
+        part = data[: self.left]
+        self.left -= len(part)
+        return self.file.write(part)
+
+
+@pytest.mark.parametrize("code", [None, errno.ENOSPC, errno.EFBIG])
+@pytest.mark.parametrize("left", [0, 1, 100])
+def test_a_short_write_is_an_error_at_once_and_tears_nothing(left: int, code: int | None, tmp_path: Path) -> None:
+    """What was written of the line is taken back; with room again the search goes on."""
+    path = tmp_path / "j.jsonl"
+    with Journal.open(path, IDENTITY) as journal:
+        journal.append(records()[0])
+        whole, real = path.read_bytes(), journal._file
+        journal._file = cast(FileIO, Short(real, left, code))
+        with pytest.raises(EnvironmentFailure, match="can't be written"):
+            journal.append(records()[1])
+        assert path.read_bytes() == whole
+        journal._file = real
+        journal.append(records()[1])
+    assert read_journal(path).records == records()[:2]
+
+
+def test_a_write_in_parts_is_whole(tmp_path: Path) -> None:
+    with Journal.open(tmp_path / "j.jsonl", IDENTITY) as journal:
+        real = journal._file
+
+        class Parts(Short):
+            def write(self, data: bytes) -> int:
+                return self.file.write(data[:7])
+
+        journal._file = cast(FileIO, Parts(real, 0, None))
+        journal.append(records()[0])
+        journal._file = real
+        journal.append(records()[1])
+    assert read_journal(tmp_path / "j.jsonl").records == records()[:2]

@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import IO, Any
 
 from support import fork_client
 
-from lrconvert.runtimes import transformers
+from lrconvert.runtimes import base, transformers
 
 CAN_FORK = sys.platform.startswith("linux")  # elsewhere libraries do not survive it
 SERVER = Path(__file__).with_name("fork_server.py")
@@ -188,7 +189,12 @@ class ForkedSessions:
         their_in, our_in = os.pipe()
         our_out, their_out = os.pipe()
         pid, status = server.start(
-            their_in, their_out, options["stderr"].fileno(), script=rest[-1], environment=environment
+            their_in,
+            their_out,
+            options["stderr"].fileno(),
+            script=rest[-1],
+            environment=environment,
+            folder=str(options["cwd"]),
         )
         os.close(their_in)
         os.close(their_out)
@@ -197,7 +203,7 @@ class ForkedSessions:
     def prepare(self) -> None:
         """Start what sessions are forked from, for commands in other processes: it would end with the first of them."""
         if CAN_FORK:
-            self._server(sys.executable, {**os.environ, "HF_HUB_OFFLINE": "1"}).connect()
+            self._server(sys.executable, base.worker_environment(os.environ, Path(tempfile.gettempdir()))).connect()
 
     def _server(self, python: str, environment: Mapping[str, str]) -> ForkServer:
         key = (python, *_read_early(environment))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 from lrconvert.checkpoint import locate
@@ -22,7 +23,7 @@ def short_demo(folder: Path, *, window: int) -> Path:
     folder.mkdir()
     for path in locate("demo").iterdir():
         if path.is_file():
-            (folder / path.name).symlink_to(path)
+            shutil.copyfile(path, folder / path.name)  # links out of a folder are not followed
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").unlink()
     text = json.dumps({**config, "max_position_embeddings": window})

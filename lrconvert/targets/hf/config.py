@@ -10,10 +10,11 @@ from typing import Any
 
 from lrconvert.artifact.plan import Edit
 from lrconvert.checkpoint import Model, read_json
+from lrconvert.checkpoint.folder_code import AUTO_MAP
 from lrconvert.checkpoint.rope_config import LONGROPE_KEY
 from lrconvert.errors import InputError
 from lrconvert.rope import RopeSpec
-from lrconvert.targets.hf.spelling import AUTO_MAP, native_keys, own_key
+from lrconvert.targets.hf.spelling import native_keys, own_key
 
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 

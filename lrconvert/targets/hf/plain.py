@@ -20,7 +20,8 @@ def write_plain(model: Model, folder: Path) -> None:
     dtype = checkpoint.dense_dtype or model.dtype
     _, shards, texts = lay_out(model, dtype, plan_shards)
     config = {**checkpoint.config, "torch_dtype": TORCH_NAMES[dtype], "tie_word_embeddings": model.shape.tied}
-    config.pop("dtype", None)
+    for key in ("dtype", "auto_map"):  # the code that auto_map names does not come along
+        config.pop(key, None)
     for name, content in {**checkpoint.side_files(), **texts, "config.json": json_bytes(config, "config.json")}.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

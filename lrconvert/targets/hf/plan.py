@@ -15,6 +15,7 @@ from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.adapter import Adapter, merged
 from lrconvert.checkpoint.base import FLOAT_DTYPES
 from lrconvert.checkpoint.fold import folded
+from lrconvert.checkpoint.folder_code import MODELING_FILE
 from lrconvert.checkpoint.padding import settle_vocabulary
 from lrconvert.checkpoint.source import snapshot
 from lrconvert.engines.capability import native_hf
@@ -24,7 +25,6 @@ from lrconvert.targets.hf.card import CARD_TEXT
 from lrconvert.targets.hf.config import edited_config, json_bytes, json_in, side_files
 from lrconvert.targets.hf.portable import make_portable
 from lrconvert.targets.hf.shards import plan_shards
-from lrconvert.targets.hf.spelling import MODELING_FILE
 from lrconvert.targets.hf.weights import lay_out, stream
 
 DTYPES = {"bf16": "BF16", "f16": "F16", "f32": "F32"}

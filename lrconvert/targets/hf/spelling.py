@@ -16,9 +16,6 @@ from lrconvert.engines.capability import switch_length
 from lrconvert.families import Family
 from lrconvert.rope import RopeSpec
 
-MODELING_FILE = "modeling_longrope.py"
-AUTO_MAP = {"AutoModelForCausalLM": "modeling_longrope.LongRopeForCausalLM"}
-
 
 def native_keys(native: RopeSpec, family: Family) -> dict[str, Any]:
     """The top-level config keys for native code, from what native code can express (`Capability.fit`)."""

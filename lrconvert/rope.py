@@ -172,8 +172,9 @@ def dynamic_ntk_factors(rotary_dim: int, ratio: float, original_window: int, len
     return ntk_factors(rotary_dim, effective)
 
 
-# What a factor and an attention factor can be: published sets stay within 0.5 … 500 and 0.5 … 4. Beyond these bounds
-# angles are zero, or have no digits left, or the products of float16 and float32 overflow, and nothing says so.
+# What a factor and an attention factor can be: published factors stay within 0.99 … 576, their attention factors are
+# LongRoPE's formula, below 2. Beyond these bounds angles are zero, or have no digits left, or the products of float16
+# and float32 overflow, and nothing says so.
 FACTORS = (1e-3, 1e7)
 ATTENTION = (1e-2, 1e2)
 

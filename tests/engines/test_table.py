@@ -15,12 +15,12 @@ import pytest
 from conftest import Result, recipe_for
 from support.pico import FAMILIES
 
+from lrconvert.artifact.recording import _recorded
 from lrconvert.checkpoint import Model
 from lrconvert.engines.engine import Verdict
 from lrconvert.engines.page import page
 from lrconvert.engines.table import ENGINES, assess
 from lrconvert.families import get_family
-from lrconvert.parity.verify import _recorded
 from lrconvert.recipe import write_recipe
 from lrconvert.rope import RopeSpec, Tier, longrope_attention_factor, yarn_factors
 from lrconvert.targets.hf.config import edited_config

@@ -43,6 +43,12 @@ EXTRA: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 4096, "tie_word_embeddings": True},
     "qwen2": {"use_sliding_window": False, "num_key_value_heads": 1},
     "qwen3": {"head_dim": 32, "attention_bias": False},
+    "granite": {
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.6,
+        "attention_multiplier": 0.375,
+        "logits_scaling": 0.8,
+    },
     "phi3": {"partial_rotary_factor": 0.5, "original_max_position_embeddings": WINDOW},
 }
 FAMILIES = sorted(EXTRA)

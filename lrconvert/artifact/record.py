@@ -24,6 +24,7 @@ class BakeRecord:
     model's, so that code computes that much less of the attention factor. `capability`: the name of what the recipe
     was fitted to (`engines.capability.NAMED`), None where the artifact expresses all of it. `static`: the last set
     serves every length. `lifted`: the model's sliding windows are gone, and every layer attends to every token.
+    `written_as`: the family that the weights are of since the model's multipliers are in them; None: its own.
     `padded`: how many rows the embedding, and a head of its own, have beyond the model's.
     """
 
@@ -36,6 +37,7 @@ class BakeRecord:
     static: bool = False
     lifted: bool = False
     padded: Annotated[int, Ge(0)] = 0
+    written_as: str | None = None
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,12 @@ import numpy as np
 from lrconvert.checkpoint.gguf_header import GgufArray, GgufHeader, GgufTensor
 from lrconvert.errors import InputError, UnsupportedError
 from lrconvert.families import Family
-from lrconvert.families.base import GGUF_INTERLEAVED, GGUF_MULTIPLIERS, GGUF_STEP35
+from lrconvert.families.base import GGUF_INTERLEAVED, GGUF_MULTIPLIERS, GGUF_STATED, GGUF_STEP35
 from lrconvert.rope import longrope_attention_factor
 
 SHORT, LONG, STATIC = "rope_factors_short.weight", "rope_factors_long.weight", "rope_freqs.weight"
 ROPE_TENSORS = (SHORT, LONG, STATIC)
 MAX_INTEGER = 2**31 - 1
-GGUF_NEEDED = frozenset({"logits"})  # of the multipliers: its architectures don't load without
 _TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16"}
 _NEEDED = {int: f"an integer from 1 to {MAX_INTEGER}", float: "a positive number", str: "a string"}
 
@@ -108,8 +107,9 @@ def build_config(
         keys.problems.append(f"rope.dimension_count is {rotary_dim}; {family.name} rotates all {head_dim} channels")
     kv_heads = keys.get("attention.head_count_kv", int) or heads
     sliding_window = keys.get("attention.sliding_window", int, zero=True)
+    needed = GGUF_STATED.get(architecture, frozenset())
     scales = {
-        name: keys.get(stated.key, float, required=name in GGUF_NEEDED, zero=name not in GGUF_NEEDED)
+        name: keys.get(stated.key, float, required=name in needed, zero=name not in needed)
         for name, stated in GGUF_MULTIPLIERS.get(architecture, {}).items()
     }
     keys.check()

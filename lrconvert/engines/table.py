@@ -296,7 +296,7 @@ ENGINES: tuple[Engine, ...] = (
         TESTED,
         "`lrconvert verify`; llama.cpp PR 24875; Qwen2 written as the llama architecture",
         ONCE_PADDED,
-        _families("llama", "mistral", "qwen2", "phi3", "granite"),
+        _families("llama", "mistral", "qwen2", "phi3", "granite", "minicpm"),
     ),
     Engine(
         replace(LLAMA_CPP, name=_BAKED_GGUF),

@@ -19,17 +19,20 @@ from lrconvert.families.multipliers import Multipliers, Stated
 
 LAYER = "{layer}"
 # Architectures of GGUF files whose q and k rows are permuted: llama.cpp rotates pairs (2i, 2i+1) there.
-GGUF_INTERLEAVED = frozenset({"llama", "granite"})
+GGUF_INTERLEAVED = frozenset({"llama", "granite", "minicpm"})
 GGUF_STEP35 = "step35"  # targets/gguf/step35.py says how a family is written as it
 # How the files of an architecture state multipliers; its C++ computes no others.
-GGUF_MULTIPLIERS: Mapping[str, Mapping[str, Stated]] = {
-    "granite": {
-        "embedding": Stated("embedding_scale"),
-        "residual": Stated("residual_scale"),
-        "attention": Stated("attention.scale", times={"head_dim": 0.5}),
-        "logits": Stated("logit_scale", power=-1),
-    },
+_SCALES = {
+    "embedding": Stated("embedding_scale"),
+    "residual": Stated("residual_scale"),
+    "logits": Stated("logit_scale", power=-1),
 }
+GGUF_MULTIPLIERS: Mapping[str, Mapping[str, Stated]] = {
+    "granite": {**_SCALES, "attention": Stated("attention.scale", times={"head_dim": 0.5})},
+    "minicpm": _SCALES,
+}
+# Those that a file has to state: granite isn't loaded without its own, and minicpm has defaults that aren't 1.
+GGUF_STATED = {"granite": frozenset({"logits"}), "minicpm": frozenset(_SCALES)}
 # Counts beyond these are damage or malice, not a model; they also bound the time and memory of the checks.
 MAX_LAYERS = 4096
 MAX_COUNT = {"num_hidden_layers": MAX_LAYERS, "default": 2**31 - 1}
@@ -72,6 +75,12 @@ class Family:
     sliding: Literal["all", "named"] | None = None
     # How configs state the multipliers that this family has; those that are not here are 1.
     multipliers: Mapping[str, Stated] = field(default_factory=dict)
+    # The family whose class runs the weights once the multipliers are in them, where there is no class of its own.
+    hf_written: str | None = None
+    inert: frozenset[str] = frozenset()  # config keys of this family alone that change no logit
+    remarks: Mapping[str, str] = field(
+        default_factory=dict
+    )  # config keys, and what a user has to know where one is set
     hf_states_head_size: bool = False  # transformers 4.57 fails on longrope without a head_dim
     hf_three_key_scaling: bool = False  # transformers 4.57 takes only {type, short_factor, long_factor}
 
@@ -311,8 +320,8 @@ def read_shape(config: Mapping[str, Any], family: Family) -> ModelShape:
     naming those that change what the model computes and aren't understood."""
     reader = _Reader(config, family)
     section = rope_section(config)
-    stated = frozenset(multiplier.key for multiplier in family.multipliers.values())
-    check_keys(config, section, family.name if family.rows else "", stated)
+    own = family.inert | {multiplier.key for multiplier in family.multipliers.values()}
+    check_keys(config, section, family.name if family.rows else "", own)
     hidden, heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
     kv_heads = reader.integer("num_key_value_heads", heads)
     head_dim = reader.integer("head_dim", max(hidden // heads, 1))

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lrconvert.checkpoint.fold import in_weights
 from lrconvert.training.attention import PROBE_TOKENS, check_kernel, choose_kernel, use_kernel
 from lrconvert.training.devices import default_dtype, free_memory, is_out_of_memory, process_device
 from lrconvert.training.losses import chunked_choices, chunked_gradient, chunked_losses, chunks
@@ -57,6 +58,7 @@ class LoadedModel:
         self.workers = Workers(self.device, team=team, sharded=sharded)
         self.dtype: torch.dtype = getattr(torch, dtype or default_dtype(self.device.type, purpose))
         self.vocab = model.shape.vocab
+        model = in_weights(model, rounded=False)
         self._logits = model.shape.multipliers.logits
         self.rope = TrialRope(model.shape.theta, model.shape.rotary_dim)
         self.network = load_network(model, self.dtype).eval()

@@ -13,6 +13,7 @@ import gguf
 import numpy as np
 import pytest
 from conftest import Result
+from support.float64 import EXACT, TOKENS, by_reference, in_float64
 from support.gguf_pico import make_pico
 from support.pico import pico_config, write_pico
 
@@ -21,14 +22,11 @@ from lrconvert.errors import InputError, UnsupportedError
 from lrconvert.families import family_names, get_family, read_shape
 from lrconvert.families.base import GGUF_MULTIPLIERS
 from lrconvert.families.multipliers import NAMES, Multipliers, Stated
-from lrconvert.reference import FactorSet, Reference, Rotation
 from lrconvert.targets.gguf.metadata import multiplier_keys
 
 torch = pytest.importorskip("torch", reason="needs lrconvert[hf]")
 transformers = pytest.importorskip("transformers", reason="needs lrconvert[hf]")
 
-TOKENS = np.random.default_rng(5).integers(0, 101, size=48)
-EXACT = 1e-10  # float64 on both sides
 KEYS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 # Granite 3.x and 4: tied and not, with biases or without, one key head or as many as queries, each multiplier alone.
 VARIANTS: list[dict[str, Any]] = [
@@ -43,30 +41,6 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 
 
-class _Exact(torch.nn.Module):
-    """cos and sin in float64."""
-
-    def __init__(self, theta: float, width: int) -> None:
-        super().__init__()
-        self.frequencies = theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-
-    def forward(self, x: Any, position_ids: Any) -> tuple[Any, Any]:
-        angles = position_ids[..., None].double() * self.frequencies
-        whole = torch.cat((angles, angles), dim=-1)
-        return whole.cos().to(x.dtype), whole.sin().to(x.dtype)
-
-
-def in_float64(network: Any, theta: float, width: int) -> Any:
-    """Without the places where native code computes in float32 whatever its weights are: frequencies and norms. (So
-    does its own softmax; PyTorch's does not.)"""
-    network.model.rotary_emb = _Exact(theta, width)
-    norm = torch.nn.functional.rms_norm
-    for module in network.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = lambda x, own=module: norm(x, own.weight.shape, own.weight, own.variance_epsilon)
-    return network
-
-
 def natively(folder: Path) -> np.ndarray:
     """Logits of transformers' own class, in float64."""
     load = transformers.AutoModelForCausalLM.from_pretrained
@@ -75,12 +49,6 @@ def natively(folder: Path) -> np.ndarray:
     network = in_float64(network, shape.theta, shape.rotary_dim)
     with torch.no_grad():
         return network(torch.as_tensor(TOKENS)[None]).logits[0].numpy()
-
-
-def by_reference(model: Any) -> np.ndarray:
-    width = model.shape.rotary_dim
-    rotation = Rotation(model.shape.theta, width, [FactorSet(2**20, [1.0] * (width // 2), 0, 1.0)])
-    return Reference(model, rotation).logits(TOKENS)
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=lambda changes: "-".join(f"{k}={v}" for k, v in changes.items()))

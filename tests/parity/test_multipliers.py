@@ -55,13 +55,16 @@ def baked(target: str, model: Model, recipe: Recipe, folder: Path, **more: Any) 
     return output
 
 
+DROPPED = [*(("granite", name) for name in NAMES), *(("minicpm", name) for name in NAMES if name != "attention")]
+
+
 @pytest.mark.parametrize("target", WORKERS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("family", "name"), DROPPED)
 def test_a_dropped_multiplier_is_caught(
-    pico: Pico, tmp_path: Path, name: str, target: str, options: Callable[[str], Options]
+    pico: Pico, tmp_path: Path, family: str, name: str, target: str, options: Callable[[str], Options]
 ) -> None:
     """By every code of every format, far outside of its tolerance."""
-    model = pico("granite", max_position_embeddings=WINDOW)
+    model = pico(family, max_position_embeddings=WINDOW)
     wrong, recipe = without_multiplier(model, name), recipe_for(model, even=True)
     assert wrong is not None
     artifact = baked(target, wrong, recipe, tmp_path)
@@ -76,25 +79,46 @@ def test_models_without_multipliers_have_none_to_drop(pico: Pico) -> None:
     assert [without_multiplier(pico("llama"), name) for name in NAMES] == [None] * len(NAMES)
 
 
-NARROW = [("onnx", {"dtype": "f16"}), ("onnx", {"dtype": "int8", "attention": "standard"}), ("hf", {"dtype": "bf16"}),
-          ("gguf", {"type": "q8_0", "static": True})]  # fmt: skip
+TYPES: list[tuple[str, str, dict[str, Any]]] = [
+    ("granite", "onnx", {"dtype": "f16"}),
+    ("granite", "onnx", {"dtype": "int8", "attention": "standard"}),
+    ("granite", "hf", {"dtype": "bf16"}),
+    ("granite", "gguf", {"type": "q8_0", "static": True}),
+    ("minicpm", "onnx", {"dtype": "int8"}),
+    ("minicpm", "gguf", {"type": "f16"}),
+    ("minicpm", "gguf", {"static": True}),
+]
 
 
-@pytest.mark.parametrize(("target", "more"), NARROW, ids=lambda value: str(value))
+@pytest.mark.parametrize(("family", "target", "more"), TYPES, ids=str)
 def test_other_types_are_right_too(
-    pico: Pico, tmp_path: Path, target: str, more: dict[str, Any], options: Callable[[str], Options]
+    pico: Pico, tmp_path: Path, family: str, target: str, more: dict[str, Any], options: Callable[[str], Options]
 ) -> None:
-    model = pico("granite", max_position_embeddings=WINDOW)
+    model = pico(family, max_position_embeddings=WINDOW)
     report = verify(baked(target, model, recipe_for(model, even=True), tmp_path, **more), options=options(target))
     assert report.passed, report.summary
 
 
-@pytest.mark.parametrize("target", WORKERS)
-def test_a_gguf_is_a_source_like_any_other(
+@pytest.mark.parametrize("target", ["gguf", "onnx"])
+def test_a_minicpm_is_right_on_both_sides_of_the_window(
     pico: Pico, tmp_path: Path, target: str, options: Callable[[str], Options]
 ) -> None:
+    """Under its own name, in float32; tests/families/test_minicpm.py has the folder that is a llama."""
+    model = pico("minicpm", max_position_embeddings=WINDOW)
+    report = verify(baked(target, model, recipe_for(model, even=True), tmp_path), options=options(target))
+    assert report.passed, report.summary
+    passed = {row.case: row for row in report.rows if row.code in CODES[target] and row.verdict == "pass"}
+    assert {"at 256", "one past 256", "far end"} <= set(passed)
+    assert max(row.kl_mean or 0 for row in passed.values()) < 1e-9
+
+
+@pytest.mark.parametrize("target", WORKERS)
+@pytest.mark.parametrize("family", ["granite", "minicpm"])
+def test_a_gguf_is_a_source_like_any_other(
+    pico: Pico, tmp_path: Path, family: str, target: str, options: Callable[[str], Options]
+) -> None:
     """Its scales come back as the config's, and what is baked from the file is right on both sides of the window."""
-    model = pico("granite", max_position_embeddings=WINDOW, tie_word_embeddings=True)
+    model = pico(family, max_position_embeddings=WINDOW, tie_word_embeddings=True)
     recipe = recipe_for(model, even=True)
     again = open_model(baked("gguf", model, recipe, tmp_path))
     for name in NAMES:

@@ -33,7 +33,7 @@ from lrconvert.targets.gguf.layout import Raw, Value
 QUANTISATION_VERSION = 2  # of ggml's block formats (GGML_QNT_VERSION)
 OURS = "lrconvert."
 # Architectures that know one set for every length; others get two equal ones.
-STATIC_TENSOR = frozenset({"llama", "granite"})
+STATIC_TENSOR = frozenset({"llama", "granite", "minicpm"})
 # llama.cpp strips space after the special tokens of a model of such a name, whatever its vocabulary.
 _PHI3_NAME = re.compile(r"phi-?3", re.IGNORECASE)
 

@@ -7,11 +7,12 @@ The record is all that a manifest keeps of it and all that parity reads of it: `
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 from annotated_types import Ge, Gt
 
+from lrconvert.recipe import Recipe
 from lrconvert.rope import STRICT
 
 
@@ -38,6 +39,10 @@ class BakeRecord:
     lifted: bool = False
     padded: Annotated[int, Ge(0)] = 0
     written_as: str | None = None
+
+    def recipe_for(self, family: str, recipe: Recipe) -> Recipe:
+        """The recipe under the name of the weights' `family`, where that is the one that an artifact is written as."""
+        return replace(recipe, family=family) if family == self.written_as else recipe
 
 
 @dataclass(frozen=True)

@@ -134,14 +134,8 @@ def in_weights(model: Model, *, rounded: bool = True) -> Model:
 def _config_of(model: Model, written: str, *, tied: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """The config of a model whose multipliers are in its weights, and what of the old one is no longer so."""
     old, family = model.checkpoint.config, model.family
-    own = {
-        *(stated.key for stated in family.multipliers.values()),
-        *family.inert,
-        *family.remarks,
-        "auto_map",
-        "mlp_bias",
-    }
-    new = {key: value for key, value in old.items() if key not in own}
+    own = family.inert | family.remarks.keys() | {stated.key for stated in family.multipliers.values()}
+    new = {key: value for key, value in old.items() if key not in own | {"auto_map", "mlp_bias"}}
     new |= {"model_type": written, "tie_word_embeddings": tied}
     return new, {key: value for key, value in old.items() if new.get(key) != value}
 

@@ -78,9 +78,8 @@ class Family:
     # The family whose class runs the weights once the multipliers are in them, where there is no class of its own.
     hf_written: str | None = None
     inert: frozenset[str] = frozenset()  # config keys of this family alone that change no logit
-    remarks: Mapping[str, str] = field(
-        default_factory=dict
-    )  # config keys, and what a user has to know where one is set
+    # Config keys, and what a user has to know where one is set.
+    remarks: Mapping[str, str] = field(default_factory=dict)
     hf_states_head_size: bool = False  # transformers 4.57 fails on longrope without a head_dim
     hf_three_key_scaling: bool = False  # transformers 4.57 takes only {type, short_factor, long_factor}
 

@@ -64,8 +64,8 @@ def verify(
     model, notes = _source(artifact, target, manifest, against)
     notes = [*notes, *model.read_dequantised("its dequantised weights are what the artifact is compared with")]
     chosen = _recipe(artifact, manifest, recipe)
-    if manifest is not None and manifest.bake.written_as == model.family.name:  # its own weights are that family's
-        chosen = replace(chosen, family=model.family.name)
+    if manifest is not None:
+        chosen = manifest.bake.recipe_for(model.family.name, chosen)
     spec = model.resolve(chosen, manifest.bake.window if manifest and recipe is None else None)
     record = manifest.bake if manifest else target.record(spec.window)
     wanted = expected(model, spec, record, artifact)

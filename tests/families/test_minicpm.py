@@ -29,6 +29,7 @@ from lrconvert.checkpoint import Model, fold, open_model
 from lrconvert.checkpoint.adapter import merged, open_adapter
 from lrconvert.checkpoint.fold import in_weights
 from lrconvert.errors import InputError, UnsupportedError
+from lrconvert.evals.subject import Subject, computed
 from lrconvert.parity import Options
 from lrconvert.parity.mutants import RECIPE_MUTANTS
 from lrconvert.runtimes.base import Interpreter
@@ -255,6 +256,8 @@ def test_it_outlives_its_source(pico_folder: Callable[..., Path], tmp_path: Path
     model, artifact = open_model(source), own_name(tmp_path / "a")
     bake(hf.plan(model, recipe_for(model, even=True), artifact))
     shutil.rmtree(source)
+    _, spec = computed(Subject.of(str(artifact)))  # what an evaluation computes
+    assert spec.family == "llama" and [tier.max_length for tier in spec.tiers] == [64, 128]
     report = verify(artifact, options=options)
     assert report.passed and any("own weights" in note for note in report.notes)
 

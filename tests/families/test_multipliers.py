@@ -18,6 +18,7 @@ from support.gguf_pico import make_pico
 from support.pico import pico_config, write_pico
 
 from lrconvert.checkpoint import open_model
+from lrconvert.checkpoint.fold import in_weights
 from lrconvert.errors import InputError, UnsupportedError
 from lrconvert.families import family_names, get_family, read_shape
 from lrconvert.families.base import GGUF_MULTIPLIERS
@@ -119,6 +120,15 @@ def test_the_command_line_says_it(
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
     result = cli("hf", folder, "-o", tmp_path / "o")
     assert result.code == code and message in result.err
+
+
+def test_every_multiplier_goes_into_weights(pico_folder: Callable[..., Path]) -> None:
+    """Of a family whose folders would be a llama's: all four, biases included, tied and not."""
+    for changes in ({}, {"tie_word_embeddings": True, "attention_bias": True}):
+        model = open_model(pico_folder("granite", **changes))
+        made = in_weights(replace(model, family=replace(model.family, hf_written="llama")), rounded=False)
+        assert made.shape.multipliers == Multipliers() != model.shape.multipliers
+        assert np.abs(by_reference(made) - by_reference(model)).max() <= EXACT
 
 
 # --- GGUF ------------------------------------------------------------------------------------------------

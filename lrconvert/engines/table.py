@@ -296,7 +296,15 @@ ENGINES: tuple[Engine, ...] = (
         TESTED,
         "`lrconvert verify`; llama.cpp PR 24875; Qwen2 written as the llama architecture",
         ONCE_PADDED,
-        _families("llama", "mistral", "qwen2", "phi3", "granite", "minicpm"),
+        _families("llama", "mistral", "qwen2", "phi3"),
+    ),
+    Engine(
+        replace(LLAMA_CPP, name=_BAKED_GGUF),
+        "0.6.0-dev",
+        TESTED,
+        "`lrconvert verify`; src/models/granite.cpp (0.5.0 was not run)",
+        ONCE_PADDED,
+        _families("granite", "minicpm"),
     ),
     Engine(
         replace(LLAMA_CPP, name=_BAKED_GGUF),

@@ -2,7 +2,7 @@
 """MiniCPM 1, 2, 4 and 4.1, dense: Llama's layout and multipliers for width and depth.
 
 transformers has no class for them, and their own code comes with their repositories. With the multipliers in the
-weights they are Llamas, bit for bit as float64 sees it.
+weights they are Llamas, but for rounding.
 """
 
 from lrconvert.families import base
@@ -24,7 +24,7 @@ FAMILY = base.Family(
         base.FINAL_NORM,
         base.LM_HEAD,
     ),
-    # As its code has them (configuration_minicpm.py of MiniCPM-2B). A file with a head of its own unties the model.
+    # As its configuration code has them, whose copies differ on tying: a file with a head of its own unties the model.
     defaults={
         "max_position_embeddings": 2048,
         "tie_word_embeddings": True,

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """MiniCPM against a definition of its own, and as a Llama with its multipliers in the weights.
 
-transformers has no class for it. The definition follows the papers (MiniCPM, arXiv 2404.06395, table 7 and section 3;
-MiniCPM4, arXiv 2506.07900): a decoder like Llama's with the embedding times scale_emb, what every layer adds times
-scale_depth / sqrt(layers), and hidden states divided by hidden_size / dim_model_base before the head.
+transformers has no class for it. The definition follows what its published modeling code computes: a decoder like
+Llama's with the embedding times scale_emb, what every layer adds times scale_depth / sqrt(layers), and hidden states
+divided by hidden_size / dim_model_base before the head.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ KEYS = ("scale_emb", "scale_depth", "dim_model_base")
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"tie_word_embeddings": False},
-    {"tie_word_embeddings": None},  # its own code ties then
+    {"tie_word_embeddings": None},  # there is no other head then
     {"tie_word_embeddings": False, "attention_bias": True, "num_hidden_layers": 3},
     {"num_key_value_heads": 1, "scale_emb": 2.5, "scale_depth": 1.4},
     {"num_key_value_heads": 4, "head_dim": None, "mup_denominator": 32},
@@ -54,7 +54,7 @@ VARIANTS: list[dict[str, Any]] = [
 
 
 def defined(folder: Path) -> np.ndarray:
-    """Logits by the papers' words, in NumPy's float64, token by token, from the folder's own files."""
+    """Logits by that definition, in NumPy's float64, token by token, from the folder's own files."""
     from safetensors.numpy import load_file
 
     config = json.loads((folder / "config.json").read_text())

@@ -7,11 +7,12 @@ The record is all that a manifest keeps of it and all that parity reads of it: `
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 from annotated_types import Ge, Gt
 
+from lrconvert.recipe import Recipe
 from lrconvert.rope import STRICT
 
 
@@ -24,6 +25,7 @@ class BakeRecord:
     model's, so that code computes that much less of the attention factor. `capability`: the name of what the recipe
     was fitted to (`engines.capability.NAMED`), None where the artifact expresses all of it. `static`: the last set
     serves every length. `lifted`: the model's sliding windows are gone, and every layer attends to every token.
+    `written_as`: the family that the weights are of since the model's multipliers are in them; None: its own.
     `padded`: how many rows the embedding, and a head of its own, have beyond the model's.
     """
 
@@ -36,6 +38,11 @@ class BakeRecord:
     static: bool = False
     lifted: bool = False
     padded: Annotated[int, Ge(0)] = 0
+    written_as: str | None = None
+
+    def recipe_for(self, family: str, recipe: Recipe) -> Recipe:
+        """The recipe under the name of the weights' `family`, where that is the one that an artifact is written as."""
+        return replace(recipe, family=family) if family == self.written_as else recipe
 
 
 @dataclass(frozen=True)

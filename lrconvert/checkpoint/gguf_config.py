@@ -16,7 +16,7 @@ import numpy as np
 from lrconvert.checkpoint.gguf_header import GgufArray, GgufHeader, GgufTensor
 from lrconvert.errors import InputError, UnsupportedError
 from lrconvert.families import Family
-from lrconvert.families.base import GGUF_INTERLEAVED, GGUF_STEP35
+from lrconvert.families.base import GGUF_INTERLEAVED, GGUF_MULTIPLIERS, GGUF_STATED, GGUF_STEP35
 from lrconvert.rope import longrope_attention_factor
 
 SHORT, LONG, STATIC = "rope_factors_short.weight", "rope_factors_long.weight", "rope_freqs.weight"
@@ -107,6 +107,11 @@ def build_config(
         keys.problems.append(f"rope.dimension_count is {rotary_dim}; {family.name} rotates all {head_dim} channels")
     kv_heads = keys.get("attention.head_count_kv", int) or heads
     sliding_window = keys.get("attention.sliding_window", int, zero=True)
+    needed = GGUF_STATED.get(architecture, frozenset())
+    scales = {
+        name: keys.get(stated.key, float, required=name in needed, zero=name not in needed)
+        for name, stated in GGUF_MULTIPLIERS.get(architecture, {}).items()
+    }
     keys.check()
     if architecture == GGUF_STEP35:  # half of the width, and the layer of zeros at the end
         if header.metadata.get("lrconvert.family") != family.name:
@@ -138,6 +143,7 @@ def build_config(
         if isinstance(token := header.metadata.get(key), int):
             config[f"{name}_token_id"] = token
     config |= _biases(family, tensors)
+    config |= _multipliers(architecture, family, scales, {"layers": layers, "hidden": hidden, "head_dim": head_dim})
     keys.check()
     rope = _Keys(header, architecture)
     scaling = _rope(rope, family, tensors, read, rotary_dim, window)
@@ -173,6 +179,18 @@ def _biases(family: Family, tensors: Mapping[str, GgufTensor]) -> dict[str, bool
     return flags
 
 
+def _multipliers(
+    architecture: str, family: Family, scales: Mapping[str, float | None], numbers: Mapping[str, int]
+) -> dict[str, float]:
+    """The family's own keys, from what the file's architecture states; zero and nothing are 1 in llama.cpp."""
+    found = {}
+    for name, stated in family.multipliers.items():
+        value, row = scales.get(name), GGUF_MULTIPLIERS.get(architecture, {}).get(name)
+        multiplier = 1.0 if value is None or row is None else row.multiplier(value, numbers)
+        found[stated.key] = _short_decimal(stated.value(multiplier, numbers))
+    return found
+
+
 # --- rope ------------------------------------------------------------------------------------------------
 
 
@@ -206,8 +224,8 @@ def _rope(
         needed = {SHORT: SHORT in there, LONG: LONG in there}
         needed |= {keys.prefix + "rope.scaling.original_context_length": original}
         needed |= {keys.prefix + "rope.scaling.attn_factor": attention}
-        if keys.prefix == "llama.":  # phi3 looks for the two tensors whatever the type says
-            needed |= {"llama.rope.scaling.type": kind}
+        if keys.prefix != "phi3.":  # which looks for the two tensors whatever the type says
+            needed |= {f"{keys.prefix}rope.scaling.type": kind}
         if incomplete := [name for name, value in needed.items() if not value]:
             keys.problems.append(f"incomplete longrope: {', '.join(incomplete)} missing")
         if STATIC in there:

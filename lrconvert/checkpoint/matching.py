@@ -30,7 +30,7 @@ def build_model(reference: str, checkpoint: Checkpoint, *, tied: bool | None = N
     checkpoint, quantised = readable(checkpoint)
     names = {tensor.name for tensor in expected_tensors(family, shape)}
     checkpoint, notes = under_family_names(checkpoint, family, shape, names)
-    notes = [*quantised, *notes]
+    notes = [*quantised, *notes, *(text for key, text in family.remarks.items() if checkpoint.config.get(key))]
     if checkpoint.quantised_with and (zero := zero_biases(checkpoint, names)):
         checkpoint = RenamedCheckpoint(checkpoint, {name: name for name in checkpoint.tensors if name not in zero})
         notes.append(f"{len(zero)} biases of quantised modules are zero, and {family.name} has none: never read")

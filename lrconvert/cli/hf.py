@@ -77,4 +77,4 @@ def _engines(plan: Plan, detailed: bool) -> None:
     """Which engines run the artifact right."""
     from lrconvert.engines.table import assess
 
-    out.engines(assess(plan.spec, plan.spec.family), detailed=detailed)
+    out.engines(assess(plan.spec, plan.record.written_as or plan.spec.family), detailed=detailed)

@@ -99,6 +99,8 @@ def _families(*names: str) -> frozenset[str]:
     return frozenset(names)
 
 
+# Those that were looked at when a program's row was made; whether it runs later ones so, nobody has asked.
+_FIRST = _families("llama", "mistral", "qwen2", "qwen3", "phi3")
 # Any of these spellings, where a program takes both of transformers' sections.
 _INNER = tuple(f"{section}.original_max_position_embeddings" for section in ("rope_scaling", "rope_parameters"))
 _TOP = "original_max_position_embeddings"
@@ -114,6 +116,7 @@ _OLD_NEEDS = (
 )
 _NEW_NEEDS = (_SECTION, has(_TOP, *_INNER), named("longrope"))
 _HEAD_SIZE = within("rope_scaling", has("head_dim", otherwise="refuses"))
+_NEW_TYPE = within("rope_scaling", has("rope_scaling.rope_type", otherwise="refuses"))
 _PHI3_TYPES = named("longrope", "su", "yarn")
 _NEW_PHI3_NEEDS = (
     _SECTION,
@@ -149,6 +152,15 @@ ENGINES: tuple[Engine, ...] = (
         (*_OLD_NEEDS, _HEAD_SIZE),
     ),
     Engine(
+        replace(NATIVE_HF, name=_OLD),
+        "4.57.6",
+        TESTED,
+        "configuration_granite.py, which does not know the older key `type`; the rest as above",
+        BY_FORWARD,
+        _families("granite"),
+        (*_OLD_NEEDS, _NEW_TYPE),
+    ),
+    Engine(
         replace(NATIVE_HF_FORMULA, name=_OLD),
         "4.57.6",
         TESTED,
@@ -171,7 +183,7 @@ ENGINES: tuple[Engine, ...] = (
         TESTED,
         "modeling_rope_utils.py; `lrconvert verify`",
         BY_FORWARD,
-        _families("llama", "mistral", "qwen2", "qwen3"),
+        _families("llama", "mistral", "qwen2", "qwen3", "granite"),
         _NEW_NEEDS,
     ),
     Engine(
@@ -205,7 +217,8 @@ ENGINES: tuple[Engine, ...] = (
         MEASURED,
         f"rotary_embedding/phi3_long_rope_scaled_rope.py, config/model.py; PR 27431, issues 27414, 6135; {_PICO}",
         ONCE_ASKED,
-        needs=(has(*_INNER, _TOP, otherwise="refuses"), _SECTION),
+        _FIRST,
+        (has(*_INNER, _TOP, otherwise="refuses"), _SECTION),
     ),
     Engine(
         _config_reader("SGLang"),
@@ -231,7 +244,8 @@ ENGINES: tuple[Engine, ...] = (
         READ,
         "layers/rotary.py",
         BY_POSITION,
-        needs=(has(_TOP), _OLD_SECTION),
+        _FIRST,
+        (has(_TOP), _OLD_SECTION),
     ),
     Engine(
         MLX,
@@ -257,7 +271,8 @@ ENGINES: tuple[Engine, ...] = (
         READ,
         "util/rope.py",
         ONCE,
-        needs=(has(*_INNER, _TOP), _OLD_SECTION),
+        _FIRST,
+        (has(*_INNER, _TOP), _OLD_SECTION),
     ),
     Engine(
         _config_reader(_CONVERTER),
@@ -282,6 +297,14 @@ ENGINES: tuple[Engine, ...] = (
         "`lrconvert verify`; llama.cpp PR 24875; Qwen2 written as the llama architecture",
         ONCE_PADDED,
         _families("llama", "mistral", "qwen2", "phi3"),
+    ),
+    Engine(
+        replace(LLAMA_CPP, name=_BAKED_GGUF),
+        "0.6.0-dev",
+        TESTED,
+        "`lrconvert verify`; src/models/granite.cpp (0.5.0 was not run)",
+        ONCE_PADDED,
+        _families("granite", "minicpm"),
     ),
     Engine(
         replace(LLAMA_CPP, name=_BAKED_GGUF),

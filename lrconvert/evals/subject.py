@@ -133,7 +133,8 @@ def computed(subject: Subject) -> tuple[Model, RopeSpec]:
         model = on_stored_weights(model, stored)
     if subject.recipe is not None:
         record = Manifest.read(subject.artifact).bake
-        wanted = expected(model, model.resolve(subject.recipe, record.window), record, subject.artifact)
+        recipe = record.recipe_for(model.family.name, subject.recipe)
+        wanted = expected(model, model.resolve(recipe, record.window), record, subject.artifact)
         return wanted.model, wanted.spec
     found, shape = model.rotation, model.shape
     window = found.tiers[-1].max_length

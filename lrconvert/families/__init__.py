@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 
-HELPERS = ("base", "keys")  # modules here that are no family
+HELPERS = ("base", "keys", "multipliers")  # modules here that are no family
 
 
 def family_names() -> list[str]:

@@ -10,16 +10,29 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from lrconvert.errors import InputError, UnsupportedError
 from lrconvert.families.keys import check_keys
+from lrconvert.families.multipliers import Multipliers, Stated
 
 LAYER = "{layer}"
 # Architectures of GGUF files whose q and k rows are permuted: llama.cpp rotates pairs (2i, 2i+1) there.
-GGUF_INTERLEAVED = frozenset({"llama"})
+GGUF_INTERLEAVED = frozenset({"llama", "granite", "minicpm"})
 GGUF_STEP35 = "step35"  # targets/gguf/step35.py says how a family is written as it
+# How the files of an architecture state multipliers; its C++ computes no others.
+_SCALES = {
+    "embedding": Stated("embedding_scale"),
+    "residual": Stated("residual_scale"),
+    "logits": Stated("logit_scale", power=-1),
+}
+GGUF_MULTIPLIERS: Mapping[str, Mapping[str, Stated]] = {
+    "granite": {**_SCALES, "attention": Stated("attention.scale", times={"head_dim": 0.5})},
+    "minicpm": _SCALES,
+}
+# Those that a file has to state: granite isn't loaded without its own, and minicpm has defaults that aren't 1.
+GGUF_STATED = {"granite": frozenset({"logits"}), "minicpm": frozenset(_SCALES)}
 # Counts beyond these are damage or malice, not a model; they also bound the time and memory of the checks.
 MAX_LAYERS = 4096
 MAX_COUNT = {"num_hidden_layers": MAX_LAYERS, "default": 2**31 - 1}
@@ -60,6 +73,13 @@ class Family:
     # Which layers attend to the last `sliding_window` tokens only: all of them, those that `use_sliding_window` and
     # `max_window_layers` or `layer_types` name, or none, whatever the config says.
     sliding: Literal["all", "named"] | None = None
+    # How configs state the multipliers that this family has; those that are not here are 1.
+    multipliers: Mapping[str, Stated] = field(default_factory=dict)
+    # The family whose class runs the weights once the multipliers are in them, where there is no class of its own.
+    hf_written: str | None = None
+    inert: frozenset[str] = frozenset()  # config keys of this family alone that change no logit
+    # Config keys, and what a user has to know where one is set.
+    remarks: Mapping[str, str] = field(default_factory=dict)
     hf_states_head_size: bool = False  # transformers 4.57 fails on longrope without a head_dim
     hf_three_key_scaling: bool = False  # transformers 4.57 takes only {type, short_factor, long_factor}
 
@@ -84,6 +104,7 @@ class ModelShape:
     mlp_bias: bool
     # How many tokens each layer attends to, itself included; 0 for all. Empty where no layer has a limit.
     sliding: tuple[int, ...] = ()
+    multipliers: Multipliers = field(default_factory=Multipliers)
 
     def slides_within(self, window: int) -> bool:
         """Whether a layer attends to less than a sequence of `window` tokens."""
@@ -92,6 +113,11 @@ class ModelShape:
     @property
     def untied(self) -> bool:
         return not self.tied
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """What `Stated.times` may name."""
+        return {"layers": self.layers, "hidden": self.hidden, "head_dim": self.head_dim}
 
     @property
     def symbols(self) -> dict[str, int]:
@@ -272,6 +298,17 @@ def _theta(reader: _Reader, section: Mapping[str, Any]) -> float:
     return reader.number("rope_theta", 10000.0, at=section)
 
 
+def _multipliers(reader: _Reader, family: Family, shape: ModelShape) -> Multipliers:
+    """Those that the family's configs state; zero, which would leave nothing of what it multiplies, is a problem."""
+    found = {}
+    for name, stated in family.multipliers.items():
+        value = reader.number(stated.key)
+        found[name] = stated.multiplier(value, shape.numbers)
+        if not 0 < found[name] <= sys.float_info.max:
+            reader.problems.append(f"{stated.key} is {_short(value)}, which leaves no number to multiply with")
+    return Multipliers(**found)
+
+
 def _short(value: object) -> str:
     text = "missing" if value is None else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
@@ -282,7 +319,8 @@ def read_shape(config: Mapping[str, Any], family: Family) -> ModelShape:
     naming those that change what the model computes and aren't understood."""
     reader = _Reader(config, family)
     section = rope_section(config)
-    check_keys(config, section, family.name if family.rows else "")
+    own = family.inert | {multiplier.key for multiplier in family.multipliers.values()}
+    check_keys(config, section, family.name if family.rows else "", own)
     hidden, heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
     kv_heads = reader.integer("num_key_value_heads", heads)
     head_dim = reader.integer("head_dim", max(hidden // heads, 1))
@@ -316,6 +354,7 @@ def read_shape(config: Mapping[str, Any], family: Family) -> ModelShape:
         mlp_bias=reader.flag("mlp_bias"),
         sliding=_sliding(reader, family),
     )
+    shape = replace(shape, multipliers=_multipliers(reader, family, shape))
     if reader.problems:
         raise InputError.collect("config.json", reader.problems)
     return shape

@@ -15,7 +15,7 @@ mistral). Code that doesn't know a key computes another model, without a word. H
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from lrconvert.errors import UnsupportedError
@@ -90,11 +90,11 @@ TELLING = re.compile(
 )
 
 
-def check_keys(config: Mapping[str, Any], section: Mapping[str, Any], name: str) -> None:
+def check_keys(config: Mapping[str, Any], section: Mapping[str, Any], name: str, read: Collection[str] = ()) -> None:
     """Raise `UnsupportedError` (exit code 4) that names every key which changes what the model computes and which
     lrconvert doesn't compute. `section`: the rotary settings; `name`: the family's, "" for one that is not converted,
-    whose config counts only as far as its rotation goes."""
-    odd = [*(_odd(config) if name else ()), *_odd_settings(section)]
+    whose config counts only as far as its rotation goes; `read`: keys that this family has beyond those of all."""
+    odd = [*(_odd(config, read) if name else ()), *_odd_settings(section)]
     if odd:
         raise UnsupportedError(
             f"config.json: {', '.join(odd)}: {'a key that changes' if len(odd) == 1 else 'keys that change'} what the "
@@ -103,9 +103,9 @@ def check_keys(config: Mapping[str, Any], section: Mapping[str, Any], name: str)
         )
 
 
-def _odd(config: Mapping[str, Any]) -> Iterator[str]:
+def _odd(config: Mapping[str, Any], read: Collection[str]) -> Iterator[str]:
     for key, value in config.items():
-        if value is None or key in READ or key in INERT:
+        if value is None or key in READ or key in INERT or key in read:
             continue
         if key in CHANGES:
             if value not in CHANGES[key]:

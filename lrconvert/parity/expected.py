@@ -17,7 +17,7 @@ from lrconvert.artifact.checks import Row
 from lrconvert.artifact.record import BakeRecord
 from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.base import numpy_dtype
-from lrconvert.checkpoint.fold import folded
+from lrconvert.checkpoint.fold import folded, rewritten
 from lrconvert.checkpoint.padding import padded
 from lrconvert.engines.capability import NAMED, divide_attention, static
 from lrconvert.errors import InputError
@@ -29,7 +29,7 @@ from lrconvert.parity.tolerances import PORTABLE as PORTABLE_TOLERANCES
 from lrconvert.rope import RopeSpec
 from lrconvert.runtimes.tolerances import tolerance_for
 
-CODE = "portable"
+CODE, MULTIPLIERS = "portable", "multipliers"  # what was folded
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Expected:
     """What an artifact has to compute: `spec` on the weights of `model`.
 
     It is equivalent to `kept`, which is `recipe` without what was `dropped`, on the weights of `source`, whose q and k
-    are `scale` times smaller. `source` is None where nothing was folded, or the given weights are folded already.
+    are `scale` times smaller, and whose multipliers stand beside the weights where these have them (`multiplied`).
+    `source` is None where nothing was folded, or the given weights are folded already.
     `limited` is the model with the sliding windows that the bake lifted, None where it lifted none.
     """
 
@@ -49,6 +50,12 @@ class Expected:
     source: Model | None = None
     scale: float = 1.0
     limited: Model | None = None
+    multiplied: bool = False
+
+    @property
+    def code(self) -> str:
+        """What rows on the fold are called."""
+        return MULTIPLIERS if self.multiplied else CODE
 
 
 def expected(model: Model, spec: RopeSpec, record: BakeRecord, artifact: Path) -> Expected:
@@ -75,10 +82,14 @@ def expected(model: Model, spec: RopeSpec, record: BakeRecord, artifact: Path) -
             dropped += more
     scale = record.attention_scale
     computed = divide_attention(kept, scale)
-    if scale == 1.0 or stored:
+    multiplied = record.written_as is not None
+    if multiplied and record.written_as not in (model.family.name, model.family.hf_written):
+        raise InputError(f"{artifact}: written as {record.written_as!r:.60}, which {model.family.name} never is")
+    if stored or (scale == 1.0 and not multiplied):
         return Expected(spec, kept, dropped, computed, model, limited=limited)
     rounded = record.stored is None  # else they are rounded once, when they are stored
-    return Expected(spec, kept, dropped, computed, folded(model, scale, rounded=rounded), model, scale, limited)
+    made = rewritten(model, scale, multipliers=multiplied, rounded=rounded)
+    return Expected(spec, kept, dropped, computed, made, model, scale, limited, multiplied)
 
 
 def lost(name: str, exact: RopeSpec, fitted: RopeSpec, reference: ReferenceRunner, budget: Budget) -> Iterator[Row]:
@@ -116,20 +127,22 @@ def rounding_rows(wanted: Expected, rounded: ReferenceRunner, plain: ReferenceRu
     for length, ours, theirs in _at_ends(wanted, plain, rounded, budget):
         measures = compare(ours, theirs)
         case = f"rounding of the fold at {length}"
-        rows.append(Row(CODE, case, "known", length=length, reason=reason, **vars(measures)))
+        rows.append(Row(wanted.code, case, "known", length=length, reason=reason, **vars(measures)))
     return rows
 
 
 def exact_fold_rows(wanted: Expected, *, device: str, budget: Budget) -> list[Row]:
     """Reference against reference, without rounding: do the scaled weights undo what their code leaves out?"""
     assert wanted.source is not None
+    scaled_weights = rewritten(wanted.source, wanted.scale, multipliers=wanted.multiplied, rounded=False)
     unscaled, scaled = (
-        ReferenceRunner(folded(wanted.source, scale, rounded=False), device=device) for scale in (1.0, wanted.scale)
+        ReferenceRunner(model, device=device) for model in (folded(wanted.source, 1.0, rounded=False), scaled_weights)
     )
+    what = "multipliers" if wanted.multiplied else "attention factor"
     return [
         case_row(
-            CODE,
-            f"folded attention factor at {length}",
+            wanted.code,
+            f"folded {what} at {length}",
             length,
             compare(ours, theirs),
             tolerance_for(PORTABLE_TOLERANCES, scaled.dtype, length, name=CODE),

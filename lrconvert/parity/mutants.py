@@ -115,3 +115,13 @@ def _interleave(array: Array, heads: int) -> Array:
 def unpermuted_qk(model: Model) -> Model:
     """The model as a converter leaves it that forgets the permutation of q and k."""
     return replace(model, checkpoint=InterleavedCheckpoint(model))
+
+
+def without_multiplier(model: Model, name: str) -> Model | None:
+    """The model as a converter leaves it that drops a multiplier, in its config and its shape. None where it is 1."""
+    stated, found = model.family.multipliers.get(name), model.shape.multipliers
+    if stated is None or getattr(found, name) == 1.0:
+        return None
+    view = CheckpointView(model.checkpoint)
+    view.config = {**view.config, stated.key: stated.value(1.0, model.shape.numbers)}
+    return replace(model, checkpoint=view, shape=replace(model.shape, multipliers=replace(found, **{name: 1.0})))

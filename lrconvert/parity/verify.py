@@ -71,6 +71,8 @@ def verify(
     model, notes = _source(artifact, target, manifest, against)
     notes = [*notes, *model.read_dequantised("its dequantised weights are what the artifact is compared with")]
     chosen = _recipe(artifact, manifest, recipe)
+    if manifest is not None:
+        chosen = manifest.bake.recipe_for(model.family.name, chosen)
     spec = model.resolve(chosen, manifest.bake.window if manifest and recipe is None else None)
     record = manifest.bake if manifest else target.record(spec.window)
     wanted = expected(model, spec, record, artifact)
@@ -206,7 +208,7 @@ def _bake_checks(
     cost = at_ends((tier.max_length for tier in wanted.kept.tiers), budget, passes=2)
     found = []
     if wanted.source is not None:
-        what = "reference: the folded attention factor"
+        what = f"reference: the folded {'multipliers' if wanted.multiplied else 'attention factor'}"
         found.append(_Check(what, cost, lambda: exact_fold_rows(wanted, device=device, budget=budget)))
         if not target.stored:
             what = "reference: the rounding of folded weights"
@@ -278,7 +280,8 @@ def _with_adapter(model: Model, artifact: Path, target: Target[Any], manifest: M
 def _merged(model: Model, adapter: Adapter, target: Target[Any], manifest: Manifest) -> Model:
     """Rounded here only where the artifact's own weights were: a dtype of its own, a fold and quantised types are
     rounded once and later."""
-    plain = manifest.bake.stored is None and manifest.bake.attention_scale == 1.0
+    bake = manifest.bake
+    plain = bake.stored is None and bake.attention_scale == 1.0 and bake.written_as is None
     return merged(model, adapter, rounded=plain and not target.stored)
 
 

@@ -140,10 +140,11 @@ class Reference:
         where = np.arange(len(ids)) if positions is None else np.asarray(positions, dtype=np.int64)
         lengths = np.broadcast_to(int(where.max()) + 1 if length is None else np.asarray(length), where.shape)
         cos_sin = self._tables(where, lengths)
-        x = self._weight("embedding")[ids]
+        times = self.shape.multipliers
+        x = self._weight("embedding")[ids] * times.embedding
         for layer in range(self.shape.layers):
-            x = x + self._attention(self._norm(x, "attention_norm", layer), layer, cos_sin, forgotten)
-            x = x + self._mlp(self._norm(x, "ffn_norm", layer), layer)
+            x = x + times.residual * self._attention(self._norm(x, "attention_norm", layer), layer, cos_sin, forgotten)
+            x = x + times.residual * self._mlp(self._norm(x, "ffn_norm", layer), layer)
             if self.watch is not None:
                 self.watch((layer + 1) / self.shape.layers)
         return x
@@ -153,7 +154,7 @@ class Reference:
         x = self._norm(x, "final_norm", None)
         head = self._weight("embedding") if self.shape.tied else self._weight("lm_head")
         for part in x.split(max(1, most // head.shape[0])):
-            yield functional.linear(part, head)
+            yield functional.linear(part, head) * self.shape.multipliers.logits
 
     def _tables(self, where: np.ndarray, lengths: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of every token, of the set for its length."""
@@ -212,7 +213,7 @@ class Reference:
         the last `reach` tokens, itself included; all where that is 0."""
         heads, n, width = q.shape
         groups = len(k)
-        q, k, v = q / width**0.5, k.transpose(1, 2).contiguous(), v.contiguous()
+        q, k, v = q * (self.shape.multipliers.attention / width**0.5), k.transpose(1, 2).contiguous(), v.contiguous()
         out = torch.empty_like(q)
         rows = max(1, min(n, MAX_SCORES.get(q.device.type, 2**22) // (heads * n)))
         for start in range(0, n, rows):

@@ -50,4 +50,4 @@ class Prefilled:
         positions = torch.arange(start, start + len(tokens), device=device)[None]
         mask = torch.ones(1, start + len(tokens), dtype=torch.bool, device=device)
         given = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
-        return self._model.decoder(**given, past_key_values=self._cache, use_cache=True).last_hidden_state
+        return self._model.run(**given, past_key_values=self._cache, use_cache=True)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lrconvert.checkpoint.fold import in_weights
 from lrconvert.training.attention import PROBE_TOKENS, check_kernel, choose_kernel, use_kernel
 from lrconvert.training.devices import default_dtype, free_memory, is_out_of_memory, process_device
 from lrconvert.training.losses import chunked_choices, chunked_gradient, chunked_losses, chunks
@@ -57,6 +58,8 @@ class LoadedModel:
         self.workers = Workers(self.device, team=team, sharded=sharded)
         self.dtype: torch.dtype = getattr(torch, dtype or default_dtype(self.device.type, purpose))
         self.vocab = model.shape.vocab
+        model = in_weights(model, rounded=False)
+        self._logits = model.shape.multipliers.logits
         self.rope = TrialRope(model.shape.theta, model.shape.rotary_dim)
         self.network = load_network(model, self.dtype).eval()
         self.network.requires_grad_(False)
@@ -152,14 +155,20 @@ class LoadedModel:
         return recomputing(self.network) if self.recompute else contextlib.nullcontext()
 
     def hidden(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """The decoder's last hidden states, [b, n, c].
+        """The decoder's last hidden states, [b, n, c], as the head takes them.
 
         A mask of ones lets transformers leave causality to the attention kernel. Without any it looks for packed
         documents, and transformers 4.57 then makes a mask of n × n.
         """
         mask = torch.ones_like(ids, dtype=torch.bool)
         given = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
-        return self.decoder(**given, use_cache=False).last_hidden_state
+        return self.run(**given, use_cache=False)
+
+    def run(self, **given: Any) -> torch.Tensor:
+        """The decoder's last hidden states times the multiplier of logits, which transformers applies neither in the
+        decoder nor in the head."""
+        hidden = self.decoder(**given).last_hidden_state
+        return hidden if self._logits == 1.0 else hidden * self._logits
 
     def _tensors(self, tokens: Tokens, at: Tokens | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Tokens [b, n], their positions ([1, n] where rows share them), and the token that each predicts, [b, n]; n

@@ -25,6 +25,7 @@ from torch import nn
 
 from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.adapter import PREFIX, WEIGHTS, merged, open_adapter
+from lrconvert.checkpoint.fold import refuse_training
 from lrconvert.errors import InputError, require
 from lrconvert.training.devices import is_out_of_memory
 from lrconvert.training.loaded import LoadedModel
@@ -386,6 +387,7 @@ def load_trainable(
     model: Model, options: TuneOptions, adapter: Path | None = None, *, base: str | None = None, **machine: Any
 ) -> tuple[LoadedModel, Trainable]:
     """The model in memory with the weights of `options` trainable; `machine` is what `LoadedModel` takes."""
+    refuse_training(model)
     trainable = Trainable(options, adapter, base)
     if adapter is not None and options.method == "full":
         model = merged(model, open_adapter(adapter))

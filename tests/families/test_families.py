@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import Result, recipe_for
 from safetensors.numpy import save_file
-from support.pico import BASE, FAMILIES, pico_config
+from support.pico import BASE, EXTRA, FAMILIES, pico_config
 
 import lrconvert.families
 from lrconvert.checkpoint import open_model
@@ -41,6 +41,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {"attention_bias": False}),  # likewise
     ("qwen3", {"attention_bias": True}),
     ("qwen3", {"head_dim": None, "hidden_size": 512}),  # its own default, not hidden / heads
+    ("granite", {"attention_bias": True, "mlp_bias": True}),
     ("phi3", {"partial_rotary_factor": 0.75, "head_dim": None}),
     ("phi3", {"partial_rotary_factor": None, "num_key_value_heads": 4}),
     ("phi3", {"attention_bias": True}),
@@ -98,7 +99,7 @@ def test_a_family_is_data() -> None:
         assert not kinds & {ast.FunctionDef, ast.ClassDef, ast.If, ast.For, ast.While, ast.Lambda}, name
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", family_names())
 def test_rows_are_unambiguous_and_use_known_symbols(name: str) -> None:
     """No role, Hugging Face name or GGUF name twice; every shape symbol and flag exists."""
     family = get_family(name)
@@ -115,7 +116,7 @@ def test_rows_are_unambiguous_and_use_known_symbols(name: str) -> None:
 
 def test_names_that_are_no_family() -> None:
     for name in ("base", "__init__", "", None, "gpt2", ["llama"]):
-        with pytest.raises(UnsupportedError, match="llama, mistral, phi3, qwen2, qwen3"):
+        with pytest.raises(UnsupportedError, match="granite, llama, minicpm, mistral, phi3, qwen2, qwen3"):
             get_family(name)
 
 
@@ -127,7 +128,7 @@ def test_every_problem_of_a_config_is_listed() -> None:
         assert str(caught.value).count(key) == 1
 
 
-# --- a sixth family, by one file -------------------------------------------------------------------------
+# --- one more family, by one file -------------------------------------------------------------------------
 
 SIXTH = '''
 """Seed-OSS: Llama's layout with biases on q, k and v, and a head size of its own."""
@@ -219,10 +220,10 @@ def test_the_check_sees_a_wrong_family_file(sixth: Family, tmp_path: Path) -> No
 
 
 def test_without_the_file_there_is_no_sixth_family() -> None:
-    """The test above leaves nothing behind, and an installed lrconvert has the five families only."""
+    """The test above leaves nothing behind, and an installed lrconvert has its own families only."""
     code = "from lrconvert.families import family_names; print(*family_names())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == family_names() == FAMILIES
+    assert done.stdout.split() == family_names() == sorted(EXTRA)
 
 
 def test_shapes_are_plain_numbers() -> None:

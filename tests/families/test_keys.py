@@ -41,7 +41,8 @@ def fields_of(text: str) -> set[str]:
 def test_every_key_that_transformers_reads_is_known(family: str) -> None:
     """Every field of the family's config class, and every key that its modeling code takes."""
     used = set(re.findall(r"\bconfig\.([a-z_]\w*)", source_of(family, "modeling")))
-    known = READ | INERT | {"base_config_key", "keys_to_ignore_at_inference"}
+    stated = {multiplier.key for multiplier in get_family(family).multipliers.values()}
+    known = READ | INERT | stated | {"base_config_key", "keys_to_ignore_at_inference"}
     assert (fields_of(source_of(family, "configuration")) | used) - known == set()
 
 

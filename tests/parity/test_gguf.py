@@ -24,7 +24,7 @@ from lrconvert.runtimes.base import Interpreter
 from lrconvert.runtimes.llama_cpp import WORKER
 from lrconvert.targets import gguf
 
-FAMILIES = ("llama", "mistral", "phi3", "qwen2")
+FAMILIES = ("llama", "mistral", "phi3", "qwen2", "granite")
 ROOM = 10  # a healthy artifact is this far inside its tolerance; a mutant is `FAR` outside
 FAR = 100
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}  # K-quants make blocks of 256

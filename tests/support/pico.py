@@ -43,9 +43,16 @@ EXTRA: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 4096, "tie_word_embeddings": True},
     "qwen2": {"use_sliding_window": False, "num_key_value_heads": 1},
     "qwen3": {"head_dim": 32, "attention_bias": False},
+    "granite": {
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.6,
+        "attention_multiplier": 0.375,
+        "logits_scaling": 0.8,
+    },
+    "minicpm": {"scale_emb": 12, "scale_depth": 0.9, "dim_model_base": 80, "tie_word_embeddings": True},
     "phi3": {"partial_rotary_factor": 0.5, "original_max_position_embeddings": WINDOW},
 }
-FAMILIES = sorted(EXTRA)
+FAMILIES = sorted(name for name in EXTRA if get_family(name).hf_written is None)  # with a class of their own
 
 
 def pico_config(family: str, **changes: Any) -> dict[str, Any]:

@@ -24,6 +24,8 @@ from lrconvert.checkpoint.gguf_config import LONG, MAX_INTEGER, SHORT, STATIC
 from lrconvert.checkpoint.gguf_header import GgufHeader
 from lrconvert.errors import UnsupportedError
 from lrconvert.families import ModelShape
+from lrconvert.families.base import GGUF_MULTIPLIERS
+from lrconvert.families.multipliers import NAMES
 from lrconvert.recipe import Recipe
 from lrconvert.rope import RopeSpec
 from lrconvert.targets.gguf.layout import Raw, Value
@@ -31,7 +33,7 @@ from lrconvert.targets.gguf.layout import Raw, Value
 QUANTISATION_VERSION = 2  # of ggml's block formats (GGML_QNT_VERSION)
 OURS = "lrconvert."
 # Architectures that know one set for every length; others get two equal ones.
-STATIC_TENSOR = frozenset({"llama"})
+STATIC_TENSOR = frozenset({"llama", "granite", "minicpm"})
 # llama.cpp strips space after the special tokens of a model of such a name, whatever its vocabulary.
 _PHI3_NAME = re.compile(r"phi-?3", re.IGNORECASE)
 
@@ -87,7 +89,19 @@ def shape_keys(architecture: str, shape: ModelShape) -> dict[str, Value]:
         "rope.freq_base": shape.theta,
         "vocab_size": shape.vocab,
     }
-    return {f"{architecture}.{key}": value for key, value in keys.items()}
+    return {f"{architecture}.{key}": value for key, value in keys.items()} | multiplier_keys(architecture, shape)
+
+
+def multiplier_keys(architecture: str, shape: ModelShape) -> dict[str, float]:
+    """The multipliers as this architecture's files state them, those that are 1 too.
+
+    Raises `UnsupportedError` for one that its C++ does not compute.
+    """
+    stated = GGUF_MULTIPLIERS.get(architecture, {})
+    found = {name: getattr(shape.multipliers, name) for name in NAMES}
+    if lost := [f"{name} {value:g}" for name, value in found.items() if value != 1.0 and name not in stated]:
+        raise UnsupportedError(f"llama.cpp's {architecture} does not multiply as the model does: {', '.join(lost)}")
+    return {f"{architecture}.{row.key}": row.value(found[name], shape.numbers) for name, row in stated.items()}
 
 
 def general_keys(model: Model, card: SourceCard, *, strips: bool) -> dict[str, Value]:

@@ -14,11 +14,12 @@ from lrconvert.artifact.sliding import settle_windows
 from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.adapter import Adapter, merged
 from lrconvert.checkpoint.base import FLOAT_DTYPES
-from lrconvert.checkpoint.fold import folded
+from lrconvert.checkpoint.fold import rewritten
 from lrconvert.checkpoint.folder_code import MODELING_FILE
 from lrconvert.checkpoint.padding import settle_vocabulary
 from lrconvert.checkpoint.source import snapshot
 from lrconvert.engines.capability import native_hf
+from lrconvert.families import get_family
 from lrconvert.recipe import Recipe
 from lrconvert.rope import RopeSpec
 from lrconvert.targets.hf.card import CARD_TEXT
@@ -52,32 +53,33 @@ def plan(
     Raises what `Model.resolve`, `merged` and `make_portable` raise.
     """
     options = options or Options()
-    family = model.family
+    family, written = model.family, model.family.hf_written
     spec = model.resolve(recipe, options.window)
     windows = settle_windows(model, spec.window, lift=options.lift, keeps=True, target="hf")
     model, scale, dropped = windows.model, 1.0, list(windows.dropped)
     if options.portable:
         spec, scale, more_dropped = make_portable(spec, lossy=options.lossy)
         dropped += more_dropped
-    native, losses = native_hf(family).fit(spec)
+    native, losses = native_hf(family if written is None else get_family(written)).fit(spec)
     stored = _stored_dtype(model, options.dtype)
     if adapter is not None:  # with a dtype of its own, the artifact's one rounding is the writer's
-        model = merged(model, adapter, rounded=stored is None and scale == 1.0)
+        model = merged(model, adapter, rounded=stored is None and scale == 1.0 and written is None)
     model, rows = settle_vocabulary(model, pad=options.pad)
-    baked = model if scale == 1.0 else folded(model, scale, rounded=False)
+    plain = scale == 1.0 and written is None
+    baked = model if plain else rewritten(model, scale, multipliers=written is not None, rounded=False)
     config, edits = edited_config(
-        model, spec, native, DTYPES[options.dtype] if options.dtype else stored, lifted=windows.lifted
+        baked, spec, native, DTYPES[options.dtype] if options.dtype else stored, lifted=windows.lifted
     )
     texts, copies, more = side_files(model, spec)
-    texts |= {"config.json": json_bytes(config, "config.json"), MODELING_FILE: modeling_code(family.hf_class)}
+    texts |= {"config.json": json_bytes(config, "config.json"), MODELING_FILE: modeling_code(baked.family.hf_class)}
     weights, shards, index = lay_out(baked, stored, plan_shards)
     copies |= weights
     texts |= index
     found = source_card(model)
-    written = [] if stored is None else model.dequantised(stored.lower())
     notes = [
         *model.notes,
-        *written,
+        *([] if stored is None else model.dequantised(stored.lower())),
+        *([] if written is None else [_written_note(model, baked)]),
         *windows.notes,
         *recipe.warnings(),
         *_notes(spec, scale, texts, copies),
@@ -101,6 +103,7 @@ def plan(
             "portable" if options.portable else None,
             lifted=windows.lifted,
             padded=rows,
+            written_as=written,
         ),
         texts=texts,
         copies=copies,
@@ -111,6 +114,16 @@ def plan(
         losses=losses,
         notes=notes,
         stamps=snapshot([*model.checkpoint.weight_files(), *copies.values(), *added]),
+    )
+
+
+def _written_note(model: Model, baked: Model) -> str:
+    """What was done to a model that transformers has no class for."""
+    found = model.shape.multipliers
+    untied = "; the head is untied" if model.shape.tied and not baked.shape.tied else ""
+    return (
+        f"written as a {baked.family.name}, since transformers has no {model.family.name}: its multipliers are in the "
+        f"weights (embedding {found.embedding:.9g}, o and down {found.residual:.9g}, head {found.logits:.9g}){untied}"
     )
 
 

@@ -128,10 +128,22 @@ class _Decoder:
     def norm(self, x: str, role: str, layer: int | None) -> str:
         return self.op("RMSNormalization", x, self.weight(role, layer), name=role, axis=-1, epsilon=self.shape.norm_eps)
 
+    def times(self, x: str, multiplier: float, name: str, kind: int | None = None) -> str:
+        """x · multiplier; a narrow x (`kind`: its type, by default the graph's) is widened, so that only the result is
+        rounded."""
+        kind = self.type if kind is None else kind
+        if multiplier == 1.0:
+            return x
+        factor = self.constant(multiplier, np.float32)
+        if kind == TensorProto.FLOAT:
+            return self.op("Mul", x, factor, name=name)
+        wide = self.op("Cast", x, name=f"{name}.operand", to=TensorProto.FLOAT)
+        return self.op("Cast", self.op("Mul", wide, factor, name=f"{name}.wide"), name=name, to=kind)
+
     # --- the graph ---------------------------------------------------------------------------------------
 
     def write(self) -> None:
-        shape = self.shape
+        shape, scales = self.shape, self.shape.multipliers
         places = self.op("Shape", "input_ids", name="batch_and_length")
         self.to_queries = self.op(
             "Concat", places, self.constant([shape.heads * shape.head_dim]), name="q_shape", axis=0
@@ -146,8 +158,10 @@ class _Decoder:
         self._prepare_attention()
         for layer in range(shape.layers):
             self._scope = [f"layers.{layer}"]
-            x = self.op("Add", x, self._attention(self.norm(x, "attention_norm", layer), layer), name="after_attention")
-            x = self.op("Add", x, self._mlp(self.norm(x, "ffn_norm", layer), layer), name="after_ffn")
+            mixed = self._attention(self.norm(x, "attention_norm", layer), layer)
+            x = self.op("Add", x, self.times(mixed, scales.residual, "mixed.times"), name="after_attention")
+            made = self._mlp(self.norm(x, "ffn_norm", layer), layer)
+            x = self.op("Add", x, self.times(made, scales.residual, "made.times"), name="after_ffn")
         self._scope = []
         self._logits(x)
 
@@ -157,6 +171,7 @@ class _Decoder:
         x = self._looked_up(table)
         if table.dtype != self.choices.computing:
             x = self.op("Cast", x, name="embedded.widened", to=self.type)
+        x = self.times(x, self.shape.multipliers.embedding, "embedded.times")
         if self.choices.attention == "gqa":
             x = self.op("Div", x, self._refusal(), name="embedded.allowed")
         return self.op("Reshape", x, self.constant([-1, self.shape.hidden]), name="embedded.flat")
@@ -249,19 +264,21 @@ class _Decoder:
         v = self.op("Reshape", v, self.to_keys, name="v.wide")
         past = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
         present = [f"present.{layer}.{part}" for part in ("key", "value")]
+        factor = shape.multipliers.attention
+        scale = {} if factor == 1.0 else {"scale": factor / shape.head_dim**0.5}
         mixed, reach = f"layers.{layer}.mixed", shape.sliding[layer] if shape.sliding else 0
         if self.choices.attention == "gqa":
             self.op(
                 "GroupQueryAttention", q, k, v, *past, self.seqlens, self.total, name="attention", domain=MICROSOFT,
                 outputs=[mixed, *present], num_heads=shape.heads, kv_num_heads=shape.kv_heads,
-                **({"local_window_size": reach} if reach else {}),
+                **({"local_window_size": reach} if reach else {}), **scale,
             )  # fmt: skip
             # Shape inference knows nothing of that operator.
             self.between.append(helper.make_tensor_value_info(mixed, self.type, ["batch_size", "length", widths[0]]))
         else:
             self.op(
                 "Attention", q, k, v, self.masks[reach], *past, name="attention", outputs=[mixed, *present],
-                q_num_heads=shape.heads, kv_num_heads=shape.kv_heads,
+                q_num_heads=shape.heads, kv_num_heads=shape.kv_heads, **scale,
             )  # fmt: skip
         flat = self.op("Reshape", mixed, self.constant([-1, widths[0]]), name="mixed.flat")
         return self.linear(flat, "o", layer)
@@ -314,10 +331,10 @@ class _Decoder:
         tied = TIED_HEAD if TIED_HEAD in self.stored else self.weight("embedding")
         x = self.product(x, tied if shape.tied else self.weight("lm_head"), [], "lm_head")
         to = self.op("Concat", whole, self.constant([-1, shape.vocab]), name="logits_shape", axis=0)
-        if self.type == TensorProto.FLOAT:
-            self.op("Reshape", x, to, name="logits")
-        else:
-            self.op("Cast", self.op("Reshape", x, to, name="logits.narrow"), name="logits", to=TensorProto.FLOAT)
+        if self.type != TensorProto.FLOAT:
+            x = self.op("Cast", x, name="logits.wide", to=TensorProto.FLOAT)
+        x = self.times(x, shape.multipliers.logits, "logits.times", TensorProto.FLOAT)
+        self.op("Reshape", x, to, name="logits")
 
     # --- the outside -------------------------------------------------------------------------------------
 

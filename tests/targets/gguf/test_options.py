@@ -35,7 +35,7 @@ from lrconvert.targets.gguf import weights
 
 Pico = Callable[..., Model]
 Cli = Callable[..., Result]
-FAMILIES = ("llama", "mistral", "phi3", "qwen2")
+FAMILIES = ("llama", "mistral", "phi3", "qwen2", "granite")
 
 
 def test_a_window_stops_at_the_tier_that_holds_it(pico: Pico, tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_a_folded_attention_factor_is_in_q_and_k_and_in_nothing_else(pico: Pico,
     for tensor in model.roles.values():
         wanted = scaled.checkpoint.read(tensor.name).astype(np.float32)
         np.testing.assert_array_equal(again.checkpoint.read(tensor.name), wanted)
-    architecture = "phi3" if family == "phi3" else "llama"
+    architecture = family if family in ("phi3", "granite") else "llama"
     assert fields(path)[f"{architecture}.rope.scaling.attn_factor"] == ("FLOAT32", 1.0)
     assert Manifest.read(path).bake.attention_scale == recipe.tiers[-1].attention_factor
 

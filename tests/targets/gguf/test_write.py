@@ -24,7 +24,7 @@ from lrconvert.targets.gguf.schemes import SCHEMES
 
 Pico = Callable[..., Model]
 Cli = Callable[..., Result]
-FAMILIES = ("llama", "mistral", "phi3", "qwen2")
+FAMILIES = ("llama", "mistral", "phi3", "qwen2", "granite")
 
 
 # --- metadata --------------------------------------------------------------------------------------------
@@ -37,7 +37,7 @@ def test_every_key_has_the_type_and_the_value_that_llama_cpp_reads(pico: Pico, t
     recipe = recipe_for(model, even=True)
     found = fields(bake(model, recipe, tmp_path / "m.gguf", type="q8_0"))
     shape, attention = model.shape, float(as_f32(recipe.tiers[-1].attention_factor))
-    a = "phi3" if family == "phi3" else "llama"
+    a = family if family in ("phi3", "granite") else "llama"
     u32, f32, text = "UINT32", "FLOAT32", "STRING"
     own = {
         "block_count": (u32, 2),
@@ -56,6 +56,9 @@ def test_every_key_has_the_type_and_the_value_that_llama_cpp_reads(pico: Pico, t
         "rope.scaling.attn_factor": (f32, attention),
         "vocab_size": (u32, 101),
     }
+    if family == "granite":
+        scales = {"embedding_scale": 12.0, "residual_scale": 0.6, "attention.scale": 0.375, "logit_scale": 0.8}
+        own |= {key: (f32, float(np.float32(value))) for key, value in scales.items()}
     stated = found.pop("lrconvert.recipe")
     assert stated[0] == text and json.loads(stated[1])["tiers"] == json.loads(recipe.to_json())["tiers"]
     name, label = found.pop("general.name"), found.pop("general.size_label")
@@ -138,8 +141,8 @@ def test_a_licence_languages_and_base_models_come_from_the_card(
 def test_weights_are_the_sources_with_q_and_k_in_the_order_of_the_architecture(
     pico: Pico, tmp_path: Path, family: str
 ) -> None:
-    """By gguf-py: q, k and their biases are interleaved for `llama`, nothing is for `phi3`; the names are those of
-    gguf-py's own table. Opened again, the model is the source's, and the factors are the recipe's."""
+    """By gguf-py: q, k and their biases are interleaved for `llama` and `granite`, nothing is for `phi3`; the names are
+    those of gguf-py's own table. Opened again, the model is the source's, and the factors are the recipe's."""
     model = model_of(pico, family)
     recipe = recipe_for(model, even=True)
     path = bake(model, recipe, tmp_path / "m.gguf")

@@ -61,9 +61,10 @@ def command(ctx: click.Context, output: Path, full: bool, force: bool) -> int:
     _step(f"lrconvert hf demo --recipe {RECIPE} -o {artifact}")
     force_artifact = force and (artifact / MANIFEST).exists()
     ctx.invoke(hf_command, model="demo", recipe=RECIPE, output=artifact, copy=True, force=force_artifact)
-    _step(f"lrconvert verify {artifact}")
+    profile = "full" if full else "quick"
+    _step(f"lrconvert verify {artifact} --profile {profile}")
     with show_progress() as progress:
-        report = verify(artifact, progress=progress, watch=row_printer())
+        report = verify(artifact, profile=profile, progress=progress, watch=row_printer())
     show(report)
     _step(f"lrconvert recipe plot {RECIPE} -o {output / 'factors'}")
     out.say(" ".join(str(path) for path in plot_recipe(load_recipe(RECIPE), output / "factors")))

@@ -52,9 +52,9 @@ class Evidence:
         names = sorted(name for name in {*stamps, *self.stamps} if stamps.get(name) != self.stamps.get(name))
         return f"{', '.join(names)} changed" if names else None
 
-    def record(self, report: dict[str, Any], files: dict[str, FileRecord], engine: str | None) -> str | None:
-        """Write the report, and the digests in `files` that the manifest lacks. What `changed` says, where that kept
-        anything from being written."""
+    def record(self, report: dict[str, Any] | None, files: dict[str, FileRecord], engine: str | None) -> str | None:
+        """Write the report (None: the one that is there stays), and the digests in `files` that the manifest lacks.
+        What `changed` says, where that kept anything from being written."""
         path = manifest_path(self.artifact)
         with contextlib.ExitStack() as stack:
             if not self._lock(stack):
@@ -65,7 +65,7 @@ class Evidence:
             for name, record in now.files.items():
                 if (record.sha256 is None or name in EDITABLE) and name in files:
                     record.size, record.sha256 = files[name].size, files[name].sha256
-            now.parity = _recorded(now.parity, report, engine)
+            now.parity = now.parity if report is None else _recorded(now.parity, report, engine)
             written = path.stat()
             replace_file(path, now.to_json())
             if any(record.sha256 is None for record in now.files.values()):

@@ -29,7 +29,7 @@ COMMANDS = {
     "verify": ("verify", "Compare an artifact with the reference implementation."),
     "eval": ("eval", "Long-text perplexity, retrieval of keys, short benchmarks."),
     "push": ("push", "Publish an artifact on the Hugging Face Hub."),
-    "demo": ("demo", "Run the whole path on the embedded model, in about three minutes."),
+    "demo": ("demo", "Run the whole path on the embedded model, in about a minute."),
 }
 
 

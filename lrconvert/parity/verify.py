@@ -94,9 +94,9 @@ def verify(
         report.notes.append(QUICK_NOTE)
     if manifest is not None and evidence is not None:
         engine = None if options.runtime in (None, target.runtime) else options.runtime
-        # What is published rests on a full verification, and a recipe that was given is not the artifact's own.
-        unrecorded = options.quick or recipe is not None
-        why = evidence.changed() if unrecorded else evidence.record(report.to_json(), manifest.files, engine)
+        told = None if options.quick else report.to_json()  # what is published rests on a full verification
+        given = recipe is not None  # then the report is not the artifact's own
+        why = evidence.changed() if given else evidence.record(told, manifest.files, engine)
         if why is not None:
             reason = f"{why} while it was verified, so nothing was recorded: verify again"
             report.rows.append(Row("files", "the artifact at the end", "fail", reason=reason))

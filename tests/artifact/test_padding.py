@@ -157,13 +157,6 @@ def test_what_an_adapter_brings_is_not_added_again(small: Path, tmp_path: Path) 
     assert report.passed, report.summary
 
 
-def test_a_quantised_model_is_refused(small: Path) -> None:
-    model = open_model(small)
-    model.checkpoint.quantised_with = "gptq"
-    with pytest.raises(UnsupportedError, match="--pad-embedding needs plain weights"):
-        padded(model, 1)
-
-
 def test_every_file_of_a_tokenizer_counts() -> None:
     """The largest id of any, and nothing where there is none; damage is said."""
     vocabulary = json.dumps({"model": {"vocab": {"a": 0, "b": 4}}, "added_tokens": [{"id": 6}]}).encode()

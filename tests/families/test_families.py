@@ -197,7 +197,8 @@ def test_a_new_family_is_one_file(sixth: Family, tmp_path: Path, cli: Callable[.
 
     from lrconvert.parity import Options
 
-    report = verify(tmp_path / "out", options=Options(threads=1))
+    # Code of a class that is not among the known digests runs on trust alone, until `known_code` adds it.
+    report = verify(tmp_path / "out", options=Options(threads=1, trust_code=True))
     rows = [(row.code, row.case, row.verdict, row.reason) for row in report.rows]
     assert report.passed, rows
     for name in ("native", "custom"):

@@ -180,10 +180,11 @@ def test_another_code_s_journal_is_refused(plan: SearchPlan, tmp_path: Path) -> 
     """The head is the same, but the questions are not."""
     run(plan, landscape(plan), tmp_path / "j")
     lines = (tmp_path / "j").read_text().splitlines(keepends=True)
-    changed = json.loads(lines[5])
-    changed["candidate"]["factors"][-1] += 0.01
-    lines[5] = json.dumps(changed) + "\n"
-    (tmp_path / "j").write_text("".join(lines))
+    plain = [json.loads(line) for line in lines]
+    plain[5]["candidate"]["factors"][-1] += 0.01
+    for line in plain:  # as an earlier version wrote it: without digests, which would tell first
+        line.pop("chain")
+    (tmp_path / "j").write_text("".join(json.dumps(line) + "\n" for line in plain))
     with pytest.raises(InputError, match="evaluation 5 for 512 tokens in the journal differs"):
         run(plan, landscape(plan), tmp_path / "j")
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from lrconvert.checkpoint.base import MAX_TOKENIZER_BYTES, Checkpoint, CheckpointView, Model, read_json
+from lrconvert.checkpoint.base import MAX_TOKENIZER_BYTES, Checkpoint, CheckpointView, Model, TensorInfo, read_json
 from lrconvert.checkpoint.blocks import Array, Block
 from lrconvert.checkpoint.protobuf import fields
 from lrconvert.errors import InputError, UnsupportedError
@@ -38,14 +38,10 @@ class PaddedCheckpoint(CheckpointView):
         super().__init__(base, names)
         self._names, self._added = frozenset(names), added
         self._means, self._lock = dict[str, Array](), Lock()
-        grown = {}
-        for name in names:
-            info = base.tensors[name]
-            rows = info.shape[0] + added
-            nbytes = info.nbytes // max(1, info.shape[0]) * rows
-            grown[name] = replace(info, shape=(rows, *info.shape[1:]), nbytes=nbytes)
-            self.config = {**base.config, "vocab_size": rows}
+        rows = base.tensors[names[0]].shape[0] + added
+        grown = {name: _taller(base.tensors[name], rows) for name in names}
         self.tensors = {**base.tensors, **grown}
+        self.config = {**base.config, "vocab_size": rows}
 
     def blocks(self, name: str) -> Iterator[Block]:
         yield from self.base.blocks(name)
@@ -64,6 +60,11 @@ class PaddedCheckpoint(CheckpointView):
                 mean = total / self.base.tensors[name].shape[0]
                 self._means[name] = np.broadcast_to(mean.astype(dtype), (self._added, *mean.shape))
             return self._means[name].copy()
+
+
+def _taller(info: TensorInfo, rows: int) -> TensorInfo:
+    nbytes = info.nbytes // max(1, info.shape[0]) * rows
+    return replace(info, shape=(rows, *info.shape[1:]), nbytes=nbytes)
 
 
 def padded(model: Model, added: int) -> Model:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import re
 import shlex
 import sys
@@ -146,6 +145,7 @@ def command(model: str, output: Path, dry_run: bool, row_length: int | None, **o
     from lrconvert.searching.objective import JumpingRows
     from lrconvert.searching.plan import plan_search
     from lrconvert.searching.request import SearchRequest
+    from lrconvert.training.devices import is_leading
 
     options["rows"] = None if row_length is None else JumpingRows(row_length)
 
@@ -160,7 +160,7 @@ def command(model: str, output: Path, dry_run: bool, row_length: int | None, **o
             found = search(model, output=output, watch=watch, **options)
     except KeyboardInterrupt:
         journal = options["journal"] or journal_path(output)
-        if journal.is_file() and os.environ.get("RANK", "0") == "0":
+        if journal.is_file() and is_leading():
             out.hint(f"\nevery evaluation so far is in {journal}. To continue, run the same command again:")
             out.hint(shlex.join(["lrconvert", *sys.argv[1:]]))
         raise

@@ -100,7 +100,8 @@ def extend(
         check_name(chosen, option, stage)
     for module in ("torch", "transformers", "peft"):
         require(module, "train", "an extension")
-    check_memory(chosen, task)
+    last = len(chosen.stage) if until is None else chosen.names.index(until) + 1
+    check_memory(replace(chosen, stage=chosen.stage[:last]), task)
     extension = Extension(chosen, task, task.folder)
     done = extension.run(until=until, again=again)
     recipe = replace(

@@ -17,6 +17,7 @@ from lrconvert.evals.texts import Text
 from lrconvert.progress import Progress, Step, silent
 from lrconvert.recipe import Recipe, load_recipe, recipe_folder, write_recipe
 from lrconvert.rope import Tier
+from lrconvert.training.devices import is_leading
 
 ADAPTER, JOURNAL = "adapter", "journal.jsonl"
 
@@ -44,7 +45,7 @@ class Task:
     @property
     def leading(self) -> bool:
         """Whether this is the process that writes: under torchrun one of them."""
-        return os.environ.get("RANK", "0") == "0"
+        return is_leading()
 
     @property
     def recipe(self) -> Recipe:

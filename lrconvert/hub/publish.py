@@ -206,7 +206,8 @@ def upload(
     progress = progress or silent
     api, head = client(), planned.head
     default = f"{planned.manifest.recipe.get('name')}, by lrconvert {planned.manifest.lrconvert}"
-    with hub_errors(f"publishing {planned.repo}", planned.account or "nobody"):
+    assert planned.account is not None  # only a dry run has a plan without a look at the Hub
+    with hub_errors(f"publishing {planned.repo}", planned.account):
         if head is None:
             progress(Step(f"creating {planned.repo}"))
             api.create_repo(planned.repo, private=True if planned.private else None)

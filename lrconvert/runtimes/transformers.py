@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,12 +24,12 @@ class TransformersSession(WorkerSession):
     """A folder in transformers, which scores tokens by itself: logits stay in its process."""
 
     answers = frozenset({"behind"})
-    staged: tempfile.TemporaryDirectory[str] | None = None  # what it loaded, where that is not the folder itself
+    staged: contextlib.ExitStack | None = None  # what it loaded, where that is not the folder itself
 
     def close(self) -> None:
         super().close()
         if self.staged is not None:
-            self.staged.cleanup()
+            self.staged.close()
 
     def score(self, rows: Sequence[Sequence[int]], judged: Sequence[int]) -> list[Scores]:
         return self._scores({"do": "score"}, rows, judged)
@@ -63,19 +64,14 @@ def open_session(
     `interpreter` is one that already runs.
     """
     check_trusted(artifact, refuses_custom if custom else refuses_native, trust_code=trust_code)
-    staged = None
-    if custom and not trust_code:
-        staged = tempfile.TemporaryDirectory(prefix="lrconvert-artifact-")
-        artifact = stage(artifact, Path(staged.name))
-    options = {
-        "artifact": str(artifact.resolve()),
-        "custom": custom,
-        "device": device,
-        "dtype": dtype,
-        "threads": threads,
-    }
-    session = TransformersSession(WORKER, options, python=python, interpreter=interpreter)
-    session.staged = staged
+    options = {"custom": custom, "device": device, "dtype": dtype, "threads": threads}
+    with contextlib.ExitStack() as stack:  # what is staged goes away too where loading fails
+        if custom and not trust_code:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="lrconvert-artifact-"))
+            artifact = stage(artifact, Path(folder))
+        options["artifact"] = str(artifact.resolve())
+        session = TransformersSession(WORKER, options, python=python, interpreter=interpreter)
+        session.staged = stack.pop_all()
     return session
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from lrconvert.searching.plan import SearchPlan, plan_search
 from lrconvert.searching.request import AlgorithmName, SearchRequest
 from lrconvert.searching.run import Progress, Search
 from lrconvert.searching.space import Kind as SpaceKind
-from lrconvert.training.devices import computing_threads, default_dtype
+from lrconvert.training.devices import computing_threads, default_dtype, is_leading
 
 
 @dataclass(frozen=True)
@@ -110,8 +109,8 @@ def search(
             as they are up to its window.
         rows: Evaluate rows whose positions jump over the target, instead of whole documents: for a model that was
             fine-tuned on such rows.
-        start_tokens: Search their number too; otherwise there are none (on SmolLM2 they were worth nothing that a seed
-            isn't).
+        start_tokens: Search their number too. Otherwise there are none: on SmolLM2 they gained no more than another
+            seed does (docs/search.md).
         runtime: What the recipe is for, a key of `engines.capability.SEARCHABLE`: sets that it can't express are no
             candidates. "any": one attention factor, no start tokens, two sets.
         attention_factor: The long set's; None: LongRoPE's formula. `uniform`: all sets take the long one's.
@@ -190,7 +189,7 @@ def _finished(plan: SearchPlan, output: Path, journal: Path, watch: Watch | None
     made_of = (recipe.provenance.search or {}).get("journal_sha256")
     if path is None or not same or made_of != digest(plan.identity, found.records):
         raise exists
-    leading = os.environ.get("RANK", "0") == "0"
+    leading = is_leading()
     note = Note(f"{path} is what this search found already; --force searches again", warning=False)
     if watch is not None and leading:
         watch(note)
@@ -219,7 +218,7 @@ class _Run:
         self.plan, self.watch = plan, watch
         self.device, self.threads, self.attention = device, threads, attention
         self.context_parallel, self.shard_weights = context_parallel, shard_weights
-        self.leading = os.environ.get("RANK", "0") == "0"
+        self.leading = is_leading()
         self.journal: Path | None = None
         self.notes: list[Note] = []
 

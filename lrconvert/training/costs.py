@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 PROBES = {"cpu": (512, 2048), "cuda": (8192, 32768)}  # tokens of the two rows that are measured
 # Each is read again and again, so often or so long; the fastest pass counts: other work only slows one down.
 REPEATS, ENOUGH = 6, 1.5
+# Measured: 0.4 to 0.9 on two cores of a CPU (embedded model, 512 to 16k tokens); 2.5 to 3.2 on an H200 in bf16 (788
+# TFLOP/s of products, 250 of cuDNN's and 311 of flash attention).
 ATTENTION = (0.5, 4.0)
 
 

@@ -12,6 +12,11 @@ from typing import Any
 from lrconvert.errors import EnvironmentFailure, UsageError, require
 
 
+def is_leading() -> bool:
+    """Whether this is the process that writes: of those that torchrun starts, the first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def torch_device(name: str, extra: str, purpose: str) -> Any:
     """The CPU or a GPU that is there, a `torch.device`.
 

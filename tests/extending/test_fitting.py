@@ -50,6 +50,17 @@ def test_the_bound_is_below_what_every_stage_took() -> None:
     assert seen >= 5
 
 
+def test_stages_after_the_last_one_asked_for_need_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that holds the first stages carries them out; the others may run elsewhere."""
+    write_wordy(tmp_path / "wordy")
+    (tmp_path / "text.txt").write_text(prose(30000), encoding="utf-8")
+    np.save(tmp_path / "held-out.npy", np.arange(9000) % VOCAB)
+    given = {"texts": [tmp_path / "text.txt"], "held_out": [tmp_path / "held-out.npy"], "output": tmp_path / "out"}
+    monkeypatch.setattr(fitting, "device_memory", lambda device: 3 * 2**20)
+    done = extend(tmp_path / "wordy", plan=PLAN, until="1-derive", device="cpu", **given)
+    assert [stage.name for stage in done.stages] == ["1-derive"]
+
+
 @pytest.mark.parametrize("run", [extend, estimate_extension])
 def test_every_key_is_named_with_what_would_fit(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is loaded or written. With the memory that the message asks for, the plan is accepted."""

@@ -39,8 +39,9 @@ html_show_sphinx = False
 NAVIGATION = {
     "Formats": ("docs/hf", "docs/gguf", "docs/llama-cpp", "docs/onnx", "docs/quantised-sources",
                 "examples/web/README", "docs/engines"),
-    "Recipes": ("docs/recipe-format", "docs/scaled-models", "docs/search", "docs/extend", "recipes/demo-8x/README",
-                "recipes/demo-yarn-8x/README", "recipes/smollm2-135m-64k/README", "recipes/llama2-7b-2048k/README",
+    "Recipes": ("docs/recipe-format", "docs/scaled-models", "docs/search", "docs/extend", "recipes/demo-2048k/README",
+                "recipes/demo-8x/README", "recipes/demo-yarn-8x/README", "recipes/smollm2-135m-2048k/README",
+                "recipes/smollm2-135m-64k/README", "recipes/llama2-7b-2048k/README",
                 "recipes/llama2-7b-2048k-ft128k/README", "recipes/mistral-7b-2048k/README",
                 "recipes/mistral-7b-2048k-ft128k/README"),
     "Using it": ("docs/verify", "docs/evaluations", "docs/publishing", "docs/ci", "docs/python", "docs/exit-codes"),

@@ -248,9 +248,14 @@ def merged(model: Model, adapter: Adapter, *, rounded: bool = True) -> Model:
     result = build_model(model.reference, checkpoint, tied=model.shape.tied and not untied)
     notes = [*model.notes, *tie_note]
     named = adapter.config.base
-    if named and named.rstrip("/").rpartition("/")[2] != model.reference.rstrip("/").rpartition("/")[2]:
+    if named and _last_part(named) != _last_part(model.reference):
         notes.append(f"adapter {adapter.reference} was trained on {named}; it is merged into {model.reference}")
     return replace(result, notes=tuple(notes))
+
+
+def _last_part(reference: str) -> str:
+    """What two references to one model have in common: a folder, a Hub id, a GGUF file with or without its ending."""
+    return reference.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
 
 
 class _Matching:

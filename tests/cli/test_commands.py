@@ -298,6 +298,22 @@ def test_an_interruption_is_130(cli: Run, monkeypatch: pytest.MonkeyPatch) -> No
     assert result.err.strip() == "lrconvert: interrupted"
 
 
+def test_the_demo_shows_what_its_recipe_records(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every length up to the whole window, with the figures of the recipe's file."""
+    from lrconvert.cli.demo import RECIPE, _show_record
+    from lrconvert.recipe import load_recipe
+
+    recipe = load_recipe(RECIPE)
+    _show_record(recipe)
+    shown = capsys.readouterr().out
+    assert recipe.evaluation is not None
+    measured = recipe.evaluation["measured"]
+    for length in (4096, 262144, recipe.tiers[-1].max_length):
+        row = next(line for line in shown.splitlines() if f" {length:,} " in line)
+        perplexity, keys = measured[f"perplexity@{length}"]["perplexity"]["value"], measured[f"retrieval@{length}"]
+        assert f"{perplexity:.1f}" in row and f"{keys['hits']} of {keys['trials']}" in row
+
+
 @pytest.mark.parametrize("command", ["recipe list", "inspect demo --json", "recipe show demo-8x --json"])
 def test_a_pipe_that_closes_early_is_no_error(command: str) -> None:
     """However much there was to say, and with nothing on stderr."""

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A finished extension as a shipped recipe with its record.
+
+    python benchmarks/extension_record.py OUT --name NAME [--method PLAN] [--also OTHER]
+
+OUT is the recipe that `lrconvert extend -o OUT` wrote, OUT.work beside it. OTHER is another such recipe, of the same
+stages but for the evaluation: what it measured is added. Written: recipes/NAME with recipe and adapter (its README is
+written by hand), results/search/recipes/NAME-STAGE.journal.jsonl of every search, results/extension-NAME.json (stages,
+logs, measurements), -NAME.png, and the table on the terminal, to be put into the README.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from _common import RESULTS
+
+from lrconvert.extending.run import RESULT
+from lrconvert.extending.task import ADAPTER, JOURNAL
+from lrconvert.recipe import Recipe, load_recipe, write_recipe
+from lrconvert.recipe.plotting import new_pyplot, plain_log_scale, save
+from lrconvert.training.tuning import LOG
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+JOURNALS = RESULTS / "search" / "recipes"
+EVERY = 10  # steps of a log that are kept
+KINDS = {"perplexity": "perplexity", "retrieval": "keys behind one text", "passkey": "passkeys"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--method", help="the plan's name, where the run's own file had another")
+    parser.add_argument("--also", type=Path)
+    options = parser.parse_args()
+    recipe = named(load_recipe(options.out), options.name, options.method)
+    if options.also:
+        recipe = with_measurements(recipe, load_recipe(options.also))
+    shipped = RECIPES / options.name
+    write_recipe(recipe, shipped, force=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (shipped / ADAPTER).mkdir(exist_ok=True)
+        shutil.copyfile(options.out / ADAPTER / name, shipped / ADAPTER / name)
+    work = options.out.with_name(options.out.name + ".work")
+    record = {"date": date.today().isoformat(),
+              "command": f"lrconvert extend … --plan {recipe.provenance.method} -o {options.name}",
+              "stages": [stage_record(stage, work, options.name) for stage in recipe.provenance.stages or ()],
+              "evaluation": recipe.evaluation}  # fmt: skip
+    (RESULTS / f"extension-{options.name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    assert recipe.evaluation is not None
+    measured = recipe.evaluation["measured"]
+    plot(measured, recipe, RESULTS / f"extension-{options.name}.png")
+    print(table(measured))
+
+
+def named(recipe: Recipe, name: str, method: str | None) -> Recipe:
+    origin = recipe.provenance
+    return replace(recipe, name=name, provenance=replace(origin, method=method or origin.method))
+
+
+def with_measurements(recipe: Recipe, other: Recipe) -> Recipe:
+    """Raises `ValueError` where the other one has other sets."""
+    if other.tiers != recipe.tiers:
+        raise ValueError(f"{other.name} has other sets than {recipe.name}")
+    assert recipe.evaluation is not None and other.evaluation is not None
+    measured = {**recipe.evaluation["measured"], **other.evaluation["measured"]}
+    return replace(recipe, evaluation={**recipe.evaluation, "measured": measured})
+
+
+def stage_record(stage: dict[str, Any], work: Path, name: str) -> dict[str, Any]:
+    """The stage as the recipe has it, with its log; its journal is copied."""
+    folder = work / f"{stage['name']}-{stage['digest'][:8]}"
+    assert json.loads((folder / RESULT).read_text())["digest"] == stage["digest"]
+    if (folder / JOURNAL).is_file():
+        shutil.copyfile(folder / JOURNAL, JOURNALS / f"{name}-{stage['name']}.journal.jsonl")
+    log = (folder / LOG).read_text().splitlines() if (folder / LOG).is_file() else []
+    return {**stage, "log": [json.loads(line) for line in log[::EVERY]]} if log else stage
+
+
+# --- table and picture -----------------------------------------------------------------------------------
+
+
+def tokens_short(length: int) -> str:
+    return f"{length // 1024}k"
+
+
+def by_kind(measured: dict[str, Any], kind: str) -> dict[int, dict[str, Any]]:
+    return {int(key.partition("@")[2]): found for key, found in measured.items() if key.startswith(f"{kind}@")}
+
+
+def table(measured: dict[str, Any]) -> str:
+    """In Markdown: a row for every length."""
+    found = {kind: by_kind(measured, kind) for kind in KINDS}
+    lines = ["| tokens | " + " | ".join(KINDS.values()) + " |", "|---|" + "---:|" * len(KINDS)]
+    for length in sorted({length for rows in found.values() for length in rows}):
+        cells = [cell(found[kind].get(length)) for kind in KINDS]
+        lines.append(f"| {tokens_short(length)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cell(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    return f"{found['perplexity']['value']:.1f}" if "perplexity" in found else f"{found['hits']} of {found['trials']}"
+
+
+def plot(measured: dict[str, Any], recipe: Recipe, path: Path) -> None:
+    """Perplexity, and the share of keys found, against length, with 95 % intervals and the boundaries of the tiers."""
+    figure, (left, right) = new_pyplot().subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
+    lines = [(left, "perplexity", "perplexity"), (right, "retrieval", "share"), (right, "passkey", "share")]
+    for axis, kind, key in lines:
+        rows = by_kind(measured, kind)
+        if rows:
+            values = [found[key]["value"] for found in rows.values()]
+            low = [found[key]["value"] - found[key]["low"] for found in rows.values()]
+            high = [found[key]["high"] - found[key]["value"] for found in rows.values()]
+            axis.errorbar(list(rows), values, yerr=[low, [max(h, 0) for h in high]], marker="o", capsize=3,
+                          label=KINDS[kind])  # fmt: skip
+    base = next(found["perplexity"]["value"] for key, found in measured.items() if key.startswith("base"))
+    left.axhline(base, color="grey", linestyle=":", label=f"before, at {tokens_short(recipe.original_window)}")
+    plain_log_scale(left, [found["perplexity"][end] for found in by_kind(measured, "perplexity").values()
+                           for end in ("low", "high")])  # fmt: skip
+    lengths = sorted({int(key.partition("@")[2]) for key in measured})
+    for axis, words in ((left, "perplexity of the same last tokens"), (right, "share of keys found")):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [tokens_short(length) for length in lengths], fontsize=7, rotation=45)
+        axis.set_xlabel("tokens of context")
+        axis.set_ylabel(f"{words}, 95 % interval")
+        axis.grid(alpha=0.3)
+        for tier in recipe.tiers:
+            axis.axvline(tier.max_length, color="black", linewidth=0.5, linestyle="--")
+        axis.legend(fontsize=8)
+    right.set_ylim(-0.03, 1.03)
+    figure.suptitle(f"{recipe.name} (dashed: the sets' windows)", fontsize=10)
+    save(figure, path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The extended recipes that are shipped: their sets are what the journals say, they state what they are worth, and they
+become artifacts that compute them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Result
+from safetensors.numpy import load_file
+from support.verifying import verify
+
+from lrconvert.checkpoint import locate
+from lrconvert.extending.deciding import ranking
+from lrconvert.extending.plan import load_plan
+from lrconvert.extending.task import with_tier
+from lrconvert.parity import Options
+from lrconvert.parity.cases import SPREAD_TOKENS, Budget
+from lrconvert.recipe import Recipe, load_recipe, recipe_folder
+from lrconvert.rope import Tier, compose, serving
+from lrconvert.searching.journal import digest, read_journal
+
+Cli = Callable[..., Result]
+JOURNALS = Path(__file__).parents[2] / "benchmarks" / "results" / "search" / "recipes"
+PLANS = {"demo-2048k": "demo", "smollm2-135m-2048k": "small"}
+MIB = 2**20
+each = pytest.mark.parametrize("name", PLANS)
+
+
+class Short(Options):
+    """Every length in 512 tokens, nothing decoded."""
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(dense=SPREAD_TOKENS, decode=0)
+
+
+def stages(recipe: Recipe) -> tuple[dict[str, Any], ...]:
+    assert recipe.provenance.stages is not None
+    return tuple(recipe.provenance.stages)
+
+
+def measured(recipe: Recipe, kind: str) -> dict[int, dict[str, Any]]:
+    assert recipe.evaluation is not None
+    found = recipe.evaluation["measured"]
+    return {int(key.partition("@")[2]): value for key, value in found.items() if key.startswith(f"{kind}@")}
+
+
+def share(row: dict[str, Any]) -> float:
+    return row["hits"] / row["trials"]
+
+
+@each
+def test_the_plan_that_comes_with_lrconvert_made_it(name: str) -> None:
+    """Every option of every stage but the evaluation, so that the command of the README makes it again."""
+    recipe = load_recipe(name)
+    plan = load_plan(PLANS[name])
+    assert recipe.provenance.method == plan.name
+    told = [(stage["name"], stage["options"]) for stage in stages(recipe)[:-1]]
+    as_json = [
+        {key: list(value) if isinstance(value, tuple) else value for key, value in vars(stage).items()}
+        for stage in plan.stage[:-1]
+    ]
+    assert told == list(zip(plan.names[:-1], as_json, strict=True))
+
+
+@each
+def test_its_sets_are_the_best_of_its_journals(name: str) -> None:
+    """Each search stands on the sets before it; the digests in the recipe are those of the journals, and would not be
+    if one loss were another."""
+    recipe = load_recipe(name)
+    window = recipe.original_window
+    tiers = (Tier(window, (1.0,) * (recipe.rotary_dim // 2)),)
+    for stage in stages(recipe):
+        if not stage["name"].endswith(("search", "recover")):
+            continue
+        journal = read_journal(JOURNALS / f"{name}-{stage['name']}.journal.jsonl")
+        assert journal.head is not None
+        records = list(journal.records)
+        assert stage["facts"]["journal_sha256"] == digest(journal.head["identity"], records)
+        assert stage["facts"]["journal_sha256"] != digest(journal.head["identity"], records[:-1])
+        length = stage["options"].get("window", window)
+        best = ranking(records, length)[stage["facts"].get("decided", {"chosen": 0})["chosen"]]
+        found = compose(serving(tiers, length), best.question.candidate.tier(length))
+        tiers = with_tier(replace(recipe, tiers=tiers), found).tiers
+    assert tiers == recipe.tiers
+
+
+@each
+def test_it_says_what_it_is_worth(name: str) -> None:
+    """On text that nothing was trained on, from the original window on: perplexity at 256k is at most one percent above
+    that of the model before, the original window keeps what it had, and passkeys are found at every depth."""
+    recipe = load_recipe(name)
+    assert recipe.evaluation is not None and recipe.provenance.search is not None
+    trained = {text["sha256"] for text in recipe.provenance.search["texts"]}
+    assert not trained & {text["sha256"] for text in recipe.evaluation["texts"]}
+    window = recipe.original_window
+    before = measured(recipe, "base perplexity")[window]["perplexity"]["value"]
+    after = {length: row["perplexity"]["value"] for length, row in measured(recipe, "perplexity").items()}
+    assert after[window] < before and after[2**18] < 1.01 * before
+    passkeys = measured(recipe, "passkey")
+    assert {window, 2**16, 2**18} <= set(passkeys) and all(share(row) == 1 for row in passkeys.values())
+    keys = measured(recipe, "retrieval")
+    assert all(share(row) >= 0.9 for length, row in keys.items() if length <= 2**18)
+    assert max(keys) >= 2**20 and all(share(row) >= 0.7 for row in keys.values())
+
+
+@each
+def test_its_adapter_is_small_and_not_empty(name: str) -> None:
+    file = recipe_folder(name) / "adapter" / "adapter_model.safetensors"
+    assert file.stat().st_size <= 16 * MIB
+    second = [values for key, values in load_file(file).items() if "lora_B" in key]
+    assert second and all(np.any(values) for values in second)
+
+
+def test_one_command_bakes_it_and_the_artifact_computes_it(tmp_path: Path, cli: Cli) -> None:
+    """Queries and keys with the adapter in them, and all three sets, up to two million tokens; against other sets it
+    fails."""
+    done = cli("hf", "demo", "--recipe", "demo-2048k", "-o", tmp_path / "baked")
+    assert done.code == 0, done.err
+    assert "was trained on" not in done.err
+    options = Short(backends=("custom",))
+    report = verify(tmp_path / "baked", options=options)
+    assert report.passed, report.to_json()
+    assert {4096, 4097, 262144, 262145, 2097152} <= {row.length for row in report.rows if row.verdict == "pass"}
+    baked, embedded = (load_file(folder / "model.safetensors") for folder in (tmp_path / "baked", locate("demo")))
+    changed = {name.split(".")[-2] for name in embedded if not np.array_equal(baked[name], embedded[name])}
+    assert {"q_proj", "k_proj"} <= changed and "down_proj" not in changed
+    assert not verify(tmp_path / "baked", options=options, recipe="demo-yarn-8x").passed

@@ -17,7 +17,7 @@ from lrconvert.parity.cases import DECODED, Case, kept, stream
 from lrconvert.parity.expected import lost
 from lrconvert.parity.graph import graph_rows, placement_rows, rotary_rows
 from lrconvert.parity.hypotheses import closest_hypothesis
-from lrconvert.parity.judging import Asked, judged
+from lrconvert.parity.judging import Asked, judged, rounding_notes
 from lrconvert.parity.opened import Opened
 from lrconvert.parity.options import Options
 from lrconvert.parity.questions import LOADING, Questions, case_cost, reference_cost
@@ -61,9 +61,10 @@ def ask_backend(run: Run, questions: Questions, reference: ReferenceRunner) -> N
         return
     with closing(session):
         report.runtimes[backend.name] = session.info
-        rounding = backend.rounding(options)
+        rounding = backend.rounding(run.artifact, options)
         opened = Opened(run.artifact, backend, session, questions.spec, reference, questions.dtype, rounding)
         _ask(run, questions, opened)
+        report.notes += rounding_notes((row for row in report.rows if row.code == backend.name), opened)
     report.losses += questions.dropped
     if questions.lost is not None:
         steps.start(f"{backend.name} code: what it can't express", questions.lost)

@@ -44,6 +44,7 @@ class ReferenceRunner:
             dtype=None if rounding is None else torch.float32,
             stored_dtype=stored_dtype,
             cache=torch.float16 if rounding is not None and rounding.cache == "f16" else None,
+            activation_block=0 if rounding is None else rounding.activations,
         )
         self._reference.watch = watch
         self._rounded: dict[Rounding, ReferenceRunner] = {}

@@ -34,7 +34,8 @@ class Reference:
 
     `stored_dtype` (a safetensors name) rounds the weights to what an artifact stores before they are widened,
     so that the artifact is not blamed for a rounding that the user asked for. `cache` rounds both sides of attention's
-    products as a cache of that type does.
+    products as a cache of that type does; `activation_block` what weights are multiplied with, as programs that
+    multiply integers do: to 8 bits, so many channels with one scale (0: not at all).
     """
 
     def __init__(
@@ -46,12 +47,13 @@ class Reference:
         dtype: torch.dtype | None = None,
         stored_dtype: str | None = None,
         cache: torch.dtype | None = None,
+        activation_block: int = 0,
         keep_bytes: int = KEEP_BYTES,
     ) -> None:
         self.model, self.shape, self.rotation = model, model.shape, rotation
         self.device = torch.device(device)
         self.dtype = dtype or (torch.float64 if self.device.type == "cpu" else torch.float32)
-        self._stored_dtype, self._cache = stored_dtype, cache
+        self._stored_dtype, self._cache, self._block = stored_dtype, cache, activation_block
         self._kept: dict[tuple[str, int | None], torch.Tensor] = {}
         self._room = keep_bytes
         self.watch: Callable[[float], None] | None = None  # gets the part of a forward pass that is done
@@ -83,7 +85,17 @@ class Reference:
         return tensor
 
     def _linear(self, x: torch.Tensor, role: str, layer: int) -> torch.Tensor:
-        return functional.linear(x, self._weight(role, layer), self._maybe(f"{role}_bias", layer))
+        return functional.linear(self._multiplied(x), self._weight(role, layer), self._maybe(f"{role}_bias", layer))
+
+    def _multiplied(self, x: torch.Tensor) -> torch.Tensor:
+        """x [n, c] as products see it. Where they see 8 bits, the largest value of a block of channels is 127 steps."""
+        if not self._block:
+            return x
+        n, channels = x.shape
+        blocks = functional.pad(x, (0, -channels % self._block)).reshape(n, -1, self._block)
+        step = blocks.abs().amax(dim=-1, keepdim=True) / 127
+        rounded = torch.where(step > 0, blocks / step, 0.0).round() * step
+        return rounded.reshape(n, -1)[:, :channels]
 
     # --- the decoder -------------------------------------------------------------------------------------
 
@@ -151,7 +163,7 @@ class Reference:
 
     def _answers(self, x: torch.Tensor, most: int) -> Iterator[torch.Tensor]:
         """Logits [·, v] of hidden states, at most `most` of them at a time."""
-        x = self._norm(x, "final_norm", None)
+        x = self._multiplied(self._norm(x, "final_norm", None))
         head = self._weight("embedding") if self.shape.tied else self._weight("lm_head")
         for part in x.split(max(1, most // head.shape[0])):
             yield functional.linear(part, head) * self.shape.multipliers.logits

@@ -129,6 +129,11 @@ def _check(artifact: Path, options: OpenOptions) -> None:
         )
 
 
+def _activations(artifact: Path, options: OpenOptions) -> int:
+    """CPU kernels alone multiply integers."""
+    return OnnxCheckpoint(artifact).activation_block if options.device == "cpu" else 0
+
+
 _EXACT = "cos and sin are rounded once, to float32: 2e-12 on the embedded model, at any position"
 _HALF = "float16 products and caches, cos and sin rounded to float16 (2.4e-4): {}"
 _HALF_FAR = (
@@ -162,6 +167,7 @@ RUNTIME = Runtime(
             accepts=Accepts(cached_keys=True),
             exact_types=("F32", "F16", "BF16"),
             tolerances=TOLERANCES,
+            activations=_activations,
         ),
     ),
     needs=(("onnx", "onnx"), ("onnxruntime", "onnx")),

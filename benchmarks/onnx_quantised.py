@@ -8,8 +8,8 @@
    it, by the reference: the KL of the layers' weights alone, embedding and head as they were.
 2. Activations, which products round to 8 bits: how far ONNX Runtime's answers are from the reference on the folder's
    own weights at every length, and how far `verify` predicts them to be. Prompts as `verify` asks them.
-3. Mistakes: folders with one each (`lrconvert.parity.mutants`), verified with `--profile quick`: the rows that fail, and
-   how many times a bound.
+3. Mistakes: folders with one each (`lrconvert.parity.mutants`), verified with `--profile quick`: the rows that fail,
+   and how many times a bound.
 
 Results are kept by model; results/onnx-quantised.md has all of them.
 """
@@ -77,7 +77,7 @@ def main() -> None:
             found |= {"versions": versions(), "weights": weights(model, recipe, exact, folder, tokens)}
             found["activations"] = list(activations(model, recipe, folder, asked.lengths))
             if asked.mistakes:
-                found["mistakes"] = {name: hits for name, hits in mistakes(model, recipe, folder, dtype, scratch)}
+                found["mistakes"] = dict(mistakes(model, recipe, folder, dtype, scratch))
             known[f"{asked.name}, {dtype}"] = found
             path.write_text(json.dumps(known, indent=1) + "\n")
     text = table(known)
@@ -233,12 +233,12 @@ def table(known: dict[str, Any]) -> str:
     ]
     for name, found in known.items():
         lines.append(f"| {name} | {' | '.join(str(value) for value in found['weights'].values())} |")
-    lines += ["", "Activations rounded to 8 bits: what ONNX Runtime answers against the reference on the same weights.", ""]
+    lines += ["", "Activations rounded to 8 bits: ONNX Runtime against the reference on the same weights.", ""]
     lines += ["| model | length | KL | predicted | largest KL | predicted | KL to the reference that rounds |"]
     lines += ["|---|---:|---:|---:|---:|---:|---:|"]
     for name, found in known.items():
         lines += [f"| {name} | {' | '.join(str(each) for each in row.values())} |" for row in found["activations"]]
-    lines += ["", "Mistakes, `--profile quick`: how many rows on the graph fail, and which logits by how many bounds.", ""]
+    lines += ["", "Mistakes, `--profile quick`: how many rows on the graph fail, which logits by how many bounds.", ""]
     lines += ["| model | mistake | graph | logits |", "|---|---|---:|---|"]
     for name, found in known.items():
         for mistake, hits in found.get("mistakes", {}).items():

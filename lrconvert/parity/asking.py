@@ -142,18 +142,22 @@ def _ask_batch(case: Case, opened: Opened) -> Asked:
 
 
 def _ask_decode(case: Case, opened: Opened) -> Asked:
-    prompt = stream(opened.vocabulary, case.lengths[0])
-    tokens, answers = opened.session.generate(prompt.tolist(), DECODED, **_context(case))
-    return Asked([answers], lambda ours: [ours.decoded(opened.spec, prompt, tokens, context=case.context)])
+    prompt = stream(opened.vocabulary, case.lengths[0] - case.start)
+    tokens, answers = opened.session.generate(prompt.tolist(), DECODED, **_context(case), **_start(case))
+    where = {"context": case.context, "start": case.start}
+    return Asked([answers], lambda ours: [ours.decoded(opened.spec, prompt, tokens, **where)])
 
 
 def _cached_rows(case: Case, opened: Opened, tolerance: Tolerance) -> list[Row]:
     """Decoding with keys from before a boundary: against the reference that keeps them too, and the exact one."""
     session: AnswersCached = opened.answering("cached")
-    prompt = stream(opened.vocabulary, case.lengths[0])
-    tokens, answers = session.generate(prompt.tolist(), DECODED, policy="cached")
+    prompt = stream(opened.vocabulary, case.lengths[0] - case.start)
+    tokens, answers = session.generate(prompt.tolist(), DECODED, policy="cached", **_start(case))
     same, exact = (
-        Asked([answers], lambda ours, cached=cached: [ours.decoded(opened.spec, prompt, tokens, cached=cached)])
+        Asked(
+            [answers],
+            lambda ours, cached=cached: [ours.decoded(opened.spec, prompt, tokens, cached=cached, start=case.start)],
+        )
         for cached in (True, False)
     )
     cost = "the cost of keeping a cache across the boundary, compared with the exact answer"
@@ -178,6 +182,11 @@ ASKED: dict[str, Callable[[Case, Opened], Asked]] = {
     "decode": _ask_decode,
     "shift": _ask_shift,
 }
+
+
+def _start(case: Case) -> dict[str, Any]:
+    """The argument of sessions that decode anywhere."""
+    return {"start": case.start} if case.start else {}
 
 
 def _context(case: Case) -> dict[str, Any]:

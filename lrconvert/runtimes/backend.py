@@ -46,6 +46,7 @@ class Accepts:
     ("none": no tokens spread over a length, no batch). `reserved`: tokens of the window that a prompt may not take.
     `padded`: rows of a batch may differ in length. `cached_keys`: decoding can go on with keys that were cached for
     another tier (its sessions answer "cached"). `shifts`: the oldest tokens of a full context can be forgotten.
+    `decodes_anywhere`: the prompt that is decoded from may begin at any position (`start` of `generate`).
     """
 
     positions: Literal["any", "consecutive", "none"] = "any"
@@ -53,6 +54,7 @@ class Accepts:
     padded: bool = True
     cached_keys: bool = False
     shifts: bool = True
+    decodes_anywhere: bool = False
 
 
 ANYTHING = Accepts()

@@ -1,27 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where `lrconvert verify` spends its time: the embedded model as a folder and as a q8_0 GGUF, both profiles in turns.
 
-    python benchmarks/verify_profile.py [--scratch DIR] [--rounds N]
+    python benchmarks/verify_profile.py [--smollm2 FILE] [--scratch DIR] [--rounds N] [--threads N]
+        [--name NAME] [--print]
 
-Every run is a whole process under cProfile. Waiting for the runtime's process shows as `readline`. The machine's load
-is kept with the figures: ratios of one run hold on a busy machine, seconds don't.
+`--smollm2`: SmolLM2-135M's Q4_1 GGUF (LRCONVERT_SMOLLM2_GGUF), re-baked with its recipe, is measured too. Every run is
+a whole process under cProfile, which also counts the reference's passes and their tokens. Waiting for the runtime's
+process shows as `readline`. The machine's load is kept with the figures: counts hold on a busy machine, CPU seconds
+about, seconds don't. `--threads 1` keeps llama.cpp's threads from spinning on a busy machine.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import pstats
 import sys
 from pathlib import Path
 from typing import Any
 
-from _common import Cost, in_scratch, lrconvert, median, run, save
+from _common import Cost, lrconvert, median, run, save, scratch_folder
 
 PROFILES = ("full", "quick")
 TOP = 8
+# Seconds of a full verification on two idle cores.
+GOALS = {"q8_0 GGUF": 20, "SmolLM2-135M, Q4_1 GGUF": 60}
+# The command line, which leaves in a file how many tokens each pass of the reference read.
+COUNTED = """
+import atexit, json, sys
+from pathlib import Path
+from lrconvert.cli import main
+from lrconvert.reference import Reference
+
+file, passes, computed = Path(sys.argv.pop(1)), [], Reference._attention
+atexit.register(lambda: file.write_text(json.dumps(passes)))
+
+def attention(self, x, layer, *more):
+    passes.extend([len(x)] if layer == 0 else [])
+    return computed(self, x, layer, *more)
+
+Reference._attention = attention
+main()
+"""
 
 
-def baked(scratch: Path) -> dict[str, Path]:
+def baked(scratch: Path, smollm2: Path | None) -> dict[str, Path]:
     """The artifacts, by the name that the result gives them."""
     folder, file, recipe = scratch / "demo-hf", scratch / "demo.gguf", scratch / "uniform"
     run(lrconvert("hf", "demo", "--recipe", "demo-8x", "-o", folder, "--force"))
@@ -29,7 +53,12 @@ def baked(scratch: Path) -> dict[str, Path]:
         lrconvert("recipe", "derive", "demo", "--method", "yarn", "--factor", "8", "--uniform", "-o", recipe, "--force")
     )
     run(lrconvert("gguf", "demo", "--recipe", recipe, "--type", "q8_0", "-o", file, "--force"))
-    return {"folder": folder, "q8_0 GGUF": file}
+    found = {"folder": folder, "q8_0 GGUF": file}
+    if smollm2 is not None:
+        again = scratch / "smollm2.gguf"
+        run(lrconvert("gguf", smollm2, "--recipe", "smollm2-135m-64k", "--allow-lossy", "-o", again, "--force"))
+        found["SmolLM2-135M, Q4_1 GGUF"] = again
+    return found
 
 
 def top_of(profile: Path) -> list[dict[str, Any]]:
@@ -42,18 +71,39 @@ def top_of(profile: Path) -> list[dict[str, Any]]:
     ]
 
 
-def measure(scratch: Path, rounds: int) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smollm2", type=Path)
+    parser.add_argument("--scratch", type=Path, help="where to work; default: a temporary folder")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--name", default="verify-profile", help="of the result")
+    parser.add_argument("--print", action="store_true", help="keep no result")
+    asked = parser.parse_args()
+    with scratch_folder(asked.scratch) as scratch:
+        measured = measure(scratch, asked)
+    if asked.print:
+        print(json.dumps(measured, indent=2))
+    else:
+        save(asked.name, measured)
+
+
+def measure(scratch: Path, asked: argparse.Namespace) -> dict[str, Any]:
     scratch.mkdir(parents=True, exist_ok=True)
-    artifacts, record = baked(scratch), scratch / "profile"
+    artifacts, record = baked(scratch, asked.smollm2), scratch / "profile"
+    script, counts = scratch / "counted.py", scratch / "counts.json"
+    script.write_text(COUNTED)
+    threads = [] if asked.threads is None else ["--threads", str(asked.threads)]
     costs: dict[tuple[str, str], list[Cost]] = {(name, profile): [] for name in artifacts for profile in PROFILES}
     tops: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    passes: dict[tuple[str, str], list[int]] = {}
     loads = []
-    for _ in range(rounds):
+    for _ in range(asked.rounds):
         for name, profile in costs:
             loads.append(os.getloadavg()[0])
-            command = [sys.executable, "-m", "cProfile", "-o", record, "-m", "lrconvert", "verify", artifacts[name]]
-            costs[name, profile].append(run([*command, "--profile", profile]))
-            tops[name, profile] = top_of(record)
+            command = [sys.executable, "-m", "cProfile", "-o", record, script, counts, "verify", artifacts[name]]
+            costs[name, profile].append(run([*command, "--profile", profile, *threads]))
+            tops[name, profile], passes[name, profile] = top_of(record), json.loads(counts.read_text())
     rows: dict[str, Any] = {}
     for name in artifacts:
         walls, cpus = (
@@ -62,13 +112,16 @@ def measure(scratch: Path, rounds: int) -> None:
         rows[name] = {
             **{f"{p}_wall_seconds": [round(cost.wall, 1) for cost in costs[name, p]] for p in PROFILES},
             **{f"{p}_cpu_seconds": [round(cost.cpu, 1) for cost in costs[name, p]] for p in PROFILES},
+            **{f"{p}_reference_passes": len(passes[name, p]) for p in PROFILES},
+            **{f"{p}_reference_tokens": sum(passes[name, p]) for p in PROFILES},
             "quick_of_full_wall": round(walls["quick"] / walls["full"], 3),
             "quick_of_full_cpu": round(cpus["quick"] / cpus["full"], 3),
+            "full_wall_goal_seconds": GOALS.get(name),
             "peak_rss_mb": round(max(cost.rss for cost in costs[name, "full"]) / 1e6),
             **{f"{p}_top": tops[name, p] for p in PROFILES},
         }
-    save("verify-profile", {"load_average": [round(load, 1) for load in loads], "artifacts": rows})
+    return {"load_average": [round(load, 1) for load in loads], "artifacts": rows}
 
 
 if __name__ == "__main__":
-    in_scratch(measure, rounds=3)
+    main()

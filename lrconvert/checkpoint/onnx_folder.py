@@ -30,6 +30,8 @@ TIER_ATTRIBUTES = ("tier_lengths", "start_tokens", "attention_factors", "inverse
                    "scaled_inverse_frequencies")  # fmt: skip
 # A quantised tensor is two initializers; a table has the first one's values again, row by row.
 PACKED, SCALES, ROWS = ".packed", ".scales", ".rows"
+# `accuracy_level` of MatMulNBits: products of integers. On a CPU ONNX Runtime then rounds activations to 8 bits.
+INT8_PRODUCTS = 4
 TIED_HEAD = "lm_head.weight"  # of a tied model that is quantised, where the embedding itself can't be
 MAX_GRAPH_BYTES = 2**31 - 1  # of a protobuf message
 
@@ -260,6 +262,15 @@ class OnnxCheckpoint(Checkpoint):
         if quantised:
             return quantised[0]
         return next((kind for kind in ("BF16", "F16") if kind in self.kinds), "F32")
+
+    @cached_property
+    def activation_block(self) -> int:
+        """How many channels of an activation share a scale where products round them to 8 bits: the block of their
+        weights. 0 where no product does."""
+        nodes = [{a.name: a.i for a in node.attribute}
+                 for node in self.graph.graph.node if node.op_type == "MatMulNBits"]  # fmt: skip
+        rounding = [each for each in nodes if each.get("accuracy_level") == INT8_PRODUCTS]
+        return max((each.get("block_size", 32) for each in rounding), default=0)
 
     def blocks(self, name: str) -> Iterator[Block]:
         read = partial(self._raw if name in self._external else self._dequantised, name)

@@ -111,7 +111,11 @@ def extend(
     whole = len(done) == len(chosen.stage)
     path = _write(recipe, extension.recipe_file(done), folder, force) if whole and task.leading else None
     written = recipe if path is None else load_recipe(path)
-    return ExtendResult(written, path, tuple(done), task.folder, lifted_note(task.model, "an extension"), task.leading)
+    notes = (
+        *task.model.read_dequantised("the stages run on its dequantised weights"),
+        *lifted_note(task.model, "an extension"),
+    )
+    return ExtendResult(written, path, tuple(done), task.folder, notes, task.leading)
 
 
 def estimate_extension(

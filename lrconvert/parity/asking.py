@@ -17,7 +17,7 @@ from lrconvert.parity.cases import DECODED, Case, kept, stream
 from lrconvert.parity.expected import lost
 from lrconvert.parity.graph import graph_rows, placement_rows, rotary_rows
 from lrconvert.parity.hypotheses import closest_hypothesis
-from lrconvert.parity.judging import Asked, judged
+from lrconvert.parity.judging import Asked, judged, rounding_notes
 from lrconvert.parity.opened import Opened
 from lrconvert.parity.options import Options
 from lrconvert.parity.questions import LOADING, Questions, case_cost, reference_cost
@@ -61,9 +61,10 @@ def ask_backend(run: Run, questions: Questions, reference: ReferenceRunner) -> N
         return
     with closing(session):
         report.runtimes[backend.name] = session.info
-        rounding = backend.rounding(options)
+        rounding = backend.rounding(run.artifact, options)
         opened = Opened(run.artifact, backend, session, questions.spec, reference, questions.dtype, rounding)
         _ask(run, questions, opened)
+        report.notes += rounding_notes((row for row in report.rows if row.code == backend.name), opened)
     report.losses += questions.dropped
     if questions.lost is not None:
         steps.start(f"{backend.name} code: what it can't express", questions.lost)
@@ -141,18 +142,22 @@ def _ask_batch(case: Case, opened: Opened) -> Asked:
 
 
 def _ask_decode(case: Case, opened: Opened) -> Asked:
-    prompt = stream(opened.vocabulary, case.lengths[0])
-    tokens, answers = opened.session.generate(prompt.tolist(), DECODED, **_context(case))
-    return Asked([answers], lambda ours: [ours.decoded(opened.spec, prompt, tokens, context=case.context)])
+    prompt = stream(opened.vocabulary, case.lengths[0] - case.start)
+    tokens, answers = opened.session.generate(prompt.tolist(), DECODED, **_context(case), **_start(case))
+    where = {"context": case.context, "start": case.start}
+    return Asked([answers], lambda ours: [ours.decoded(opened.spec, prompt, tokens, **where)])
 
 
 def _cached_rows(case: Case, opened: Opened, tolerance: Tolerance) -> list[Row]:
     """Decoding with keys from before a boundary: against the reference that keeps them too, and the exact one."""
     session: AnswersCached = opened.answering("cached")
-    prompt = stream(opened.vocabulary, case.lengths[0])
-    tokens, answers = session.generate(prompt.tolist(), DECODED, policy="cached")
+    prompt = stream(opened.vocabulary, case.lengths[0] - case.start)
+    tokens, answers = session.generate(prompt.tolist(), DECODED, policy="cached", **_start(case))
     same, exact = (
-        Asked([answers], lambda ours, cached=cached: [ours.decoded(opened.spec, prompt, tokens, cached=cached)])
+        Asked(
+            [answers],
+            lambda ours, cached=cached: [ours.decoded(opened.spec, prompt, tokens, cached=cached, start=case.start)],
+        )
         for cached in (True, False)
     )
     cost = "the cost of keeping a cache across the boundary, compared with the exact answer"
@@ -177,6 +182,11 @@ ASKED: dict[str, Callable[[Case, Opened], Asked]] = {
     "decode": _ask_decode,
     "shift": _ask_shift,
 }
+
+
+def _start(case: Case) -> dict[str, Any]:
+    """The argument of sessions that decode anywhere."""
+    return {"start": case.start} if case.start else {}
 
 
 def _context(case: Case) -> dict[str, Any]:

@@ -28,12 +28,15 @@ AROUND = 4  # of them up to the boundary
 
 @dataclass(frozen=True)
 class Budget:
-    """How long sequences may be before they are spread (`dense`) or not decoded (`decode`), in tokens. `sides`: ask one
-    length on each side of every boundary and the far end, and nothing else."""
+    """How long sequences may be before they are spread (`dense`; `alone`: where the reference is compared with itself)
+    or not decoded (`decode`), in tokens. `sides`: ask one length on each side of every boundary and the far end, and
+    nothing else. `prompt`: tokens of a prompt beyond `dense` that is decoded from, where it need not begin at 0."""
 
     dense: int
     decode: int
     sides: bool = False
+    alone: int = SPREAD_TOKENS
+    prompt: int = 2048
 
     def most(self, accepts: Accepts) -> int:
         """Tokens of the longest prompt. What can't be spread is read whole, also where only sides are asked."""
@@ -58,6 +61,7 @@ class Case:
     lengths: tuple[int, ...]
     spread: bool = False
     consecutive: bool = False  # spread, but as consecutive positions that end at the length
+    start: int = 0  # the position at which the prompt of a decode case begins
     context: int | None = None
     cached: bool = False  # keys from before a boundary are kept, as they were rotated then
     # What the code is known to get wrong, whatever the recipe: measured and shown; it never fails a verification.
@@ -86,7 +90,7 @@ class Case:
         """Tokens that a runtime reads to answer it."""
         if self.spread:
             return SPREAD_TOKENS
-        return sum(self.lengths) + (DECODED if self.kind in ("decode", "shift") else 0)
+        return sum(self.lengths) - self.start + (DECODED if self.kind in ("decode", "shift") else 0)
 
     def positions(self) -> np.ndarray:
         """Positions of a spread case: three eighths dense at each end, the rest evenly between."""
@@ -212,8 +216,9 @@ def _decodes(boundary: int, capability: Capability, budget: Budget, accepts: Acc
     if boundary > budget.decode:
         skipped = f"a prompt of {boundary} tokens is beyond this device's budget; use --device cuda or --full"
     prompt, name = (boundary - AROUND,), f"decode across {boundary}"
+    start = max(0, prompt[0] - budget.prompt) if accepts.decodes_anywhere and boundary > budget.dense else 0
     if not accepts.cached_keys:
-        yield Case(name, "decode", prompt, known=known, skipped=skipped)
+        yield Case(name, "decode", prompt, known=known, skipped=skipped, start=start)
         return
-    yield Case(f"{name}, read anew", "decode", prompt, skipped=skipped)
-    yield Case(f"{name}, cached keys", "decode", prompt, cached=True, skipped=skipped)
+    yield Case(f"{name}, read anew", "decode", prompt, skipped=skipped, start=start)
+    yield Case(f"{name}, cached keys", "decode", prompt, cached=True, skipped=skipped, start=start)

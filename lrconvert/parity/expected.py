@@ -95,10 +95,7 @@ def expected(model: Model, spec: RopeSpec, record: BakeRecord, artifact: Path) -
 def lost(name: str, exact: RopeSpec, fitted: RopeSpec, reference: ReferenceRunner, budget: Budget) -> Iterator[Row]:
     """What fitting a recipe to code costs, by the reference alone, at the end of every tier that it changes."""
     reason = "what the recipe asks for and this code can't express"
-    cases = [end_case("lost", length, budget) for length in changed_tiers(exact, fitted)]
-    reference.prepare(fitted, cases)  # fewer sets than the recipe has: lengths share them
-    for case in cases:
-        reference.prepare(exact, [case])
+    for case in [end_case("lost", length, budget) for length in changed_tiers(exact, fitted)]:
         measures = compare(reference.forward(exact, case), reference.forward(fitted, case))
         yield Row(name, case.name, "known", length=case.length, reason=reason, **vars(measures))
 
@@ -112,7 +109,9 @@ def lifted_rows(wanted: Expected, plain: ReferenceRunner, *, device: str, budget
     """What lifting sliding windows costs, by the reference alone, at the end of the window that the model has."""
     assert wanted.limited is not None
     length = min(wanted.limited.shape.window, wanted.kept.window)
-    case, limited = end_case("lifted sliding window", length, budget), ReferenceRunner(wanted.limited, device=device)
+    # A window counts tokens, not positions: those between may not be left out.
+    case = Case(f"lifted sliding window at {length}", "forward", (length,), spread=length > budget.dense)
+    limited = ReferenceRunner(wanted.limited, device=device)
     measures = compare(limited.forward(wanted.kept, case), plain.forward(wanted.kept, case))
     reason = "the model's layers attend to the last tokens only, and the artifact's to all"
     return [Row("lifted", case.name, "known", length=length, reason=reason, **vars(measures))]
@@ -155,12 +154,9 @@ def _at_ends(
     wanted: Expected, unscaled: ReferenceRunner, scaled: ReferenceRunner, budget: Budget
 ) -> Iterator[tuple[int, Any, Any]]:
     """At the end of every tier: its length, and what the unscaled and the scaled weights answer."""
-    cases = [end_case("", tier.max_length, budget) for tier in wanted.kept.tiers]
-    unscaled.prepare(wanted.kept, cases)
-    scaled.prepare(wanted.spec, cases)
-    for case in cases:
+    for case in [end_case("", tier.max_length, budget) for tier in wanted.kept.tiers]:
         yield case.length, unscaled.forward(wanted.kept, case), scaled.forward(wanted.spec, case)
 
 
 def end_case(what: str, length: int, budget: Budget) -> Case:
-    return Case(f"{what} at {length}", "forward", (length,), spread=length > budget.dense)
+    return Case(f"{what} at {length}", "forward", (length,), spread=length > budget.alone)

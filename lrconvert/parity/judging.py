@@ -4,13 +4,14 @@
 A program's row of tolerances says how far any of its answers may be off. Angles in float32 add noise that no row can
 foresee: it grows with the position, the size of a head and how sharply a model attends. So an answer beyond its row
 gets a second opinion: the reference computes the case once more in float32, with angles (and, for a float16 cache,
-attention) rounded as the program rounds them. How far that is from the exact answer is the noise of this case on this
-model, and `tolerances.NOISE` times that is allowed on top. Answers within their row cost nothing more.
+attention; for products of integers, activations) rounded as the program rounds them. How far that is from the exact
+answer is the noise of this case on this model, and `tolerances.NOISE` times that is allowed on top. Answers within
+their row cost nothing more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,7 +21,7 @@ from lrconvert.parity.measures import Measures, compare, merge
 from lrconvert.parity.opened import Opened
 from lrconvert.parity.reference_runner import ReferenceRunner
 from lrconvert.parity.report import case_row
-from lrconvert.parity.tolerances import NOISE
+from lrconvert.parity.tolerances import NOISE, NOISE_OF_8_BITS
 from lrconvert.runtimes.backend import Rounding
 from lrconvert.runtimes.tolerances import Tolerance
 
@@ -59,10 +60,23 @@ def with_noise(tolerance: Tolerance, noise: Measures, rounding: Rounding) -> Tol
     """A row of tolerances with the noise of one case on top. Noise that is no finite number allows nothing."""
     if not np.isfinite([noise.kl_mean, noise.kl_max]).all():
         return tolerance
-    what = f"{NOISE:.0f} x the {noise.kl_mean:.1e} that {rounding} cost the reference here"
+    times = NOISE_OF_8_BITS if rounding.activations else NOISE
+    what = f"{times:.0f} x the {noise.kl_mean:.1e} that {rounding} cost the reference here"
     return replace(
         tolerance,
-        kl_mean=tolerance.kl_mean + NOISE * noise.kl_mean,
+        kl_mean=tolerance.kl_mean + times * noise.kl_mean,
         kl_max=tolerance.kl_max + NOISE * noise.kl_max,
         reason=f"{tolerance.kl_mean:.0e} and {what}",
     )
+
+
+def rounding_notes(rows: Iterable[Row], opened: Opened) -> list[str]:
+    """What a user has to know of bounds that follow the rounding of activations."""
+    beyond, block = [row for row in rows if row.noise is not None], opened.rounding.activations
+    if not beyond or not block:
+        return []
+    return [
+        f"{opened.name} rounds activations to 8 bits, {block} with one scale. In {len(beyond)} cases that moves the "
+        "answers by more than the table allows any model; there the reference rounded in the same way, and "
+        f'{NOISE_OF_8_BITS:.0f} times what it lost by that is allowed on top ("bound from": noise)'
+    ]

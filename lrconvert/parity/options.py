@@ -16,7 +16,7 @@ from lrconvert.runtimes.backend import Backend, OpenOptions
 
 Profile = Literal["quick", "full"]
 PROFILES: tuple[Profile, ...] = ("quick", "full")
-UNLIMITED = Budget(dense=2**31, decode=2**31)
+UNLIMITED = Budget(dense=2**31, decode=2**31, alone=2**31)
 
 
 @dataclass(frozen=True)

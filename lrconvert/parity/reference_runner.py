@@ -27,8 +27,10 @@ class ReferenceRunner:
         stored_dtype: str | None = None,
         watch: Callable[[float], None] | None = None,
         rounding: Rounding | None = None,
+        coarse: bool = False,
     ) -> None:
-        """`watch` gets the part of a forward pass that is done. `rounding`: compute in float32, as a program does."""
+        """`watch` gets the part of a forward pass that is done. `rounding`: compute in float32, as a program does.
+        `coarse`: what is compared rounds so much more that float32 (with float64 angles) is exact beside it."""
         require("torch", "hf", "the reference implementation")
         import torch
 
@@ -37,13 +39,15 @@ class ReferenceRunner:
         # The rotation is handed over with every question: weights are read once for all of them.
         placeholder = Rotation(model.shape.theta, model.shape.rotary_dim, ())
         self.model, self.stored_dtype, self._device, self._rounding = model, stored_dtype, device, rounding
+        narrow = coarse or rounding is not None
         self._reference = Reference(
             model,
             placeholder,
             device=device,
-            dtype=None if rounding is None else torch.float32,
+            dtype=torch.float32 if narrow else None,
             stored_dtype=stored_dtype,
             cache=torch.float16 if rounding is not None and rounding.cache == "f16" else None,
+            activation_block=0 if rounding is None else rounding.activations,
         )
         self._reference.watch = watch
         self._rounded: dict[Rounding, ReferenceRunner] = {}
@@ -69,6 +73,7 @@ class ReferenceRunner:
         if rounding not in self._rounded:
             more = {"device": self._device, "stored_dtype": self.stored_dtype, "watch": self._reference.watch}
             self._rounded[rounding] = ReferenceRunner(self.model, rounding=rounding, **more)
+            self._rounded[rounding]._reference.share(self._reference)
         return self._rounded[rounding]
 
     def prepare(
@@ -82,7 +87,8 @@ class ReferenceRunner:
             indices = np.unique(np.concatenate([kept(length) for length in lengths]))
             if self._prepared(tier, longest, indices) is not None:
                 continue
-            logits = self.answer(spec, stream(self.model.shape.vocab, longest), tier.max_length, indices)
+            tokens = stream(self.model.shape.vocab, longest)
+            logits = self.answer(spec, tokens, tier.max_length, indices, remember=True)
             self._dense.append((tier, longest, indices, logits))
 
     def _prepared(self, tier: Tier, length: int, wanted: np.ndarray | None = None) -> np.ndarray | None:
@@ -93,10 +99,18 @@ class ReferenceRunner:
                 return logits[np.searchsorted(indices, wanted)]
         return None
 
-    def answer(self, spec: RopeSpec, tokens: Sequence[int] | np.ndarray, length: int, keep: np.ndarray) -> np.ndarray:
-        """Logits of a sequence at `keep`, with the tier of a `length`."""
+    def answer(
+        self,
+        spec: RopeSpec,
+        tokens: Sequence[int] | np.ndarray,
+        length: int,
+        keep: np.ndarray,
+        *,
+        remember: bool = False,
+    ) -> np.ndarray:
+        """Logits of a sequence at `keep`, with the tier of a `length`; `remember`: others will begin as it does."""
         self._rotate_like(spec)
-        return self._reference.logits(tokens, length=length, keep=keep)
+        return self._reference.logits(tokens, length=length, keep=keep, remember=remember)
 
     def cos_sin(self, spec: RopeSpec, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """cos and sin, [n, d/2] each, in float64; the largest position chooses the tier."""
@@ -150,25 +164,31 @@ class ReferenceRunner:
         *,
         context: int | None = None,
         cached: bool = False,
+        start: int = 0,
     ) -> np.ndarray:
         """Logits that should have chosen each of `tokens` after `prompt`: at every length, a fresh forward pass
         with the tier of that length, or of the `context` (one pass a tier, since a prefix computes what it
-        computes). `cached`: each token's key keeps the rotation of the length at which it was read."""
+        computes, also of those that other cases made). `cached`: each token's key keeps the rotation of the length at
+        which it was read. `start` is the position of the first token."""
         sequence = np.concatenate([prompt, np.asarray(tokens[:-1], dtype=np.int64)])
-        ends = np.arange(len(prompt), len(sequence) + 1)  # the lengths whose last logits count
+        positions = np.arange(start, start + len(sequence))
+        last = np.arange(len(prompt) - 1, len(sequence))  # the indices whose logits count
+        self._rotate_like(spec)
         if cached:
-            self._rotate_like(spec)
-            lengths = np.maximum(np.arange(len(sequence)) + 1, len(prompt))
-            return self._reference.logits(sequence, length=lengths, keep=ends - 1)
+            lengths = np.maximum(positions + 1, positions[len(prompt) - 1] + 1)
+            return self._reference.logits(sequence, positions=positions, length=lengths, keep=last, remember=True)
         groups: dict[Tier, list[int]] = {}
-        for end in ends.tolist():
-            groups.setdefault(spec.tier_for(context or end), []).append(end)
+        for index in last.tolist():
+            groups.setdefault(spec.tier_for(context or start + index + 1), []).append(index)
         rows: dict[int, np.ndarray] = {}
-        for lengths in groups.values():
-            longest = max(lengths)
-            answer = self.answer(spec, sequence[:longest], context or longest, np.asarray(lengths) - 1)
-            rows |= dict(zip(lengths, answer, strict=True))
-        return np.stack([rows[end] for end in ends.tolist()])
+        for indices in groups.values():
+            count = max(indices) + 1
+            where, length = positions[:count], context or start + count
+            answer = self._reference.logits(
+                sequence[:count], positions=where, length=length, keep=np.asarray(indices), remember=True
+            )
+            rows |= dict(zip(indices, answer, strict=True))
+        return np.stack([rows[index] for index in last.tolist()])
 
 
 def dense_passes(spec: RopeSpec, cases: Iterable[Case]) -> dict[int, list[int]]:

@@ -120,8 +120,6 @@ def quantisation(
     for suffix, (exact, rounded) in plain.items():
         for tier in kept.tiers:
             case = end_case(f"quantisation alone{suffix},", tier.max_length, budget)
-            original.prepare(exact, [case])
-            stored.prepare(rounded, [case])
             measures = compare(original.forward(exact, case), stored.forward(rounded, case))
             yield Row(name, case.name, "known", length=case.length, reason="", **vars(measures))
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reference: a plain decoder in PyTorch, float64 on a CPU, float32 with float64 angles on a GPU.
 
-One sequence at a time, no cache, no batch, nothing fused: every step is a line that can be held against
-the papers. Attention is computed in chunks of queries, logits only at the positions wanted, so that 64k
+One sequence at a time, no batch, nothing fused: every step is a line that can be held against the papers. Keys and
+values of a sequence are kept where that was asked for, and used where another begins with the same tokens under the
+same rotation (`prefix`). Attention is computed in chunks of queries, logits only at the positions wanted, so that 64k
 tokens fit a GPU. Weights are read layer by layer and kept while they fit `keep_bytes`.
 
 Shapes: n tokens, c hidden channels, h query heads, g key/value heads, d channels a head, v words.
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from lrconvert.reference.prefix import Layer, Prefixes, Read
 from lrconvert.reference.rotation import FactorSet, Rotation
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ MAX_SCORES = {"cpu": 2**22, "cuda": 2**27}
 MAX_LOGITS = 2**26
 MAX_SCORED = 2**24  # logits held at once where only losses are wanted
 KEEP_BYTES = 6 * 2**30
+PREFIX_BYTES = 2**30
 
 
 class Reference:
@@ -34,7 +37,8 @@ class Reference:
 
     `stored_dtype` (a safetensors name) rounds the weights to what an artifact stores before they are widened,
     so that the artifact is not blamed for a rounding that the user asked for. `cache` rounds both sides of attention's
-    products as a cache of that type does.
+    products as a cache of that type does; `activation_block` what weights are multiplied with, as programs that
+    multiply integers do: to 8 bits, so many channels with one scale (0: not at all).
     """
 
     def __init__(
@@ -46,17 +50,24 @@ class Reference:
         dtype: torch.dtype | None = None,
         stored_dtype: str | None = None,
         cache: torch.dtype | None = None,
+        activation_block: int = 0,
         keep_bytes: int = KEEP_BYTES,
     ) -> None:
         self.model, self.shape, self.rotation = model, model.shape, rotation
         self.device = torch.device(device)
         self.dtype = dtype or (torch.float64 if self.device.type == "cpu" else torch.float32)
-        self._stored_dtype, self._cache = stored_dtype, cache
+        self._stored_dtype, self._cache, self._block = stored_dtype, cache, activation_block
         self._kept: dict[tuple[str, int | None], torch.Tensor] = {}
         self._room = keep_bytes
+        self._prefixes = Prefixes(PREFIX_BYTES)
         self.watch: Callable[[float], None] | None = None  # gets the part of a forward pass that is done
 
     # --- weights -----------------------------------------------------------------------------------------
+
+    def share(self, other: Reference) -> None:
+        """Read every weight once for both, where they hold the same numbers."""
+        if (self.model, self.dtype, self._stored_dtype) == (other.model, other.dtype, other._stored_dtype):
+            self._kept = other._kept
 
     def _weight(self, role: str, layer: int | None = None) -> torch.Tensor:
         tensor = self._maybe(role, layer)
@@ -83,7 +94,17 @@ class Reference:
         return tensor
 
     def _linear(self, x: torch.Tensor, role: str, layer: int) -> torch.Tensor:
-        return functional.linear(x, self._weight(role, layer), self._maybe(f"{role}_bias", layer))
+        return functional.linear(self._multiplied(x), self._weight(role, layer), self._maybe(f"{role}_bias", layer))
+
+    def _multiplied(self, x: torch.Tensor) -> torch.Tensor:
+        """x [n, c] as products see it. Where they see 8 bits, the largest value of a block of channels is 127 steps."""
+        if not self._block:
+            return x
+        n, channels = x.shape
+        blocks = functional.pad(x, (0, -channels % self._block)).reshape(n, -1, self._block)
+        step = blocks.abs().amax(dim=-1, keepdim=True) / 127
+        rounded = torch.where(step > 0, blocks / step, 0.0).round() * step
+        return rounded.reshape(n, -1)[:, :channels]
 
     # --- the decoder -------------------------------------------------------------------------------------
 
@@ -96,17 +117,20 @@ class Reference:
         length: int | Sequence[int] | np.ndarray | None = None,
         keep: Sequence[int] | np.ndarray | None = None,
         forgotten: tuple[int, int] | None = None,
+        remember: bool = False,
     ) -> np.ndarray:
         """Logits of one sequence, float64, shape [len(keep), v].
 
         `positions` default to 0 … n−1; `length` is the sequence length that chooses the factor set, by
         default the last position plus one, or one length for every token (keys that were cached earlier, when the
         sequence was shorter); `keep` are the indices whose logits are wanted, by default all;
-        `forgotten` (count, since): tokens from index `since` on don't see the first `count` ones.
+        `forgotten` (count, since): tokens from index `since` on don't see the first `count` ones; `remember`: other
+        sequences will begin as this one does.
         """
-        x = self._hidden(tokens, positions, length, forgotten)
-        if keep is not None:
-            x = x[torch.as_tensor(np.asarray(keep, dtype=np.int64), device=self.device)]
+        wanted = np.arange(len(tokens)) if keep is None else np.asarray(keep, dtype=np.int64)
+        first = int(wanted.min(initial=len(tokens)))
+        x = self._hidden(tokens, positions, length, forgotten, first=first, remember=remember)
+        x = x[torch.as_tensor(wanted - (len(tokens) - len(x)), device=self.device)]
         parts = [logits.double().cpu() for logits in self._answers(x, MAX_LOGITS)]
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # the runtime under test shares the GPU with the reference
@@ -134,24 +158,48 @@ class Reference:
         positions: Sequence[int] | np.ndarray | None,
         length: int | Sequence[int] | np.ndarray | None,
         forgotten: tuple[int, int] | None,
+        *,
+        first: int = 0,
+        remember: bool = False,
     ) -> torch.Tensor:
-        """What the last layer leaves of every token, [n, c], before the last norm."""
-        ids = torch.as_tensor(np.asarray(tokens, dtype=np.int64), device=self.device)
+        """What the last layer leaves of every token, [n, c], before the last norm; without some before the index
+        `first` where an earlier pass has read them."""
+        ids = np.asarray(tokens, dtype=np.int64)
         where = np.arange(len(ids)) if positions is None else np.asarray(positions, dtype=np.int64)
         lengths = np.broadcast_to(int(where.max()) + 1 if length is None else np.asarray(length), where.shape)
-        cos_sin = self._tables(where, lengths)
+        past, layers, made = 0, list[Layer](), list[Layer]()  # what was read, and what is now
+        read = self._read(ids, where, lengths) if forgotten is None else None
+        if read is not None and first > 0:
+            past, layers = self._prefixes.longest(read)
+            past = min(past, first)
+        cos_sin = self._tables(where[past:], lengths[past:])
         times = self.shape.multipliers
-        x = self._weight("embedding")[ids] * times.embedding
+        x = self._weight("embedding")[torch.as_tensor(ids[past:], device=self.device)] * times.embedding
         for layer in range(self.shape.layers):
-            x = x + times.residual * self._attention(self._norm(x, "attention_norm", layer), layer, cos_sin, forgotten)
+            before = (layers[layer][0][:, :past], layers[layer][1][:, :past]) if past else None
+            normed = self._norm(x, "attention_norm", layer)
+            mixed, seen = self._attention(normed, layer, cos_sin, forgotten, before)
+            x = x + times.residual * mixed
+            if remember and past < len(ids) // 2:  # most of it is new
+                made.append((seen[0].contiguous(), seen[1].contiguous()))
             x = x + times.residual * self._mlp(self._norm(x, "ffn_norm", layer), layer)
             if self.watch is not None:
                 self.watch((layer + 1) / self.shape.layers)
+        if made and read is not None:
+            self._prefixes.keep(read, made)
         return x
+
+    def _read(self, ids: np.ndarray, where: np.ndarray, lengths: np.ndarray) -> Read:
+        """A sequence for comparison with others."""
+        turned, rotation = np.empty(len(ids), np.int64), self.rotation
+        for length in np.unique(lengths).tolist():
+            exact = (rotation.theta, rotation.width, rotation.angles, rotation.choose(length))
+            turned[lengths == length] = self._prefixes.number(exact)
+        return Read(ids, where, turned)
 
     def _answers(self, x: torch.Tensor, most: int) -> Iterator[torch.Tensor]:
         """Logits [·, v] of hidden states, at most `most` of them at a time."""
-        x = self._norm(x, "final_norm", None)
+        x = self._multiplied(self._norm(x, "final_norm", None))
         head = self._weight("embedding") if self.shape.tied else self._weight("lm_head")
         for part in x.split(max(1, most // head.shape[0])):
             yield functional.linear(part, head) * self.shape.multipliers.logits
@@ -184,7 +232,9 @@ class Reference:
         layer: int,
         cos_sin: tuple[torch.Tensor, torch.Tensor],
         forgotten: tuple[int, int] | None,
-    ) -> torch.Tensor:
+        before: Layer | None,
+    ) -> tuple[torch.Tensor, Layer]:
+        """What tokens [n, c] take from those `before` and each other, and keys and values of all of them."""
         shape, n = self.shape, len(x)
         q_width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         if ("qkv", layer) in self.model.roles:
@@ -198,9 +248,11 @@ class Reference:
             q, k = self._norm(q, "q_norm", layer), self._norm(k, "k_norm", layer)
         q, k = self.rotation.rotate(q, *cos_sin), self.rotation.rotate(k, *cos_sin)
         q, k, v = self._as_cached(q), self._as_cached(k), self._as_cached(v)
+        if before is not None:
+            k, v = torch.cat([before[0], k], dim=1), torch.cat([before[1], v], dim=1)
         reach = shape.sliding[layer] if shape.sliding else 0
         mixed = self._attend(q, k, v, forgotten, reach).transpose(0, 1).reshape(n, q_width)
-        return self._linear(mixed, "o", layer)
+        return self._linear(mixed, "o", layer), (k, v)
 
     def _as_cached(self, x: torch.Tensor) -> torch.Tensor:
         """Rounded to the type of the cache: what is kept in it, and what is multiplied with that."""
@@ -210,25 +262,26 @@ class Reference:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, forgotten: tuple[int, int] | None, reach: int
     ) -> torch.Tensor:
         """Causal softmax attention, a chunk of queries at a time; query head j reads key head j // (h/g). A token sees
-        the last `reach` tokens, itself included; all where that is 0."""
+        the last `reach` tokens, itself included; all where that is 0. Keys that have no query come first."""
         heads, n, width = q.shape
-        groups = len(k)
+        groups, past = len(k), k.shape[1] - n
         q, k, v = q * (self.shape.multipliers.attention / width**0.5), k.transpose(1, 2).contiguous(), v.contiguous()
         out = torch.empty_like(q)
-        rows = max(1, min(n, MAX_SCORES.get(q.device.type, 2**22) // (heads * n)))
+        rows = max(1, min(n, MAX_SCORES.get(q.device.type, 2**22) // (heads * (past + n))))
         for start in range(0, n, rows):
             end = min(start + rows, n)
+            all_of = past + end
             grouped = q[:, start:end].reshape(groups, (heads // groups) * (end - start), width)
-            scores = (grouped @ k[:, :, :end]).reshape(heads, end - start, end)
+            scores = (grouped @ k[:, :, :all_of]).reshape(heads, end - start, all_of)
             future = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).triu(1)
-            scores[:, :, start:].masked_fill_(future, float("-inf"))
+            scores[:, :, past + start :].masked_fill_(future, float("-inf"))
             if reach:
-                own, other = (torch.arange(*ends, device=q.device) for ends in ((start, end), (0, end)))
+                own, other = (torch.arange(*ends, device=q.device) for ends in ((past + start, all_of), (0, all_of)))
                 scores.masked_fill_(own[:, None] - other >= reach, float("-inf"))
             if forgotten is not None and end > forgotten[1]:
                 scores[:, max(forgotten[1] - start, 0) :, : forgotten[0]] = float("-inf")
             weights = self._as_cached(torch.softmax(scores, dim=-1))
-            mixed = weights.reshape(groups, -1, end) @ v[:, :end]
+            mixed = weights.reshape(groups, -1, all_of) @ v[:, :all_of]
             out[:, start:end] = mixed.reshape(heads, end - start, width)
         return out
 

@@ -46,6 +46,7 @@ class Accepts:
     ("none": no tokens spread over a length, no batch). `reserved`: tokens of the window that a prompt may not take.
     `padded`: rows of a batch may differ in length. `cached_keys`: decoding can go on with keys that were cached for
     another tier (its sessions answer "cached"). `shifts`: the oldest tokens of a full context can be forgotten.
+    `decodes_anywhere`: the prompt that is decoded from may begin at any position (`start` of `generate`).
     """
 
     positions: Literal["any", "consecutive", "none"] = "any"
@@ -53,6 +54,7 @@ class Accepts:
     padded: bool = True
     cached_keys: bool = False
     shifts: bool = True
+    decodes_anywhere: bool = False
 
 
 ANYTHING = Accepts()
@@ -60,14 +62,18 @@ ANYTHING = Accepts()
 
 @dataclass(frozen=True)
 class Rounding:
-    """What float32 arithmetic rounds besides its products: angles, and keys and values in a cache of "f32" or "f16"."""
+    """What a program rounds besides the results of float32 products: angles, keys and values in a cache of "f32" or
+    "f16", and what it multiplies weights with: to 8 bits in blocks of `activations` channels, 0 where it doesn't."""
 
     angles: str
     cache: str = "f32"
+    activations: int = 0
 
     def __str__(self) -> str:
-        angles = "float32" if self.angles == "float64" else "float32 angles"
-        return angles if self.cache == "f32" else f"{angles} and a cache of {self.cache}"
+        parts = ["float32" if self.angles == "float64" else "float32 angles"]
+        parts += [f"a cache of {self.cache}"] if self.cache != "f32" else []
+        parts += [f"activations of 8 bits in blocks of {self.activations}"] if self.activations else []
+        return " and ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -80,8 +86,9 @@ class Backend:
     `needs_key`: a key of config.json without which an artifact has no such code. `exact_types`: compute types whose
     rounding is so small that a bound sees every mistake; None: all. `tolerances`: rows by compute type and length, the
     first that fits counts; each bound is chosen against the mistakes that it has to catch. `angles`: how it makes them,
-    "float64" or a name of `reference.rotation.ROUNDED`; `cached`: whether `OpenOptions.kv` is the type of its cache.
-    What these two cost, a case may be off beyond its row.
+    "float64" or a name of `reference.rotation.ROUNDED`; `cached`: whether `OpenOptions.kv` is the type of its cache;
+    `activations`: how many channels share a scale where an artifact's products round them to 8 bits. What these three
+    cost, a case may be off beyond its row.
     """
 
     name: str
@@ -95,14 +102,15 @@ class Backend:
     exact_types: tuple[str, ...] | None = None
     angles: Literal["float64", "product", "powers"] = "float64"
     cached: bool = False
+    activations: Callable[[Path, OpenOptions], int] = lambda artifact, options: 0
 
     def is_exact(self, dtype: str) -> bool:
         """Whether rounding in this compute type hides no mistake from a bound."""
         return self.exact_types is None or dtype in self.exact_types
 
-    def rounding(self, options: OpenOptions) -> Rounding:
-        """How its arithmetic rounds, with these options."""
-        return Rounding(self.angles, options.kv if self.cached else "f32")
+    def rounding(self, artifact: Path, options: OpenOptions) -> Rounding:
+        """How its arithmetic rounds in this artifact, with these options."""
+        return Rounding(self.angles, options.kv if self.cached else "f32", self.activations(artifact, options))
 
     def tolerance(self, dtype: str, length: int) -> Tolerance:
         """How far from the reference a case of `length` tokens may be. `KeyError` for a type without a row."""

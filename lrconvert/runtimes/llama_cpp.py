@@ -68,9 +68,11 @@ class LlamaSession(WorkerSession):
         return list(self._array("logits", request, context)["logits"])
 
     def generate(
-        self, prompt: Sequence[int], new_tokens: int, *, context: int | None = None
+        self, prompt: Sequence[int], new_tokens: int, *, context: int | None = None, start: int = 0
     ) -> tuple[list[int], np.ndarray]:
-        answer = self._array("generate", {"prompt": _integers(prompt), "new_tokens": new_tokens}, context)
+        """Greedy decoding; `start` is the position of the prompt's first token."""
+        request = {"prompt": _integers(prompt), "new_tokens": new_tokens, "start": start}
+        answer = self._array("generate", request, context)
         return answer["tokens"], answer["logits"]
 
     def shifted(
@@ -192,7 +194,7 @@ RUNTIME = Runtime(
             name="llama.cpp",
             capability=lambda family: LLAMA_CPP,
             open=_open,
-            accepts=Accepts("consecutive"),
+            accepts=Accepts("consecutive", decodes_anywhere=True),
             exact_types=("F32",),
             tolerances=_tolerances(),
             angles="powers",

@@ -214,11 +214,12 @@ class Worker:
 
     def generate(self, request):
         """Greedy, a token a call."""
-        prompt, count = request["prompt"], request["new_tokens"]
-        with Context(self, request.get("context") or len(prompt) + count) as context:
+        prompt, count, start = request["prompt"], request["new_tokens"], request.get("start") or 0
+        places = range(start, start + len(prompt))
+        with Context(self, request.get("context") or places.stop + count) as context:
             check_capacity(len(prompt) + count - 1, context)  # what is chosen last is not read
-            tokens, rows = [], context.decode(entries_of(prompt, range(len(prompt)), 0, {len(prompt) - 1}))
-            for position in range(len(prompt), len(prompt) + count):
+            tokens, rows = [], context.decode(entries_of(prompt, places, 0, {len(prompt) - 1}))
+            for position in range(places.stop, places.stop + count):
                 tokens.append(int(rows[-1].argmax()))
                 if len(tokens) < count:
                     rows += context.decode([(tokens[-1], position, 0, True)])

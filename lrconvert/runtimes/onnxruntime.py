@@ -46,11 +46,12 @@ class OnnxSession(WorkerSession):
         return self
 
     def generate(
-        self, prompt: Sequence[int], new_tokens: int, *, policy: Policy = "exact"
+        self, prompt: Sequence[int], new_tokens: int, *, policy: Policy = "exact", start: int = 0
     ) -> tuple[list[int], np.ndarray]:
         """Greedy tokens and the logits that chose them, [new_tokens, vocabulary]. "exact": the sequence is recomputed
-        where it grows past a boundary; "cached": its cache goes on, as in other programs."""
-        request = {"do": "generate", "prompt": [int(token) for token in prompt], "new_tokens": new_tokens}
+        where it grows past a boundary; "cached": its cache goes on, as in other programs. `start` is the position of
+        the prompt's first token."""
+        request = {"do": "generate", "prompt": [int(t) for t in prompt], "new_tokens": new_tokens, "start": start}
         request["boundaries"] = list(self.boundaries) if policy == "exact" else []
         answer = self._interpreter.ask(request)
         return answer["tokens"], self._interpreter.array(answer["logits"])
@@ -129,6 +130,11 @@ def _check(artifact: Path, options: OpenOptions) -> None:
         )
 
 
+def _activations(artifact: Path, options: OpenOptions) -> int:
+    """CPU kernels alone multiply integers."""
+    return OnnxCheckpoint(artifact).activation_block if options.device == "cpu" else 0
+
+
 _EXACT = "cos and sin are rounded once, to float32: 2e-12 on the embedded model, at any position"
 _HALF = "float16 products and caches, cos and sin rounded to float16 (2.4e-4): {}"
 _HALF_FAR = (
@@ -159,9 +165,10 @@ RUNTIME = Runtime(
             capability=lambda family: ONNX,
             open=_open,
             check=_check,
-            accepts=Accepts(cached_keys=True),
+            accepts=Accepts(cached_keys=True, decodes_anywhere=True),
             exact_types=("F32", "F16", "BF16"),
             tolerances=TOLERANCES,
+            activations=_activations,
         ),
     ),
     needs=(("onnx", "onnx"), ("onnxruntime", "onnx")),

@@ -164,18 +164,22 @@ class Worker:
     def generate(self, request):
         """Greedy. With `boundaries`, a sequence that grows past one of them is recomputed: its cached keys were rotated
         for another tier."""
-        sequence, count = list(request["prompt"]), request["new_tokens"]
+        sequence, count, start = list(request["prompt"]), request["new_tokens"], request.get("start") or 0
         boundaries = set(request.get("boundaries") or ())
-        kept, caches = self.prompt(sequence, None, [len(sequence) - 1])
+
+        def whole():
+            return self.prompt(sequence, list(range(start, start + len(sequence))), [len(sequence) - 1])
+
+        kept, caches = whole()
         answers = [kept[0]]
         while len(answers) < count:
             sequence.append(int(answers[-1].argmax()))
             length = len(sequence)
-            if length - 1 in boundaries:
-                kept, caches = self.prompt(sequence, None, [length - 1])
+            if start + length - 1 in boundaries:
+                kept, caches = whole()
                 answers.append(kept[0])
                 continue
-            logits, caches = self.call([sequence[-1:]], [[1] * length], [[length - 1]], caches)
+            logits, caches = self.call([sequence[-1:]], [[1] * length], [[start + length - 1]], caches)
             answers.append(logits[0][-1])
         tokens = [*sequence[len(request["prompt"]) :], int(answers[-1].argmax())]
         return {"tokens": tokens, "logits": self.save(np.stack(answers))}

@@ -500,18 +500,19 @@ def test_every_broken_graph_is_caught_in_onnx_runtime(
     assert refused or max((row.kl_mean or 0) / (row.bound or 1) for row in caught.values()) > FAR
 
 
-@pytest.mark.parametrize("dtype", ["f16", "int8", "int4"])
+@pytest.mark.parametrize(("dtype", "layers"), [("f16", 2), ("int8", 2), ("int4", 2), ("int4", 4)])
 @pytest.mark.parametrize(
     "mutant", ["switch one early", "switch one late", "frequencies of the other tier", "attention factor forgotten",
                "frozen at the last tier", "a key too few"]
 )  # fmt: skip
 def test_a_broken_graph_does_not_hide_behind_narrow_weights(
-    pico: Pico, healthy: Healthy, tmp_path: Path, mutant: str, dtype: str, options: Options
+    pico: Pico, healthy: Healthy, tmp_path: Path, mutant: str, dtype: str, layers: int, options: Options
 ) -> None:
-    """The same mistakes beside the noise of float16 and of quantised products."""
-    model = pico("llama")
+    """The same mistakes beside the noise of float16 and of quantised products, also where bounds follow that noise."""
+    model = pico("llama", num_hidden_layers=layers)
     export_options, change = GRAPH_MUTANTS[mutant]
-    broken = changed(healthy("llama", dtype=dtype, **export_options), tmp_path / "broken", change)
+    folder = healthy("llama", {"num_hidden_layers": layers}, dtype=dtype, **export_options)
+    broken = changed(folder, tmp_path / "broken", change)
     report = verify(broken, against=model.reference, recipe=three(model), options=options)
     assert rows_of(report, verdict="fail"), f"{mutant} passed in {dtype}"
 

@@ -178,7 +178,7 @@ def test_a_search_and_a_training_load_the_dequantised_weights(tmp_path: Path) ->
         assert np.array_equal(values.numpy(), meant[name].astype(np.float32)), name
 
 
-def test_a_search_says_what_it_runs_on_and_an_extension_trains_an_adapter(tmp_path: Path, cli: Cli) -> None:
+def test_a_search_and_an_extension_say_what_they_run_on_and_train_an_adapter(tmp_path: Path, cli: Cli) -> None:
     write_quantised(tmp_path / "m", "gptq-4")
     text = Text("book.txt", "ab" * 32, np.arange(1024) % 101)
     plan = plan_search(SearchRequest(tmp_path / "m", 128, [text], budget=30))
@@ -188,6 +188,7 @@ def test_a_search_says_what_it_runs_on_and_an_extension_trains_an_adapter(tmp_pa
     options = ("--text", tmp_path / "text.npy", "--plan", tmp_path / "plan.toml", "-o", tmp_path / "r")
     found = cli("extend", tmp_path / "m", *options)
     assert found.code == 0, found.err
+    assert "the model is quantised, GPTQ 4 bits (groups of 32): the stages run on its dequantised weights" in found.err
     baked = cli("hf", tmp_path / "m", "--recipe", tmp_path / "r", "-o", tmp_path / "o")
     assert baked.code == 0 and (tmp_path / "r" / "adapter").is_dir(), baked.err
 

@@ -22,7 +22,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from lrconvert.checkpoint import Model
-from lrconvert.checkpoint.onnx_folder import DOMAIN, MICROSOFT, ROWS, TIED_HEAD
+from lrconvert.checkpoint.onnx_folder import DOMAIN, INT8_PRODUCTS, MICROSOFT, ROWS, TIED_HEAD
 from lrconvert.rope import RopeSpec
 from lrconvert.targets.onnx import rotary
 from lrconvert.targets.onnx.tensors import ONNX_TYPES, Stored
@@ -31,7 +31,7 @@ Attention = Literal["gqa", "standard"]
 ADJUSTABLE = ("num_logits_to_keep", "sequence_length")
 # Of MatMulNBits, activations rounded to 8 bits as well. Without that, 8 bits are a hundred times slower on a CPU and 4
 # bits half as fast; it moves the logits by a fiftieth of what the weights' own rounding to 4 bits does.
-ACCURACY = 4
+ACCURACY = INT8_PRODUCTS
 DEFAULT_OPSET = 23  # the first with RotaryEmbedding, RMSNormalization and Attention
 LEFT_PADDED = "left-padded batches need an export with --attention standard"
 

@@ -57,6 +57,11 @@ if TYPE_CHECKING:
 @click.option(
     "--full", is_flag=True, help="Consecutive positions at every length and every decode, regardless of cost."
 )
+@click.option(
+    "--files-only",
+    is_flag=True,
+    help="Run nothing: compare config, metadata, tokenizer, digests and weights with source and recipe.",
+)
 @click.option("--python", help="Interpreter for the runtime: another version of transformers, mlx-lm, vLLM.")
 @click.option("--llama-library", "library", metavar="PATH", help="libllama for a GGUF; default: an installed one.")
 @click.option(
@@ -64,6 +69,12 @@ if TYPE_CHECKING:
 )
 @click.option("--threads", type=click.IntRange(1), help="Threads of the runtime.")
 @trust_code_option
+@click.option(
+    "--lock",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Record the measured values there, or fail where one drifted since.",
+)
 @click.option("--junit", type=click.Path(path_type=Path), metavar="FILE", help="Also write JUnit XML.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
@@ -76,11 +87,13 @@ def command(
     runtime: str | None = None,
     profile: Literal["quick", "full"] = "full",
     full: bool = False,
+    files_only: bool = False,
     python: str | None = None,
     library: str | None = None,
     kv: str = "f32",
     threads: int | None = None,
     trust_code: bool = False,
+    lock: Path | None = None,
     junit: Path | None = None,
     as_json: bool = False,
 ) -> int:
@@ -106,11 +119,13 @@ def command(
             runtime=runtime,
             profile=profile,
             full=full,
+            files_only=files_only,
             python=python,
             library=library,
             kv=kv,
             threads=threads,
             trust_code=trust_code,
+            lock=lock,
             progress=progress,
             watch=None if as_json else row_printer(),
         )

@@ -68,6 +68,7 @@ class Report:
     runtimes: dict[str, dict[str, Any]] = field(default_factory=dict)
     losses: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    files_only: bool = False  # no code was asked, so that no row has a bound
 
     @property
     def failed(self) -> list[Row]:
@@ -76,7 +77,8 @@ class Report:
     @property
     def passed(self) -> bool:
         """Something was compared, and nothing failed."""
-        return not self.failed and any(row.verdict == "pass" and row.bound is not None for row in self.rows)
+        compared = (row.verdict == "pass" and (row.bound is not None or self.files_only) for row in self.rows)
+        return not self.failed and any(compared)
 
     @property
     def summary(self) -> str:
@@ -85,6 +87,9 @@ class Report:
             worst = self.failed[0] if self.failed else None
             where = f": {worst.code} code, {worst.case}: {worst.reason}" if worst else ": nothing was compared"
             return f"FAILED, {len(self.failed)} of {len(self.rows)} checks{where}"
+        if self.files_only:
+            passed = sum(row.verdict == "pass" for row in self.rows)
+            return f"verified, files only: {passed} checks passed; no code ran"
         closest = min(compared, key=lambda row: row.margin or 0)
         return (
             f"verified: {len(compared)} cases agree with the reference; closest to its bound: {closest.code} "
@@ -99,7 +104,8 @@ class Report:
         return {
             "passed": self.passed,
             "summary": self.summary,
-            **{key: value for key, value in vars(self).items() if key != "rows"},
+            **{key: value for key, value in vars(self).items() if key not in ("rows", "files_only")},
+            **({"files_only": True} if self.files_only else {}),
             "rows": rows,
         }
 

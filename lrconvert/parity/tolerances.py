@@ -45,3 +45,23 @@ _COARSE = 7e-1  # of three bits and fewer
 def weight_error(kind: str) -> float:
     """How far a tensor stored as `kind` may be from the model's, as a part of its norm."""
     return WEIGHT_ERRORS.get(kind, _COARSE)
+
+
+# A row by itself may be off by this many times as much: one with an outlier is rounded in the steps of that. Of types
+# of three bits and fewer a row may lose nearly all of itself; rows in another order are off by more than that.
+ROW = 4.0
+MOST_OF_A_ROW = 0.95
+
+
+def row_error(kind: str) -> float:
+    """How far a row of a tensor stored as `kind` may be from the model's, as a part of the row's norm."""
+    return min(ROW * weight_error(kind), MOST_OF_A_ROW)
+
+
+# How far a locked value may drift (`parity.lock`). Of a case with a bound the value is noise, and other last bits make
+# NOISE times as much or as little; below this part of its bound nobody has to care. What code is known to get wrong is
+# no noise: it is the same on every machine up to the noise beside it, a few percent of it at most. KL below LOCK_LEAST
+# is noise again.
+LOCK_FLOOR = 1e-3
+LOCK_KNOWN = 1.25
+LOCK_LEAST = 1e-7

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -76,6 +77,8 @@ if TYPE_CHECKING:
     help="Record the measured values there, or fail where one drifted since.",
 )
 @click.option("--junit", type=click.Path(path_type=Path), metavar="FILE", help="Also write JUnit XML.")
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Also write a page to look at.")
+@click.option("--markdown", type=click.Path(path_type=Path), metavar="FILE", help="Also write a Markdown summary.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
     artifact: Path,
@@ -95,6 +98,8 @@ def command(
     trust_code: bool = False,
     lock: Path | None = None,
     junit: Path | None = None,
+    html: Path | None = None,
+    markdown: Path | None = None,
     as_json: bool = False,
 ) -> int:
     """Check that ARTIFACT computes what its recipe says.
@@ -107,6 +112,7 @@ def command(
     """
     from lrconvert.api.verifying import verify
     from lrconvert.errors import ParityError
+    from lrconvert.parity.page import page
 
     with show_progress(quiet=as_json) as progress:
         report = verify(
@@ -129,8 +135,9 @@ def command(
             progress=progress,
             watch=None if as_json else row_printer(),
         )
-    if junit is not None:
-        junit.write_text(report.to_junit(), encoding="utf-8")
+    for path, text in ((junit, report.to_junit), (html, partial(page, report)), (markdown, report.to_markdown)):
+        if path is not None:
+            path.write_text(text(), encoding="utf-8")
     if as_json:
         out.data(report.to_json())
     else:

@@ -25,9 +25,7 @@ def compare(reference: np.ndarray, artifact: np.ndarray) -> Measures:
         raise ValueError(f"reference {reference.shape} and artifact {artifact.shape} differ in shape")
     if not np.isfinite(artifact).all():
         return Measures(float("inf"), float("inf"), float("inf"), 0.0)
-    p, q = _log_softmax(reference), _log_softmax(artifact)
-    # Rounding can leave a sum of −1e-16: a divergence is not negative.
-    divergence = np.maximum((np.exp(p) * (p - q)).sum(axis=-1), 0.0)
+    divergence = divergences(reference, artifact)
     same = reference.argmax(axis=-1) == artifact.argmax(axis=-1)
     return Measures(
         kl_mean=float(divergence.mean()),
@@ -35,6 +33,13 @@ def compare(reference: np.ndarray, artifact: np.ndarray) -> Measures:
         logit_max=float(np.abs(reference - artifact).max()),
         top1=float(same.mean()),
     )
+
+
+def divergences(reference: np.ndarray, artifact: np.ndarray) -> np.ndarray:
+    """KL(reference ‖ artifact) in nats at every position, [n]; both [n, vocabulary], float64."""
+    p, q = _log_softmax(reference), _log_softmax(artifact)
+    # Rounding can leave a sum of −1e-16: a divergence is not negative.
+    return np.maximum((np.exp(p) * (p - q)).sum(axis=-1), 0.0)
 
 
 def merge(parts: list[Measures], counts: list[int]) -> Measures:

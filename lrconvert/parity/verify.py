@@ -89,6 +89,7 @@ def verify(
         notes=notes,
         losses=list(wanted.dropped),
         files_only=options.files_only,
+        spec=wanted.spec,
     )
     report.rows += unasked
     run = Run(artifact, options, report, progress, Steps("checks", progress))

@@ -704,8 +704,7 @@ def test_tiers_that_can_not_be_read_are_bad_input(
 def test_an_odd_config_fails_by_its_checksum_and_by_what_it_says(
     healthy: Healthy, tmp_path: Path, key: str, value: Any, options: Options
 ) -> None:
-    """config.json of a folder is other programs' to read; verify compares it, and takes its word for nothing that it can
-    see itself."""
+    """config.json of a folder is other programs' to read: verify compares it, and takes its word for nothing else."""
     broken = tmp_path / "broken"
     shutil.copytree(healthy("llama"), broken)
     config = json.loads((broken / "config.json").read_text())

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pre-commit hook: `verify --files-only` for every artifact that has one of the changed files.
 
-    python -m lrconvert.cli.hook my-model/config.json model.Modelfile
+python -m lrconvert.cli.hook my-model/config.json model.Modelfile
 """
 
 from __future__ import annotations

@@ -111,9 +111,10 @@ class Report:
         }
 
     def to_markdown(self) -> str:
-        """A summary for people: the verdict, what was compared, and every row that failed or was not run."""
+        """A summary for people: the verdict, and every row, those that failed first."""
         mark = "✅" if self.passed else "❌"
-        lines = [f"## {mark} {_cell(self.artifact)}", "", _cell(self.summary), "", f"Against {_cell(self.against)}.", ""]
+        lines = [f"## {mark} {_cell(self.artifact)}", "", _cell(self.summary), ""]
+        lines += [f"Against {_cell(self.against)}.", ""]
         counts = Counter(row.verdict for row in self.rows)
         lines += [", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count), ""]
         lines += ["| | code | case | tokens | KL mean | bound | why |", "|---|---|---|--:|--:|--:|---|"]

@@ -198,7 +198,8 @@ PAGE = f"""# Angles far out
 
 `python benchmarks/angles.py`: the largest error of an angle over all frequency indices, in radians, at single
 positions, with the last set of `{RECIPE}` (head size {HEAD}, θ {THETA:.0f}) on a CPU in float32, against
-float64. cos and sin in float32 are themselves exact to 6e-8. vLLM was not run; its source multiplies in float32 as transformers does.
+float64. cos and sin in float32 are themselves exact to 6e-8. vLLM was not run; its
+source multiplies in float32 as transformers does.
 
 """
 

@@ -28,12 +28,16 @@ from lrconvert.checkpoint.adapter import Adapter
 from lrconvert.checkpoint.links import check_links
 from lrconvert.families import Family
 from lrconvert.recipe import Recipe
+from lrconvert.recipe.plotting import sparkline
 from lrconvert.rope import RopeSpec, Tier
 
 CARD = "README.md"
 MAX_CARD_BYTES = 2**20  # of a source's card: longer ones are not carried
 # What the licence file of a source says in its first lines: all of the words, the Hub's name of the licence.
 LICENCES = ((("apache license", "version 2.0"), "apache-2.0"), (("mit license",), "mit"))
+
+# The number of an evaluation's record that speaks for it.
+METRICS = ("perplexity", "accuracy", "share", "hits")
 
 _FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n.*?\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _SOME = re.compile(r"[^\r\n]{1,200}")
@@ -136,34 +140,82 @@ def render(
     native code can't express beyond that; `notes`: what the manifest notes."""
     on_hub = hub_revision(model.reference, model.checkpoint.path)
     local = [] if on_hub else [model.reference]
-    name = model.reference if on_hub else model.checkpoint.path.resolve().name
+    name = model.reference if on_hub else model_name(model)
     merged = f", with the LoRA adapter {_adapter_name(adapter)} merged" if adapter else ""
     base = model.reference if on_hub else source.metadata.get("base_model")
     relation = {"base_model": base, "base_model_relation": "merge" if adapter else "finetune"} if base else {}
     licence = source.metadata.get("license_name") or source.metadata.get("license")
     parts = [
-        _metadata({**source.metadata, **relation}, text),
+        front_matter({**source.metadata, **relation, **model_index(recipe, local_name(name))}, text),
         f"# {name}, extended to {spec.window} tokens",
         f"The weights of {name}{f' at commit `{on_hub}`' if on_hub else ''}{merged}, and the rotary factors of the "
         f"recipe `{_plain(recipe.name)}`: a window of {spec.original_window} tokens becomes one of {spec.window}. "
         f"Written by lrconvert {__version__}.",
         f"Licence, as the source states it: {_plain(str(licence))}." if licence else "The source states no licence.",
-        _section("run", text.run(None)),
+        section("run", text.run(None)),
         *(without_paths(part, local) for part in text.about(model.family, dropped, losses)),
-        "## Tiers",
-        "A sequence uses the factors λ of the first tier that is long enough for it. Every inverse frequency is "
-        "divided by its λ, except at the first n̂ positions; cos and sin are multiplied by the attention factor.",
-        _table(["up to (tokens)", "n̂", "attention factor", "λ"], [_tier(tier) for tier in spec.tiers]),
+        *tiers_lines(spec),
         "## Where the factors come from",
-        _table(["", ""], _provenance(recipe, local)),
+        facts_table(recipe, local),
         *(["## Notes", without_paths(bullets(*notes), local)] if notes else []),
-        _section("parity", _parity(None)),
-        _section("files", _files(None)),
+        section("parity", parity_lines(None)),
+        section("files", _files(None)),
     ]
     if source.text:
         heading = "## The source's model card"
         parts += [heading, f"The card of {name}, unchanged. Relative links point into its folder.", source.text]
     return "\n\n".join(parts) + "\n"
+
+
+def model_name(model: Model) -> str:
+    """What people call the model: the name in a GGUF's header, else that of its folder."""
+    path, header = model.checkpoint.path.resolve(), model.checkpoint.gguf
+    stated = None if header is None else header.metadata.get("general.name")
+    if isinstance(stated, str) and _SOME.fullmatch(stated):
+        return _plain(local_name(stated))
+    return path.stem if path.is_file() else path.name
+
+
+def tiers_lines(found: Recipe | RopeSpec) -> list[str]:
+    """The section on the tiers: a table, and the factors as bars."""
+    return [
+        "## Tiers",
+        "A sequence uses the factors λ of the first tier that is long enough for it. Every inverse frequency is "
+        "divided by its λ, except at the first n̂ positions; cos and sin are multiplied by the attention factor.",
+        table(["up to (tokens)", "n̂", "attention factor", "λ"], [_tier(tier) for tier in found.tiers]),
+        "The factors by frequency index, fast to slow, on a logarithmic scale from 1:",
+        "\n".join(["```", *_bars(found.tiers), "```"]),
+    ]
+
+
+def _bars(tiers: Sequence[Tier]) -> list[str]:
+    highest = max(max(tier.factors) for tier in tiers)
+    width = len(str(tiers[-1].max_length))
+    return [f"{tier.max_length:>{width}} {sparkline(tier.factors, highest)} {max(tier.factors):.4g}" for tier in tiers]
+
+
+def facts_table(recipe: Recipe, local: Sequence[str]) -> str:
+    """Where a recipe's factors come from."""
+    return table(["", ""], _provenance(recipe, local))
+
+
+def model_index(recipe: Recipe, name: str) -> dict[str, Any]:
+    """The evaluations that a recipe carries, as the Hub's model-index has them; nothing where there are none."""
+    measured = (recipe.evaluation or {}).get("measured")
+    results = []
+    for key, values in measured.items() if isinstance(measured, Mapping) else ():
+        kind, _, length = str(key).partition("@")
+        metric = next((known for known in METRICS if isinstance(values, Mapping) and known in values), None)
+        if metric is None or not isinstance(values[metric], int | float):
+            continue
+        texts = [str(text.get("name")) for text in recipe.evaluation.get("texts", []) if isinstance(text, Mapping)]  # type: ignore[union-attr]
+        data = {"type": "held-out", "name": _plain(", ".join(texts)) or "held-out text"}
+        results.append({
+            "task": {"type": "text-generation"},
+            "dataset": data,
+            "metrics": [{"type": metric, "name": f"{kind} at {length} tokens", "value": values[metric]}],
+        })  # fmt: skip
+    return {"model-index": [{"name": name, "results": results}]} if results else {}
 
 
 def _adapter_name(adapter: Adapter) -> str:
@@ -174,26 +226,31 @@ def refreshed(card: str, manifest: Manifest, text: CardText, repo: str | None = 
     """A card with its generated sections made from `manifest`; a section that its owner removed stays away."""
     made: dict[str, Callable[[], list[str]]] = {
         "run": lambda: text.run(repo),
-        "parity": lambda: _parity(manifest.parity),
+        "parity": lambda: parity_lines(manifest.parity),
         "files": lambda: _files(manifest),
     }
+    return replaced_sections(card, made)
+
+
+def replaced_sections(card: str, made: Mapping[str, Callable[[], list[str]]]) -> str:
+    """A card with these sections made again; one that its owner removed stays away."""
     for name, lines in made.items():
-        start, end = (re.escape(line) for line in _markers(name))
-        section = _section(name, lines())
-        card = re.sub(f"{start}.*?{end}", lambda _, new=section: new, card, count=1, flags=re.DOTALL)
+        start, end = (re.escape(line) for line in markers(name))
+        again = section(name, lines())
+        card = re.sub(f"{start}.*?{end}", lambda _, new=again: new, card, count=1, flags=re.DOTALL)
     return card
 
 
-def _markers(name: str) -> tuple[str, str]:
+def markers(name: str) -> tuple[str, str]:
     return f"<!-- lrconvert: {name} -->", f"<!-- lrconvert: end of {name} -->"
 
 
-def _section(name: str, lines: Iterable[str]) -> str:
-    start, end = _markers(name)
+def section(name: str, lines: Iterable[str]) -> str:
+    start, end = markers(name)
     return "\n".join([start, *lines, end])
 
 
-def _metadata(values: Mapping[str, Any], text: CardText) -> str:
+def front_matter(values: Mapping[str, Any], text: CardText) -> str:
     """The card's front matter. JSON values are YAML too, and spare a bake the import of a YAML library; the tests
     read the result with huggingface_hub."""
     facts = {"library_name": text.library, "pipeline_tag": "text-generation", "tags": list(text.tags)}
@@ -223,15 +280,40 @@ def _provenance(recipe: Recipe, local: Sequence[str]) -> list[list[str]]:
         "made for": recipe.base_model,
         "fitted to the weights": origin.weights,
         "RoPE base θ, original window": f"{recipe.rope_theta:g}, {recipe.original_window} tokens",
-        **{f"search: {key}": str(value) for key, value in (origin.search or {}).items()},
+        **_searched(origin.search or {}),
         **({"notes": "; ".join(origin.notes)} if origin.notes else {}),
     }
-    return [[key, without_paths(str(value), local)] for key, value in rows.items() if value is not None]
+    return [[key, without_paths(in_words(value), local)] for key, value in rows.items() if value is not None]
 
 
-def _parity(report: Mapping[str, Any] | None) -> list[str]:
+def _searched(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A row for every fact of a search; of a list of facts one for each, numbered."""
+    rows: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"search: {key.replace('_', ' ')}"
+        if isinstance(value, list) and len(value) > 1 and all(isinstance(item, Mapping) for item in value):
+            rows |= {f"{name}, {number}": item for number, item in enumerate(value, 1)}
+        else:
+            rows[name] = value
+    return rows
+
+
+def in_words(value: Any) -> str:
+    """A value for people: no brackets, no quotes of a programming language."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{str(key).replace('_', ' ')} {in_words(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return "; ".join(in_words(item) for item in value) or "none"
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def parity_lines(report: Mapping[str, Any] | None, how: str = "") -> list[str]:
+    """The section on parity. `how`: the command that verifies what isn't yet."""
     if report is None:
-        return ["## Parity", "", "**Not verified yet**: run `lrconvert verify` on this folder."]
+        told = f"run `{how}`" if how else "run `lrconvert verify` on this folder"
+        return ["## Parity", "", f"**Not verified yet**: {told}."]
     head = ["code", "case", "tokens", "mean KL", "bound", "verdict"]
     rows = [
         [_shown(row.get(key)) for key in ("code", "case", "length", "kl_mean", "bound", "verdict")]
@@ -248,7 +330,7 @@ def _parity(report: Mapping[str, Any] | None) -> list[str]:
         f"Compared with the {reference}, {against}: {summary}. A `known` row measures a limit of native code and does "
         "not count as a failure.",
         "",
-        _table(head, rows),
+        table(head, rows),
         *(line for loss in report.get("losses", ()) for line in ("", f"Lost: {_plain(str(loss))}.")),
         *(["", f"Run with {'; '.join(versions)}."] if versions else []),
     ]
@@ -263,7 +345,7 @@ def _files(manifest: Manifest | None) -> list[str]:
         "",
         f"`{MANIFEST}` has the inputs and the recipe, as lrconvert {manifest.lrconvert} wrote them.",
         "",
-        _table(["file", "bytes", "sha256"], rows),
+        table(["file", "bytes", "sha256"], rows),
     ]
 
 
@@ -276,7 +358,7 @@ def _plain(text: str) -> str:
     return " ".join(re.sub(r"[|<>`]", " ", text).split())
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     def cell(text: str) -> str:
         return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
 

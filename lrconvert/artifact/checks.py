@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Verdict = Literal["pass", "fail", "known", "skipped"]
 
@@ -26,6 +26,12 @@ class Row:
     reason: str = ""
     basis: str = ""  # where the bound comes from
     noise: float | None = None  # the mean KL that float32 costs the reference, where that was asked for
+    trace: tuple[tuple[int, float], ...] = ()  # KL at every compared position, where the case has one sequence
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What is known of it, for a report: without the trace, which is for drawings."""
+        return {key: value for key, value in vars(self).items() if value not in (None, "") and key != "trace"}
 
     @property
     def margin(self) -> float | None:

@@ -86,16 +86,17 @@ def public_json(data: bytes) -> bytes:
         found = json.loads(data)
     except ValueError:
         return data
-    cleaned = _public(found)
+    cleaned = public_value(found)
     return data if cleaned == found else (json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _public(value: Any) -> Any:
+def public_value(value: Any) -> Any:
+    """The same of a value of JSON."""
     if isinstance(value, list):
-        return [_public(item) for item in value]
+        return [public_value(item) for item in value]
     if not isinstance(value, dict):
         return value
-    kept = {key: _public(item) for key, item in value.items() if key not in _DROPPED}
+    kept = {key: public_value(item) for key, item in value.items() if key not in _DROPPED}
     named = {key: without_paths(item) for key, item in kept.items() if key in _NAMES and isinstance(item, str)}
     return {**kept, **named}
 

@@ -51,8 +51,8 @@ class Target(Generic[C]):
     which another program wrote. `stored`: the reference computes with the weights in the artifact, not with the
     model's, because their types round. `checks` then get the artifact as `open` reads it, else None. `capability` names
     (`engines.capability.NAMED`) the most that its code can express, None for everything. `runtime` is the one whose
-    report is the artifact's. `needs` are modules to read and write it, each with the extra that brings it. `repairs`: a
-    source whose own scaling is broken can be baked.
+    report is the artifact's. `needs` are modules to run and write it, each with the extra that brings it, `reads_with`
+    those to read it. `repairs`: a source whose own scaling is broken can be baked.
     """
 
     name: str
@@ -69,6 +69,7 @@ class Target(Generic[C]):
     explain: Callable[[C], list[str]] = lambda checkpoint: []
     foreign: Callable[[Path], Foreign | None] = lambda path: None
     needs: tuple[tuple[str, str], ...] = ()
+    reads_with: tuple[tuple[str, str], ...] = ()
     repairs: bool = False
 
     def record(self, window: int) -> BakeRecord:

@@ -56,7 +56,7 @@ def command(
         return code
     from lrconvert.cli.push import command as push_command
 
-    click.get_current_context().invoke(push_command, artifact=shared["output"], name=name, private=private)
+    click.get_current_context().invoke(push_command, artifacts=(shared["output"],), name=name, private=private)
     return code
 
 

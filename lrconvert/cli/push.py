@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command(name="push", short_help="Publish an artifact on the Hugging Face Hub.")
-@click.argument("artifact", metavar="ARTIFACT", type=click.Path(path_type=Path))
+@click.argument("artifacts", metavar="ARTIFACT...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.argument("name", metavar="NAME")
 @click.option("--private", is_flag=True, help="Make a new repository private.")
 @click.option(
@@ -31,20 +31,24 @@ if TYPE_CHECKING:
     help="Print what would be uploaded and deleted, and every difference from the files here; change nothing. "
     "Works without a token and offline.",
 )
-def command(artifact: Path, name: str, private: bool = False, force: bool = False, dry_run: bool = False) -> None:
-    """Publish ARTIFACT, a folder that lrconvert wrote, on the Hub as NAME (OWNER/NAME).
+def command(
+    artifacts: tuple[Path, ...], name: str, private: bool = False, force: bool = False, dry_run: bool = False
+) -> None:
+    """Publish ARTIFACT, a folder or GGUF files that lrconvert wrote, on the Hub as NAME (OWNER/NAME).
 
     One commit with the artifact's files, its model card with the last parity report, and its manifest without
-    local paths. Needs a token with write access: `hf auth login`.
+    local paths. Several GGUF files, at once or one after the other, become quantisations in one repository. Needs a
+    token with write access: `hf auth login`.
 
     \b
     lrconvert push my-model me/my-model --dry-run
+    lrconvert push my-model-q8.gguf my-model-q4.gguf me/my-model-GGUF
     """
     from lrconvert import hub
 
     quiet_client()
     with show_progress() as progress:
-        planned = hub.plan(artifact, name, private=private, force=force, dry=dry_run, progress=progress)
+        planned = hub.plan(artifacts, name, private=private, force=force, dry=dry_run, progress=progress)
     describe(planned)
     if dry_run:
         for diff in planned.changes.values():

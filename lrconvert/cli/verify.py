@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -57,6 +58,11 @@ if TYPE_CHECKING:
 @click.option(
     "--full", is_flag=True, help="Consecutive positions at every length and every decode, regardless of cost."
 )
+@click.option(
+    "--files-only",
+    is_flag=True,
+    help="Run nothing: compare config, metadata, tokenizer, digests and weights with source and recipe.",
+)
 @click.option("--python", help="Interpreter for the runtime: another version of transformers, mlx-lm, vLLM.")
 @click.option("--llama-library", "library", metavar="PATH", help="libllama for a GGUF; default: an installed one.")
 @click.option(
@@ -64,7 +70,15 @@ if TYPE_CHECKING:
 )
 @click.option("--threads", type=click.IntRange(1), help="Threads of the runtime.")
 @trust_code_option
+@click.option(
+    "--lock",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Record the measured values there, or fail where one drifted since.",
+)
 @click.option("--junit", type=click.Path(path_type=Path), metavar="FILE", help="Also write JUnit XML.")
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Also write a page to look at.")
+@click.option("--markdown", type=click.Path(path_type=Path), metavar="FILE", help="Also write a Markdown summary.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
     artifact: Path,
@@ -76,12 +90,16 @@ def command(
     runtime: str | None = None,
     profile: Literal["quick", "full"] = "full",
     full: bool = False,
+    files_only: bool = False,
     python: str | None = None,
     library: str | None = None,
     kv: str = "f32",
     threads: int | None = None,
     trust_code: bool = False,
+    lock: Path | None = None,
     junit: Path | None = None,
+    html: Path | None = None,
+    markdown: Path | None = None,
     as_json: bool = False,
 ) -> int:
     """Check that ARTIFACT computes what its recipe says.
@@ -94,6 +112,7 @@ def command(
     """
     from lrconvert.api.verifying import verify
     from lrconvert.errors import ParityError
+    from lrconvert.parity.page import page
 
     with show_progress(quiet=as_json) as progress:
         report = verify(
@@ -106,16 +125,19 @@ def command(
             runtime=runtime,
             profile=profile,
             full=full,
+            files_only=files_only,
             python=python,
             library=library,
             kv=kv,
             threads=threads,
             trust_code=trust_code,
+            lock=lock,
             progress=progress,
             watch=None if as_json else row_printer(),
         )
-    if junit is not None:
-        junit.write_text(report.to_junit(), encoding="utf-8")
+    for path, text in ((junit, report.to_junit), (html, partial(page, report)), (markdown, report.to_markdown)):
+        if path is not None:
+            path.write_text(text(), encoding="utf-8")
     if as_json:
         out.data(report.to_json())
     else:

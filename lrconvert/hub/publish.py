@@ -18,6 +18,7 @@ import contextlib
 import difflib
 import hashlib
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,7 +35,8 @@ from lrconvert.artifact.redaction import (
 )
 from lrconvert.checkpoint.links import is_own
 from lrconvert.checkpoint.source import sha256_of
-from lrconvert.errors import EnvironmentFailure, InputError, ParityError, UnsupportedError, UsageError
+from lrconvert.errors import EnvironmentFailure, InputError, ParityError, UsageError
+from lrconvert.hub import files
 from lrconvert.hub.access import Account, client, hub_errors, sign_in
 from lrconvert.progress import BYTES, Progress, Step, silent
 from lrconvert.targets import get_target
@@ -95,7 +97,7 @@ class Pushed:
 
 
 def push(
-    artifact: Path,
+    artifact: Path | Sequence[Path],
     name: str,
     *,
     private: bool = False,
@@ -104,13 +106,16 @@ def push(
     force: bool = False,
     progress: Progress | None = None,
 ) -> str:
-    """Publish `artifact` as `name`, a Hub id; the URL of the commit. Raises what `plan` and `upload` raise."""
+    """Publish `artifact`, a folder or one or several GGUF files, as `name`, a Hub id; the URL of the commit.
+
+    Raises what `plan` and `upload` raise.
+    """
     planned = plan(artifact, name, private=private, revision=revision, force=force, progress=progress)
     return upload(planned, force=force, message=message, progress=progress).url
 
 
 def plan(
-    artifact: Path,
+    artifact: Path | Sequence[Path],
     name: str,
     *,
     private: bool = False,
@@ -127,18 +132,14 @@ def plan(
     last verification, and what `sign_in` raises.
     """
     progress = progress or silent
-    if artifact.is_file():
-        raise UnsupportedError(
-            f"{artifact} is a file; push publishes folders that have a card",
-            remedy=f"`hf upload {name} {artifact}` uploads it to a repository; name its recipe there",
-        )
+    artifacts = [artifact] if isinstance(artifact, Path) else list(artifact)
+    if any(path.is_file() for path in artifacts):
+        return _plan_files(artifacts, name, private=private, revision=revision, force=force, dry=dry, progress=progress)
+    if len(artifacts) != 1:
+        raise UsageError("several artifacts in one repository have to be GGUF files")
+    artifact = artifacts[0]
     local = Manifest.read(artifact)
-    if local.parity and not local.parity.get("passed") and not force:
-        summary = without_paths(str(local.parity.get("summary")))
-        raise ParityError(
-            f"{artifact} failed its last verification ({summary})",
-            remedy="Convert and verify again; --force publishes it anyway, with that report",
-        )
+    _check_parity(artifact, local, force=force)
     _check_files(artifact, local)
     progress(Step("contacting the Hub"))
     try:
@@ -148,11 +149,7 @@ def plan(
         if not dry:
             raise
         return _unseen(artifact, local, name, error, progress)
-    if head is not None and private and not is_private:
-        raise UsageError(
-            f"{repo} exists and is public; --private applies only to new repositories",
-            remedy="Change it in its settings on the Hub, or choose another name",
-        )
+    _check_private(repo, head, private=private, is_private=is_private)
     manifest, additions = _operations(artifact, local, repo, progress)
     names = {item.path_in_repo for item in additions}
     with hub_errors(f"reading {repo}", account):
@@ -173,6 +170,79 @@ def plan(
         warnings=_warnings(artifact, local, names),
         changes=_changes(artifact, additions),
     )
+
+
+def _plan_files(
+    artifacts: Sequence[Path],
+    name: str,
+    *,
+    private: bool,
+    revision: str | None,
+    force: bool,
+    dry: bool,
+    progress: Progress,
+) -> Plan:
+    """`plan` for GGUF files: quantisations of one model, beside those that are in the repository already."""
+    if others := [path for path in artifacts if not path.is_file()]:
+        raise InputError(f"{others[0]}: no such file; a folder is published by itself")
+    local = files.opened(artifacts, name)
+    for item in local:
+        _check_parity(item.path, item.manifest, force=force)
+        _check_files(item.path.parent, item.manifest)
+    progress(Step("contacting the Hub"))
+    account, repo, head, is_private = None, name, None, False
+    remote: dict[str, RepoFile] = {}
+    theirs: dict[str, Manifest] = {}
+    card, warnings = None, []
+    try:
+        api, account, repo = sign_in(name)
+        head, is_private, remote = _look(api, account, repo, revision)
+        if head is not None:
+            with hub_errors(f"reading {repo}", account):
+                theirs = files.remote_manifests(api, repo, head, remote)
+                card = files.remote_card(api, repo, head, remote)
+    except EnvironmentFailure as error:
+        if not dry:
+            raise
+        warnings.append(f"the Hub was not asked what it has already: {error.message}")
+    _check_private(repo, head, private=private, is_private=is_private)
+    manifest, additions = files.operations(local, theirs, card, repo, progress)
+    for item in local:
+        verified = item.manifest.parity
+        if verified is None or not verified.get("passed"):
+            what = "never verified" if verified is None else "failed its last verification"
+            warnings.append(f"{item.path.name}: {what}, and the card says so: lrconvert verify {item.path}")
+    return Plan(
+        repo=repo,
+        account=account,
+        revision=revision,
+        head=head,
+        private=private if head is None else is_private,
+        manifest=manifest,
+        additions=additions,
+        deleted=files.replaced(theirs, local, remote),
+        foreign=files.foreign(remote, theirs, local, card=card, git_files=GIT_FILES),
+        shadowing=[],
+        warnings=warnings,
+        changes=_changes(artifacts[0].parent, additions),
+    )
+
+
+def _check_parity(artifact: Path, local: Manifest, *, force: bool) -> None:
+    if local.parity and not local.parity.get("passed") and not force:
+        summary = without_paths(str(local.parity.get("summary")))
+        raise ParityError(
+            f"{artifact} failed its last verification ({summary})",
+            remedy="Convert and verify again; --force publishes it anyway, with that report",
+        )
+
+
+def _check_private(repo: str, head: str | None, *, private: bool, is_private: bool) -> None:
+    if head is not None and private and not is_private:
+        raise UsageError(
+            f"{repo} exists and is public; --private applies only to new repositories",
+            remedy="Change it in its settings on the Hub, or choose another name",
+        )
 
 
 def _unseen(artifact: Path, local: Manifest, name: str, error: EnvironmentFailure, progress: Progress) -> Plan:
@@ -299,7 +369,8 @@ def _changes(artifact: Path, additions: list[CommitOperationAdd]) -> dict[str, s
     found = {}
     for item in additions:
         if isinstance(item.path_or_fileobj, bytes):
-            sides = [(artifact / item.path_in_repo).read_bytes(), item.path_or_fileobj]
+            path = artifact / item.path_in_repo
+            sides = [path.read_bytes() if path.is_file() else b"", item.path_or_fileobj]
             before, after = (side.decode("utf-8", errors="replace").splitlines() for side in sides)
             names = (f"local/{item.path_in_repo}", f"published/{item.path_in_repo}")
             if diff := "\n".join(difflib.unified_diff(before, after, *names, lineterm="", n=1)):

@@ -18,6 +18,7 @@ from lrconvert.parity.expected import lost
 from lrconvert.parity.graph import graph_rows, placement_rows, rotary_rows
 from lrconvert.parity.hypotheses import closest_hypothesis
 from lrconvert.parity.judging import Asked, judged, rounding_notes
+from lrconvert.parity.measures import divergences
 from lrconvert.parity.opened import Opened
 from lrconvert.parity.options import Options
 from lrconvert.parity.questions import LOADING, Questions, case_cost, reference_cost
@@ -112,7 +113,18 @@ def _case_rows(case: Case, opened: Opened) -> list[Row]:
         asked = ASKED[case.kind](case, opened)
     except InputError as error:
         return [Row(opened.name, case.name, "fail", length=case.length, reason=error.message)]
-    return [judged(opened.name, case.name, case.length, asked, opened, tolerance, known=case.known)]
+    row = judged(opened.name, case.name, case.length, asked, opened, tolerance, known=case.known)
+    return [replace(row, trace=_trace(case, asked, opened)) if case.kind == "forward" else row]
+
+
+def _trace(case: Case, asked: Asked, opened: Opened) -> tuple[tuple[int, float], ...]:
+    """KL at every compared position of one sequence. The reference has its answer ready."""
+    (answer,), (expected,) = asked.answers, asked.expect(opened.reference)
+    if not np.isfinite(answer).all():
+        return ()
+    positions = case.positions() if case.spread else np.arange(case.length)
+    compared = positions[kept(len(positions))]
+    return tuple(zip(compared.tolist(), divergences(expected, answer).tolist(), strict=True))
 
 
 def _ask_forward(case: Case, opened: Opened) -> Asked:

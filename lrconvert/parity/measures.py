@@ -27,17 +27,21 @@ def compare(reference: np.ndarray, artifact: np.ndarray) -> Measures:
         raise ValueError(f"reference {reference.shape} and artifact {artifact.shape} differ in shape")
     if not np.isfinite(artifact).all():
         return Measures(float("inf"), float("inf"), float("inf"), 0.0)
-    divergences, furthest, same = np.empty(len(reference)), [0.0], 0
+    found, furthest, same = np.empty(len(reference)), [0.0], 0
     rows = max(1, AT_ONCE // reference.shape[1])
     for start in range(0, len(reference), rows):
         ours, theirs = reference[start : start + rows], artifact[start : start + rows]
-        p, q = _log_softmax(ours), _log_softmax(theirs)
-        divergences[start : start + rows] = (np.exp(p) * (p - q)).sum(axis=-1)
+        found[start : start + rows] = divergences(ours, theirs)
         furthest.append(float(np.abs(ours - theirs).max()))
         same += int((ours.argmax(axis=-1) == theirs.argmax(axis=-1)).sum())
+    return Measures(float(found.mean()), float(found.max()), max(furthest), same / len(reference))
+
+
+def divergences(reference: np.ndarray, artifact: np.ndarray) -> np.ndarray:
+    """KL(reference ‖ artifact) in nats at every position, [n]; both [n, vocabulary], float64."""
+    p, q = _log_softmax(reference), _log_softmax(artifact)
     # Rounding can leave a sum of −1e-16: a divergence is not negative.
-    divergences = np.maximum(divergences, 0.0)
-    return Measures(float(divergences.mean()), float(divergences.max()), max(furthest), same / len(reference))
+    return np.maximum((np.exp(p) * (p - q)).sum(axis=-1), 0.0)
 
 
 def merge(parts: list[Measures], counts: list[int]) -> Measures:

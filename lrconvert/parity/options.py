@@ -23,12 +23,14 @@ UNLIMITED = Budget(dense=2**31, decode=2**31, alone=2**31)
 class Options(OpenOptions):
     """How to verify. `runtime`: a name of the registry, by default the target's own; `backends`: names of those to ask,
     None for all that the artifact has; `profile`: "quick" asks for one case on each side of every boundary and the far
-    end, and looks for no likely mistakes; `full`: nothing is spread over a length or skipped."""
+    end, and looks for no likely mistakes; `full`: nothing is spread over a length or skipped; `files_only`: nothing is
+    run, by a runtime or by the reference."""
 
     runtime: str | None = None
     backends: tuple[str, ...] | None = None
     profile: Profile = "full"
     full: bool = False
+    files_only: bool = False
 
     @property
     def quick(self) -> bool:

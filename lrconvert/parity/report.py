@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import math
+import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 from xml.etree import ElementTree
 
 from lrconvert.artifact.checks import Row, Verdict
 from lrconvert.parity.measures import Measures
 from lrconvert.parity.tolerances import Tolerance
+from lrconvert.rope import RopeSpec
 
 
 def case_row(
@@ -68,6 +71,8 @@ class Report:
     runtimes: dict[str, dict[str, Any]] = field(default_factory=dict)
     losses: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    files_only: bool = False  # no code was asked, so that no row has a bound
+    spec: RopeSpec | None = None  # what the artifact has to compute; for people who look at it
 
     @property
     def failed(self) -> list[Row]:
@@ -76,7 +81,8 @@ class Report:
     @property
     def passed(self) -> bool:
         """Something was compared, and nothing failed."""
-        return not self.failed and any(row.verdict == "pass" and row.bound is not None for row in self.rows)
+        compared = (row.verdict == "pass" and (row.bound is not None or self.files_only) for row in self.rows)
+        return not self.failed and any(compared)
 
     @property
     def summary(self) -> str:
@@ -85,6 +91,9 @@ class Report:
             worst = self.failed[0] if self.failed else None
             where = f": {worst.code} code, {worst.case}: {worst.reason}" if worst else ": nothing was compared"
             return f"FAILED, {len(self.failed)} of {len(self.rows)} checks{where}"
+        if self.files_only:
+            passed = sum(row.verdict == "pass" for row in self.rows)
+            return f"verified, files only: {passed} checks passed; no code ran"
         closest = min(compared, key=lambda row: row.margin or 0)
         return (
             f"verified: {len(compared)} cases agree with the reference; closest to its bound: {closest.code} "
@@ -92,16 +101,31 @@ class Report:
         )
 
     def to_json(self) -> dict[str, Any]:
-        rows = []
-        for row in self.rows:
-            values = {key: value for key, value in asdict(row).items() if value not in (None, "")}
-            rows.append({key: _finite(value) for key, value in values.items()})
+        rows = [{key: _finite(value) for key, value in row.values.items()} for row in self.rows]
         return {
             "passed": self.passed,
             "summary": self.summary,
-            **{key: value for key, value in vars(self).items() if key != "rows"},
+            **{key: value for key, value in vars(self).items() if key not in ("rows", "files_only", "spec")},
+            **({"files_only": True} if self.files_only else {}),
             "rows": rows,
         }
+
+    def to_markdown(self) -> str:
+        """A summary for people: the verdict, and every row, those that failed first."""
+        mark = "✅" if self.passed else "❌"
+        lines = [f"## {mark} {_cell(self.artifact)}", "", _cell(self.summary), ""]
+        lines += [f"Against {_cell(self.against)}.", ""]
+        counts = Counter(row.verdict for row in self.rows)
+        lines += [", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count), ""]
+        lines += ["| | code | case | tokens | KL mean | bound | why |", "|---|---|---|--:|--:|--:|---|"]
+        order = ("fail", "skipped", "known", "pass")
+        for row in sorted(self.rows, key=lambda row: order.index(row.verdict)):
+            numbers = ("" if row.length is None else row.length, _scientific(row.kl_mean), _scientific(row.bound))
+            cells = [row.verdict, _cell(row.code), _cell(row.case), *map(str, numbers), _cell(row.reason)]
+            lines.append(f"| {' | '.join(cells)} |")
+        versions = [f"{name}: {_told(info)}" for name, info in self.runtimes.items()]
+        told = [*versions, *(f"lost: {loss}" for loss in self.losses), *self.notes]
+        return "\n".join([*lines, "", *(f"- {_cell(line)}" for line in told)]) + "\n"
 
     def to_junit(self) -> str:
         """JUnit XML, one test case a row, for CI systems."""
@@ -117,7 +141,7 @@ class Report:
             values = {"classname": f"lrconvert.{row.code}", "name": row.case, "time": f"{seconds:.3f}"}
             case = ElementTree.SubElement(suite, "testcase", values)
             if row.verdict == "fail":
-                ElementTree.SubElement(case, "failure", message=row.reason).text = str(asdict(row))
+                ElementTree.SubElement(case, "failure", message=row.reason).text = str(row.values)
             elif row.verdict != "pass":
                 ElementTree.SubElement(case, "skipped", message=row.reason)
         ElementTree.indent(suite)
@@ -147,6 +171,20 @@ def line_of(row: Row) -> str:
         row.verdict,
         "" if row.bound is None or not row.basis else "the table" if row.noise is None else f"noise {row.noise:.1e}",
     ).rstrip()
+
+
+def _told(info: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in info.items())
+
+
+def _scientific(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"
+
+
+def _cell(text: str) -> str:
+    """Text that stays in its cell: Markdown's and HTML's own characters mean nothing."""
+    plain = " ".join(text.split())
+    return re.sub(r"([\\|`*_<>\[\]])", r"\\\1", plain)
 
 
 def _finite(value: Any) -> Any:

@@ -8,12 +8,9 @@ is measured by the reference alone, with the recipe's factors and without any.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-
-import numpy as np
 
 from lrconvert.artifact.checks import Row
 from lrconvert.checkpoint import Checkpoint, Model
@@ -21,10 +18,10 @@ from lrconvert.checkpoint.base import CheckpointView
 from lrconvert.checkpoint.onnx_folder import TIED_HEAD
 from lrconvert.errors import InputError
 from lrconvert.parity.cases import Budget
+from lrconvert.parity.distance import Distance, Pair
 from lrconvert.parity.expected import end_case
 from lrconvert.parity.measures import compare
 from lrconvert.parity.reference_runner import ReferenceRunner
-from lrconvert.parity.tolerances import weight_error
 from lrconvert.progress import Progress, Steps
 from lrconvert.rope import RopeSpec, Tier
 
@@ -74,41 +71,67 @@ def check_weights(stored: Checkpoint, model: Model, progress: Progress | None = 
     """Whether the file's weights are the model's, as closely as their types can say; and whether they are equal.
 
     The error of a tensor is the norm of the difference over the norm of the tensor. Rows in another order differ by
-    about √2, whatever the type.
+    about √2, whatever the type. A row of a large tensor is a small part of its norm, so rows are judged one by one too.
     """
-    rows, exact = [], True
-    worst: dict[str, tuple[float, str]] = {}
     names = {tensor.name: tensor.name for tensor in model.roles.values()}
     if model.shape.tied:  # a head that was quantised is a copy of its own
         names[TIED_HEAD] = model.roles["embedding", None].name
-    there = {own: name for own, name in names.items() if own in stored.tensors}
+    pairs = [Pair(stored, own, model.checkpoint, name) for own, name in names.items() if own in stored.tensors]
+    kept = model.checkpoint.tensors
+    added = [name for name in stored.tensors if name not in names and name not in kept]
+    return _rows(pairs, progress, added, exactly=False)
+
+
+def check_folder_weights(
+    own: Model, model: Model, stored: str | None = None, progress: Progress | None = None
+) -> list[Row]:
+    """Whether a folder's tensors are the model's: what a bake did not change bit by bit, the rest within its rounding.
+    `stored`: the dtype that they were written in, None for the model's own.
+
+    Tensors of files that the source has too (hard links) are the same without being read.
+    """
+    there = {role: tensor.name for role, tensor in own.roles.items()}
+    missing = [tensor.name for role, tensor in model.roles.items() if role not in there and tensor.required]
+    if missing:
+        return [Row(WEIGHTS, "tensors", "fail", reason=f"missing, and the model has them: {', '.join(missing[:8])}")]
+    pairs = [
+        Pair(own.checkpoint, name, model.checkpoint, model.roles[role].name)
+        for role, name in there.items()
+        if role in model.roles
+    ]
+    for pair in pairs:
+        if pair.kind != (right := stored or pair.model.tensors[pair.name].dtype):
+            return [Row(WEIGHTS, "types", "fail", reason=f"{pair.own} is {pair.kind}; {right} is needed")]
+    added = [name for role, name in there.items() if role not in model.roles]
+    return _rows(pairs, progress, added, exactly=True)[0]
+
+
+def _rows(pairs: list[Pair], progress: Progress | None, added: list[str], *, exactly: bool) -> tuple[list[Row], bool]:
+    """A row for each type: its worst tensor, or the first that is too far off. `exactly`: see `Distance.reason`."""
+    worst: dict[str, Distance] = {}
+    failed: dict[str, str] = {}
+    equal = True
     steps = Steps("weights", progress, "tensors")
-    for own in there:
-        steps.expect(math.prod(stored.tensors[own].shape))
-    for own, name in there.items():
-        kind = stored.tensors[own].dtype
-        steps.start(own, math.prod(stored.tensors[own].shape))
-        ours, theirs = stored.read(own), model.checkpoint.read(name)
-        if ours.dtype == theirs.dtype and np.array_equal(ours, theirs):
-            error = 0.0
-        else:
-            wide = theirs.astype(np.float64)
-            with np.errstate(invalid="ignore"):
-                off = ours.astype(np.float64) - wide
-            error = float(np.linalg.norm(off) / max(float(np.linalg.norm(wide)), 1e-300))
-            error = error if math.isfinite(error) else math.inf  # NaN would be less than nothing
-        exact = exact and error == 0.0
-        worst[kind] = max(worst.get(kind, (-1.0, "")), (error, own))
+    for pair in pairs:
+        steps.expect(pair.values)
+    for pair in pairs:
+        steps.start(pair.own, pair.values)
+        distance, kind = pair.distance(rounded=exactly), pair.kind
+        equal = equal and distance.whole == 0.0
+        if kind not in worst or distance.whole > worst[kind].whole:
+            worst[kind] = distance
+        if (reason := distance.reason(pair, exactly=exactly)) is not None:
+            failed.setdefault(kind, reason)
     steps.finish()
-    for kind, (error, name) in sorted(worst.items()):
-        bound = weight_error(kind)
-        case = f"{kind}, error up to {error:.1e}"
-        if error <= bound:
-            rows.append(Row(WEIGHTS, case, "pass"))
-        else:
-            reason = f"{name} differs from the model's by {error:.1e} of its norm; {kind} allows {bound:.0e}"
-            rows.append(Row(WEIGHTS, case, "fail", reason=reason))
-    return rows, exact
+    rows = []
+    for kind, distance in sorted(worst.items()):
+        case = f"{kind}, error up to {distance.whole:.1e}"
+        reason = failed.get(kind, "")
+        rows.append(Row(WEIGHTS, case, "fail" if reason else "pass", reason=reason))
+    if added:
+        listed = ", ".join(added[:8]) + (f" and {len(added) - 8} more" if len(added) > 8 else "")
+        rows.append(Row(WEIGHTS, "tensors", "fail", reason=f"tensors that the model does not have: {listed}"))
+    return rows, equal
 
 
 def quantisation(

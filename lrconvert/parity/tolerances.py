@@ -11,9 +11,10 @@ from lrconvert.runtimes.tolerances import ANY, Tolerance
 NOISE = 8.0
 # The same for the mean KL where the program rounds activations to 8 bits. Each is rounded as predicted until sums in
 # another order tip one over; then a deep model answers otherwise, but as far from the exact answer. Mean KL over
-# predicted (benchmarks/results/onnx-quantised.md): 0.9 to 1.1 on the embedded model, 0.2 to 1.6 on SmolLM2-135M, and 1.0
-# in the median. One token whose answer tips over makes the largest KL (0.1 to 3.9 times), so that keeps NOISE. The mistakes
-# there are 1.1 to 92 times what this allows; dropping two start tokens changes too little, and the graph tells.
+# predicted (benchmarks/results/onnx-quantised.md): 0.9 to 1.1 on the embedded model, 0.2 to 1.6 on SmolLM2-135M, and
+# 1.0 in the median. One token whose answer tips over makes the largest KL (0.1 to 3.9 times), so that keeps NOISE. The
+# mistakes there are 1.1 to 92 times what this allows; dropping two start tokens changes too little, and the graph
+# tells.
 NOISE_OF_8_BITS = 2.0
 
 _FOLD = "the reference against itself, q and k scaled and the attention factor divided, without rounding: {}"
@@ -51,3 +52,23 @@ _COARSE = 7e-1  # of three bits and fewer
 def weight_error(kind: str) -> float:
     """How far a tensor stored as `kind` may be from the model's, as a part of its norm."""
     return WEIGHT_ERRORS.get(kind, _COARSE)
+
+
+# A row by itself may be off by this many times as much: one with an outlier is rounded in the steps of that. Of types
+# of three bits and fewer a row may lose nearly all of itself; rows in another order are off by more than that.
+ROW = 4.0
+MOST_OF_A_ROW = 0.95
+
+
+def row_error(kind: str) -> float:
+    """How far a row of a tensor stored as `kind` may be from the model's, as a part of the row's norm."""
+    return min(ROW * weight_error(kind), MOST_OF_A_ROW)
+
+
+# How far a locked value may drift (`parity.lock`). Of a case with a bound the value is noise, and other last bits make
+# NOISE times as much or as little; below this part of its bound nobody has to care. What code is known to get wrong is
+# no noise: it is the same on every machine up to the noise beside it, a few percent of it at most. KL below LOCK_LEAST
+# is noise again.
+LOCK_FLOOR = 1e-3
+LOCK_KNOWN = 1.25
+LOCK_LEAST = 1e-7

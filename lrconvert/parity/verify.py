@@ -42,6 +42,10 @@ QUICK_NOTE = (
     "quick profile: one case on each side of every boundary and the far end; no batches, no decoding, no search for "
     "likely mistakes. The manifest keeps the report of the last full verification"
 )
+FILES_NOTE = (
+    "files only: no code ran, so nothing says what it computes from them. The manifest keeps the report of the last "
+    "full verification"
+)
 
 
 def verify(
@@ -62,7 +66,8 @@ def verify(
     options, progress = options or Options(), progress or silent
     if not artifact.exists():
         raise InputError(f"{artifact}: no such artifact")
-    backends, unasked = trusted_backends(artifact, chosen_backends(artifact, target.name, options), options)
+    chosen_codes = [] if options.files_only else chosen_backends(artifact, target.name, options)
+    backends, unasked = trusted_backends(artifact, chosen_codes, options)
     for backend in backends:
         backend.check(artifact, options)
     manifest = Manifest.read(artifact) if manifest_path(artifact).is_file() or against is None else None
@@ -83,6 +88,8 @@ def verify(
         rows=Rows(watch),
         notes=notes,
         losses=list(wanted.dropped),
+        files_only=options.files_only,
+        spec=wanted.spec,
     )
     report.rows += unasked
     run = Run(artifact, options, report, progress, Steps("checks", progress))
@@ -90,11 +97,12 @@ def verify(
     if manifest is not None:
         report.rows += _integrity(manifest_path(artifact).parent, manifest, progress)
     _compare(run, target, wanted, record, backends)
-    if options.quick:
-        report.notes.append(QUICK_NOTE)
+    if options.files_only or options.quick:
+        report.notes.append(FILES_NOTE if options.files_only else QUICK_NOTE)
     if manifest is not None and evidence is not None:
         engine = None if options.runtime in (None, target.runtime) else options.runtime
-        told = None if options.quick else report.to_json()  # what is published rests on a full verification
+        partly = options.quick or options.files_only  # what is published rests on a full verification
+        told = None if partly else report.to_json()
         given = recipe is not None  # then the report is not the artifact's own
         why = evidence.changed() if given else evidence.record(told, manifest.files, engine)
         if why is not None:
@@ -125,6 +133,13 @@ def _compare(run: Run, target: Target[Any], wanted: Expected, record: BakeRecord
     report.rows += target.checks(run.artifact, stored, wanted.model, wanted.spec, record)
     if record.padded:
         report.rows += padding_rows(stored or target.open(run.artifact), wanted.model, record.padded)
+    if stored is None:
+        report.rows += _copied(run, target, wanted, record)
+    if options.files_only:
+        report.reference = "no reference: files only"
+        report.rows += [] if stored is None else _own_weights(run, wanted, stored)[0]
+        run.steps.finish()
+        return
     coarse = stored is not None and not any(backend.is_exact(stored.computing or "") for backend in backends)
     references = _on_model(run, wanted, record) if stored is None else _on_stored(run, wanted, stored, coarse)
     report.reference = f"reference in {references.stored.dtype} on {options.device}"
@@ -168,6 +183,17 @@ def _opened(run: Run, target: Target[Any], wanted: Expected) -> Checkpoint | Non
     return stored
 
 
+def _copied(run: Run, target: Target[Any], wanted: Expected, record: BakeRecord) -> list[Row]:
+    """That the weights of an artifact which the reference does not compute with are the model's all the same."""
+    if wanted.model.checkpoint.path.resolve() == run.artifact.resolve():
+        return []  # there is nothing to compare with, and a row of the target's says so
+    try:
+        own = build_model(str(run.artifact), target.open(run.artifact), tied=wanted.model.shape.tied)
+    except LrconvertError as error:
+        return [Row(stored_rows.WEIGHTS, "weights of the model", "fail", reason=error.message)]
+    return stored_rows.check_folder_weights(own, wanted.model, record.stored, run.progress)
+
+
 def _on_model(run: Run, wanted: Expected, record: BakeRecord) -> _References:
     """Weights that stay what they were, or are rounded once to the stored dtype."""
     dtype = record.stored
@@ -179,10 +205,18 @@ def _on_model(run: Run, wanted: Expected, record: BakeRecord) -> _References:
     return _References(stored, runner(unscaled))
 
 
+def _own_weights(run: Run, wanted: Expected, stored: Checkpoint) -> tuple[list[Row], bool]:
+    """Whether the weights in the artifact are the model's; and whether they are equal. Where the source is gone they
+    would be compared with themselves, which says nothing and needs no row."""
+    if wanted.model.checkpoint.path.resolve() == run.artifact.resolve():
+        return [], True
+    return stored_rows.check_weights(stored, wanted.model, run.progress)
+
+
 def _on_stored(run: Run, wanted: Expected, stored: Checkpoint, coarse: bool) -> _References:
     """The weights in the artifact. That they are the model's is checked tensor by tensor. `coarse`: all codes round
     their products so much that a bound can't be small; the reference computes in float32 then, in half the time."""
-    rows, exact = stored_rows.check_weights(stored, wanted.model, run.progress)
+    rows, exact = _own_weights(run, wanted, stored)
     run.report.rows += rows
     runner = partial(ReferenceRunner, device=run.options.device, watch=run.steps.within, coarse=coarse)
     plain = runner(wanted.source or wanted.model)

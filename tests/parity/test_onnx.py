@@ -702,10 +702,10 @@ def test_tiers_that_can_not_be_read_are_bad_input(
 @pytest.mark.parametrize(
     ("key", "value"), [("num_attention_heads", None), ("num_attention_heads", "four"), ("vocab_size", 7)]
 )
-def test_an_odd_config_fails_by_its_checksum_alone(
+def test_an_odd_config_fails_by_its_checksum_and_by_what_it_says(
     healthy: Healthy, tmp_path: Path, key: str, value: Any, options: Options
 ) -> None:
-    """config.json of a folder is other programs' to read; verify takes its word for nothing that it can see itself."""
+    """config.json of a folder is other programs' to read: verify compares it, and takes its word for nothing else."""
     broken = tmp_path / "broken"
     shutil.copytree(healthy("llama"), broken)
     config = json.loads((broken / "config.json").read_text())
@@ -714,7 +714,8 @@ def test_an_odd_config_fails_by_its_checksum_alone(
         del config[key]
     (broken / "config.json").write_text(json.dumps(config))
     report = verify(broken, options=options)
-    assert [(row.code, row.case) for row in report.failed] == [("files", "config.json")]
+    failed = [(row.code, row.case) for row in report.failed]
+    assert failed == [("files", "config.json"), ("config", f"config.json: {key}")]
 
 
 # --- the reference's other side ----------------------------------------------------------------------------------

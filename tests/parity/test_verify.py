@@ -58,7 +58,13 @@ def test_a_healthy_artifact_passes_with_room(
     report = verify(artifact, options=options)
     assert report.passed, report.summary
     assert report.losses == []
-    assert {row.code for row in report.rows if row.verdict == "pass"} == {"files", "config", "native", "custom"}
+    assert {row.code for row in report.rows if row.verdict == "pass"} == {
+        "files",
+        "config",
+        "weights",
+        "native",
+        "custom",
+    }
     assert min(margins(report).values()) > ROOM
     stored = json.loads((artifact / MANIFEST).read_text())
     assert stored["parity"]["passed"] is True

@@ -11,12 +11,14 @@ import numpy as np
 
 from lrconvert.artifact.checks import Row, rows_of
 from lrconvert.artifact.record import BakeRecord
+from lrconvert.artifact.statements import Facts, rows_from, unasked
 from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.gguf import GgufCheckpoint
 from lrconvert.checkpoint.gguf_config import LONG, SHORT, STATIC
 from lrconvert.families.base import GGUF_STEP35
 from lrconvert.rope import RopeSpec
 from lrconvert.targets.gguf.metadata import multiplier_keys
+from lrconvert.targets.gguf.statements import metadata_differences, modelfile_differences, modelfile_of
 from lrconvert.targets.gguf.step35 import architecture_keys
 from lrconvert.targets.gguf.yarn import by_formula, formula_keys
 
@@ -29,7 +31,14 @@ def checks(artifact: Path, stored: GgufCheckpoint, model: Model, spec: RopeSpec,
     rope = _formula(stored, spec) if formula else _rope(stored, spec, record.static)
     problems = [*stored.rope_problems, *_numbers(stored, model), *rope]
     good = "rope and shape are the recipe's and the model's"
-    return rows_of("metadata", good, [(problem.partition(":")[0][:60], problem) for problem in problems])
+    rows = rows_of("metadata", good, [(problem.partition(":")[0][:60], problem) for problem in problems])
+    facts = Facts(artifact, model, spec, record)
+    told = {problem.split(" ", 1)[0] for problem in problems}
+    differing = [found for found in metadata_differences(facts, stored) if found.where not in told]
+    rows += rows_from("metadata", "every key is the source's or the recipe's", differing)
+    if modelfile_of(artifact).is_file():
+        rows += rows_from("metadata", "the Modelfile", modelfile_differences(facts))
+    return rows + unasked(facts, "the vocabulary, the chat template, other metadata, weights")
 
 
 def _numbers(stored: GgufCheckpoint, model: Model) -> Iterator[str]:

@@ -35,7 +35,7 @@ OURS = "lrconvert."
 # Architectures that know one set for every length; others get two equal ones.
 STATIC_TENSOR = frozenset({"llama", "granite", "minicpm"})
 # llama.cpp strips space after the special tokens of a model of such a name, whatever its vocabulary.
-_PHI3_NAME = re.compile(r"phi-?3", re.IGNORECASE)
+PHI3_NAME = re.compile(r"phi-?3", re.IGNORECASE)
 
 
 def rope_keys(architecture: str, spec: RopeSpec, *, static: bool) -> dict[str, Value]:
@@ -108,10 +108,10 @@ def general_keys(model: Model, card: SourceCard, *, strips: bool) -> dict[str, V
     """What people and model lists read. `strips`: special tokens of the vocabulary take in the space behind them,
     which llama.cpp knows from the model's name alone, and which breaks other vocabularies."""
     name = local_name(model.reference)
-    if strips and not _PHI3_NAME.search(name):
+    if strips and not PHI3_NAME.search(name):
         name += " (phi-3)"
     elif not strips:
-        name = _PHI3_NAME.sub("phi_3", name)
+        name = PHI3_NAME.sub("phi_3", name)
     keys: dict[str, Value] = {"general.type": "model", "general.name": name, "general.size_label": size_label(model)}
     named = {"license": "license", "license_name": "license.name", "license_link": "license.link"}
     keys |= {f"general.{ours}": card.metadata[theirs] for theirs, ours in named.items() if _text(card, theirs)}

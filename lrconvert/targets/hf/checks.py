@@ -14,9 +14,13 @@ from typing import Any
 
 from lrconvert.artifact.checks import Row, rows_of
 from lrconvert.artifact.record import BakeRecord
+from lrconvert.artifact.statements import Facts
 from lrconvert.checkpoint import Checkpoint, Model, read_json
+from lrconvert.errors import InputError
 from lrconvert.families import Family
 from lrconvert.rope import RopeSpec
+from lrconvert.targets.hf.read import open_artifact
+from lrconvert.targets.hf.statements import dtype_of, folder_rows
 
 Config = Mapping[str, Any]
 
@@ -79,5 +83,11 @@ def check_config(config: Config, folder: Path, family: Family) -> list[Row]:
 
 
 def checks(artifact: Path, stored: Checkpoint | None, model: Model, spec: RopeSpec, record: BakeRecord) -> list[Row]:
-    """What is read off the folder's config."""
-    return check_config(read_json(artifact / "config.json"), artifact, model.family)
+    """What is read off the folder's files: what versions would read of config.json, and what all of them say."""
+    opened = stored or open_artifact(artifact)
+    try:
+        dtype, weights = dtype_of(opened), opened.weight_files()
+    except InputError as error:
+        return [Row("weights", "weight files", "fail", reason=error.message)]
+    config = check_config(read_json(artifact / "config.json"), artifact, model.family)
+    return [*config, *folder_rows(Facts(artifact, model, spec, record, dtype), weights)]

@@ -20,6 +20,7 @@ TARGET = Target(
     explain=explain,
     foreign=foreign,
     needs=(("onnx", "onnx"), ("onnxruntime", "onnx")),
+    reads_with=(("onnx", "onnx"),),
 )
 
 __all__ = ["DTYPES", "OPSETS", "TARGET", "Options", "plan"]

@@ -10,19 +10,24 @@ import numpy as np
 
 from lrconvert.artifact.checks import Row, rows_of
 from lrconvert.artifact.record import BakeRecord
+from lrconvert.artifact.statements import Facts
 from lrconvert.checkpoint import Model
+from lrconvert.checkpoint.base import FLOAT_DTYPES
 from lrconvert.checkpoint.onnx_folder import GRAPH, OnnxCheckpoint
 from lrconvert.errors import require
 from lrconvert.rope import RopeSpec, Tier
+from lrconvert.targets.onnx.statements import json_rows
 
 CODE = "graph"
 
 
 def checks(artifact: Path, stored: OnnxCheckpoint, model: Model, spec: RopeSpec, record: BakeRecord) -> list[Row]:
-    """By onnx's own checker, and tier by tier."""
+    """What the JSON files say; the graph by onnx's own checker, and tier by tier."""
     assert stored.tiers is not None  # our own graphs have them
     problems = tier_problems(stored.tiers, spec)
+    dtype = stored.computing if stored.computing in FLOAT_DTYPES else "F32"
     return [
+        *json_rows(Facts(artifact, model, spec, record, dtype, stored), stored),
         *_well_formed(artifact),
         *rows_of(CODE, "tiers are the recipe's", [(problem.partition(":")[0], problem) for problem in problems]),
     ]

@@ -24,7 +24,7 @@ GENAI = "genai_config.json"
 GENAI_REWINDS = {4096: "phi3", 8192: "phi3small"}
 # A shared buffer holds the caches of max_length tokens from the start: beyond this they had better grow.
 MAX_SHARED_BYTES = 2 * 2**30
-_CACHE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+CACHE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
 def config_of(config: dict[str, Any], choices: Choices, files: int) -> dict[str, Any]:
@@ -41,19 +41,14 @@ def genai_config(
     model: Model, spec: RopeSpec, choices: Choices, generation: dict[str, Any], *, rewind: bool
 ) -> dict[str, Any]:
     """genai_config.json. `generation`: the source's generation_config.json."""
-    shape, config = model.shape, model.checkpoint.config
-    tokens = {key: generation.get(key, config.get(key)) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    ends = tokens["eos_token_id"] if isinstance(tokens["eos_token_id"], list) else [tokens["eos_token_id"]]
-    end = next((token for token in ends if isinstance(token, int)), 0)
-    cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * _CACHE_BYTES[choices.computing] * spec.window
+    shape = model.shape
+    cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * CACHE_BYTES[choices.computing] * spec.window
     return {
         "model": {
             "type": _type(spec) if rewind else "llama",
             "vocab_size": shape.vocab,
             "context_length": spec.window,
-            "bos_token_id": tokens["bos_token_id"] if isinstance(tokens["bos_token_id"], int) else end,
-            "eos_token_id": tokens["eos_token_id"] if tokens["eos_token_id"] is not None else end,
-            "pad_token_id": tokens["pad_token_id"] if isinstance(tokens["pad_token_id"], int) else end,
+            **generation_tokens(model.checkpoint.config, generation),
             "decoder": {
                 "filename": MODEL_FILE,
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
@@ -83,6 +78,15 @@ def genai_config(
             "num_beams": 1,
         },
     }
+
+
+def generation_tokens(config: dict[str, Any], generation: dict[str, Any]) -> dict[str, Any]:
+    """The ids that onnxruntime-genai asks for: generation_config.json's, else config.json's, else one that ends."""
+    tokens = {key: generation.get(key, config.get(key)) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ends = tokens["eos_token_id"] if isinstance(tokens["eos_token_id"], list) else [tokens["eos_token_id"]]
+    end = next((token for token in ends if isinstance(token, int)), 0)
+    found = {key: value if isinstance(value, int) else end for key, value in tokens.items()}
+    return {**found, "eos_token_id": end if tokens["eos_token_id"] is None else tokens["eos_token_id"]}
 
 
 def _type(spec: RopeSpec) -> str:

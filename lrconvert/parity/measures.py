@@ -19,8 +19,9 @@ class Measures:
     top1: float
 
 
-def compare(reference: np.ndarray, artifact: np.ndarray) -> Measures:
-    """Both [n, vocabulary], float64. A value that isn't finite makes every measure infinite (top1: 0)."""
+def compare(reference: np.ndarray, artifact: np.ndarray, share: float = 1.0) -> Measures:
+    """Both [n, vocabulary], float64. A value that isn't finite makes every measure infinite (top1: 0). `share`: the
+    divergences are those of so many of the positions, the closest ones."""
     if reference.shape != artifact.shape:
         raise ValueError(f"reference {reference.shape} and artifact {artifact.shape} differ in shape")
     if not np.isfinite(artifact).all():
@@ -28,6 +29,8 @@ def compare(reference: np.ndarray, artifact: np.ndarray) -> Measures:
     p, q = _log_softmax(reference), _log_softmax(artifact)
     # Rounding can leave a sum of −1e-16: a divergence is not negative.
     divergence = np.maximum((np.exp(p) * (p - q)).sum(axis=-1), 0.0)
+    if share < 1.0:
+        divergence = np.sort(divergence)[: max(1, int(share * len(divergence)))]
     same = reference.argmax(axis=-1) == artifact.argmax(axis=-1)
     return Measures(
         kl_mean=float(divergence.mean()),

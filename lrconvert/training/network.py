@@ -36,11 +36,17 @@ def load_network(model: Model, dtype: torch.dtype) -> Any:
     kind = transformers.AutoModelForCausalLM
     if checkpoint.native and not checkpoint.touched:
         return kind.from_pretrained(str(checkpoint.path), config=config, dtype=dtype, attn_implementation="sdpa")
-    network = kind.from_config(config, dtype=dtype, attn_implementation="sdpa")
     weights = {
         name: torch.from_numpy(checkpoint.read(name).astype(np.float32)).to(dtype) for name in checkpoint.tensors
     }
-    missing, unexpected = network.load_state_dict(weights, strict=False)
+    if model.shape.experts is None:
+        network = kind.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        missing, unexpected = network.load_state_dict(weights, strict=False)
+    else:  # transformers 5 joins experts as it loads them
+        network, found = getattr(transformers, model.family.hf_class).from_pretrained(
+            None, config=config, state_dict=weights, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        )
+        missing, unexpected = found["missing_keys"], found["unexpected_keys"]
     tied = {"lm_head.weight"} if model.shape.tied else set()
     if set(missing) - tied or unexpected:
         raise UnsupportedError(f"{model.reference}: transformers has other tensors: {missing}, {unexpected}")

@@ -34,8 +34,11 @@ def load_network(model: Model, dtype: torch.dtype) -> Any:
     checkpoint = model.checkpoint
     config = _full_attention(transformers.AutoConfig.for_model(**_plain_rope(checkpoint.config)))
     kind = transformers.AutoModelForCausalLM
+    given: dict[str, Any] = {"config": config, "dtype": dtype, "attn_implementation": "sdpa"}
+    if model.shape.experts is not None and dtype == torch.float64:
+        given["experts_implementation"] = "eager"  # one by one: the fused products take no float64
     if checkpoint.native and not checkpoint.touched:
-        return kind.from_pretrained(str(checkpoint.path), config=config, dtype=dtype, attn_implementation="sdpa")
+        return kind.from_pretrained(str(checkpoint.path), **given)
     weights = {
         name: torch.from_numpy(checkpoint.read(name).astype(np.float32)).to(dtype) for name in checkpoint.tensors
     }
@@ -44,7 +47,7 @@ def load_network(model: Model, dtype: torch.dtype) -> Any:
         missing, unexpected = network.load_state_dict(weights, strict=False)
     else:  # transformers 5 joins experts as it loads them
         network, found = getattr(transformers, model.family.hf_class).from_pretrained(
-            None, config=config, state_dict=weights, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+            None, state_dict=weights, output_loading_info=True, **given
         )
         missing, unexpected = found["missing_keys"], found["unexpected_keys"]
     tied = {"lm_head.weight"} if model.shape.tied else set()

@@ -16,10 +16,13 @@ import pytest
 from conftest import Result, recipe_for
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from support.float64 import EXACT, by_reference, natively
 from support.pico import BASE, EXTRA, FAMILIES, pico_config
+from support.snippets import blocks_of
 
 import lrconvert.families
 from lrconvert.checkpoint import open_model
+from lrconvert.engines.families_page import page
 from lrconvert.errors import InputError, UnsupportedError
 from lrconvert.families import Family, ModelShape, expected_tensors, family_names, get_family, read_shape
 from lrconvert.recipe import write_recipe
@@ -27,6 +30,7 @@ from lrconvert.recipe import write_recipe
 transformers = pytest.importorskip("transformers", reason="needs lrconvert[hf]")
 torch = pytest.importorskip("torch", reason="needs lrconvert[hf]")
 
+ROOT = Path(__file__).resolve().parents[2]
 V5_ROPE = {"rope_scaling": None, "rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((family, {}) for family in FAMILIES),
@@ -143,30 +147,18 @@ def test_every_problem_of_a_config_is_listed() -> None:
         assert str(caught.value).count(key) == 1
 
 
+def test_the_page_of_families_is_the_tables() -> None:
+    """And every family has a row in it."""
+    path = ROOT / "docs" / "families.md"
+    text = path.read_text(encoding="utf-8")
+    assert text == page(), "python -m lrconvert.engines.families_page > docs/families.md"
+    assert all(f"\n| {name} | " in text for name in family_names())
+
+
 # --- one more family, by one file -------------------------------------------------------------------------
 
-SIXTH = '''
-"""Seed-OSS: Llama's layout with biases on q, k and v, and a head size of its own."""
-
-from lrconvert.families import base
-
-FAMILY = base.Family(
-    name="seed_oss",
-    hf_class="SeedOssForCausalLM",
-    gguf_architecture="seed_oss",
-    rows=(
-        base.EMBEDDING,
-        *base.NORMS,
-        *base.ATTENTION,
-        *base.QKV_BIASES,
-        *base.MLP,
-        *base.MLP_BIASES,
-        base.FINAL_NORM,
-        base.LM_HEAD,
-    ),
-    defaults={"attention_bias": True, "head_dim": 128, "num_key_value_heads": 8, "max_position_embeddings": 524288},
-)
-'''
+PYTHON = [text for language, text in blocks_of(ROOT / "CONTRIBUTING.md") if language == "python"]
+SIXTH, SMALL = PYTHON  # its file, and its pico entry
 
 
 @pytest.fixture
@@ -182,8 +174,9 @@ def sixth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Family]:
 
 
 def write_model(folder: Path, family: Family) -> Path:
-    """A pico model of any family whose config is like Llama's, q and k widened."""
-    config = {**BASE, "model_type": family.name, "architectures": [family.hf_class], "head_dim": 24}
+    """Its pico model, q and k widened."""
+    more = ast.literal_eval(SMALL)[family.name]
+    config = {**BASE, "model_type": family.name, "architectures": [family.hf_class], **more}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     rng = np.random.default_rng(7)
@@ -197,8 +190,14 @@ def write_model(folder: Path, family: Family) -> Path:
 
 
 def test_a_new_family_is_one_file(sixth: Family, tmp_path: Path, cli: Callable[..., Result]) -> None:
-    """Inspected, derived for, baked and verified, native and custom code, on both sides of the boundary."""
+    """By the steps of CONTRIBUTING.md: its table and logits are transformers', it is inspected, baked and verified,
+    native and custom code, on both sides of the boundary."""
     folder = write_model(tmp_path / "model", sixth)
+    config = json.loads((folder / "config.json").read_text())
+    built, shape = native(config), read_shape(config, sixth)
+    tensors = {t.name: t.shape for t in expected_tensors(sixth, shape) if t.required}
+    assert tensors == {name: tuple(t.shape) for name, t in built.state_dict().items()}
+    assert np.abs(by_reference(open_model(folder)) - natively(folder)).max() <= EXACT
     assert "seed_oss" in family_names()
     inspected = cli("inspect", folder, "--json")
     assert json.loads(inspected.out)["family"] == "seed_oss", inspected.err

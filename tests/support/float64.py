@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from lrconvert.checkpoint import Model, open_model
+from lrconvert.families import get_family
 from lrconvert.reference import FactorSet, Reference, Rotation
 
 TOKENS = np.random.default_rng(5).integers(0, 101, size=48)
@@ -59,13 +60,17 @@ def _widely(forward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def of_experts(family: str) -> dict[str, str]:
+    """What `from_pretrained` has to be told: experts one by one, since the fused products take no float64."""
+    return {} if get_family(family).experts is None else {"experts_implementation": "eager"}
+
+
 def natively(folder: Path) -> np.ndarray:
     """Logits of transformers' own class, in float64."""
     from transformers import AutoModelForCausalLM
 
-    shape = open_model(folder).shape
-    # Of experts, the plain loop: the fused products take no float64.
-    more = {} if shape.experts is None else {"experts_implementation": "eager"}
+    model = open_model(folder)
+    shape, more = model.shape, of_experts(model.family.name)
     network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="sdpa", **more)
     network = in_float64(network.eval(), shape.theta, shape.rotary_dim)
     with torch.no_grad():

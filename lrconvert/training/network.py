@@ -90,6 +90,9 @@ def recomputing(network: Any) -> Iterator[None]:
     was_training = network.training
     getattr(network, f"{name}_checkpointing_enable")({"use_reentrant": False})
     network.train()  # transformers recomputes in training alone
+    for module in network.modules():  # in which routers choose at random, and experts' inputs are disturbed
+        if type(module).__name__.endswith("SparseMoeBlock"):
+            module.eval()
     try:
         yield
     finally:

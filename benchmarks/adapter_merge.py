@@ -25,8 +25,8 @@ def write_adapter(folder: Path, source: Path) -> Path:
     """A random LoRA in PEFT layout for all linear layers of a checkpoint."""
     rng = np.random.default_rng(0)
     tensors = {}
-    for role, tensor in open_model(source).roles.items():
-        if role[1] is not None and len(tensor.shape) == 2:
+    for tensor in open_model(source).roles.values():
+        if tensor.layer is not None and len(tensor.shape) == 2:
             module = "base_model.model." + tensor.name.removesuffix(".weight")
             rows, columns = tensor.shape
             tensors[f"{module}.lora_A.weight"] = rng.standard_normal((RANK, columns), np.float32)

@@ -97,7 +97,7 @@ def baked(model: Model, recipe: Recipe, folder: Path, dtype: str) -> Path:
 def weights(model: Model, recipe: Recipe, exact: Path, folder: Path, tokens: list[int]) -> dict[str, Any]:
     spec, stored = model.resolve(recipe), on_stored_weights(model, OnnxCheckpoint(folder))
     plain, narrow = (answers(each, tokens) for each in (exact, folder))
-    tables = [tensor.name for (role, _), tensor in stored.roles.items() if role in ("embedding", "lm_head")]
+    tables = [tensor.name for (role, *_), tensor in stored.roles.items() if role in ("embedding", "lm_head")]
     layers = replaced(stored, model, tables)
     ours, whole, alone = (by_reference(each, spec, tokens) for each in (model, stored, layers))
     return {

@@ -38,7 +38,7 @@ html_show_sphinx = False
 # The site's order. On a forge the README's last section is the table of contents.
 NAVIGATION = {
     "Formats": ("docs/hf", "docs/gguf", "docs/llama-cpp", "docs/onnx", "docs/quantised-sources",
-                "examples/web/README", "docs/engines"),
+                "examples/web/README", "docs/engines", "docs/families"),
     "Recipes": ("docs/recipe-format", "docs/scaled-models", "docs/search", "docs/extend", "recipes/demo-2048k/README",
                 "recipes/demo-8x/README", "recipes/demo-yarn-8x/README", "recipes/smollm2-135m-2048k/README",
                 "recipes/smollm2-135m-64k/README", "recipes/llama2-7b-2048k/README",

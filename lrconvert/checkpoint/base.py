@@ -18,7 +18,7 @@ import numpy as np
 from lrconvert.checkpoint.blocks import Array, Block
 from lrconvert.checkpoint.rope_config import FoundRope, read_rope
 from lrconvert.errors import InputError, UnsupportedError
-from lrconvert.families import ExpectedTensor, Family, ModelShape
+from lrconvert.families import ExpectedTensor, Family, Key, ModelShape
 from lrconvert.recipe import Recipe, resolve
 from lrconvert.rope import RopeSpec, Tier
 
@@ -198,7 +198,7 @@ class Model:
     family: Family
     shape: ModelShape
     notes: tuple[str, ...] = ()
-    roles: Mapping[tuple[str, int | None], ExpectedTensor] = field(default_factory=dict, repr=False)
+    roles: Mapping[Key, ExpectedTensor] = field(default_factory=dict, repr=False)
 
     @cached_property
     def dtype(self) -> str:
@@ -252,9 +252,9 @@ class Model:
             return FoundRope("lrconvert", tiers[0].max_length, tiers)
         return read_rope(self.checkpoint.config, self.shape)
 
-    def tensor(self, role: str, layer: int | None = None) -> Array | None:
+    def tensor(self, role: str, layer: int | None = None, expert: int | None = None) -> Array | None:
         """The tensor of a role, or None where this model has none."""
-        expected = self.roles.get((role, layer))
+        expected = self.roles.get((role, layer) if expert is None else (role, layer, expert))
         return None if expected is None else self.checkpoint.read(expected.name)
 
 

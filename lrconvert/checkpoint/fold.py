@@ -35,9 +35,9 @@ from lrconvert.families.multipliers import Multipliers
 # Roles whose rows carry a multiplier; biases add after the product, so they are multiplied too.
 CARRIERS = {
     "embedding": ("embedding",),
-    "residual": ("o", "o_bias", "down", "down_bias"),
+    "residual": ("o", "o_bias", "down", "down_bias", "expert_down"),
     "attention": ("q", "q_bias"),
-    "logits": ("lm_head",),
+    "logits": ("lm_head", "lm_head_bias"),
 }
 
 
@@ -89,16 +89,16 @@ def folded(model: Model, scale: float, *, rounded: bool = True) -> Model:
 def row_scales(model: Model, scale: float) -> dict[str, Array]:
     """The factor of every row of the tensors that make q and k: by role, how many heads of them lead."""
     shape = model.shape
-    normed = any(role == "q_norm" for role, _ in model.roles)
+    normed = any(tensor.role == "q_norm" for tensor in model.roles.values())
     heads: dict[str, int] = {"q": shape.heads, "k": shape.kv_heads, "qkv": shape.heads + shape.kv_heads}
     heads |= {f"{role}_bias": count for role, count in heads.items()}
     heads = {"q_norm": 1, "k_norm": 1} if normed else heads
     head = np.ones(shape.head_dim)
     head[: shape.rotary_dim] = scale
     found: dict[str, Any] = {}
-    for (role, _), tensor in model.roles.items():
-        if role in heads:
-            leading = np.tile(head, heads[role])
+    for tensor in model.roles.values():
+        if tensor.role in heads:
+            leading = np.tile(head, heads[tensor.role])
             found[tensor.name] = np.concatenate([leading, np.ones(tensor.shape[0] - len(leading))])
     return found
 
@@ -121,7 +121,7 @@ def in_weights(model: Model, *, rounded: bool = True) -> Model:
         copies = {LM_HEAD.hf: embedding.name}
         roles["lm_head", None] = replace(embedding, role="lm_head", name=LM_HEAD.hf)
     by_role = {role: getattr(found, name) for name, carriers in CARRIERS.items() for role in carriers}
-    factors = {tensor.name: by_role.get(role, 1.0) for (role, _), tensor in roles.items()}
+    factors = {tensor.name: by_role.get(tensor.role, 1.0) for tensor in roles.values()}
     rows = {tensor.name: tensor.shape[0] for tensor in roles.values()}
     scales = {name: np.full(rows[name], factor) for name, factor in factors.items() if factor != 1.0}
     checkpoint = FoldedCheckpoint(model.checkpoint, scales, rounded=rounded, copies=copies)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from lrconvert.checkpoint.gguf_header import GgufHeader, GgufTensor, read_header
 from lrconvert.checkpoint.gguf_tokenizer import side_files
 from lrconvert.errors import InputError, UnsupportedError
 from lrconvert.families import Family, TensorRow, family_names, get_family
-from lrconvert.families.base import GGUF_INTERLEAVED, GGUF_STEP35, LAYER
+from lrconvert.families.base import EXPERT, GGUF_INTERLEAVED, GGUF_STEP35, LAYER
+from lrconvert.families.reading import MAX_EXPERTS
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _LAYER = re.compile(r"blk\.(0|[1-9]\d{0,4})\.")
@@ -212,10 +214,23 @@ def _translate(family: Family, stored: Any) -> Iterator[tuple[str, tuple[GgufTen
         match = _LAYER.match(tensor.name)
         layer = match[1] if match else ""
         row = rows.get(tensor.name if not match else "blk.{layer}." + tensor.name[match.end() :])
-        if row is not None:
-            yield row.hf.replace("{layer}", layer), (tensor, row)
+        if row is not None and EXPERT in row.hf:
+            for expert, part in enumerate(_experts(tensor)):
+                yield row.hf.replace(LAYER, layer).replace(EXPERT, str(expert)), (part, row)
+        elif row is not None:
+            yield row.hf.replace(LAYER, layer), (tensor, row)
         else:
             yield f"{tensor.name} (in GGUF)", (tensor, None)
+
+
+def _experts(tensor: GgufTensor) -> Iterator[GgufTensor]:
+    """Every expert's part of a layer's tensor; the tensor itself where it has no dimension for them."""
+    if len(tensor.shape) != 3 or tensor.shape[0] > MAX_EXPERTS:
+        yield tensor
+        return
+    each = tensor.nbytes // tensor.shape[0]
+    for expert in range(tensor.shape[0]):
+        yield replace(tensor, shape=tensor.shape[1:], offset=tensor.offset + expert * each, nbytes=each)
 
 
 # --- values ----------------------------------------------------------------------------------------------

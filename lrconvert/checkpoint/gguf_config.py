@@ -83,8 +83,12 @@ def build_config(
     Raises `InputError` listing all else that is missing, wrong or contradictory.
     """
     keys = _Keys(header, architecture)
-    if keys.get("expert_count", int, zero=True):
-        raise UnsupportedError(f"{header.path}: a mixture of experts; lrconvert reads dense models")
+    experts = keys.get("expert_count", int, zero=True) or 0
+    if experts and family.experts is None:
+        raise UnsupportedError(f"{header.path}: a mixture of experts; lrconvert reads {family.name} without")
+    used = keys.get("expert_used_count", int, required=family.experts is not None)
+    if family.experts is not None and not experts:
+        keys.missing.append(keys.prefix + "expert_count")
     layers = keys.get("block_count", int, required=True)
     window = keys.get("context_length", int, required=True)
     hidden = keys.get("embedding_length", int, required=True)
@@ -142,6 +146,11 @@ def build_config(
         key = f"tokenizer.ggml.{'padding' if name == 'pad' else name}_token_id"
         if isinstance(token := header.metadata.get(key), int):
             config[f"{name}_token_id"] = token
+    if family.experts is not None:
+        width = keys.get("expert_feed_forward_length", int) or ffn
+        config |= {family.experts.ffn: width, family.experts.count: experts, family.experts.used: used}
+        if family.experts.normalised is not None:
+            config[family.experts.normalised] = True  # as llama.cpp computes them
     config |= _biases(family, tensors)
     config |= _multipliers(architecture, family, scales, {"layers": layers, "hidden": hidden, "head_dim": head_dim})
     keys.check()
@@ -169,13 +178,18 @@ def _torch_dtype(tensors: Mapping[str, GgufTensor]) -> str:
     return _TORCH_DTYPES.get(max(counts, key=lambda name: counts[name]), "bfloat16")
 
 
+# Flags of a shape and the config keys that set them.
+_BIAS_KEYS = {"attention_bias": "attention_bias", "mlp_bias": "mlp_bias", "head_bias": "lm_head_bias"}
+
+
 def _biases(family: Family, tensors: Mapping[str, GgufTensor]) -> dict[str, bool]:
     """The bias flags that this family's configs state: set where any of their tensors exists."""
     flags: dict[str, bool] = {}
     for row in family.rows:
-        if row.when in ("attention_bias", "mlp_bias") and row.when not in family.defaults:
+        key = _BIAS_KEYS.get(row.when or "")
+        if key is not None and key not in family.defaults:
             there = row.gguf.replace("{layer}", "0") in tensors
-            flags[row.when] = flags.get(row.when, False) or there
+            flags[key] = flags.get(key, False) or there
     return flags
 
 
@@ -276,7 +290,7 @@ def _longrope(
     ratio = window / original
     scaling: dict[str, Any] = {"short_factor": short, "long_factor": long}
     formula = longrope_attention_factor(ratio, original)
-    if family.hf_three_key_scaling and math.isclose(attention, formula, rel_tol=1e-6):
+    if family.hf_scaling == "three keys" and math.isclose(attention, formula, rel_tol=1e-6):
         scaling = {"type": "longrope", **scaling}  # the only form that transformers 4.57 takes
     else:
         scaling = {"rope_type": "longrope", **scaling, "factor": ratio, "attention_factor": attention}

@@ -41,7 +41,7 @@ def build_model(reference: str, checkpoint: Checkpoint, *, tied: bool | None = N
     expected = {tensor.name: tensor for tensor in expected_tensors(family, shape)}
     if problems := list(_problems(checkpoint, family, expected, shape.layers)):
         raise InputError.collect(checkpoint.path, problems)
-    roles = {(t.role, t.layer): t for t in expected.values() if t.name in checkpoint.tensors}
+    roles = {t.key: t for t in expected.values() if t.name in checkpoint.tensors}
     return Model(reference, checkpoint, family, shape, notes=tuple(notes), roles=roles)
 
 

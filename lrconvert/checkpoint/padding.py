@@ -28,7 +28,7 @@ from lrconvert.errors import InputError, UnsupportedError
 
 FLAG = "--pad-embedding"
 MAX_ADDED = 2**16  # rows; an id far beyond the embedding is damage
-ENDS = ("embedding", "lm_head")  # roles that have a row for every token
+ENDS = ("embedding", "lm_head", "lm_head_bias")  # roles that have a row for every token
 
 
 class PaddedCheckpoint(CheckpointView):
@@ -72,10 +72,10 @@ def padded(model: Model, added: int) -> Model:
     vocabulary has as many tokens as its embedding."""
     if model.checkpoint.gguf is not None:
         raise UnsupportedError(f"{model.reference}: a GGUF has a row for every token of its own; {FLAG} adds none")
-    ends = {role: tensor for role, tensor in model.roles.items() if role[0] in ENDS}
+    ends = {key: tensor for key, tensor in model.roles.items() if tensor.role in ENDS}
     checkpoint = PaddedCheckpoint(model.checkpoint, tuple(tensor.name for tensor in ends.values()), added)
     rows = model.shape.vocab + added
-    grown = {role: replace(tensor, shape=(rows, *tensor.shape[1:])) for role, tensor in ends.items()}
+    grown = {key: replace(tensor, shape=(rows, *tensor.shape[1:])) for key, tensor in ends.items()}
     shape = replace(model.shape, vocab=rows)
     return replace(model, checkpoint=checkpoint, shape=shape, roles={**model.roles, **grown})
 

@@ -152,7 +152,8 @@ def _longrope(section: _Section) -> FoundRope:
     formula = rope.longrope_attention_factor(ratio, original)
     both = section.number("attention_factor", formula)
     short_scale = long_scale = both
-    if section.values.get("attention_factor") is None:
+    own = section.family is not None and section.family.hf_scaling == "mscales"
+    if own or section.values.get("attention_factor") is None:
         short_scale, long_scale = section.number("short_mscale", both), section.number("long_mscale", both)
     short = Tier(original, section.factors("short_factor"), attention_factor=short_scale)
     long = Tier(window, section.factors("long_factor"), attention_factor=long_scale)

@@ -27,6 +27,7 @@ class Capability:
     only the value of LongRoPE's formula from window / boundary. `row_tiers`: every row of a batch gets the
     tier of its own length. `switches`: decoding across a boundary is exact (cached keys are made again).
     `once`: the factor set is chosen before anything is read, and it is the last one, whatever the length.
+    `first_only`: it is always the first one; the attention factor is that of the sequence's tier all the same.
     `context_step`: it is chosen for a context when that is made, by its length, which is a multiple of this many
     tokens; 0: not so.
     """
@@ -38,12 +39,14 @@ class Capability:
     row_tiers: bool
     switches: bool
     once: bool = False
+    first_only: bool = False
     context_step: int = 0
 
     def fit(self, spec: RopeSpec) -> tuple[RopeSpec, list[str]]:
         """The closest spec that this code can express, and what was dropped, in words."""
         tiers, dropped = spec.tiers, list[str]()
-        for step in (self._limit_tiers, self._drop_start_tokens, self._choose_once, self._fix_attention):
+        sets = (self._limit_tiers, self._drop_start_tokens, self._choose_once, self._keep_first)
+        for step in (*sets, self._fix_attention):
             tiers, words = step(spec, tiers)
             dropped += words
         return replace(spec, tiers=tiers), dropped
@@ -88,6 +91,16 @@ class Capability:
         )
         return (last,), [words] if first.factors != last.factors else []
 
+    def _keep_first(self, spec: RopeSpec, tiers: Tiers) -> tuple[Tiers, list[str]]:
+        first, last = tiers[0], tiers[-1]
+        if not self.first_only or first.factors == last.factors:
+            return tiers, []
+        words = (
+            f"{self.name} never uses the long factors: sequences of more than {first.max_length} tokens use those of "
+            f"{first.max_length}"
+        )
+        return tuple(replace(tier, factors=first.factors) for tier in tiers), [words]
+
     def _fix_attention(self, spec: RopeSpec, tiers: Tiers) -> tuple[Tiers, list[str]]:
         if self.attention == "per tier":
             return tiers, []
@@ -107,10 +120,21 @@ NATIVE_HF = Capability("transformers' native code", 2, False, "one", False, Fals
 # this class empties its cache where a sequence grows past the original window.
 NATIVE_HF_FORMULA = Capability("transformers' native Phi-3 code", 2, False, "formula", False, True)
 
+# Its attention factors are keys of their own. 5.x makes its frequencies without a length (4.57 does not).
+NATIVE_HF_MSCALES = Capability(
+    "transformers' native Phi-3.5-MoE code", 2, False, "per tier", False, False, first_only=True
+)
+_NATIVE = {"full": NATIVE_HF, "three keys": NATIVE_HF_FORMULA, "mscales": NATIVE_HF_MSCALES}
+
 
 def native_hf(family: Family) -> Capability:
     """What native code can do with a config that every version of transformers loads."""
-    return NATIVE_HF_FORMULA if family.hf_three_key_scaling else NATIVE_HF
+    return _NATIVE[family.hf_scaling]
+
+
+def native_config(family: Family) -> Capability:
+    """What such a config can say, whether native code makes use of it or not: other programs read it too."""
+    return replace(native_hf(family), first_only=False)
 
 
 # Both read the keys of native code, and serve the whole window (`engines` has the sources).

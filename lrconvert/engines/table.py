@@ -116,7 +116,9 @@ _OLD_NEEDS = (
 )
 _NEW_NEEDS = (_SECTION, has(_TOP, *_INNER), named("longrope"))
 _HEAD_SIZE = within("rope_scaling", has("head_dim", otherwise="refuses"))
+_NEW_HEAD_SIZE = has("head_dim", otherwise="refuses")
 _NEW_TYPE = within("rope_scaling", has("rope_scaling.rope_type", otherwise="refuses"))
+_MSCALES = ("short_mscale", "long_mscale", _TOP)  # all inside the section
 _PHI3_TYPES = named("longrope", "su", "yarn")
 _NEW_PHI3_NEEDS = (
     _SECTION,
@@ -139,16 +141,16 @@ ENGINES: tuple[Engine, ...] = (
         TESTED,
         "modeling_rope_utils.py; issue 33129; `lrconvert verify`",
         BY_FORWARD,
-        _families("llama", "qwen2", "qwen3"),
+        _families("llama", "qwen2", "qwen3", "qwen3_moe"),
         _OLD_NEEDS,
     ),
     Engine(
         replace(NATIVE_HF, name=_OLD),
         "4.57.6",
         TESTED,
-        "configuration_mistral.py, which leaves head_dim empty; the rest as above",
+        "configuration_mistral.py, configuration_mixtral.py, which leave head_dim empty; the rest as above",
         BY_FORWARD,
-        _families("mistral"),
+        _families("mistral", "mixtral"),
         (*_OLD_NEEDS, _HEAD_SIZE),
     ),
     Engine(
@@ -176,6 +178,7 @@ ENGINES: tuple[Engine, ...] = (
         "modeling_phimoe.py; its attention factors are `short_mscale` and `long_mscale`",
         BY_FORWARD_ANEW,
         _families("phimoe"),
+        (_OLD_SECTION, *(within("rope_scaling", has(f"rope_scaling.{key}", otherwise="refuses")) for key in _MSCALES)),
     ),
     Engine(
         replace(NATIVE_HF, name=_NEW),
@@ -183,8 +186,17 @@ ENGINES: tuple[Engine, ...] = (
         TESTED,
         "modeling_rope_utils.py; `lrconvert verify`",
         BY_FORWARD,
-        _families("llama", "mistral", "qwen2", "qwen3", "granite"),
+        _families("llama", "mistral", "qwen2", "qwen3", "granite", "qwen3_moe"),
         _NEW_NEEDS,
+    ),
+    Engine(
+        replace(NATIVE_HF, name=_NEW),
+        "5.23.0",
+        TESTED,
+        "configuration_mixtral.py, which leaves head_dim empty; the rest as above",
+        BY_FORWARD,
+        _families("mixtral"),
+        (*_NEW_NEEDS, _NEW_HEAD_SIZE),
     ),
     Engine(
         replace(NATIVE_HF, name=_NEW),
@@ -202,12 +214,16 @@ ENGINES: tuple[Engine, ...] = (
         "modeling_phimoe.py, which makes its frequencies without a length",
         NEVER_LONG,
         _families("phimoe"),
+        tuple(
+            has(*(f"{section}.{key}" for section in ("rope_scaling", "rope_parameters")), otherwise="refuses")
+            for key in _MSCALES
+        ),
     ),
     Engine(
         replace(CUSTOM_HF, name="transformers, trust_remote_code"),
         "4.57.6 and 5.23.0",
         TESTED,
-        "modeling_longrope.py; `lrconvert verify`",
+        "modeling_longrope.py; `lrconvert verify`; Phi-3.5-MoE in 5.23.0 alone",
         BY_ROW,
         needs=(has("auto_map"), has("longrope")),
     ),
@@ -319,6 +335,38 @@ ENGINES: tuple[Engine, ...] = (
             formula=True,
         ),
         _families("qwen3"),
+    ),
+    Engine(
+        replace(LLAMA_CPP, name=_BAKED_GGUF),
+        "0.6.0-dev",
+        TESTED,
+        "`lrconvert verify`; Mixtral written as the llama architecture (0.5.0 was not run)",
+        ONCE_PADDED,
+        _families("mixtral"),
+    ),
+    Engine(
+        replace(LLAMA_CPP, name=_BAKED_GGUF),
+        "0.6.0-dev",
+        TESTED,
+        "`lrconvert verify` (0.5.0 was not run)",
+        Rule(
+            "its own YaRN, at every length",
+            refuses="qwen3moe there ignores factors, and knows one YaRN for every length",
+            formula=True,
+        ),
+        _families("qwen3_moe"),
+    ),
+    Engine(
+        replace(LLAMA_CPP, name=_BAKED_GGUF),
+        "0.6.0-dev",
+        TESTED,
+        "src/models/phi3.cpp; KL 0.4 to 0.6 at any length on a pico model",
+        Rule(
+            "not at all",
+            refuses="phimoe there has other norms (it divides by the mean square) and other gates (they sum to one): "
+            "another model at every length, which `lrconvert gguf` does not write",
+        ),
+        _families("phimoe"),
     ),
     Engine(
         _config_reader("ONNX, genai builder"),

@@ -26,7 +26,7 @@ from lrconvert.evals.perplexity import finite
 from lrconvert.evals.prompts import PromptTokenizer, Row
 from lrconvert.evals.scores import BenchmarkRow
 from lrconvert.evals.tasks import PreparedBenchmark, quiet
-from lrconvert.families.base import rope_section
+from lrconvert.families import rope_section
 from lrconvert.progress import Progress, Step
 from lrconvert.runtimes.base import Session
 

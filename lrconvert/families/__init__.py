@@ -11,16 +11,17 @@ from lrconvert.errors import UnsupportedError
 from lrconvert.families.base import (
     ExpectedTensor,
     Family,
+    Key,
     ModelShape,
     TensorRow,
     expected_tensors,
-    read_shape,
-    rope_section,
 )
+from lrconvert.families.reading import read_shape, rope_section
 
 __all__ = [
     "ExpectedTensor",
     "Family",
+    "Key",
     "ModelShape",
     "TensorRow",
     "expected_tensors",
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 
-HELPERS = ("base", "keys", "multipliers")  # modules here that are no family
+HELPERS = ("base", "experts", "keys", "multipliers", "reading")  # modules here that are no family
 
 
 def family_names() -> list[str]:

@@ -63,8 +63,11 @@ CHANGES: dict[str, tuple[Any, ...]] = {
         "rope_interleave", "rope_interleaved", "use_mem_rope", "sliding_window_pattern", "num_kv_shared_layers",
         "attention_k_eq_v", "kv_lora_rank", "q_lora_rank", "scale_attn_by_inverse_layer_idx", "mup_enabled",
         "use_attention_gate", "attention_sink", "add_cross_attention", "is_encoder_decoder", "use_dynamic_ntk",
-        "use_mup", "norm_reduction_force_float32", "prefix_lm",
+        "use_mup", "norm_reduction_force_float32", "prefix_lm", "num_local_experts", "num_experts", "n_routed_experts",
+        "lm_head_bias",
     ), NO),
+    "mlp_only_layers": ([],),  # which layers have experts: those of all families that are read, or none
+    "decoder_sparse_step": ONE,
     "use_qk_norm": NO,
     "hidden_activation": ("silu", "swish"),
     "position_embedding_type": ("rope", "rotary", "absolute"),  # the last is what old configs inherited, unread

@@ -20,7 +20,7 @@ FAMILY = base.Family(
     ),
     defaults={"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
     rope_kinds={"yarn": "longrope"},  # its first configs' name; transformers and llama.cpp read the two lists
-    hf_three_key_scaling=True,
+    hf_scaling="three keys",
     ignored=base.STORED_TABLES,
     sliding="all",
 )

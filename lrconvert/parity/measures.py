@@ -21,8 +21,9 @@ class Measures:
     top1: float
 
 
-def compare(reference: np.ndarray, artifact: np.ndarray) -> Measures:
-    """Both [n, vocabulary], float64. A value that isn't finite makes every measure infinite (top1: 0)."""
+def compare(reference: np.ndarray, artifact: np.ndarray, share: float = 1.0) -> Measures:
+    """Both [n, vocabulary], float64. A value that isn't finite makes every measure infinite (top1: 0). `share`: the
+    divergences are those of so many of the positions, the closest ones."""
     if reference.shape != artifact.shape:
         raise ValueError(f"reference {reference.shape} and artifact {artifact.shape} differ in shape")
     if not np.isfinite(artifact).all():
@@ -34,6 +35,8 @@ def compare(reference: np.ndarray, artifact: np.ndarray) -> Measures:
         found[start : start + rows] = divergences(ours, theirs)
         furthest.append(float(np.abs(ours - theirs).max()))
         same += int((ours.argmax(axis=-1) == theirs.argmax(axis=-1)).sum())
+    if share < 1.0:
+        found = np.sort(found)[: max(1, int(share * len(found)))]
     return Measures(float(found.mean()), float(found.max()), max(furthest), same / len(reference))
 
 

@@ -89,7 +89,7 @@ class InterleavedCheckpoint(CheckpointView):
     def __init__(self, model: Model) -> None:
         shape = model.shape
         heads = {"q": [shape.heads], "k": [shape.kv_heads], "qkv": [shape.heads, shape.kv_heads]}
-        self._heads = {tensor.name: heads[role] for (role, _), tensor in model.roles.items() if role in heads}
+        self._heads = {tensor.name: heads[tensor.role] for tensor in model.roles.values() if tensor.role in heads}
         self._rows = shape.head_dim
         super().__init__(model.checkpoint, self._heads)
 

@@ -34,6 +34,11 @@ class Opened:
     def vocabulary(self) -> int:
         return self.reference.model.shape.vocab
 
+    @property
+    def routed(self) -> bool:
+        """Whether rounding may choose other experts for a token than the reference does."""
+        return self.reference.model.shape.experts is not None and self.dtype not in ("float32", "F32")
+
     def answering(self, what: str) -> Any:
         """The session as the protocol that an answer stands for (`runtimes.answers`)."""
         assert what in self.session.answers, f"{self.name} answers no {what}"

@@ -17,6 +17,12 @@ NOISE = 8.0
 # tells.
 NOISE_OF_8_BITS = 2.0
 
+# Of the tokens of a model with experts, in types narrower than float32: the part that is judged. The mean KL of the
+# closest three quarters is as large with experts as without: 9e-6 to 1e-5 in float16 and 1.2e-3 to 1.9e-3 in int8 on
+# Mixtral's and Phi-3.5-MoE's pico models, 9e-6 to 1e-5 and 1.0e-3 to 1.2e-3 on Llama's (two seeds each). With the rest
+# it is up to 3e-3 and 2e-2: 2 to 15 % of the tokens are answered by other experts.
+ROUTED = 0.75
+
 _FOLD = "the reference against itself, q and k scaled and the attention factor divided, without rounding: {}"
 PORTABLE = (
     Tolerance("float64", ANY, 1e-12, 1e-10, _FOLD.format("float64")),

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from lrconvert.reference.prefix import Layer, Prefixes, Read
 from lrconvert.reference.rotation import FactorSet, Rotation
+from lrconvert.reference.routing import gates_of
 
 if TYPE_CHECKING:
     from lrconvert.checkpoint import Model
@@ -57,7 +58,7 @@ class Reference:
         self.device = torch.device(device)
         self.dtype = dtype or (torch.float64 if self.device.type == "cpu" else torch.float32)
         self._stored_dtype, self._cache, self._block = stored_dtype, cache, activation_block
-        self._kept: dict[tuple[str, int | None], torch.Tensor] = {}
+        self._kept: dict[tuple[str, int | None, int | None], torch.Tensor] = {}
         self._room = keep_bytes
         self._prefixes = Prefixes(PREFIX_BYTES)
         self.watch: Callable[[float], None] | None = None  # gets the part of a forward pass that is done
@@ -69,16 +70,16 @@ class Reference:
         if (self.model, self.dtype, self._stored_dtype) == (other.model, other.dtype, other._stored_dtype):
             self._kept = other._kept
 
-    def _weight(self, role: str, layer: int | None = None) -> torch.Tensor:
-        tensor = self._maybe(role, layer)
+    def _weight(self, role: str, layer: int | None = None, expert: int | None = None) -> torch.Tensor:
+        tensor = self._maybe(role, layer, expert)
         if tensor is None:
             raise KeyError(f"{self.model.family.name} has no {role} in layer {layer}")
         return tensor
 
-    def _maybe(self, role: str, layer: int | None = None) -> torch.Tensor | None:
-        if (role, layer) in self._kept:
-            return self._kept[role, layer]
-        array = self.model.tensor(role, layer)
+    def _maybe(self, role: str, layer: int | None = None, expert: int | None = None) -> torch.Tensor | None:
+        if (role, layer, expert) in self._kept:
+            return self._kept[role, layer, expert]
+        array = self.model.tensor(role, layer, expert)
         if array is None:
             return None
         if self._stored_dtype is not None:
@@ -90,11 +91,12 @@ class Reference:
         size = tensor.numel() * tensor.element_size()
         if size <= self._room:
             self._room -= size
-            self._kept[role, layer] = tensor
+            self._kept[role, layer, expert] = tensor
         return tensor
 
-    def _linear(self, x: torch.Tensor, role: str, layer: int) -> torch.Tensor:
-        return functional.linear(self._multiplied(x), self._weight(role, layer), self._maybe(f"{role}_bias", layer))
+    def _linear(self, x: torch.Tensor, role: str, layer: int, expert: int | None = None) -> torch.Tensor:
+        weight, bias = self._weight(role, layer, expert), self._maybe(f"{role}_bias", layer, expert)
+        return functional.linear(self._multiplied(x), weight, bias)
 
     def _multiplied(self, x: torch.Tensor) -> torch.Tensor:
         """x [n, c] as products see it. Where they see 8 bits, the largest value of a block of channels is 127 steps."""
@@ -182,7 +184,7 @@ class Reference:
             x = x + times.residual * mixed
             if remember and past < len(ids) // 2:  # most of it is new
                 made.append((seen[0].contiguous(), seen[1].contiguous()))
-            x = x + times.residual * self._mlp(self._norm(x, "ffn_norm", layer), layer)
+            x = x + times.residual * self._feed_forward(self._norm(x, "ffn_norm", layer), layer)
             if self.watch is not None:
                 self.watch((layer + 1) / self.shape.layers)
         if made and read is not None:
@@ -201,8 +203,9 @@ class Reference:
         """Logits [·, v] of hidden states, at most `most` of them at a time."""
         x = self._multiplied(self._norm(x, "final_norm", None))
         head = self._weight("embedding") if self.shape.tied else self._weight("lm_head")
+        bias = self._maybe("lm_head_bias")
         for part in x.split(max(1, most // head.shape[0])):
-            yield functional.linear(part, head) * self.shape.multipliers.logits
+            yield functional.linear(part, head, bias) * self.shape.multipliers.logits
 
     def _tables(self, where: np.ndarray, lengths: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of every token, of the set for its length."""
@@ -216,8 +219,27 @@ class Reference:
         return cos, sin
 
     def _norm(self, x: torch.Tensor, role: str, layer: int | None) -> torch.Tensor:
+        if self.shape.norm == "layer":
+            x = x - x.mean(dim=-1, keepdim=True)
         mean_square = x.square().mean(dim=-1, keepdim=True)
-        return x * torch.rsqrt(mean_square + self.shape.norm_eps) * self._weight(role, layer)
+        x = x * torch.rsqrt(mean_square + self.shape.norm_eps) * self._weight(role, layer)
+        bias = self._maybe(f"{role}_bias", layer)
+        return x if bias is None else x + bias
+
+    def _feed_forward(self, x: torch.Tensor, layer: int) -> torch.Tensor:
+        if self.shape.experts is None:
+            return self._mlp(x, layer)
+        gates = gates_of(self._linear(x, "router", layer), self.shape.experts)
+        made = torch.zeros_like(x)
+        for expert in range(gates.shape[-1]):
+            used = gates[:, expert].nonzero()[:, 0]
+            if len(used):
+                made[used] += gates[used, expert, None] * self._expert(x[used], layer, expert)
+        return made
+
+    def _expert(self, x: torch.Tensor, layer: int, expert: int) -> torch.Tensor:
+        gate, up = (self._linear(x, role, layer, expert) for role in ("expert_gate", "expert_up"))
+        return self._linear(functional.silu(gate) * up, "expert_down", layer, expert)
 
     def _mlp(self, x: torch.Tensor, layer: int) -> torch.Tensor:
         if ("gate_up", layer) in self.model.roles:

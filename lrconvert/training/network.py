@@ -34,13 +34,22 @@ def load_network(model: Model, dtype: torch.dtype) -> Any:
     checkpoint = model.checkpoint
     config = _full_attention(transformers.AutoConfig.for_model(**_plain_rope(checkpoint.config)))
     kind = transformers.AutoModelForCausalLM
+    given: dict[str, Any] = {"config": config, "dtype": dtype, "attn_implementation": "sdpa"}
+    if model.shape.experts is not None and dtype == torch.float64:
+        given["experts_implementation"] = "eager"  # one by one: the fused products take no float64
     if checkpoint.native and not checkpoint.touched:
-        return kind.from_pretrained(str(checkpoint.path), config=config, dtype=dtype, attn_implementation="sdpa")
-    network = kind.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        return kind.from_pretrained(str(checkpoint.path), **given)
     weights = {
         name: torch.from_numpy(checkpoint.read(name).astype(np.float32)).to(dtype) for name in checkpoint.tensors
     }
-    missing, unexpected = network.load_state_dict(weights, strict=False)
+    if model.shape.experts is None:
+        network = kind.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        missing, unexpected = network.load_state_dict(weights, strict=False)
+    else:  # transformers 5 joins experts as it loads them
+        network, found = getattr(transformers, model.family.hf_class).from_pretrained(
+            None, state_dict=weights, output_loading_info=True, **given
+        )
+        missing, unexpected = found["missing_keys"], found["unexpected_keys"]
     tied = {"lm_head.weight"} if model.shape.tied else set()
     if set(missing) - tied or unexpected:
         raise UnsupportedError(f"{model.reference}: transformers has other tensors: {missing}, {unexpected}")
@@ -81,6 +90,9 @@ def recomputing(network: Any) -> Iterator[None]:
     was_training = network.training
     getattr(network, f"{name}_checkpointing_enable")({"use_reentrant": False})
     network.train()  # transformers recomputes in training alone
+    for module in network.modules():  # in which routers choose at random, and experts' inputs are disturbed
+        if type(module).__name__.endswith("SparseMoeBlock"):
+            module.eval()
     try:
         yield
     finally:

@@ -26,7 +26,7 @@ from torch import nn
 from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.adapter import PREFIX, WEIGHTS, merged, open_adapter
 from lrconvert.checkpoint.fold import refuse_training
-from lrconvert.errors import InputError, require
+from lrconvert.errors import InputError, UnsupportedError, require
 from lrconvert.training.devices import is_out_of_memory
 from lrconvert.training.loaded import LoadedModel
 from lrconvert.training.rows import Row, StepRows
@@ -388,6 +388,11 @@ def load_trainable(
 ) -> tuple[LoadedModel, Trainable]:
     """The model in memory with the weights of `options` trainable; `machine` is what `LoadedModel` takes."""
     refuse_training(model)
+    if options.method == "full" and model.shape.experts is not None:
+        raise UnsupportedError(
+            f"{model.reference}: full fine-tuning of experts, which transformers joins in memory, is not written back",
+            remedy="Train an adapter with the method lora: of attention and norms",
+        )
     trainable = Trainable(options, adapter, base)
     if adapter is not None and options.method == "full":
         model = merged(model, open_adapter(adapter))

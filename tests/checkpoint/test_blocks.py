@@ -107,7 +107,7 @@ def test_the_size_of_blocks_changes_nothing(tmp_path: Path, pico: Pico, monkeypa
     models = dict(kinds(tmp_path, pico))
     name = "model.layers.1.self_attn.q_proj.weight"
     for kind, model in models.items():
-        name = next(tensor.name for (role, layer), tensor in model.roles.items() if role in ("q", "qkv") and layer)
+        name = next(tensor.name for tensor in model.roles.values() if tensor.role in ("q", "qkv") and tensor.layer)
         read = model.checkpoint.read
         whole = read(name)
         for values in (1, SMALL):

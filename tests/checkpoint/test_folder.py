@@ -64,8 +64,8 @@ def test_every_tensor_is_read_bit_for_bit(tmp_path: Path, family: str, shards: i
     model = open_model(write_pico(tmp_path, family, shards=shards))
     stored = pico_tensors(model.checkpoint.config)
     assert {tensor.name for tensor in model.roles.values()} == set(stored) == set(model.checkpoint.tensors)
-    for (role, layer), tensor in model.roles.items():
-        read = model.tensor(role, layer)
+    for tensor in model.roles.values():
+        read = model.tensor(tensor.role, tensor.layer, tensor.expert)
         assert read is not None
         np.testing.assert_array_equal(read, stored[tensor.name])
     assert [path.name for path in model.checkpoint.weight_files()] == (

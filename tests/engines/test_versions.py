@@ -90,6 +90,10 @@ def spellings(spec: RopeSpec, plain: Config) -> dict[str, Config]:
     }
 
 
+# Phi-3.5-MoE has other keys, and is asked below.
+ASKED = [family for family in FAMILIES if family != "phimoe"]
+
+
 def without(config: Config, *keys: str) -> Config:
     return {key: value for key, value in config.items() if key not in keys}
 
@@ -148,7 +152,7 @@ def asked(
     return lambda family, **changes: Asked(pico_folder(family, **changes), tmp_path / family, version)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ASKED)
 def test_every_spelling_does_what_the_table_says(asked: Callable[..., Asked], family: str) -> None:
     """Right, differs, refuses: the verdict on each config is what the version does with it."""
     # A size of heads that a config need not state: hidden size over heads.
@@ -165,7 +169,7 @@ def test_every_spelling_does_what_the_table_says(asked: Callable[..., Asked], fa
     assert {"right", "refuses"} <= set(seen.values())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ASKED)
 def test_a_stated_attention_factor_is_the_configs_or_the_formulas(asked: Callable[..., Asked], family: str) -> None:
     """With the key and without it, where the recipe's is not the formula's."""
     there = asked(family)
@@ -181,7 +185,7 @@ def test_a_stated_attention_factor_is_the_configs_or_the_formulas(asked: Callabl
             assert there.outcome(config, spec) == verdict_on([row], spec, family, config).outcome == "differs", name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ASKED)
 def test_stale_keys_and_shared_sets_are_where_the_table_says(asked: Callable[..., Asked], family: str) -> None:
     """`generate` across the window against fresh passes; a batch with rows on both sides against each row alone."""
     there = asked(family)

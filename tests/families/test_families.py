@@ -14,11 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Result, recipe_for
+from safetensors import safe_open
 from safetensors.numpy import save_file
+from support.float64 import EXACT, by_reference, natively
 from support.pico import BASE, EXTRA, FAMILIES, pico_config
+from support.snippets import blocks_of
 
 import lrconvert.families
 from lrconvert.checkpoint import open_model
+from lrconvert.engines.families_page import page
 from lrconvert.errors import InputError, UnsupportedError
 from lrconvert.families import Family, ModelShape, expected_tensors, family_names, get_family, read_shape
 from lrconvert.recipe import write_recipe
@@ -26,6 +30,7 @@ from lrconvert.recipe import write_recipe
 transformers = pytest.importorskip("transformers", reason="needs lrconvert[hf]")
 torch = pytest.importorskip("torch", reason="needs lrconvert[hf]")
 
+ROOT = Path(__file__).resolve().parents[2]
 V5_ROPE = {"rope_scaling": None, "rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((family, {}) for family in FAMILIES),
@@ -33,6 +38,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((family, {"head_dim": 24, "num_key_value_heads": 4}) for family in FAMILIES),
     *((family, {"num_key_value_heads": 1, "num_hidden_layers": 3}) for family in FAMILIES),
     *((family, {"head_dim": None, "num_key_value_heads": 4}) for family in FAMILIES if family != "qwen3"),
+    ("phimoe", {"attention_bias": False, "lm_head_bias": False, "num_local_experts": 3}),
+    ("qwen3_moe", {"attention_bias": True, "num_experts": 2, "num_experts_per_tok": 1}),
     *((family, V5_ROPE) for family in FAMILIES if family != "phi3"),
     ("llama", {"attention_bias": True}),
     ("llama", {"mlp_bias": True}),
@@ -55,15 +62,24 @@ def native(config: dict[str, Any]) -> Any:
         return transformers.AutoModelForCausalLM.from_config(parsed)
 
 
+def stored(built: Any, config: dict[str, Any], folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what it stores. Experts that are joined in memory are tensors of their own in files."""
+    if get_family(config["model_type"]).experts is None:
+        return {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
+    transformers.AutoModelForCausalLM.from_config(built.config).save_pretrained(folder)
+    with safe_open(folder / "model.safetensors", "np") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
 @pytest.mark.parametrize(("family", "changes"), VARIANTS, ids=lambda value: json.dumps(value).replace(" ", ""))
-def test_the_table_is_what_transformers_builds(family: str, changes: dict[str, Any]) -> None:
+def test_the_table_is_what_transformers_builds(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
     """Names and shapes of all tensors, both ways; the rotary width; the class's name."""
     config = pico_config(family, **changes)
     built = native(config)
     shape = read_shape(config, get_family(family))
     tensors = {t.name: t.shape for t in expected_tensors(get_family(family), shape) if t.required}
     tied = {"lm_head.weight"} if shape.tied else set()
-    assert tensors == {name: tuple(t.shape) for name, t in built.state_dict().items() if name not in tied}
+    assert tensors == {name: size for name, size in stored(built, config, tmp_path).items() if name not in tied}
     assert type(built).__name__ == get_family(family).hf_class
     assert shape.window == built.config.max_position_embeddings
     with torch.device("cpu"):
@@ -76,19 +92,21 @@ def test_the_table_is_what_transformers_builds(family: str, changes: dict[str, A
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_config_may_leave_out_what_transformers_knows(family: str) -> None:
+def test_a_config_may_leave_out_what_transformers_knows(family: str, tmp_path: Path) -> None:
     """The defaults of a family are those of its config class."""
     wanted = get_family(family).defaults
     sliding = {"use_sliding_window": True} if family.startswith("qwen") else {}
     defaults = transformers.AutoConfig.for_model(family, **sliding)
-    assert wanted == {key: getattr(defaults, key) for key in wanted}
+    names = {"rope_theta": "default_theta"}
+    assert wanted == {key: getattr(defaults, names.get(key, key)) for key in wanted}
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     sparse = {"model_type": family, **{key: BASE[key] for key in needed}, "num_attention_heads": 32}
     shape = read_shape(sparse, get_family(family))
     built = native({**sparse, "pad_token_id": 0, "eos_token_id": 2})
     tensors = {t.name: t.shape for t in expected_tensors(get_family(family), shape) if t.required}
-    assert tensors == {name: tuple(t.shape) for name, t in built.state_dict().items()}
+    assert tensors == stored(built, sparse, tmp_path)
     assert (shape.window, shape.norm_eps) == (defaults.max_position_embeddings, defaults.rms_norm_eps)
+    assert shape.theta == defaults.default_theta
 
 
 def test_a_family_is_data() -> None:
@@ -112,11 +130,12 @@ def test_rows_are_unambiguous_and_use_known_symbols(name: str) -> None:
         assert set(row.shape) <= set(shape.symbols)
         assert row.when is None or isinstance(getattr(shape, row.when), bool)
         assert ("{layer}" in row.hf) == ("{layer}" in row.gguf)
+        assert "{expert}" not in row.gguf
 
 
 def test_names_that_are_no_family() -> None:
     for name in ("base", "__init__", "", None, "gpt2", ["llama"]):
-        with pytest.raises(UnsupportedError, match="granite, llama, minicpm, mistral, phi3, qwen2, qwen3"):
+        with pytest.raises(UnsupportedError, match=", ".join(family_names())):
             get_family(name)
 
 
@@ -128,30 +147,18 @@ def test_every_problem_of_a_config_is_listed() -> None:
         assert str(caught.value).count(key) == 1
 
 
+def test_the_page_of_families_is_the_tables() -> None:
+    """And every family has a row in it."""
+    path = ROOT / "docs" / "families.md"
+    text = path.read_text(encoding="utf-8")
+    assert text == page(), "python -m lrconvert.engines.families_page > docs/families.md"
+    assert all(f"\n| {name} | " in text for name in family_names())
+
+
 # --- one more family, by one file -------------------------------------------------------------------------
 
-SIXTH = '''
-"""Seed-OSS: Llama's layout with biases on q, k and v, and a head size of its own."""
-
-from lrconvert.families import base
-
-FAMILY = base.Family(
-    name="seed_oss",
-    hf_class="SeedOssForCausalLM",
-    gguf_architecture="seed_oss",
-    rows=(
-        base.EMBEDDING,
-        *base.NORMS,
-        *base.ATTENTION,
-        *base.QKV_BIASES,
-        *base.MLP,
-        *base.MLP_BIASES,
-        base.FINAL_NORM,
-        base.LM_HEAD,
-    ),
-    defaults={"attention_bias": True, "head_dim": 128, "num_key_value_heads": 8, "max_position_embeddings": 524288},
-)
-'''
+PYTHON = [text for language, text in blocks_of(ROOT / "CONTRIBUTING.md") if language == "python"]
+SIXTH, SMALL = PYTHON  # its file, and its pico entry
 
 
 @pytest.fixture
@@ -167,8 +174,9 @@ def sixth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Family]:
 
 
 def write_model(folder: Path, family: Family) -> Path:
-    """A pico model of any family whose config is like Llama's, q and k widened."""
-    config = {**BASE, "model_type": family.name, "architectures": [family.hf_class], "head_dim": 24}
+    """Its pico model, q and k widened."""
+    more = ast.literal_eval(SMALL)[family.name]
+    config = {**BASE, "model_type": family.name, "architectures": [family.hf_class], **more}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     rng = np.random.default_rng(7)
@@ -182,8 +190,14 @@ def write_model(folder: Path, family: Family) -> Path:
 
 
 def test_a_new_family_is_one_file(sixth: Family, tmp_path: Path, cli: Callable[..., Result]) -> None:
-    """Inspected, derived for, baked and verified, native and custom code, on both sides of the boundary."""
+    """By the steps of CONTRIBUTING.md: its table and logits are transformers', it is inspected, baked and verified,
+    native and custom code, on both sides of the boundary."""
     folder = write_model(tmp_path / "model", sixth)
+    config = json.loads((folder / "config.json").read_text())
+    built, shape = native(config), read_shape(config, sixth)
+    tensors = {t.name: t.shape for t in expected_tensors(sixth, shape) if t.required}
+    assert tensors == {name: tuple(t.shape) for name, t in built.state_dict().items()}
+    assert np.abs(by_reference(open_model(folder)) - natively(folder)).max() <= EXACT
     assert "seed_oss" in family_names()
     inspected = cli("inspect", folder, "--json")
     assert json.loads(inspected.out)["family"] == "seed_oss", inspected.err

@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 import pytest
 from conftest import Result
-from support.float64 import EXACT, TOKENS, by_reference, in_float64
+from support.float64 import EXACT, by_reference, natively
 from support.gguf_pico import make_pico
 from support.pico import pico_config, write_pico
 
@@ -25,8 +25,8 @@ from lrconvert.families.base import GGUF_MULTIPLIERS
 from lrconvert.families.multipliers import NAMES, Multipliers, Stated
 from lrconvert.targets.gguf.metadata import multiplier_keys
 
-torch = pytest.importorskip("torch", reason="needs lrconvert[hf]")
-transformers = pytest.importorskip("transformers", reason="needs lrconvert[hf]")
+pytest.importorskip("torch", reason="needs lrconvert[hf]")
+pytest.importorskip("transformers", reason="needs lrconvert[hf]")
 
 KEYS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 # Granite 3.x and 4: tied and not, with biases or without, one key head or as many as queries, each multiplier alone.
@@ -40,16 +40,6 @@ VARIANTS: list[dict[str, Any]] = [
     dict.fromkeys(KEYS),  # what a config leaves out is 1: of scores too, where others have 1 / sqrt(head_dim)
     *({**dict.fromkeys(KEYS, 1.0), "attention_multiplier": 0.25, key: 0.7} for key in KEYS),
 ]
-
-
-def natively(folder: Path) -> np.ndarray:
-    """Logits of transformers' own class, in float64."""
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    shape = open_model(folder).shape
-    network = load(folder, dtype=torch.float64, attn_implementation="sdpa").eval()
-    network = in_float64(network, shape.theta, shape.rotary_dim)
-    with torch.no_grad():
-        return network(torch.as_tensor(TOKENS)[None]).logits[0].numpy()
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=lambda changes: "-".join(f"{k}={v}" for k, v in changes.items()))

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 
-from lrconvert.checkpoint import Model
+from lrconvert.checkpoint import Model, open_model
+from lrconvert.families import get_family
 from lrconvert.reference import FactorSet, Reference, Rotation
 
 TOKENS = np.random.default_rng(5).integers(0, 101, size=48)
@@ -29,14 +33,48 @@ class _Exact(torch.nn.Module):
 
 
 def in_float64(network: Any, theta: float, width: int) -> Any:
-    """Without the places where native code computes in float32 whatever its weights are: frequencies and norms. (So
-    does its own softmax; PyTorch's does not.)"""
+    """Without the places where native code computes in float32 whatever its weights are: frequencies, norms and
+    routers. (So does its own softmax of scores; PyTorch's does not.)"""
     network.model.rotary_emb = _Exact(theta, width)
     norm = torch.nn.functional.rms_norm
     for module in network.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = lambda x, own=module: norm(x, own.weight.shape, own.weight, own.variance_epsilon)
+        elif type(module).__name__.endswith("Router"):
+            module.forward = _widely(module.forward)
     return network
+
+
+def _widely(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Native code in which nothing is narrowed to float32."""
+    softmax = torch.nn.functional.softmax
+
+    def wide(x: Any, dim: int, dtype: Any = None) -> Any:
+        return softmax(x, dim=dim)
+
+    def run(*given: Any) -> Any:
+        doubled = mock.patch.object(torch.Tensor, "float", torch.Tensor.double)
+        with doubled, mock.patch.object(torch.nn.functional, "softmax", wide):
+            return forward(*given)
+
+    return run
+
+
+def of_experts(family: str) -> dict[str, str]:
+    """What `from_pretrained` has to be told: experts one by one, since the fused products take no float64."""
+    return {} if get_family(family).experts is None else {"experts_implementation": "eager"}
+
+
+def natively(folder: Path) -> np.ndarray:
+    """Logits of transformers' own class, in float64."""
+    from transformers import AutoModelForCausalLM
+
+    model = open_model(folder)
+    shape, more = model.shape, of_experts(model.family.name)
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="sdpa", **more)
+    network = in_float64(network.eval(), shape.theta, shape.rotary_dim)
+    with torch.no_grad():
+        return network(torch.as_tensor(TOKENS)[None]).logits[0].numpy()
 
 
 def by_reference(model: Model) -> np.ndarray:

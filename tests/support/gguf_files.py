@@ -128,6 +128,10 @@ def converter_gguf(
         "rope.dimension_count": shape.rotary_dim,
         "vocab_size": shape.vocab,
     }
+    if shape.experts is not None:
+        writer.add_expert_count(shape.experts.count)
+        writer.add_expert_used_count(shape.experts.used)
+        writer.add_expert_feed_forward_length(shape.experts.ffn)
     for key, value in numbers.items():
         writer.add_uint32(f"{a}.{key}", value)
     writer.add_float32(f"{a}.attention.layer_norm_rms_epsilon", shape.norm_eps)
@@ -136,9 +140,15 @@ def converter_gguf(
     writer.add_tokenizer_model("none")
     if edit:
         edit(writer)
-    for (role, layer), tensor in model.roles.items():
-        name = rows[role].gguf.replace("{layer}", str(layer))
+    for tensor in model.roles.values():
+        role = tensor.role
+        name = rows[role].gguf.replace("{layer}", str(tensor.layer))
         values = model.checkpoint.read(tensor.name).astype(np.float32)
+        if tensor.expert:
+            continue
+        if tensor.expert is not None:
+            parts = [t for t in model.roles.values() if (t.role, t.layer) == (role, tensor.layer)]
+            values = np.stack([model.checkpoint.read(part.name).astype(np.float32) for part in parts])
         if a in GGUF_INTERLEAVED and role in ("q", "k", "q_bias", "k_bias"):
             values = np.ascontiguousarray(interleaved(values, shape.heads if role[0] == "q" else shape.kv_heads))
         if name in drop:

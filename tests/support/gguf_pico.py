@@ -98,13 +98,17 @@ def make_pico(
         f"{a}.attention.layer_norm_rms_epsilon": shape.norm_eps,
         f"{a}.rope.freq_base": shape.theta,
     }
+    if shape.experts is not None:
+        numbers[f"{a}.expert_count"] = shape.experts.count
+        numbers[f"{a}.expert_used_count"] = shape.experts.used
+        numbers[f"{a}.expert_feed_forward_length"] = shape.experts.ffn
     for key, value in numbers.items():
         if key not in drop:
             writer.add_uint32(key, value)
     for key, value in floats.items():
         if key not in drop:
             writer.add_float32(key, value)
-    weights = {}
+    weights, stacked = {}, dict[str, list[Any]]()
     for tensor in expected_tensors(family, shape):
         if not tensor.required:
             continue
@@ -112,6 +116,12 @@ def make_pico(
         weights[tensor.name] = values
         row = rows[tensor.role]
         stored = values
+        if tensor.expert is not None:  # one tensor for all of a layer, when the last of them is made
+            together = stacked.setdefault(row.gguf.replace("{layer}", str(tensor.layer)), [])
+            together.append(values)
+            if len(together) < shape.symbols["experts"]:
+                continue
+            stored = np.stack(together)
         if a in GGUF_INTERLEAVED and row.role in ("q", "q_bias", "k", "k_bias"):
             stored = interleaved(values, shape.heads if row.role.startswith("q") else shape.kv_heads)
         gguf_name = row.gguf.replace("{layer}", str(tensor.layer))

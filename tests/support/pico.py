@@ -50,6 +50,24 @@ EXTRA: dict[str, dict[str, Any]] = {
         "logits_scaling": 0.8,
     },
     "minicpm": {"scale_emb": 12, "scale_depth": 0.9, "dim_model_base": 80, "tie_word_embeddings": True},
+    "phimoe": {
+        "attention_bias": True,
+        "lm_head_bias": True,
+        "original_max_position_embeddings": WINDOW,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "router_jitter_noise": 0.01,
+        "intermediate_size": 48,
+    },
+    "mixtral": {"sliding_window": 4096, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 48},
+    "qwen3_moe": {
+        "head_dim": 32,
+        "attention_bias": False,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    },
     "phi3": {"partial_rotary_factor": 0.5, "original_max_position_embeddings": WINDOW},
 }
 FAMILIES = sorted(name for name in EXTRA if get_family(name).hf_written is None)  # with a class of their own

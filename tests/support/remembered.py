@@ -46,9 +46,9 @@ def digest_of(reference: Reference) -> bytes:
     known = vars(reference)
     if "digest" not in known:
         digest = hashlib.blake2b()
-        for role, layer in reference.model.roles:
-            digest.update(repr((role, layer)).encode())
-            digest.update(reference._weight(role, layer).numpy().tobytes())
+        for tensor in reference.model.roles.values():
+            digest.update(repr(tensor.key).encode())
+            digest.update(reference._weight(tensor.role, tensor.layer, tensor.expert).numpy().tobytes())
         known["digest"] = digest.digest()
     return known["digest"]
 

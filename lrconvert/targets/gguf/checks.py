@@ -17,7 +17,7 @@ from lrconvert.checkpoint.gguf import GgufCheckpoint
 from lrconvert.checkpoint.gguf_config import LONG, SHORT, STATIC
 from lrconvert.families.base import GGUF_STEP35
 from lrconvert.rope import RopeSpec
-from lrconvert.targets.gguf.metadata import multiplier_keys
+from lrconvert.targets.gguf.metadata import expert_keys, multiplier_keys
 from lrconvert.targets.gguf.statements import metadata_differences, modelfile_differences, modelfile_of
 from lrconvert.targets.gguf.step35 import architecture_keys
 from lrconvert.targets.gguf.yarn import by_formula, formula_keys
@@ -54,13 +54,14 @@ def _numbers(stored: GgufCheckpoint, model: Model) -> Iterator[str]:
     if stored.architecture == GGUF_STEP35:
         given = architecture_keys(shape)
         wanted |= {key: given[prefix + key] for key in ("rope.dimension_count", "block_count")}
-    multipliers = multiplier_keys(stored.architecture, shape)
-    wanted |= {key.removeprefix(prefix): value for key, value in multipliers.items()}
+    others = multiplier_keys(stored.architecture, shape) | expert_keys(stored.architecture, shape)
+    wanted |= {key.removeprefix(prefix): value for key, value in others.items()}
     # What llama.cpp takes where a file says nothing.
     defaults = {
         "rope.freq_base": 10000.0,
         "rope.dimension_count": shape.head_dim,
         "attention.head_count_kv": shape.heads,
+        "expert_feed_forward_length": shape.ffn,
     }
     for key, value in wanted.items():
         found = stored.metadata.get(prefix + key, defaults.get(key))

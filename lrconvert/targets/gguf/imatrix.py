@@ -21,7 +21,7 @@ from lrconvert.checkpoint.source import sha256_of
 from lrconvert.errors import InputError, UsageError
 from lrconvert.targets.gguf.schemes import Scheme, needs_matrix
 
-MAX_BYTES = 2**28  # those of models with 70 billion weights take 30 MB; more is for experts, which are not written
+MAX_BYTES = 2**28  # those of models with 70 billion weights take 30 MB; more is for experts, which are not read
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _EMBEDDING = "token_embd.weight"
 _SHOWN = 8  # problems in one message
@@ -179,7 +179,7 @@ def _read(file: BinaryIO, tensor: GgufTensor) -> np.ndarray[Any, Any]:
 
 def _problem(sums: np.ndarray[Any, Any], counts: np.ndarray[Any, Any]) -> str | None:
     if counts.size != 1:
-        return f"is for {counts.size} experts; lrconvert writes models without"
+        return f"is for {counts.size} experts; matrices of experts are not used"
     if not np.isfinite(sums).all() or not np.isfinite(counts).all():
         return "holds values that are not finite"
     if (sums < 0).any():

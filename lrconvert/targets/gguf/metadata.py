@@ -89,7 +89,23 @@ def shape_keys(architecture: str, shape: ModelShape) -> dict[str, Value]:
         "rope.freq_base": shape.theta,
         "vocab_size": shape.vocab,
     }
-    return {f"{architecture}.{key}": value for key, value in keys.items()} | multiplier_keys(architecture, shape)
+    return (
+        {f"{architecture}.{key}": value for key, value in keys.items()}
+        | multiplier_keys(architecture, shape)
+        | expert_keys(architecture, shape)
+    )
+
+
+def expert_keys(architecture: str, shape: ModelShape) -> dict[str, int]:
+    """How many experts there are, how many of them a token uses, and how wide they are; none for dense models."""
+    if shape.experts is None:
+        return {}
+    keys = {
+        "expert_count": shape.experts.count,
+        "expert_used_count": shape.experts.used,
+        "expert_feed_forward_length": shape.experts.ffn,
+    }
+    return {f"{architecture}.{key}": value for key, value in keys.items()}
 
 
 def multiplier_keys(architecture: str, shape: ModelShape) -> dict[str, float]:

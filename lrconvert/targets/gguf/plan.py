@@ -234,6 +234,11 @@ def _check_shape(model: Model, architecture: str) -> None:
             f"{model.reference}: {shape.heads} heads of {shape.head_dim} make {width} channels; llama.cpp's phi3 needs "
             f"as many as the hidden size, {shape.hidden}"
         )
+    if shape.experts is not None and not shape.experts.normalised:
+        raise UnsupportedError(
+            f"{model.reference}: the gates of a token's experts don't sum to one (norm_topk_prob); llama.cpp's "
+            f"{architecture} divides them by their sum"
+        )
     if architecture in GGUF_INTERLEAVED and shape.rotary_dim != shape.head_dim:
         raise UnsupportedError(
             f"{model.reference}: {shape.rotary_dim} of {shape.head_dim} channels rotate; llama.cpp's {architecture} "
@@ -273,14 +278,16 @@ def _tensors(model: Model, architecture: str, scheme: Scheme | None, imatrix: Im
     """Every tensor of the model with its name, type and row order, as they will follow each other."""
     shape, interleave = model.shape, architecture in GGUF_INTERLEAVED
     rows = {row.role: row for row in model.family.rows}
-    facts = MixFacts(architecture, shape.layers, shape.heads, shape.kv_heads, shape.tied, imatrix is not None)
+    count = 0 if shape.experts is None else shape.experts.count
+    facts = MixFacts(architecture, shape.layers, shape.heads, shape.kv_heads, shape.tied, imatrix is not None, count)
     heads = {"heads": shape.heads, "kv": shape.kv_heads}
     checkpoint = model.checkpoint
     found = []
-    for (role, layer), tensor in model.roles.items():
-        if role == "lm_head" and shape.tied:
-            continue  # a copy of the embedding that some programs store
-        name = rows[role].gguf.replace(LAYER, str(layer))
+    for tensor in model.roles.values():
+        role = tensor.role
+        if (role == "lm_head" and shape.tied) or tensor.expert:
+            continue  # a copy of the embedding that some programs store; what follows a layer's first expert
+        name = rows[role].gguf.replace(LAYER, str(tensor.layer))
         permuted = heads[PERMUTED[role]] if interleave and role in PERMUTED else None
         if scheme is None:
             stored = checkpoint.encoded(tensor.name)
@@ -291,7 +298,11 @@ def _tensors(model: Model, architecture: str, scheme: Scheme | None, imatrix: Im
                 kind = GGMLQuantizationType.F32  # a bias whose blocks hold values that move apart
         else:
             kind = tensor_type(scheme, name, tensor.shape, facts)
-        found.append(Source(Planned(name, kind, tensor.shape), tensor.name, permuted))
+        if tensor.expert is None:
+            found.append(Source(Planned(name, kind, tensor.shape), tensor.name, permuted))
+        else:
+            all_of = tuple(model.roles[role, tensor.layer, expert].name for expert in range(count))
+            found.append(Source(Planned(name, kind, (count, *tensor.shape)), tensor.name, experts=all_of))
     if checkpoint.gguf is not None:  # in the order of its file
         order = {name: place for place, name in enumerate(checkpoint.tensors)}
         found.sort(key=lambda source: order[source.name])

@@ -37,6 +37,7 @@ class MixFacts:
     kv_heads: int
     tied: bool  # the file has no output.weight
     imatrix: bool = False  # an importance matrix is used
+    experts: int = 0  # in a layer
 
     @property
     def grouped(self) -> bool:
@@ -269,18 +270,18 @@ _FALLBACK = {
     Type.Q6_K: Type.Q8_0,
 }
 _NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<role>.+)\.weight")
-_OUTPUT, _EMBEDDING = "output", "token_embd"
+_OUTPUT, _EMBEDDING, _ROUTER = "output", "token_embd", "ffn_gate_inp"
 _NEEDS_MATRIX = frozenset({Type.IQ3_XXS, Type.IQ2_XXS, Type.IQ2_XS, Type.IQ2_S, Type.IQ1_M, Type.IQ1_S})
 
 
 def tensor_type(scheme: Scheme, name: str, shape: tuple[int, ...], facts: MixFacts) -> GGMLQuantizationType:
     """The type that a tensor gets: `name` as GGUF spells it, `shape` in the order of NumPy (rows, columns)."""
     match = _NAME.fullmatch(name)
-    if match is None or not _is_matrix(shape) or match["role"].endswith("_norm"):
+    if match is None or not _is_matrix(shape) or match["role"].endswith(("_norm", _ROUTER)):
         return Type.F32
     if not scheme.quantised:
         return scheme.base
-    role = match["role"].replace("attn_qkv", "attn_v")
+    role = match["role"].replace("attn_qkv", "attn_v").removesuffix("_exps")
     if role == _OUTPUT or (role == _EMBEDDING and facts.tied):
         wanted = scheme.output if _fits(scheme.base, shape) else Type.Q8_0
     else:

@@ -43,9 +43,9 @@ def more_tensors(model: Model, kinds: Mapping[str, GGMLQuantizationType]) -> lis
     """The layer of zeros, and a head where the model has none. Zeros are exact in Q8_0, which needs no matrix."""
     last, found = model.shape.layers - 1, []
     rows = {row.role: row for row in model.family.rows}
-    for (role, layer), tensor in model.roles.items():
-        if layer == last:
-            before, name = (rows[role].gguf.replace(LAYER, str(index)) for index in (last, last + 1))
+    for tensor in model.roles.values():
+        if tensor.layer == last:
+            before, name = (rows[tensor.role].gguf.replace(LAYER, str(index)) for index in (last, last + 1))
             kind = kinds[before] if is_plain(kinds[before]) else GGMLQuantizationType.Q8_0
             zeros = np.zeros(tensor.shape, np.float32)
             found.append(Source(Planned(name, kind, tensor.shape), tensor.name, values=zeros))

@@ -9,7 +9,7 @@ their head, whatever type they have: whole heads are made at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -33,16 +33,23 @@ Make = Callable[[], memoryview]  # the bytes of some rows
 @dataclass(frozen=True)
 class Source:
     """Where a tensor comes from. `heads`: the number of heads whose rows are interleaved; None: rows
-    stay in their order. `values`: made here, not read."""
+    stay in their order. `values`: made here, not read. `experts`: the checkpoint's tensors that follow each other in
+    it, `name` the first."""
 
     planned: Planned
     name: str  # the checkpoint's
     heads: int | None = None
     values: Array | None = None
+    experts: tuple[str, ...] = ()
 
 
 def jobs(checkpoint: Checkpoint, source: Source, encoder: Encoder) -> Iterator[Job]:
     """Functions that make the bytes of a tensor, in order."""
+    if source.experts:
+        each = replace(source.planned, shape=source.planned.shape[1:])
+        for name in source.experts:
+            yield from jobs(checkpoint, Source(each, name), encoder)
+        return
     for make, rows in _blocks(checkpoint, source, encoder):
         yield make, rows * source.planned.row_bytes
 

@@ -25,8 +25,14 @@ def architecture_for(family: Family, spec: RopeSpec, *, static: bool, asked: str
     """The architecture of a family's files: the one that is `asked` for, one that honours factors, else the family's
     own, where that can do without them.
 
-    `UnsupportedError` for a spec that it can't express, `UsageError` for an architecture that isn't the family's.
+    `UnsupportedError` for a spec or a family that it can't express, `UsageError` for an architecture that isn't the
+    family's.
     """
+    if family.gguf_differs is not None:
+        raise UnsupportedError(
+            f"llama.cpp computes another model from a GGUF of {family.name}: {family.gguf_differs}",
+            remedy="Use `lrconvert hf` or `lrconvert onnx`",
+        )
     if asked is not None:
         known = {family.gguf_longrope, family.gguf_other} - {None}
         if asked not in known:

@@ -180,6 +180,11 @@ class LongRopeForCausalLM(NativeForCausalLM, GenerationMixin):
     def __init__(self, config):
         super().__init__(config)
         longrope = getattr(config, "longrope", None)
+        if not hasattr(self.model.rotary_emb, "inv_freq"):  # Phi-3.5-MoE in 4.57: one table for all rows
+            raise ImportError(
+                f"modeling_longrope.py needs transformers 5 for {NativeForCausalLM.__name__}. Without "
+                "trust_remote_code the native code of this version runs."
+            )
         check_longrope(longrope, 2 * self.model.rotary_emb.inv_freq.shape[-1])
         self.switch = longrope["switch"]
         self.model.rotary_emb = TieredRope(longrope)

@@ -18,7 +18,7 @@ from lrconvert.checkpoint.fold import rewritten
 from lrconvert.checkpoint.folder_code import MODELING_FILE
 from lrconvert.checkpoint.padding import settle_vocabulary
 from lrconvert.checkpoint.source import snapshot
-from lrconvert.engines.capability import native_hf
+from lrconvert.engines.capability import native_config, native_hf
 from lrconvert.families import get_family
 from lrconvert.recipe import Recipe
 from lrconvert.rope import RopeSpec
@@ -57,10 +57,11 @@ def plan(
     spec = model.resolve(recipe, options.window)
     windows = settle_windows(model, spec.window, lift=options.lift, keeps=True, target="hf")
     model, scale, dropped = windows.model, 1.0, list(windows.dropped)
+    loaded = family if written is None else get_family(written)
     if options.portable:
-        spec, scale, more_dropped = make_portable(spec, lossy=options.lossy)
+        spec, scale, more_dropped = make_portable(spec, loaded, lossy=options.lossy)
         dropped += more_dropped
-    native, losses = native_hf(family if written is None else get_family(written)).fit(spec)
+    native, losses = native_config(loaded).fit(spec)[0], native_hf(loaded).fit(spec)[1]
     stored = _stored_dtype(model, options.dtype)
     if adapter is not None:  # with a dtype of its own, the artifact's one rounding is the writer's
         model = merged(model, adapter, rounded=stored is None and scale == 1.0 and written is None)

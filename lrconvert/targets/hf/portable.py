@@ -3,18 +3,25 @@
 
 from __future__ import annotations
 
-from lrconvert.engines.capability import PORTABLE, SAME, divide_attention, formula_attention_factor
+from lrconvert.engines.capability import PORTABLE, SAME, divide_attention, formula_attention_factor, native_hf
 from lrconvert.errors import UnsupportedError
+from lrconvert.families import Family
 from lrconvert.rope import RopeSpec
 
 
-def make_portable(spec: RopeSpec, *, lossy: bool = False) -> tuple[RopeSpec, float, list[str]]:
+def make_portable(spec: RopeSpec, family: Family, *, lossy: bool = False) -> tuple[RopeSpec, float, list[str]]:
     """The spec that every engine can rotate, the scale that q and k have to carry for it, and what was dropped.
 
     With the recipe's attention factor a and the engines' f, the scale is a/f and the spec's factor f. Raises
     `UnsupportedError` (exit code 4) that names all that engines can't do, unless `lossy`.
     """
     kept, losses = PORTABLE.fit(spec)
+    native = native_hf(family)
+    if native.first_only and native.fit(kept)[0].tiers != kept.tiers:
+        raise UnsupportedError(
+            f"--portable: {native.name} never uses the long set, whatever a config says",
+            remedy="Bake without --portable for the artifact's own code",
+        )
     if losses and not lossy:
         raise UnsupportedError(
             f"--portable: {'; '.join(losses)}",

@@ -22,7 +22,7 @@ def native_keys(native: RopeSpec, family: Family) -> dict[str, Any]:
     boundary = switch_length(native)
     short, long = native.tiers[0], native.tiers[-1]
     lists = {"short_factor": list(short.factors), "long_factor": list(long.factors)}
-    if family.hf_three_key_scaling:
+    if family.hf_scaling == "three keys":
         scaling: dict[str, Any] = {"type": "longrope", **lists}
     else:
         scaling = {
@@ -33,6 +33,9 @@ def native_keys(native: RopeSpec, family: Family) -> dict[str, Any]:
             "attention_factor": float(long.attention_factor),
             "original_max_position_embeddings": boundary,
         }
+    if family.hf_scaling == "mscales":
+        del scaling["attention_factor"]  # it would count more than these, for who reads both
+        scaling |= {"short_mscale": float(short.attention_factor), "long_mscale": float(long.attention_factor)}
     return {
         "max_position_embeddings": native.window,
         "original_max_position_embeddings": boundary,

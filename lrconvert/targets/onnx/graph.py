@@ -19,19 +19,18 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from lrconvert.checkpoint import Model
-from lrconvert.checkpoint.onnx_folder import DOMAIN, INT8_PRODUCTS, MICROSOFT, ROWS, TIED_HEAD
+from lrconvert.checkpoint.onnx_folder import DOMAIN, MICROSOFT, ROWS, TIED_HEAD
 from lrconvert.rope import RopeSpec
 from lrconvert.targets.onnx import rotary
-from lrconvert.targets.onnx.tensors import ONNX_TYPES, Stored
+from lrconvert.targets.onnx.experts import mixture
+from lrconvert.targets.onnx.nodes import Nodes
+from lrconvert.targets.onnx.tensors import Stored
 
 Attention = Literal["gqa", "standard"]
 ADJUSTABLE = ("num_logits_to_keep", "sequence_length")
-# Of MatMulNBits, activations rounded to 8 bits as well. Without that, 8 bits are a hundred times slower on a CPU and 4
-# bits half as fast; it moves the logits by a fiftieth of what the weights' own rounding to 4 bits does.
-ACCURACY = INT8_PRODUCTS
 DEFAULT_OPSET = 23  # the first with RotaryEmbedding, RMSNormalization and Attention
 LEFT_PADDED = "left-padded batches need an export with --attention standard"
 
@@ -66,79 +65,12 @@ def build(model: Model, spec: RopeSpec, stored: Sequence[Stored], choices: Choic
     )
 
 
-class _Decoder:
-    """Nodes in order. Methods that add some return the name of their result."""
+class _Decoder(Nodes):
+    """The decoder, layer by layer."""
 
     def __init__(self, model: Model, spec: RopeSpec, stored: Sequence[Stored], choices: Choices) -> None:
-        self.model, self.shape, self.spec, self.choices = model, model.shape, spec, choices
-        self.type = ONNX_TYPES[choices.computing]
-        self.stored = {tensor.name: tensor for tensor in stored}
-        self.nodes: list[NodeProto] = []
-        self.between: list[Any] = []
-        self._constants: dict[str, TensorProto] = {}
-        self._scope: list[str] = []
-
-    # --- pieces ------------------------------------------------------------------------------------------
-
-    def op(
-        self, kind: str, *inputs: str, name: str, outputs: Sequence[str] = (), domain: str = "", **attributes: Any
-    ) -> str:
-        full = ".".join([*self._scope, name])
-        results = list(outputs) or [full]
-        self.nodes.append(helper.make_node(kind, list(inputs), results, name=full, domain=domain, **attributes))
-        return results[0]
-
-    def constant(self, values: Any, dtype: Any = np.int64) -> str:
-        array = np.array(values, dtype)
-        kind = array.dtype.name + ("" if array.ndim else ".scalar")
-        name = f"constant.{kind}.{'_'.join(map(str, array.reshape(-1).tolist()))}"
-        self._constants.setdefault(name, numpy_helper.from_array(array, name))
-        return name
-
-    def weight(self, role: str, layer: int | None = None) -> str:
-        return self.model.roles[role, layer].name
-
-    def has(self, role: str, layer: int | None) -> bool:
-        return (role, layer) in self.model.roles
-
-    def linear(self, x: str, role: str, layer: int | None) -> str:
-        """x [n, in] → [n, out]."""
-        bias = [self.weight(f"{role}_bias", layer)] if self.has(f"{role}_bias", layer) else []
-        return self.product(x, self.weight(role, layer), bias, role)
-
-    def product(self, x: str, name: str, bias: list[str], label: str) -> str:
-        tensor = self.stored[name]
-        if tensor.bits is None:
-            return self.op("Gemm", x, name, *bias, name=label, transB=1)
-        rows, columns = tensor.shape
-        out = self.op(
-            "MatMulNBits", x, tensor.packed, self.scales(tensor), name=label if not bias else f"{label}.product",
-            domain=MICROSOFT, K=columns, N=rows, bits=tensor.bits, block_size=tensor.block,
-            accuracy_level=ACCURACY,
-        )  # fmt: skip
-        return self.op("Add", out, *bias, name=label) if bias else out
-
-    def scales(self, tensor: Stored) -> str:
-        """In the type of activations: what loads the graph computes this once."""
-        wide = f"{tensor.scales}.wide"
-        if all(wide not in node.output for node in self.nodes):
-            self.nodes.append(helper.make_node("Cast", [tensor.scales], [wide], name=wide, to=self.type))
-        return wide
-
-    def norm(self, x: str, role: str, layer: int | None) -> str:
-        return self.op("RMSNormalization", x, self.weight(role, layer), name=role, axis=-1, epsilon=self.shape.norm_eps)
-
-    def times(self, x: str, multiplier: float, name: str, kind: int | None = None) -> str:
-        """x · multiplier; a narrow x (`kind`: its type, by default the graph's) is widened, so that only the result is
-        rounded."""
-        kind = self.type if kind is None else kind
-        if multiplier == 1.0:
-            return x
-        factor = self.constant(multiplier, np.float32)
-        if kind == TensorProto.FLOAT:
-            return self.op("Mul", x, factor, name=name)
-        wide = self.op("Cast", x, name=f"{name}.operand", to=TensorProto.FLOAT)
-        return self.op("Cast", self.op("Mul", wide, factor, name=f"{name}.wide"), name=name, to=kind)
+        super().__init__(model, stored, choices.computing)
+        self.spec, self.choices = spec, choices
 
     # --- the graph ---------------------------------------------------------------------------------------
 
@@ -157,12 +89,13 @@ class _Decoder:
         )
         self._prepare_attention()
         for layer in range(shape.layers):
-            self._scope = [f"layers.{layer}"]
+            self.scope = [f"layers.{layer}"]
             mixed = self._attention(self.norm(x, "attention_norm", layer), layer)
             x = self.op("Add", x, self.times(mixed, scales.residual, "mixed.times"), name="after_attention")
-            made = self._mlp(self.norm(x, "ffn_norm", layer), layer)
+            x_normed = self.norm(x, "ffn_norm", layer)
+            made = self._mlp(x_normed, layer) if shape.experts is None else mixture(self, x_normed, layer)
             x = self.op("Add", x, self.times(made, scales.residual, "made.times"), name="after_ffn")
-        self._scope = []
+        self.scope = []
         self._logits(x)
 
     def _embedded(self) -> str:
@@ -309,8 +242,7 @@ class _Decoder:
             )
         else:
             gate, up = self.linear(x, "gate", layer), self.linear(x, "up", layer)
-        silu = self.op("Mul", gate, self.op("Sigmoid", gate, name="gate.sigmoid"), name="gate.silu")
-        return self.linear(self.op("Mul", silu, up, name="gated"), "down", layer)
+        return self.linear(self.gated(gate, up), "down", layer)
 
     def _logits(self, x: str) -> None:
         """Of the last `num_logits_to_keep` tokens; −0 is 0, so that 0 keeps all."""
@@ -329,7 +261,7 @@ class _Decoder:
         x = self.norm(x, "final_norm", None)
         x = self.op("Reshape", x, self.constant([-1, shape.hidden]), name="final.flat")
         tied = TIED_HEAD if TIED_HEAD in self.stored else self.weight("embedding")
-        x = self.product(x, tied if shape.tied else self.weight("lm_head"), [], "lm_head")
+        x = self.product(x, tied if shape.tied else self.weight("lm_head"), self.bias("lm_head", None), "lm_head")
         to = self.op("Concat", whole, self.constant([-1, shape.vocab]), name="logits_shape", axis=0)
         if self.type != TensorProto.FLOAT:
             x = self.op("Cast", x, name="logits.wide", to=TensorProto.FLOAT)
@@ -359,4 +291,4 @@ class _Decoder:
     def initializers(self) -> list[TensorProto]:
         defaults = [numpy_helper.from_array(np.array(0, np.int64), name) for name in ADJUSTABLE]
         weights = [proto for tensor in self.stored.values() for proto in tensor.protos()]
-        return [*weights, *self._constants.values(), *defaults]
+        return [*weights, *self.constants.values(), *defaults]

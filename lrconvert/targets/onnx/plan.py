@@ -18,7 +18,7 @@ from lrconvert.checkpoint.adapter import Adapter, merged
 from lrconvert.checkpoint.onnx_folder import TIED_HEAD
 from lrconvert.checkpoint.padding import settle_vocabulary
 from lrconvert.checkpoint.source import snapshot
-from lrconvert.engines.capability import native_hf
+from lrconvert.engines.capability import native_config
 from lrconvert.errors import UnsupportedError, UsageError, require
 from lrconvert.recipe import Recipe
 from lrconvert.rope import RopeSpec
@@ -83,7 +83,7 @@ def plan(
     if len(graph) > MAX_GRAPH_BYTES:
         raise UnsupportedError(f"the graph has {len(graph)} bytes; an ONNX file can have {MAX_GRAPH_BYTES}")
     streams = [_stream(model, f"{ONNX_FOLDER}/{name}", group) for name, group in files_of(tensors).items()]
-    native, _ = native_hf(model.family).fit(spec)
+    native, _ = native_config(model.family).fit(spec)
     config, edits = edited_config(model, spec, native, computing, lifted=windows.lifted)
     texts, copies, more = side_files(model, spec)
     generation = json_in(texts, copies, "generation_config.json")

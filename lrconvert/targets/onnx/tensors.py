@@ -97,7 +97,8 @@ def lay_out(model: Model, dtype: str, bits: int | None) -> list[Stored]:
     tensor for both. An embedding whose rows are no whole blocks can't be looked up so; it is float16, and the head of a
     tied model a copy."""
     found = []
-    for (role, _), tensor in model.roles.items():
+    for tensor in model.roles.values():
+        role = tensor.role
         if role == "lm_head" and model.shape.tied:
             continue
         stored = Stored(tensor.name, tensor.shape, dtype)
@@ -106,7 +107,8 @@ def lay_out(model: Model, dtype: str, bits: int | None) -> list[Stored]:
             if model.shape.tied:
                 found.append(replace(stored, name=TIED_HEAD, bits=8))
             continue
-        if bits is not None and len(tensor.shape) == 2:
+        # A router is small, and what it rounds decides which experts are used.
+        if bits is not None and len(tensor.shape) == 2 and role != "router":
             stored = replace(stored, bits=8 if role in ("embedding", "lm_head") else bits)
         found.append(stored)
     return list(_placed(found))

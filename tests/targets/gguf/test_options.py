@@ -79,7 +79,7 @@ def test_a_folded_attention_factor_is_in_q_and_k_and_in_nothing_else(pico: Pico,
     recipe = recipe_for(model, even=True)
     path = bake(model, recipe, tmp_path / "m.gguf", fold=True)
     again, scaled = open_model(path), folded(model, recipe.tiers[-1].attention_factor, rounded=False)
-    moved = {role for (role, _), t in model.roles.items()
+    moved = {t.role for t in model.roles.values()
              if not np.array_equal(again.checkpoint.read(t.name), model.checkpoint.read(t.name))}  # fmt: skip
     biases = {"q_bias", "k_bias"} if family == "qwen2" else set()
     assert moved == ({"qkv"} if family == "phi3" else {"q", "k"} | biases)

@@ -150,7 +150,8 @@ def test_weights_are_the_sources_with_q_and_k_in_the_order_of_the_architecture(
     architecture = gguf.MODEL_ARCH.PHI3 if family == "phi3" else gguf.MODEL_ARCH.LLAMA
     names = gguf.get_tensor_name_map(architecture, shape.layers)
     expected: dict[str, Any] = {SHORT: recipe.tiers[0].factors, LONG: recipe.tiers[1].factors}
-    for (role, _), tensor in model.roles.items():
+    for tensor in model.roles.values():
+        role = tensor.role
         values = model.checkpoint.read(tensor.name)
         if family != "phi3" and role in ("q", "k", "q_bias", "k_bias"):
             values = interleaved(values, shape.heads if role[0] == "q" else shape.kv_heads)

@@ -21,7 +21,7 @@ from lrconvert.checkpoint import Model, open_model
 from lrconvert.checkpoint.onnx_folder import OnnxCheckpoint
 from lrconvert.targets import onnx as target
 from lrconvert.targets.onnx import tensors
-from lrconvert.targets.onnx.graph import ACCURACY
+from lrconvert.targets.onnx.nodes import ACCURACY
 from lrconvert.targets.onnx.tensors import BLOCK, quantise
 
 SHAPES = [(64, 64), (96, 64), (7, 33), (5, 1), (101, 200), (1, 32)]

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a graph is built from: nodes, constants, and the operators that a model's weights need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+from lrconvert.checkpoint import Model
+from lrconvert.checkpoint.onnx_folder import INT8_PRODUCTS, MICROSOFT
+from lrconvert.targets.onnx.tensors import ONNX_TYPES, Stored
+
+# Of MatMulNBits, activations rounded to 8 bits as well. Without that, 8 bits are a hundred times slower on a CPU and 4
+# bits half as fast; it moves the logits by a fiftieth of what the weights' own rounding to 4 bits does.
+ACCURACY = INT8_PRODUCTS
+
+
+class Nodes:
+    """Nodes in order. Methods that add some return the name of their result."""
+
+    def __init__(self, model: Model, stored: Sequence[Stored], computing: str) -> None:
+        """`computing`: the dtype of activations, a safetensors name."""
+        self.model, self.shape = model, model.shape
+        self.type = ONNX_TYPES[computing]
+        self.stored = {tensor.name: tensor for tensor in stored}
+        self.nodes: list[NodeProto] = []
+        self.between: list[Any] = []
+        self.constants: dict[str, TensorProto] = {}
+        self.scope: list[str] = []
+
+    def op(
+        self, kind: str, *inputs: str, name: str, outputs: Sequence[str] = (), domain: str = "", **attributes: Any
+    ) -> str:
+        full = ".".join([*self.scope, name])
+        results = list(outputs) or [full]
+        self.nodes.append(helper.make_node(kind, list(inputs), results, name=full, domain=domain, **attributes))
+        return results[0]
+
+    def constant(self, values: Any, dtype: Any = np.int64) -> str:
+        array = np.array(values, dtype)
+        kind = array.dtype.name + ("" if array.ndim else ".scalar")
+        name = f"constant.{kind}.{'_'.join(map(str, array.reshape(-1).tolist()))}"
+        self.constants.setdefault(name, numpy_helper.from_array(array, name))
+        return name
+
+    def weight(self, role: str, layer: int | None = None, expert: int | None = None) -> str:
+        return self.model.roles[(role, layer) if expert is None else (role, layer, expert)].name
+
+    def has(self, role: str, layer: int | None) -> bool:
+        return (role, layer) in self.model.roles
+
+    def linear(self, x: str, role: str, layer: int | None, expert: int | None = None) -> str:
+        """x [n, in] → [n, out]."""
+        return self.product(x, self.weight(role, layer, expert), self.bias(role, layer), role)
+
+    def bias(self, role: str, layer: int | None) -> list[str]:
+        """The bias of a role, where it has one."""
+        return [self.weight(f"{role}_bias", layer)] if self.has(f"{role}_bias", layer) else []
+
+    def product(self, x: str, name: str, bias: list[str], label: str) -> str:
+        tensor = self.stored[name]
+        if tensor.bits is None:
+            return self.op("Gemm", x, name, *bias, name=label, transB=1)
+        rows, columns = tensor.shape
+        out = self.op(
+            "MatMulNBits", x, tensor.packed, self.scales(tensor), name=label if not bias else f"{label}.product",
+            domain=MICROSOFT, K=columns, N=rows, bits=tensor.bits, block_size=tensor.block,
+            accuracy_level=ACCURACY,
+        )  # fmt: skip
+        return self.op("Add", out, *bias, name=label) if bias else out
+
+    def scales(self, tensor: Stored) -> str:
+        """In the type of activations: what loads the graph computes this once."""
+        wide = f"{tensor.scales}.wide"
+        if all(wide not in node.output for node in self.nodes):
+            self.nodes.append(helper.make_node("Cast", [tensor.scales], [wide], name=wide, to=self.type))
+        return wide
+
+    def norm(self, x: str, role: str, layer: int | None) -> str:
+        kind = {"rms": "RMSNormalization", "layer": "LayerNormalization"}[self.shape.norm]
+        weights = [self.weight(role, layer), *self.bias(role, layer)]
+        return self.op(kind, x, *weights, name=role, axis=-1, epsilon=self.shape.norm_eps)
+
+    def gated(self, gate: str, up: str) -> str:
+        """silu(gate) · up."""
+        silu = self.op("Mul", gate, self.op("Sigmoid", gate, name="gate.sigmoid"), name="gate.silu")
+        return self.op("Mul", silu, up, name="gated")
+
+    def times(self, x: str, multiplier: float, name: str, kind: int | None = None) -> str:
+        """x · multiplier; a narrow x (`kind`: its type, by default the graph's) is widened, so that only the result is
+        rounded."""
+        kind = self.type if kind is None else kind
+        if multiplier == 1.0:
+            return x
+        factor = self.constant(multiplier, np.float32)
+        if kind == TensorProto.FLOAT:
+            return self.op("Mul", x, factor, name=name)
+        wide = self.op("Cast", x, name=f"{name}.operand", to=TensorProto.FLOAT)
+        return self.op("Cast", self.op("Mul", wide, factor, name=f"{name}.wide"), name=name, to=kind)

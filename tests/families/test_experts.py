@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Experts: as transformers computes them, in every format, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Result, own_name, recipe_for
+from support.float64 import EXACT, by_reference, natively
+from support.gguf_pico import make_pico
+from support.pico import pico_config, pico_tensors, write_pico
+from support.verifying import verify
+
+from lrconvert.artifact.bake import bake
+from lrconvert.checkpoint import Model, open_model
+from lrconvert.checkpoint.names import RenamedCheckpoint
+from lrconvert.errors import InputError, UnsupportedError
+from lrconvert.families import get_family, read_shape
+from lrconvert.families.experts import Experts
+from lrconvert.parity import Options
+from lrconvert.parity.judging import CLOSEST
+from lrconvert.parity.measures import compare
+from lrconvert.parity.mutants import no_attention_factor, swapped_sets
+from lrconvert.recipe import Recipe
+from lrconvert.recipe.models import own_recipe
+from lrconvert.reference import FactorSet, Reference, Rotation
+from lrconvert.runtimes import llama_cpp, onnxruntime, transformers
+from lrconvert.runtimes.base import Interpreter
+from lrconvert.targets import gguf, hf, onnx
+
+pytest.importorskip("torch", reason="needs lrconvert[hf]")
+pytest.importorskip("transformers", reason="needs lrconvert[hf]")
+
+WINDOW = 256  # llama.cpp's contexts count in steps of it
+FAR = 100
+WORKERS = {"hf": transformers.WORKER, "gguf": llama_cpp.WORKER, "onnx": onnxruntime.WORKER}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": WINDOW}
+Pico = Callable[..., Model]
+
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("mixtral", {}),
+    ("mixtral", {"num_local_experts": 8, "num_experts_per_tok": 1, "tie_word_embeddings": True}),
+    ("mixtral", {"num_local_experts": 2, "num_experts_per_tok": 2, "head_dim": None}),
+    ("qwen3_moe", {}),
+    ("qwen3_moe", {"norm_topk_prob": False, "attention_bias": True}),
+    ("qwen3_moe", {"num_experts_per_tok": 8, "moe_intermediate_size": 96}),
+    ("phimoe", {}),
+    ("phimoe", {"attention_bias": False, "lm_head_bias": False, "num_local_experts": 16}),
+    ("phimoe", {"router_jitter_noise": 0.4, "num_local_experts": 8}),  # several are near the best
+]
+
+
+@pytest.fixture(scope="module")
+def options() -> Iterator[Callable[[str], Options]]:
+    """Of a target; one interpreter for all artifacts of one."""
+    started: dict[str, Interpreter] = {}
+
+    def get(target: str) -> Options:
+        if target not in started:
+            started[target] = Interpreter(WORKERS[target])
+        return Options(threads=1, interpreter=started[target])
+
+    yield get
+    for interpreter in started.values():
+        interpreter.close()
+
+
+def model_of(pico: Pico, family: str, **changes: Any) -> Model:
+    original = {"original_max_position_embeddings": WINDOW} if family == "phimoe" else {}
+    return pico(family, max_position_embeddings=WINDOW, **original, **changes)
+
+
+def baked(target: str, model: Model, recipe: Recipe, folder: Path, **more: Any) -> Path:
+    output = own_name(folder / "a")
+    if target == "hf":
+        bake(hf.plan(model, recipe, output, hf.Options(**more)))
+    elif target == "onnx":
+        bake(onnx.plan(model, recipe, output, onnx.Options(**more)))
+    else:
+        output = output.with_suffix(".gguf")
+        bake(gguf.plan(model, recipe, output, gguf.Options(**{"type": "f32", **more})))
+    return output
+
+
+# --- the reference ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "changes"), VARIANTS, ids=str)
+def test_experts_are_what_transformers_computes(
+    pico_folder: Callable[..., Path], family: str, changes: dict[str, Any]
+) -> None:
+    folder = pico_folder(family, **changes)
+    assert np.abs(by_reference(open_model(folder)) - natively(folder)).max() <= EXACT
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("mixtral", {"used": 1}),
+        ("mixtral", {"used": 3}),
+        ("mixtral", {"normalised": False}),
+        ("qwen3_moe", {"normalised": False}),
+        ("mixtral", {"gating": "sparsemixer", "jitter": 0.01}),
+        ("phimoe", {"jitter": 0.4}),
+        ("phimoe", {"gating": "softmax"}),
+    ],
+    ids=str,
+)
+def test_other_gates_are_far_off(pico_folder: Callable[..., Path], family: str, changes: dict[str, Any]) -> None:
+    """What the bound above would say of a router that chooses or weighs otherwise."""
+    folder = pico_folder(family)
+    model = open_model(folder)
+    assert isinstance(model.shape.experts, Experts)
+    wrong = replace(model, shape=replace(model.shape, experts=replace(model.shape.experts, **changes)))
+    assert np.abs(by_reference(wrong) - natively(folder)).max() > 1e6 * EXACT
+
+
+def test_a_layer_norm_is_no_rms_norm(pico_folder: Callable[..., Path]) -> None:
+    folder = pico_folder("phimoe")
+    model = open_model(folder)
+    wrong = replace(model, shape=replace(model.shape, norm="rms"))
+    assert np.abs(by_reference(wrong) - natively(folder)).max() > 1e6 * EXACT
+
+
+# --- artifacts -------------------------------------------------------------------------------------------
+
+
+def exchanged(model: Model, one: str, other: str) -> Model:
+    """The model as a converter leaves it that takes one tensor for another, in every layer."""
+    names = {name: name for name in model.checkpoint.tensors}
+    for name in names:
+        for here, there in ((one, other), (other, one)):
+            if here in name:
+                names[name] = name.replace(here, there)
+    return replace(model, checkpoint=RenamedCheckpoint(model.checkpoint, names))
+
+
+MISTAKES = {"mixtral": [(".w1.", ".w3."), (".experts.0.", ".experts.1.")], "phimoe": [(".experts.0.", ".experts.3.")]}
+
+
+@pytest.mark.parametrize(
+    ("family", "target"), [("mixtral", "hf"), ("mixtral", "gguf"), ("mixtral", "onnx"), ("phimoe", "onnx")]
+)
+def test_exchanged_experts_are_caught(
+    pico: Pico, tmp_path: Path, family: str, target: str, options: Callable[[str], Options]
+) -> None:
+    """Gate for up, one expert for another: by the weights where the file's own are what code is compared on, else by
+    all code, far outside of its tolerance."""
+    model = model_of(pico, family)
+    recipe = recipe_for(model, even=True)
+    for number, mistake in enumerate(MISTAKES[family]):
+        artifact = baked(target, exchanged(model, *mistake), recipe, tmp_path / str(number))
+        report = verify(artifact, against=model.reference, recipe=recipe, options=options(target))
+        for code in ("native", "custom") if target == "hf" else ("weights",):
+            caught = [row for row in report.failed if row.code == code]
+            assert caught, f"{mistake} passed in {code}"
+            assert target != "hf" or max((row.kl_mean or 0) / (row.bound or 1) for row in caught) > FAR
+
+
+TYPES: list[tuple[str, str, dict[str, Any]]] = [
+    ("mixtral", "onnx", {"dtype": "int8"}),
+    ("qwen3_moe", "onnx", {"dtype": "int4", "attention": "standard"}),
+    ("phimoe", "onnx", {"dtype": "f16"}),
+    ("phimoe", "hf", {"dtype": "bf16"}),
+    ("mixtral", "gguf", {"type": "q8_0"}),
+    ("mixtral", "gguf", {"type": "q4_k_m", "static": True}),
+]
+
+
+@pytest.mark.parametrize(("family", "target", "more"), TYPES, ids=str)
+def test_other_types_are_right_too(
+    pico: Pico, tmp_path: Path, family: str, target: str, more: dict[str, Any], options: Callable[[str], Options]
+) -> None:
+    model = model_of(pico, family)
+    report = verify(baked(target, model, recipe_for(model, even=True), tmp_path, **more), options=options(target))
+    assert report.passed, report.summary
+
+
+@pytest.mark.parametrize("mutant", [swapped_sets, no_attention_factor])
+@pytest.mark.parametrize("family", ["mixtral", "phimoe"])
+def test_the_tokens_that_agree_best_show_a_mistake(
+    pico: Pico,
+    tmp_path: Path,
+    family: str,
+    mutant: Callable[[Recipe], Recipe | None],
+    options: Callable[[str], Options],
+) -> None:
+    """In float16 rounding chooses other experts for some tokens, and the rest is judged: a wrong rotation moves it."""
+    model = model_of(pico, family)
+    recipe = recipe_for(model, even=True)
+    wrong = mutant(recipe)
+    assert wrong is not None
+    artifact = baked("onnx", model, wrong, tmp_path, dtype="f16")
+    report = verify(artifact, against=model.reference, recipe=recipe, options=options("onnx"))
+    judged = [row for row in report.failed if row.code == "onnxruntime" and CLOSEST in row.basis]
+    assert judged and max((row.kl_mean or 0) / (row.bound or 1) for row in judged) > 10
+
+
+@pytest.mark.parametrize("target", WORKERS)
+def test_a_gguf_is_a_source_like_any_other(
+    pico: Pico, tmp_path: Path, target: str, options: Callable[[str], Options]
+) -> None:
+    """One tensor for a layer's experts there, one for each here; to the last bit, quantised ones too."""
+    model = model_of(pico, "mixtral", tie_word_embeddings=True)
+    recipe = recipe_for(model, even=True)
+    again = open_model(baked("gguf", model, recipe, tmp_path))
+    assert again.family.name == "mixtral" and again.shape.experts == model.shape.experts
+    for tensor in model.roles.values():
+        np.testing.assert_array_equal(again.checkpoint.read(tensor.name), model.checkpoint.read(tensor.name))
+    report = verify(baked(target, again, recipe, tmp_path / "again"), options=options(target))
+    assert report.passed, report.summary
+
+
+def test_a_quantised_gguf_keeps_its_bytes(pico: Pico, tmp_path: Path) -> None:
+    """Baked again without a type, experts are copied as they are stored."""
+    model = model_of(pico, "mixtral")
+    recipe = recipe_for(model, even=True)
+    first = open_model(baked("gguf", model, recipe, tmp_path / "one", type="q4_0"))
+    second = open_model(baked("gguf", first, recipe, tmp_path / "two", type=None))
+    name = next(tensor.name for tensor in model.roles.values() if tensor.role == "expert_down" and tensor.expert == 3)
+    one, two = (each.checkpoint.encoded(name) for each in (first, second))
+    assert one is not None and two is not None and one.type == two.type != "F32"
+    np.testing.assert_array_equal(one.read(0, 64), two.read(0, 64))
+
+
+def test_a_yarn_of_qwen3_moe_is_llama_cpps_own(pico: Pico, tmp_path: Path, options: Callable[[str], Options]) -> None:
+    """Its architecture ignores factors; the YaRN of its card is right in short and long contexts."""
+    model = pico("qwen3_moe", max_position_embeddings=4 * WINDOW, rope_scaling=YARN)
+    recipe, _ = own_recipe(model)
+    report = verify(baked("gguf", model, recipe, tmp_path), options=options("gguf"))
+    assert report.passed, report.summary
+    assert {"short", "far end"} <= {row.case for row in report.rows if row.verdict == "pass"}
+    with pytest.raises(UnsupportedError, match="ignores rope factors for qwen3_moe"):
+        baked("gguf", model, recipe_for(model, even=True), tmp_path / "other")
+
+
+# --- Phi-3.5-MoE -----------------------------------------------------------------------------------------
+
+
+def test_both_attention_factors_are_in_the_config(pico: Pico, tmp_path: Path) -> None:
+    """Under its own keys; and the long set, though transformers 5 never uses it: that is said, not dropped."""
+    model = model_of(pico, "phimoe")
+    recipe = recipe_for(model)
+    plan = hf.plan(model, recipe, tmp_path / "a")
+    assert plan.losses == [
+        "transformers' native Phi-3.5-MoE code never uses the long factors: sequences of more than 256 tokens use "
+        "those of 256"
+    ]
+    scaling = json.loads(plan.texts["config.json"])["rope_scaling"]
+    tiers = recipe.tiers
+    assert scaling["short_factor"] == list(tiers[0].factors) and scaling["long_factor"] == list(tiers[-1].factors)
+    assert (scaling["short_mscale"], scaling["long_mscale"]) == tuple(tier.attention_factor for tier in tiers)
+    assert tiers[0].attention_factor != tiers[-1].attention_factor and "attention_factor" not in scaling
+
+
+def test_the_model_s_own_rotation_is_read(pico: Pico) -> None:
+    """As published: both factors under their keys, which count whatever else a config says."""
+    scaling = {
+        "type": "longrope",
+        "short_factor": [1.0] * 8,
+        "long_factor": [1.5] * 8,
+        "short_mscale": 1.1,
+        "long_mscale": 1.3,
+        "original_max_position_embeddings": 64,
+    }
+    for more in ({}, {"attention_factor": 2.0}):
+        found = pico("phimoe", max_position_embeddings=WINDOW, rope_scaling={**scaling, **more}).rotation
+        assert [(tier.max_length, tier.attention_factor) for tier in found.tiers] == [(64, 1.1), (WINDOW, 1.3)]
+
+
+def test_no_gguf_of_it_is_written(tmp_path: Path, cli: Callable[..., Result]) -> None:
+    """llama.cpp has an architecture of that name, and it computes another model."""
+    result = cli("gguf", write_pico(tmp_path / "m", "phimoe"), "-o", tmp_path / "m.gguf")
+    assert result.code == 4 and "llama.cpp computes another model from a GGUF of phimoe: its phimoe" in result.err
+    assert not (tmp_path / "m.gguf").exists()
+
+
+def test_llama_cpps_phimoe_is_another_model(pico: Pico, tmp_path: Path, options: Callable[[str], Options]) -> None:
+    """What the refusal says of it: with its norms and gates the reference answers the same, and with the own not."""
+    model = model_of(pico, "phimoe")
+    forced = replace(model, family=replace(model.family, gguf_differs=None, gguf_longrope="phimoe"))
+    recipe = recipe_for(model, even=True)
+    artifact = baked("gguf", forced, recipe, tmp_path)
+    tokens = np.random.default_rng(5).integers(0, model.shape.vocab, size=WINDOW).tolist()
+    spec = model.resolve(recipe)
+    sets = [FactorSet(tier.max_length, tier.factors, 0, tier.attention_factor) for tier in spec.tiers]
+    session: Any = llama_cpp.RUNTIME.backends[0].open(artifact, options("gguf"))
+    (answer,) = session.logits([tokens], keep=list(range(WINDOW)), context=WINDOW)
+    session.close()
+    changed: dict[str, Any] = {"norm": "rms", "experts": Experts(4, 2, 48)}
+    alone = [{key: value} for key, value in changed.items()]
+    for changes, same in ((changed, True), *((other, False) for other in ({}, *alone))):
+        other = replace(model, shape=replace(model.shape, **changes))
+        wanted = Reference(other, Rotation(spec.base, spec.rotary_dim, sets)).logits(tokens)
+        found = compare(wanted, answer).kl_mean
+        assert found < 1e-6 if same else found > 1e-2, (changes, found)
+
+
+def test_a_gguf_of_it_is_read(tmp_path: Path) -> None:
+    """As others write it: with a head's bias, and without the jitter, which is the published model's then."""
+    made = make_pico(tmp_path / "m.gguf", "phimoe", lm_head_bias=True, attention_bias=True, num_local_experts=4)
+    model = open_model(made.path)
+    assert model.checkpoint.config["lm_head_bias"] is True
+    assert model.shape.experts == Experts(4, 2, 96, "sparsemixer", jitter=0.01)
+    for name, values in made.weights.items():
+        np.testing.assert_array_equal(model.checkpoint.read(name), values)
+
+
+# --- bad input -------------------------------------------------------------------------------------------
+
+BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
+    ("mixtral", {"num_experts_per_tok": 5}, InputError, "num_experts_per_tok is 5; there are 4 experts"),
+    ("mixtral", {"num_local_experts": 0}, InputError, "num_local_experts is 0; an integer from 1"),
+    ("mixtral", {"num_local_experts": 2**20}, InputError, "num_local_experts is 1048576; at most 4096 are read"),
+    ("phimoe", {"num_experts_per_tok": 3}, InputError, "num_experts_per_tok is 3 of 4; this family's router chooses 2"),
+    ("phimoe", {"router_jitter_noise": 0}, InputError, "router_jitter_noise is 0; a positive number is needed"),
+    ("qwen3_moe", {"norm_topk_prob": 1}, InputError, "norm_topk_prob is 1; true or false is needed"),
+    ("qwen3_moe", {"num_local_experts": 4}, InputError, "num_experts is 8 and num_local_experts 4; they contradict"),
+    ("qwen3_moe", {"mlp_only_layers": [0]}, UnsupportedError, "mlp_only_layers [0]"),
+    ("qwen3_moe", {"decoder_sparse_step": 2}, UnsupportedError, "decoder_sparse_step 2"),
+    ("llama", {"num_local_experts": 8}, UnsupportedError, "num_local_experts 8"),
+    ("mixtral", {"shared_expert_intermediate_size": 64, "n_routed_experts": 8}, UnsupportedError, "n_routed_experts 8"),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "error", "message"), BAD, ids=[row[3] for row in BAD])
+def test_numbers_that_mean_nothing_are_refused(
+    family: str, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error) as caught:
+        read_shape({**pico_config(family), **changes}, get_family(family))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("count", "gone", "message"),
+    [
+        (5, None, "missing tensors: model.layers.0.block_sparse_moe.gate.weight has|missing tensors: .*experts.4.w1"),
+        (3, None, "tensors that mixtral does not have: .*experts.3.w1.weight"),
+        (4, "model.layers.1.block_sparse_moe.gate.weight", "missing tensors: .*layers.1.block_sparse_moe.gate.weight"),
+        (4, "model.layers.0.block_sparse_moe.experts.2.w3.weight", "missing tensors: .*experts.2.w3.weight"),
+    ],
+)
+def test_experts_that_are_not_there_are_named(tmp_path: Path, count: int, gone: str | None, message: str) -> None:
+    """A count that disagrees with the tensors, a router that was left out."""
+    from safetensors.numpy import save_file
+
+    config = pico_config("mixtral")
+    weights = {name: values for name, values in pico_tensors(config).items() if name != gone}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_local_experts": count}))
+    with pytest.raises(InputError, match=message):
+        open_model(tmp_path)
+
+
+def test_gates_that_llama_cpp_would_divide_are_refused(pico: Pico, tmp_path: Path) -> None:
+    model = pico("qwen3_moe", norm_topk_prob=False, max_position_embeddings=4 * WINDOW, rope_scaling=YARN)
+    with pytest.raises(UnsupportedError, match="don't sum to one \\(norm_topk_prob\\)"):
+        baked("gguf", model, own_recipe(model)[0], tmp_path)

@@ -165,7 +165,8 @@ def llama_cpp(tier: Tier) -> Pairs:
     places = call["ggml_new_tensor_1d"](context, int32, len(POSITIONS))
     factors = call["ggml_new_tensor_1d"](context, float32, half)
     one = np.tile(np.repeat(np.array([1, 0], np.float32), half), len(POSITIONS))
-    for tensor, values in ((vectors, one), (places, np.array(POSITIONS, np.int32)), (factors, np.array(tier.factors, np.float32))):
+    at, divisors = np.array(POSITIONS, np.int32), np.array(tier.factors, np.float32)
+    for tensor, values in ((vectors, one), (places, at), (factors, divisors)):
         ctypes.memmove(call["ggml_get_data"](tensor), values.tobytes(), values.nbytes)
     turned = call["ggml_rope_ext"](context, vectors, places, factors, HEAD, neox, 4096, THETA, 1.0, 0.0, 1.0, 32.0, 1.0)
     graph = call["ggml_new_graph"](context)

@@ -32,7 +32,7 @@ from lrconvert.checkpoint.folder import CONFIG, SIDE_FILES, side_files_of
 from lrconvert.checkpoint.folder_code import AUTO_MAP
 from lrconvert.checkpoint.padding import tokens_of
 from lrconvert.checkpoint.rope_config import LONGROPE_KEY
-from lrconvert.engines.capability import native_hf
+from lrconvert.engines.capability import native_config
 from lrconvert.errors import InputError, LrconvertError
 from lrconvert.targets.hf.config import TORCH_NAMES
 from lrconvert.targets.hf.spelling import native_keys, own_key
@@ -46,7 +46,7 @@ TOKENIZER, GENERATION = "tokenizer_config.json", "generation_config.json"
 def _native(key: str) -> Callable[[Facts], Any]:
     def wanted(facts: Facts) -> Any:
         family = facts.model.family
-        return native_keys(native_hf(family).fit(facts.spec)[0], family)[key]
+        return native_keys(native_config(family).fit(facts.spec)[0], family)[key]
 
     return wanted
 

@@ -88,8 +88,9 @@ def rounding_notes(rows: Iterable[Row], opened: Opened) -> list[str]:
     beyond, block = [row for row in rows if row.noise is not None], opened.rounding.activations
     if not beyond or not block:
         return []
+    cases = f"{len(beyond)} case{'s' if len(beyond) > 1 else ''}"
     return [
-        f"{opened.name} rounds activations to 8 bits, {block} with one scale. In {len(beyond)} cases that moves the "
+        f"{opened.name} rounds activations to 8 bits, {block} with one scale. In {cases} that moves the "
         "answers by more than the table allows any model; there the reference rounded in the same way, and "
         f'{NOISE_OF_8_BITS:.0f} times what it lost by that is allowed on top ("bound from": noise)'
     ]

@@ -8,6 +8,9 @@ and `phi3`; `tools/quantise_reference.py` records what it really chooses, and th
 Two things that the names do not tell. The fused `attn_qkv` of phi3 is treated as `attn_v` (llama.cpp has rules of
 its own for it, which come after and are never reached). And a model without `output.weight` computes its logits
 with `token_embd.weight`, which then gets the type of an output.
+
+A layer's experts in one tensor get the type of an MLP. Of llama.cpp's rules for eight experts those of keys and values
+are here; its finer output of attention is not, and nobody has compared these files with its own.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from lrconvert.parity.cases import Case
 from lrconvert.parity.measures import compare
 from lrconvert.parity.opened import Opened
 from lrconvert.parity.report import Row
+from lrconvert.parity.tolerances import ROUTED
 from lrconvert.rope import RopeSpec, Tier
 
 TOKENS = 1024
@@ -47,12 +48,13 @@ def _case(spec: RopeSpec, tier: Tier, contexts: bool) -> Case:
 def _row(case: Case, tier: Tier, opened: Opened, answer: Answer) -> Row:
     name, spec, reference = opened.name, opened.spec, opened.reference
     found, right = answer(case), reference.forward(spec, case)
-    measures = compare(right, found)
+    share = ROUTED if opened.routed else 1.0  # rounding chooses other experts for the rest
+    measures = compare(right, found, share)
     distances: dict[str, float] = {}
     for what, mistake in _mistakes(spec, tier):
         wrong = reference.forward(mistake, case)
-        if compare(right, wrong).kl_mean >= SMALLEST_EFFECT * measures.kl_mean:
-            distances[what] = compare(wrong, found).kl_mean
+        if compare(right, wrong, share).kl_mean >= SMALLEST_EFFECT * measures.kl_mean:
+            distances[what] = compare(wrong, found, share).kl_mean
     if not distances:
         reason = "no mistake would stand out from the rounding of these types"
         return Row(name, case.name, "known", length=case.length, reason=reason, **vars(measures))

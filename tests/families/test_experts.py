@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import make_shape
 import numpy as np
 import pytest
 from conftest import Result, own_name, recipe_for
@@ -33,6 +35,7 @@ from lrconvert.reference import FactorSet, Reference, Rotation
 from lrconvert.runtimes import llama_cpp, onnxruntime, transformers
 from lrconvert.runtimes.base import Interpreter
 from lrconvert.targets import gguf, hf, onnx
+from lrconvert.targets.gguf.schemes import SCHEMES, MixFacts, tensor_type
 
 pytest.importorskip("torch", reason="needs lrconvert[hf]")
 pytest.importorskip("transformers", reason="needs lrconvert[hf]")
@@ -238,6 +241,38 @@ def test_a_yarn_of_qwen3_moe_is_llama_cpps_own(pico: Pico, tmp_path: Path, optio
     assert {"short", "far end"} <= {row.case for row in report.rows if row.verdict == "pass"}
     with pytest.raises(UnsupportedError, match="ignores rope factors for qwen3_moe"):
         baked("gguf", model, recipe_for(model, even=True), tmp_path / "other")
+
+
+KEYS = [("q4_k_m", "Q8_0"), ("q2_k", "Q8_0"), ("f16", "F16"), ("q8_0", "Q8_0")]
+
+
+@pytest.mark.parametrize(("scheme", "kind"), KEYS)
+def test_types_of_experts_are_those_of_an_mlp(scheme: str, kind: str) -> None:
+    """One tensor for all of a layer; the router stays as it is, since what it rounds decides which are used. As
+    llama-quant.cpp has it, eight experts get finer keys and values."""
+    for experts in (4, 8):
+        facts = MixFacts("llama", 8, 8, 2, False, experts=experts)
+        chosen, dense = SCHEMES[scheme], replace(facts, experts=0)
+        for role in ("ffn_gate", "ffn_up", "ffn_down"):
+            stacked = tensor_type(chosen, f"blk.3.{role}_exps.weight", (experts, 512, 512), facts)
+            assert stacked == tensor_type(chosen, f"blk.3.{role}.weight", (512, 512), dense)
+        assert tensor_type(chosen, "blk.3.ffn_gate_inp.weight", (experts, 512), facts).name == "F32"
+        keys, plain = (tensor_type(chosen, "blk.3.attn_k.weight", (512, 512), each) for each in (facts, dense))
+        assert keys.name == kind if experts == 8 else keys == plain
+
+
+def test_a_whole_model_is_planned_without_its_bytes(tmp_path: Path) -> None:
+    """Phi-3.5-MoE's true shape in files of holes: 41.9 billion parameters, and every size is exact."""
+    config = make_shape.shape_config("phi-3.5-moe")
+    make_shape.write_checkpoint(tmp_path / "m", config, make_shape.plan_shards(make_shape.planned(config)), None)
+    model = open_model(tmp_path / "m")
+    recipe = replace(recipe_for(model), tiers=recipe_for(model).tiers[:1])
+    count = sum(math.prod(tensor.shape) for tensor in model.roles.values())
+    assert count == 41_873_153_344
+    folder = hf.plan(model, recipe, tmp_path / "a", hf.Options(dtype="f16"))
+    assert sum(tensor.nbytes for stream in folder.streams for tensor in stream.tensors) == 2 * count
+    graph = onnx.plan(model, recipe, tmp_path / "b", onnx.Options(dtype="f16"))
+    assert sum(tensor.nbytes for stream in graph.streams for tensor in stream.tensors) >= 2 * count
 
 
 # --- Phi-3.5-MoE -----------------------------------------------------------------------------------------

@@ -52,19 +52,15 @@ def margins(report: Report) -> dict[str, float]:
 def test_a_healthy_artifact_passes_with_room(
     pico: Callable[..., Model], tmp_path: Path, family: str, options: Options
 ) -> None:
-    """Two tiers that native code can express: native and custom code both agree, far inside the bounds."""
+    """Two tiers that native code can express: native and custom code both agree, far inside the bounds. That of phimoe
+    never uses the long set, and is held against just that."""
     model = pico(family)
     artifact = bake(model, recipe_for(model, even=True), tmp_path / "a")
     report = verify(artifact, options=options)
     assert report.passed, report.summary
-    assert report.losses == []
-    assert {row.code for row in report.rows if row.verdict == "pass"} == {
-        "files",
-        "config",
-        "weights",
-        "native",
-        "custom",
-    }
+    assert len(report.losses) == (family == "phimoe")
+    passed = {row.code for row in report.rows if row.verdict == "pass"}
+    assert passed == {"files", "config", "weights", "native", "custom"}
     assert min(margins(report).values()) > ROOM
     stored = json.loads((artifact / MANIFEST).read_text())
     assert stored["parity"]["passed"] is True
@@ -113,6 +109,9 @@ def test_every_mutant_is_caught(
     for code in ("custom",) if starts else ("native", "custom"):
         # Phi-3's native code computes its attention factor by itself: it can't be made to drop it.
         if (family, mutant, code) == ("phi3", "no attention factor", "native"):
+            continue
+        # Phi-3.5-MoE's has one set, and here one attention factor: no boundary to move.
+        if family == "phimoe" and mutant.startswith("boundary") and code == "native":
             continue
         caught = [row for row in report.failed if row.code == code]
         assert caught, f"{mutant} passed in {code} code"

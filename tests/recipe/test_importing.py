@@ -111,10 +111,10 @@ def test_other_rules_become_factor_sets(
 
 
 def test_a_config_of_another_family_imports_with_a_note(tmp_path: Path) -> None:
-    changes = {"model_type": "phimoe", "max_position_embeddings": 256, "original_max_position_embeddings": 64}
+    changes = {"model_type": "cohere2", "max_position_embeddings": 256, "original_max_position_embeddings": 64}
     path = write(tmp_path, **changes, hidden_act="gelu", rope_scaling={"type": "longrope", **LONGROPE})
     recipe, notes = import_recipe([str(path)])
-    assert recipe.family == "phimoe"
+    assert recipe.family == "cohere2"
     assert any("can't convert" in note for note in notes)
 
 

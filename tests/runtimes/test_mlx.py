@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from support import engine_suite as suite
 from support.engine_suite import Pico
-from support.pico import FAMILIES
 
 from lrconvert.parity import Options
 from lrconvert.runtimes.mlx import WORKER
 
 pytestmark = pytest.mark.mlx
+FAMILIES = suite.claimed("mlx-lm")
 # What mlx-lm reads: the long set. It computes its attention factor itself, and has no boundary to get wrong.
 MUTANTS = ("swapped sets", "factors as multipliers")
 

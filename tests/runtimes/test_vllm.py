@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from support import engine_suite as suite
 from support.engine_suite import SHAPE, Pico
-from support.pico import FAMILIES
 
 from lrconvert.parity import Options
 from lrconvert.runtimes.vllm import WORKER
 
 pytestmark = pytest.mark.vllm
+FAMILIES = suite.claimed("vLLM")
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from support.verifying import verify
 
 from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.checkpoint import Model
+from lrconvert.engines.table import ENGINES
 from lrconvert.errors import InputError
 from lrconvert.parity import Options, Report, Row
 from lrconvert.parity.mutants import RECIPE_MUTANTS
@@ -27,6 +28,11 @@ Pico = Callable[..., Model]
 SHAPE = {"hidden_size": 128, "head_dim": 32}
 ROOM = 30  # a healthy artifact is this far inside its tolerance
 FAR = 100  # a mutant is this far outside
+
+
+def claimed(name: str) -> list[str]:
+    """The families that the table says something of, for an engine: others were never asked."""
+    return sorted({family for row in ENGINES if row.name == name for family in row.families or ()})
 
 
 def python_of(runtime: str) -> str:

@@ -25,6 +25,7 @@ PUBLISHED = {
     "phi-3-mini": 3_821_079_552,
     "qwen3-8b": 8_190_735_360,
     "llama3-70b": 70_553_706_496,
+    "phi-3.5-moe": 41_873_153_344,
 }
 TINY = {
     **make_shape.SHAPES["llama2-7b"],

@@ -8,6 +8,9 @@ and `phi3`; `tools/quantise_reference.py` records what it really chooses, and th
 Two things that the names do not tell. The fused `attn_qkv` of phi3 is treated as `attn_v` (llama.cpp has rules of
 its own for it, which come after and are never reached). And a model without `output.weight` computes its logits
 with `token_embd.weight`, which then gets the type of an output.
+
+A layer's experts in one tensor get the type of an MLP. Of llama.cpp's rules for eight experts those of keys and values
+are here; its finer output of attention is not, and nobody has compared these files with its own.
 """
 
 from __future__ import annotations
@@ -270,6 +273,7 @@ _FALLBACK = {
     Type.Q6_K: Type.Q8_0,
 }
 _NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<role>.+)\.weight")
+EIGHT = 8  # experts: Mixtral's count, which llama.cpp has a rule for
 _OUTPUT, _EMBEDDING, _ROUTER = "output", "token_embd", "ffn_gate_inp"
 _NEEDS_MATRIX = frozenset({Type.IQ3_XXS, Type.IQ2_XXS, Type.IQ2_XS, Type.IQ2_S, Type.IQ1_M, Type.IQ1_S})
 
@@ -299,6 +303,8 @@ def _fits(kind: GGMLQuantizationType, shape: tuple[int, ...]) -> bool:
 
 
 def _by_rules(scheme: Scheme, role: str, layer: int, facts: MixFacts) -> GGMLQuantizationType:
+    if facts.experts == EIGHT and role in ("attn_v", "attn_k") and scheme.lifts_70b:
+        return Type.Q8_0  # attention is a small part of a model with eight experts: 128 MB of Mixtral 8x7B
     fitting = (rule.kind for rule in scheme.rules if rule.role == role and rule.when(layer, facts))
     kind = next(fitting, scheme.base)
     # Eight heads share attn_v in the 70B model: more bits for it cost next to nothing.

@@ -17,7 +17,7 @@ from support.pico import write_pico
 
 from lrconvert.artifact.bake import bake
 from lrconvert.checkpoint import open_model
-from lrconvert.targets import gguf
+from lrconvert.targets import gguf, onnx
 
 ID = "me/pico-gguf"
 
@@ -112,3 +112,34 @@ def test_a_changed_file_is_not_published(hub: Hub, user: User, made: dict[str, P
         file.write(b"\x55")
     refused(user("push", made["f16"], ID), 3, "has changed since it was written")
     assert ID not in hub.repos
+
+
+def test_a_hub_id_is_read_back_by_every_command(hub: Hub, user: User, made: dict[str, Path], tmp_path: Path) -> None:
+    """One file of several by its tag; without one the files are listed. A manifest there stays as it is."""
+    ok(user("push", made["q8_0"], made["f16"], ID))
+    refused(user("inspect", ID), 3, "several GGUF files", "pico-F16.gguf", f"{ID}:Q4_K_M")
+    refused(user("inspect", f"{ID}:Q2_K"), 3, "no GGUF")
+    shown = ok(user("inspect", f"{ID}:Q8_0", "--json"))
+    assert '"longrope"' in shown.out or "longrope" in shown.out
+    source = str(made["q8_0"].with_name("pico"))
+    verified = ok(user("verify", f"{ID}:q8_0", "--against", source, "--files-only"))
+    assert "verified, files only" in verified.out
+    ok(user("gguf", f"{ID}:F16", "-o", tmp_path / "again.gguf"))
+    manifest = json.loads((tmp_path / "again.lrconvert.json").read_text())
+    assert manifest["source"]["model"] == f"{ID}:F16" and len(manifest["source"]["revision"]) == 40
+    ok(user("verify", tmp_path / "again.gguf", "--files-only"))
+    ok(user("verify", f"{ID}:F16", "--against", source, "--files-only", HF_HUB_OFFLINE="1"))
+
+
+def test_an_onnx_folder_is_published_and_read_back(hub: Hub, user: User, made: dict[str, Path], tmp_path: Path) -> None:
+    """A folder with a card of its own; its id is one that inspect, verify and onnx take."""
+    model = open_model(made["q8_0"].with_name("pico"))
+    bake(onnx.plan(model, recipe_for(model, even=True), tmp_path / "o"))
+    ok(user("push", tmp_path / "o", "me/pico-onnx"))
+    assert {"onnx/model.onnx", "onnx/model.onnx_data", "genai_config.json"} <= set(published(hub, "me/pico-onnx"))
+    card = published(hub, "me/pico-onnx")["README.md"].decode()
+    assert "from_pretrained(name)" in card and '"me/pico-onnx"' in card
+    assert "a function in the graph" in ok(user("inspect", "me/pico-onnx")).out
+    source = str(made["q8_0"].with_name("pico"))
+    assert "verified, files only" in ok(user("verify", "me/pico-onnx", "--against", source, "--files-only")).out
+    ok(user("hf", "me/pico-onnx", "-o", tmp_path / "back"))

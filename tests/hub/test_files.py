@@ -141,5 +141,6 @@ def test_an_onnx_folder_is_published_and_read_back(hub: Hub, user: User, made: d
     assert "from_pretrained(name)" in card and '"me/pico-onnx"' in card
     assert "a function in the graph" in ok(user("inspect", "me/pico-onnx")).out
     source = str(made["q8_0"].with_name("pico"))
-    assert "verified, files only" in ok(user("verify", "me/pico-onnx", "--against", source, "--files-only")).out
+    checked = user("verify", "me/pico-onnx", "--against", source, "--files-only")
+    assert "verified, files only" in checked.out, checked.out
     ok(user("hf", "me/pico-onnx", "-o", tmp_path / "back"))

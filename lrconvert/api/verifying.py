@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lrconvert.artifact.checks import Row
+from lrconvert.checkpoint import locate, names_hub_id
 from lrconvert.errors import UsageError, require
 from lrconvert.parity import Options, Report
 from lrconvert.parity import verify as compare
@@ -44,6 +45,8 @@ def verify(
 ) -> Report:
     """Does an artifact compute what its recipe says? `report.passed` is the answer, `report.rows` the evidence.
 
+    `artifact`: a path, or a Hub id, whose manifest stays as it is.
+
     `against` and `recipe`: the model and recipe to compare with; by default those that the manifest names. Its
     adapter is merged into the model that is given. A recipe is named as for baking: a file, a folder, a shipped name,
     or a model whose rotation it is. `dtype`: what a folder computes in, f32 (default), bf16 or f16, or by the long
@@ -65,7 +68,8 @@ def verify(
     if files_only and lock is not None:
         raise UsageError("--files-only measures nothing that a lock could keep")
     dtype, kv = dtype and long_name(dtype), short_name(kv)
-    path = Path(artifact)
+    published = names_hub_id(artifact)
+    path = locate(artifact) if published else Path(artifact)
     target = target_of(path)
     ignored = []
     if files_only:
@@ -93,6 +97,7 @@ def verify(
         profile=profile,
         full=full,
         files_only=files_only,
+        records=not published,
     )
     settings = {
         "profile": "everything" if full else profile,

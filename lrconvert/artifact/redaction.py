@@ -26,8 +26,10 @@ _LOCAL_PATH = re.compile(
 
 def hub_revision(reference: str, path: Path) -> str | None:
     """The commit of a Hub id that was downloaded to `path`; None where `reference` names something local."""
-    cached = path.parent.name == "snapshots" and _COMMIT.fullmatch(path.name)
-    return path.name if cached and path.parent.parent.name == f"models--{reference.replace('/', '--')}" else None
+    folder = path.parent if path.is_file() else path  # a GGUF is a file of its repository
+    cached = folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name)
+    repository = reference.partition(":")[0]
+    return folder.name if cached and folder.parent.parent.name == f"models--{repository.replace('/', '--')}" else None
 
 
 def source_record(model: Model) -> dict[str, Any]:

@@ -17,14 +17,15 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lrconvert.artifact.checks import Row
-from lrconvert.artifact.manifest import manifest_path
+from lrconvert.artifact.manifest import Manifest, manifest_path
 from lrconvert.artifact.record import BakeRecord
 from lrconvert.artifact.redaction import public_value
-from lrconvert.checkpoint import Model
+from lrconvert.checkpoint import Model, describe_source
 from lrconvert.checkpoint.base import MAX_TOKENIZER_BYTES, read_json
 from lrconvert.errors import InputError
 from lrconvert.rope import RopeSpec
@@ -73,6 +74,15 @@ class Facts:
     def ours(self) -> bool:
         """Whether it has a manifest."""
         return manifest_path(self.artifact).is_file()
+
+    @cached_property
+    def exact(self) -> bool:
+        """Whether the files were made from this very source: then nothing may be added to them or lost. A copy of the
+        model in another format says some things otherwise."""
+        if not self.ours:
+            return False
+        made_from = Manifest.read(self.artifact).source.get("weights")
+        return not self.compared or made_from == describe_source(self.model)["weights"]
 
 
 @dataclass(frozen=True)
@@ -185,9 +195,9 @@ def differences(
             if source is None and not inside:  # nobody is left to say
                 continue
             reason = f"{file}: {key} is {shown(value)}; neither the source nor the recipe says so"
-            yield Difference(f"{file}: {key}", reason, known=not facts.ours and value is not None)
+            yield Difference(f"{file}: {key}", reason, known=not facts.exact and value is not None)
         elif not same(value, right):
-            lenient = not facts.ours and whose[key] == "the source" and ABSENT in (value, right)
+            lenient = not facts.exact and whose[key] == "the source" and ABSENT in (value, right)
             yield Difference(f"{file}: {key}", f"{file}: {key} {_apart(value, right, whose[key])}", known=lenient)
 
 
@@ -228,9 +238,9 @@ def file_differences(
     for name in sorted({*found, *wanted}):
         if name not in wanted:
             reason = f"{name}: the source has no such file, and programs read it"
-            yield Difference(name, reason, known=not facts.ours)
+            yield Difference(name, reason, known=not facts.exact)
         elif name not in found:
-            yield Difference(name, f"{name}: the source has it, and here it is missing", known=not facts.ours)
+            yield Difference(name, f"{name}: the source has it, and here it is missing", known=not facts.exact)
         else:
             yield from _contents(name, found[name], wanted[name], tables.get(name, ()), facts)
 

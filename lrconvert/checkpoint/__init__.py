@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ __all__ = [
 
 DEMO = "demo"
 GGUF_MAGIC = b"GGUF"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# OWNER/NAME, and of a repository with several GGUF files the tag of one: OWNER/NAME:Q4_K_M, as llama.cpp spells it.
+_HUB_ID = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<tag>[\w.-]+))?")
 # Everything of a repository but what is never read: pickles, and copies of the weights for other programs.
 _NOT_DOWNLOADED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "onnx/*",
                    "original/*", "consolidated*"]  # fmt: skip
@@ -108,9 +110,67 @@ def names_hub_id(reference: str | Path) -> bool:
     return bool(_HUB_ID.fullmatch(str(reference)))
 
 
-def _download(repository: str, revision: str | None, *, only: str | None = None) -> Path:
-    """The folder of a repository's files: all that are read, or `only` one."""
+def _download(reference: str, revision: str | None, *, only: str | None = None) -> Path:
+    """What a Hub id names, downloaded: the folder of a checkpoint or of an ONNX folder, or a GGUF file; `only`: the
+    folder with that file alone.
+
+    A repository without safetensors is asked for its ONNX folder, else for the GGUF that the tag of the id names.
+    """
+    match = _HUB_ID.fullmatch(reference)
+    assert match is not None
+    repository, tag = match["repository"], match["tag"]
+    folder = _snapshot(repository, revision, allow_patterns=only, ignore_patterns=_NOT_DOWNLOADED)
+    if only is not None or (tag is None and any(folder.glob("*.safetensors"))):
+        return folder
+    commit = folder.name
+    if tag is None and (folder / "genai_config.json").is_file():
+        return _snapshot(repository, commit, allow_patterns=["onnx/*", "*.json"])
+    names = _ggufs(repository, commit, folder)
+    if not names:
+        if tag is not None:
+            raise InputError(f"{reference}: the repository has no GGUF files")
+        return folder
+    chosen = [name for name in names if tag is None or _has_tag(name, tag)]
+    firsts = [name for name in chosen if not _LATER_PART.search(name)]
+    if len(firsts) != 1:
+        listed = ", ".join(name for name in names if not _LATER_PART.search(name))[:300]
+        found = "no GGUF" if not firsts else "several GGUF files"
+        raise InputError(
+            f"{reference}: {found} of that name; there are {listed}",
+            remedy=f"Name one by the tag of its type: {repository}:Q4_K_M",
+        )
+    return _snapshot(repository, commit, allow_patterns=[*chosen, "*.json", "*.Modelfile"]) / firsts[0]
+
+
+_LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
+
+
+def _has_tag(name: str, tag: str) -> bool:
+    return re.search(rf"(?<![A-Za-z0-9]){re.escape(tag)}(?![A-Za-z0-9])", name, re.IGNORECASE) is not None
+
+
+def _ggufs(repository: str, commit: str, folder: Path) -> list[str]:
+    """The GGUF files of a repository; of what is in the cache where the Hub can't be asked."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE:
+        return sorted(path.name for path in folder.glob("*.gguf"))
+    with _answers_of_the_hub(repository, commit):
+        found = HfApi().list_repo_files(repository, revision=commit)
+    return sorted(name for name in found if name.endswith(".gguf"))
+
+
+def _snapshot(repository: str, revision: str | None, **patterns: Any) -> Path:
     from huggingface_hub import snapshot_download
+
+    with _answers_of_the_hub(repository, revision):
+        return Path(snapshot_download(repository, revision=revision, **patterns))
+
+
+@contextlib.contextmanager
+def _answers_of_the_hub(repository: str, revision: str | None) -> Iterator[None]:
+    """What the Hub refuses, in our words."""
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,
@@ -121,9 +181,7 @@ def _download(repository: str, revision: str | None, *, only: str | None = None)
     # The bases are those of its HTTP library, whichever that is: a download may break off in the middle.
     network: tuple[Any, ...] = (*HfHubHTTPError.__bases__, OSError)
     try:
-        return Path(
-            snapshot_download(repository, revision=revision, allow_patterns=only, ignore_patterns=_NOT_DOWNLOADED)
-        )
+        yield
     except HFValidationError as error:
         raise InputError(f"{repository}: no such folder, and not a valid Hub id") from error
     except RevisionNotFoundError as error:

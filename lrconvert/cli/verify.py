@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @click.command(name="verify", short_help="Compare an artifact with the reference implementation.")
-@click.argument("artifact", metavar="ARTIFACT", type=click.Path(path_type=Path))
+@click.argument("artifact", metavar="ARTIFACT")
 @click.option(
     "--against",
     metavar="MODEL",
@@ -81,7 +81,7 @@ if TYPE_CHECKING:
 @click.option("--markdown", type=click.Path(path_type=Path), metavar="FILE", help="Also write a Markdown summary.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
-    artifact: Path,
+    artifact: str,
     against: str | None = None,
     recipe: str | None = None,
     device: str = "cpu",
@@ -104,8 +104,9 @@ def command(
 ) -> int:
     """Check that ARTIFACT computes what its recipe says.
 
-    Each backend (transformers' native code, the artifact's own) runs in a separate process and is compared
-    with the reference on both sides of every tier boundary. Exit code 5 means a failed check.
+    ARTIFACT is a path or a Hub id (OWNER/NAME:Q4_K_M for one GGUF of several). Each backend (transformers' native
+    code, the artifact's own) runs in a separate process and is compared with the reference on both sides of every
+    tier boundary. Exit code 5 means a failed check.
 
     \b
     lrconvert verify my-model --runtime vllm --python vllm-env/bin/python

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-import sys
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -28,11 +28,6 @@ from lrconvert.data import DATA
 from lrconvert.errors import InputError, UsageError
 from lrconvert.recipe.file import Method, read_bounded
 from lrconvert.rope import STRICT
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # pyright: ignore[reportMissingImports]  # of Python 3.10 alone
 
 PLANS = DATA / "plans"
 _UNITS = {"": 1, "k": 1024, "m": 1024**2}

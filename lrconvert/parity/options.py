@@ -31,6 +31,7 @@ class Options(OpenOptions):
     profile: Profile = "full"
     full: bool = False
     files_only: bool = False
+    records: bool = True  # the report and the digests go into the manifest
 
     @property
     def quick(self) -> bool:

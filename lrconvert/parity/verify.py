@@ -103,7 +103,7 @@ def verify(
         engine = None if options.runtime in (None, target.runtime) else options.runtime
         partly = options.quick or options.files_only  # what is published rests on a full verification
         told = None if partly else report.to_json()
-        given = recipe is not None  # then the report is not the artifact's own
+        given = recipe is not None or not options.records  # then the report is not for the manifest
         why = evidence.changed() if given else evidence.record(told, manifest.files, engine)
         if why is not None:
             reason = f"{why} while it was verified, so nothing was recorded: verify again"

@@ -507,10 +507,10 @@ def test_demo_is_the_embedded_model_whatever_folder_stands_there(
 
 
 def test_what_serves_folders_only_says_so_of_a_gguf(cli: Run, tmp_path: Path) -> None:
-    """`push` and `--code` have a word for a file, and the way out."""
+    """`--code` has a word for a file, and the way out; `push` for one that lrconvert did not write."""
     file = tmp_path / "m.gguf"
     file.write_bytes(b"GGUF")
     pushed = cli("push", file, "me/m")
-    assert pushed.code == 4 and "hf upload me/m" in pushed.err
+    assert pushed.code == 3 and "not an lrconvert artifact" in pushed.err
     asked = cli("verify", file, "--code", "native")
     assert asked.code == 2 and "--runtime llama.cpp has only one" in asked.err

@@ -95,6 +95,15 @@ class Refusal(Exception):
         self.status, self.message, self.code = status, message, code
 
 
+@dataclass(frozen=True)
+class Fault:
+    """What happens to a request whose method and path match: a status, or for 0 a connection that breaks off."""
+
+    pattern: str
+    status: int
+    headers: dict[str, str] = field(default_factory=dict)
+
+
 @dataclass
 class Hub:
     """The state. `fail_put`: the number of the LFS upload that fails, from 1; `fail_commit`: its status;
@@ -110,6 +119,7 @@ class Hub:
     fail_put: int = 0
     fail_commit: int = 0
     cut: int | None = None
+    faults: list[Fault] = field(default_factory=list)  # each is used up by the first request that it fits
 
     def add(self, name: str, files: dict[str, bytes], *, private: bool = False) -> Repo:
         """A repository as somebody left it."""
@@ -264,6 +274,13 @@ class Handler(BaseHTTPRequestHandler):
         path, body = urlsplit(self.path).path, self._body()
         self.hub.requests.append(f"{self.command} {path}")
         self.hub.received += [body, self.path.encode()]
+        fits = (fault for fault in self.hub.faults if re.search(fault.pattern, f"{self.command} {path}"))
+        if (fault := next(fits, None)) is not None:
+            self.hub.faults.remove(fault)
+            if fault.status:
+                return self._send(fault.status, b'{"error": "a fault"}', fault.headers)
+            self.close_connection = True
+            return self.connection.close()
         try:
             with self.lock:
                 token = self._token()

@@ -71,7 +71,7 @@ def metadata_differences(facts: Facts, stored: GgufCheckpoint) -> Iterator[Diffe
     for key in dict.fromkeys([*header.metadata, *wanted]):
         described = any(fnmatchcase(key, pattern) for pattern in DESCRIPTIVE)
         if not described and not key.startswith("split."):
-            yield from _compared(header, key, wanted.get(key), ours=facts.ours)
+            yield from _compared(header, key, wanted.get(key), exact=facts.exact)
 
 
 def _wanted(facts: Facts, architecture: str, manifest: Manifest | None) -> tuple[dict[str, Value], bool]:
@@ -99,17 +99,17 @@ def _wanted(facts: Facts, architecture: str, manifest: Manifest | None) -> tuple
     return keys | rope | {"general.architecture": architecture}, strips
 
 
-def _compared(header: GgufHeader, key: str, wanted: Value | None, *, ours: bool) -> Iterator[Difference]:
+def _compared(header: GgufHeader, key: str, wanted: Value | None, *, exact: bool) -> Iterator[Difference]:
     is_there = key in header.metadata
     if wanted is None:
-        yield Difference(key, f"{key} is {_shown(header, key)}; neither the source nor the recipe says so", not ours)
+        yield Difference(key, f"{key} is {_shown(header, key)}; neither the source nor the recipe says so", not exact)
         return
     if is_there and header.raw(key) == pack(wanted):
         return
     right = _value(wanted)
-    if is_there and not ours and same(_read(header, key), right):
+    if is_there and not exact and same(_read(header, key), right):
         return  # another type for the same number
-    known = not ours and not (is_there and (key in DECISIVE or (key == TOKENS and _moved(header, right))))
+    known = not exact and not (is_there and (key in DECISIVE or (key == TOKENS and _moved(header, right))))
     found = _apart(_read(header, key), right) if is_there else f"is missing; {shown(right)} is needed"
     yield Difference(key, f"{key} {found}", known)
 

@@ -74,7 +74,7 @@ def test_a_verification_counts_its_checks(pico: Callable[..., Model], tmp_path: 
     model = pico("llama")
     recipe = recipe_for(model)  # native code can't express it: what it drops is measured
     for name, target, tasks in (
-        ("folder", "hf", ["checksums", "checks"]),
+        ("folder", "hf", ["checksums", "weights", "checks"]),
         ("onnx", "onnx", ["checksums", "weights", "checks"]),
     ):
         bake(get_target(target).plan(model, recipe, tmp_path / name))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lrconvert.cli import _output as out
-from lrconvert.cli._common import SEED, OutputName, Precision, Registered, trust_code_option
+from lrconvert.cli._common import SEED, TOKENS, OutputName, Precision, Registered, trust_code_option
 from lrconvert.cli._progress import show_progress
 from lrconvert.runtimes import backend_choices
 
@@ -18,6 +18,33 @@ if TYPE_CHECKING:
 
 Evaluate = Callable[..., "Evaluation"]
 Table = tuple[Sequence[str], Iterable[Sequence[str]]]  # columns and rows
+
+
+class Lengths(click.ParamType):
+    """Several numbers of tokens, with commas between."""
+
+    name = "tokens,…"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        return tuple(sorted({TOKENS.convert(part, param, ctx) for part in str(value).split(",")}))
+
+
+lengths_option = click.option("--lengths", type=Lengths(), required=True, metavar="TOKENS,…",
+                        help="Lengths to measure at, in tokens: 4k,8k,16k.")  # fmt: skip
+
+
+class Names(click.ParamType):
+    """Several names, each once, with commas between."""
+
+    name = "names"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        names = value if isinstance(value, tuple) else tuple(part.strip() for part in str(value).split(","))
+        if not all(names) or len(set(names)) < len(names):
+            self.fail(f"{value!r} is not a comma-separated list of distinct names", param, ctx)
+        return names
 
 
 def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:

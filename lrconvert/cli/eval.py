@@ -9,29 +9,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lrconvert.cli._common import TOKENS, text_option
-from lrconvert.cli._evals import Table, run, shared_options
+from lrconvert.cli._evals import Table, lengths_option, run, shared_options
 from lrconvert.cli.eval_benchmarks import benchmarks
+from lrconvert.cli.eval_ruler import ruler
 
 if TYPE_CHECKING:
     from lrconvert.evals.api import Evaluation
 
 
-class Lengths(click.ParamType):
-    """Several numbers of tokens, with commas between."""
-
-    name = "tokens,…"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        return tuple(sorted({TOKENS.convert(part, param, ctx) for part in str(value).split(",")}))
-
-
-_lengths = click.option("--lengths", type=Lengths(), required=True, metavar="TOKENS,…",
-                        help="Lengths to measure at, in tokens: 4k,8k,16k.")  # fmt: skip
-
-
-@click.group(name="eval", short_help="Long-text perplexity, retrieval of keys, short benchmarks.")
+@click.group(name="eval", short_help="Long-text perplexity, retrieval of keys, RULER, short benchmarks.")
 def command() -> None:
     """Evaluate a model or an artifact on long texts and on short questions.
 
@@ -42,11 +28,12 @@ def command() -> None:
 
 
 command.add_command(benchmarks)
+command.add_command(ruler)
 
 
 @command.command()
 @shared_options
-@_lengths
+@lengths_option
 @text_option
 @click.option("--judged", type=click.IntRange(64), metavar="N",
               help="Tokens to score, the same ones at every length; default: 1024.")  # fmt: skip
@@ -83,7 +70,7 @@ def _keys_found(found: Evaluation) -> Table:
 
 @command.command()
 @shared_options
-@_lengths
+@lengths_option
 @click.option("--depths", type=click.IntRange(1), default=10, show_default=True,
               help="Depths of the key, from the start of the text to its end.")  # fmt: skip
 @click.option("--trials", type=click.IntRange(1), default=1, show_default=True, help="Documents at each depth.")
@@ -102,7 +89,7 @@ def passkey(**options: Any) -> None:
 
 @command.command()
 @shared_options
-@_lengths
+@lengths_option
 @text_option
 @click.option("--keys", type=click.IntRange(2), default=20, show_default=True,
               help="Keys in each text, at even depths from its start to its end.")  # fmt: skip

@@ -9,22 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lrconvert.cli._common import TOKENS
-from lrconvert.cli._evals import Table, run, shared_options
+from lrconvert.cli._evals import Names, Table, run, shared_options
 
 if TYPE_CHECKING:
     from lrconvert.evals.api import Evaluation
-
-
-class Names(click.ParamType):
-    """Several names, each once, with commas between."""
-
-    name = "names"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        names = value if isinstance(value, tuple) else tuple(part.strip() for part in str(value).split(","))
-        if not all(names) or len(set(names)) < len(names):
-            self.fail(f"{value!r} is not a comma-separated list of distinct names", param, ctx)
-        return names
 
 
 @click.command()

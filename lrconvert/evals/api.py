@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lrconvert.evaluate`: perplexity, retrieval and short benchmarks of a model or an artifact.
+"""`lrconvert.evaluate`: perplexity, retrieval, RULER and short benchmarks of a model or an artifact.
 
     evaluate.perplexity("my-model", lengths=[4096, 16384], texts=["book.txt"])
     evaluate.passkey("my-model.gguf", lengths=[4096])
     evaluate.retrieval("my-model", lengths=[4096, 65536], texts=["book.txt"])
+    evaluate.ruler("my-model", tasks=["niah_single_1", "vt"], lengths=[4096, 65536])
     evaluate.benchmarks("my-model", tasks=["hellaswag"], limit=200)
 
 Each returns an `Evaluation`: rows with figures and their 95 % intervals, and how they were measured.
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from lrconvert import __version__
 from lrconvert.checkpoint.tokenizer import Encode, tokenizer_of
-from lrconvert.errors import InputError, UsageError, require
+from lrconvert.errors import InputError, UnsupportedError, UsageError, require
 from lrconvert.evals.passkey import PROTOCOL, PasskeyFormat, PasskeyRow, by_length, form_of, measure_passkey
 from lrconvert.evals.perplexity import measure_perplexity
 from lrconvert.evals.protocols import EXCERPTS, Plan
@@ -67,8 +68,8 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A finished evaluation: `rows` (PerplexityRow, PasskeyRow or BenchmarkRow), how they were measured, and `result`,
-    all of it, as in STEM.json.
+    """A finished evaluation: `rows` (PerplexityRow, PasskeyRow, RulerRow or BenchmarkRow), how they were measured, and
+    `result`, all of it, as in STEM.json.
 
     `incomparable` is why an earlier result could not be compared after all; then there are no `differences`.
     """
@@ -189,6 +190,51 @@ def retrieval(
         asked = {"keys": keys, "seed": run.seed, "progress": run.progress}
         rows = measure_retrieval(session, sentences, encode, tokens, lengths, **asked)
     return run.keys_found("retrieval", RETRIEVAL_PROTOCOL, path, rows, texts=[text.record() for text in read])
+
+
+def ruler(
+    artifact: str | Path,
+    *,
+    tasks: Sequence[str],
+    lengths: Sequence[int],
+    samples: int = 25,
+    **options: Unpack[Options],
+) -> Evaluation:
+    """RULER's synthetic tasks at several lengths (tokens, the answer's included), through lm-eval.
+
+    `tasks` are niah_single_1, niah_multikey_2, niah_multikey_3, vt, cwe, fwe, and those whose texts come from the
+    network: niah_single_2, niah_single_3, niah_multikey_1, niah_multivalue, niah_multiquery, qa_squad, qa_hotpot.
+    `samples` (at most 500) of each task are made for every length, and answered by greedy decoding.
+
+    Raises `UsageError` for unknown tasks, for a length that is too short for one and for a length beyond the window of
+    a GGUF or an ONNX folder, `UnsupportedError` for the reference, which generates nothing, `EnvironmentFailure` where
+    lm-eval or wonderwords is missing or a text can't be fetched, and as `Subject.of` and `opened`.
+    """
+    run = _Run.of(artifact, options)
+    run.check_lengths(lengths)
+    if run.code == REFERENCE:
+        raise UnsupportedError("the reference does not generate text, which RULER's answers are")
+    lm_eval = require("lm_eval", "eval", "RULER")
+    for module, extra in (("wonderwords", "eval"), ("nltk", "eval"), ("scipy", "eval"), ("transformers", "hf")):
+        require(module, extra, "RULER")
+    from lrconvert.evals.ruler import MOST_SAMPLES, PROTOCOL, measure_ruler, prepare_ruler
+
+    if not 2 <= samples <= MOST_SAMPLES:
+        raise UsageError(f"{samples} samples; 2 to {MOST_SAMPLES} are possible")
+    path, window = run.subject.artifact, run.subject.window if run.subject.runtime.fixed else None
+    prepared = prepare_ruler(tasks, lengths, samples, path, seed=run.seed, progress=run.progress)
+    with run.session() as (session, _):
+        rows = measure_ruler(session, prepared, path, window=window, progress=run.progress)
+    sentence = PROTOCOL.format(version=lm_eval.__version__, samples=samples)
+    found = {"lm_eval": lm_eval.__version__, "rows": [row.to_json() for row in rows]}
+    evaluation = run.evaluation("ruler", sentence, rows, found)
+
+    def plot(path: Path) -> None:
+        from lrconvert.evals.plotting import plot_ruler
+
+        plot_ruler(rows, path, title=evaluation.title, protocol=sentence)
+
+    return run.saved(evaluation, plot)
 
 
 def benchmarks(

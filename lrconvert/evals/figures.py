@@ -36,7 +36,7 @@ def perplexity_figure(clusters: Sequence[np.ndarray], seed: int) -> Figure:
     return Figure(value, min(float(low), value), max(float(high), value))
 
 
-def share_figure(hits: int, trials: int) -> Figure:
+def share_figure(hits: float, trials: int) -> Figure:
     """hits / trials with Wilson's score interval, which stays inside 0 … 1 and is not empty at its ends."""
     share, width = hits / trials, _Z**2 / trials
     centre = (share + width / 2) / (1 + width)

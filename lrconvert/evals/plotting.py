@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluations as pictures: perplexity and keys against length, benchmark scores."""
+"""Evaluations as pictures: perplexity, keys and RULER's scores against length, benchmark scores."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from lrconvert.recipe.plotting import new_pyplot, one_axis, plain_log_scale, sav
 if TYPE_CHECKING:
     from lrconvert.evals.passkey import PasskeyRow
     from lrconvert.evals.perplexity import PerplexityRow
+    from lrconvert.evals.ruler import RulerRow
     from lrconvert.evals.scores import BenchmarkRow
 
 PALE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.6, "pad": 1.5}  # behind words on a colour
@@ -53,6 +54,29 @@ def plot_passkey(rows: Sequence[PasskeyRow], path: Path, *, title: str, protocol
     axis.set_xlabel("tokens of context (95 % interval over all depths)")
     axis.set_ylabel("depth of the key")
     figure.colorbar(image, label="share of keys found")
+    _titled(axis, title, protocol)
+    save(figure, path)
+
+
+def plot_ruler(rows: Sequence[RulerRow], path: Path, *, title: str, protocol: str) -> None:
+    """Score against length, a line with its 95 % intervals for each task, as a PNG."""
+    figure, axis = one_axis()
+    lengths = sorted({row.length for row in rows})
+    for task in dict.fromkeys(row.task for row in rows):
+        own = [row for row in rows if row.task == task]
+        scores = [row.score for row in own]
+        bars = [[f.value - f.low for f in scores], [f.high - f.value for f in scores]]
+        axis.errorbar(
+            [row.length for row in own], [f.value for f in scores], yerr=bars, marker="o", capsize=3, label=task
+        )
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(lengths, [f"{length:,}" for length in lengths], fontsize=8)
+    axis.minorticks_off()
+    axis.set_ylim(-0.02, 1.02)
+    axis.set_xlabel(f"tokens, answer included ({len(rows[0].scores)} samples each)")
+    axis.set_ylabel("score, 95 % interval")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, frameon=False)
     _titled(axis, title, protocol)
     save(figure, path)
 

@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -237,6 +237,37 @@ def score_by_logits(session: Session, rows: Sequence[Sequence[int]], judged: Seq
         (logits,) = session.logits([row], keep=range(len(row) - count - 1, len(row) - 1))
         found.append(scores_of(logits, np.asarray(row[len(row) - count :], dtype=np.int64)))
     return found
+
+
+def score_in_groups(
+    prompt: Sequence[int],
+    rows: Sequence[Sequence[int]],
+    judged: Sequence[int],
+    group_of: Callable[[int], int],
+    logits: Callable[[int, list[list[int]], list[int]], np.ndarray],
+) -> list[Scores]:
+    """`AnswersBehind.score_behind` for a worker that reads a prompt once for every group of rows.
+
+    `group_of` names the group of a prompt with its row by their tokens together, as a tier does. `logits` of (group,
+    rows, judged) are those that predict the judged tokens, one row's behind the other's.
+
+    Raises `ValueError` for a row without a token before the judged ones.
+    """
+    if wrong := [at for at, (row, count) in enumerate(zip(rows, judged, strict=True)) if not 0 < count < len(row)]:
+        at = wrong[0]
+        raise ValueError(
+            f"row {at} has {len(rows[at])} tokens, of which {judged[at]} are judged: one must be before them"
+        )
+    groups: dict[int, list[int]] = {}
+    for at, row in enumerate(rows):
+        groups.setdefault(group_of(len(prompt) + len(row)), []).append(at)
+    found: dict[int, Scores] = {}
+    for group, members in groups.items():
+        plain, counts = [[int(token) for token in rows[at]] for at in members], [int(judged[at]) for at in members]
+        parts = np.split(logits(group, plain, counts), np.cumsum(counts)[:-1])
+        for at, row, part in zip(members, plain, parts, strict=True):
+            found[at] = scores_of(part, np.asarray(row[len(row) - len(part) :], dtype=np.int64))
+    return [found[at] for at in range(len(rows))]
 
 
 def scores_of(logits: np.ndarray, targets: np.ndarray) -> Scores:

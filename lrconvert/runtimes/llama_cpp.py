@@ -17,7 +17,7 @@ import numpy as np
 from lrconvert.engines.capability import LLAMA_CPP
 from lrconvert.errors import EnvironmentFailure
 from lrconvert.runtimes.backend import Accepts, Backend, OpenOptions, Runtime
-from lrconvert.runtimes.base import Interpreter, WorkerSession
+from lrconvert.runtimes.base import Interpreter, Scores, WorkerSession, score_in_groups
 from lrconvert.runtimes.llama_library import REMEDY, LlamaLibrary, find_library
 from lrconvert.runtimes.tolerances import ANY, Tolerance
 
@@ -33,7 +33,7 @@ class LlamaSession(WorkerSession):
     `n_ctx_seq` is the size that llama.cpp made of it in the last answer: the number that chose the factor set.
     """
 
-    answers = frozenset({"contexts", "shift", "tokens"})
+    answers = frozenset({"contexts", "shift", "tokens", "behind"})
     n_ctx_seq: int | None = None
 
     def __init__(
@@ -74,6 +74,17 @@ class LlamaSession(WorkerSession):
         request = {"prompt": _integers(prompt), "new_tokens": new_tokens, "start": start}
         answer = self._array("generate", request, context)
         return answer["tokens"], answer["logits"]
+
+    def score_behind(self, prompt: Sequence[int], rows: Sequence[Sequence[int]], judged: Sequence[int]) -> list[Scores]:
+        """As `score` of the prompt with each row behind it. The prompt is read once for every size of context that the
+        rows alone would get, because the size chooses the set."""
+        step = LLAMA_CPP.context_step
+
+        def logits(context: int, group: Sequence[Sequence[int]], counts: Sequence[int]) -> np.ndarray:
+            request = {"prompt": _integers(prompt), "rows": group, "judged": counts}
+            return self._array("behind", request, context * step)["logits"]
+
+        return score_in_groups(prompt, rows, judged, lambda length: -(-length // step), logits)
 
     def shifted(
         self,

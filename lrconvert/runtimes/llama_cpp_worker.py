@@ -84,6 +84,11 @@ class Context:
         values = self.lib.llama_get_logits_ith(self.context, index)
         return numpy.ctypeslib.as_array(values, (self.vocabulary,)).copy()  # the next call overwrites it
 
+    def forget_from(self, start):
+        """Forget all positions from `start` on."""
+        if not self.lib.llama_memory_seq_rm(self.lib.llama_get_memory(self.context), 0, start, -1):
+            raise RuntimeError(f"llama.cpp can't forget what follows position {start}: {self.lib.errors()}")
+
     def forget(self, drop, *, move):
         """Forget the first positions; `move` the others to the start, which is what a full context does."""
         memory = self.lib.llama_get_memory(self.context)
@@ -211,6 +216,21 @@ class Worker:
                 found = {index: next(decoded) for index in wanted}
                 answers.append([found[index % len(row)] for index in keep])
             return {"logits": self.save(answers), "n_ctx_seq": context.n_ctx_seq}
+
+    def behind(self, request):
+        """Logits that predict the last tokens of every row, one row's behind the other's. The prompt is read once; each
+        row is forgotten before the next one."""
+        prompt, rows, judged = request["prompt"], request["rows"], request["judged"]
+        longest = len(prompt) + max(len(row) for row in rows)
+        found = []
+        with Context(self, request.get("context") or longest, outputs=max(judged)) as context:
+            check_capacity(longest, context)
+            context.decode(entries_of(prompt, range(len(prompt)), 0, ()))
+            for row, count in zip(rows, judged, strict=True):
+                where = range(len(prompt), len(prompt) + len(row))
+                found += context.decode(entries_of(row, where, 0, range(len(row) - count - 1, len(row) - 1)))
+                context.forget_from(len(prompt))
+            return {"logits": self.save(found), "n_ctx_seq": context.n_ctx_seq}
 
     def generate(self, request):
         """Greedy, a token a call."""

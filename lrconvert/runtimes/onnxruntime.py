@@ -8,6 +8,7 @@ of all layers but the first depend on those keys too. `policy` says which of the
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,13 +19,13 @@ from lrconvert.checkpoint.onnx_folder import OnnxCheckpoint
 from lrconvert.engines.capability import ONNX
 from lrconvert.errors import UnsupportedError
 from lrconvert.runtimes.backend import Accepts, Backend, OpenOptions, Runtime
-from lrconvert.runtimes.base import Interpreter, WorkerSession
+from lrconvert.runtimes.base import Interpreter, Scores, WorkerSession, score_in_groups
 from lrconvert.runtimes.tolerances import ANY, Tolerance
 
 WORKER = Path(__file__).with_name("onnxruntime_worker.py")
 
 Policy = Literal["exact", "cached"]
-ANSWERS = frozenset({"cached", "rotary", "graph"})
+ANSWERS = frozenset({"cached", "rotary", "graph", "behind"})
 
 
 class OnnxSession(WorkerSession):
@@ -55,6 +56,22 @@ class OnnxSession(WorkerSession):
         request["boundaries"] = list(self.boundaries) if policy == "exact" else []
         answer = self._interpreter.ask(request)
         return answer["tokens"], self._interpreter.array(answer["logits"])
+
+    def score_behind(self, prompt: Sequence[int], rows: Sequence[Sequence[int]], judged: Sequence[int]) -> list[Scores]:
+        """As `score` of the prompt with each row behind it. The prompt is read once for every tier that it has together
+        with a row, in that tier also where it would have another one alone."""
+
+        def tier(length: int) -> int:
+            return bisect_left(self.boundaries, length)
+
+        def logits(group: int, members: list[list[int]], counts: list[int]) -> np.ndarray:
+            # Said only where the graph can't see it: what is told how long it gets is a second session on the weights.
+            length = None if tier(len(prompt)) == group else len(prompt) + max(map(len, members))
+            plain = [int(token) for token in prompt]
+            request = {"do": "behind", "prompt": plain, "rows": members, "judged": counts, "length": length}
+            return self._interpreter.array(self._interpreter.ask(request)["logits"])
+
+        return score_in_groups(prompt, rows, judged, tier, logits)
 
     def cos_sin(self, positions: Sequence[int], *, evaluator: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """What the rotary function alone makes of positions [n]: [n, d/2] each; by ONNX Runtime, or by

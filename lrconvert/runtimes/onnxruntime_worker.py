@@ -122,12 +122,13 @@ class Worker:
         logits = found.pop("logits").numpy()
         return logits, {name.replace("present.", "past_key_values."): value for name, value in found.items()}
 
-    def prompt(self, row, positions, keep):
-        """Logits of one sequence at the indices `keep`, and its caches."""
+    def prompt(self, row, positions, keep, length=None):
+        """Logits of one sequence at the indices `keep`, and its caches; in the tier of `length` tokens, where more will
+        follow."""
         count = len(row)
         positions = list(range(count)) if positions is None else positions
         needed = 4 * count * max(self.vocab, 0 if self.request["fused"] else self.request["heads"] * count)
-        if needed <= MOST_BYTES:
+        if needed <= MOST_BYTES and length is None:
             logits, caches = self.call([row], [[1] * count], [positions], self.empty(1))
             return logits[0][keep], caches
         caches, found = self.empty(1), {}
@@ -137,7 +138,7 @@ class Worker:
             first = min(wanted, default=stop - 1)
             logits, caches = self.call(
                 [row[start:stop]], [[1] * stop], [positions[start:stop]], caches, self.adjustable(),
-                num_logits_to_keep=stop - first, sequence_length=max(positions) + 1,
+                num_logits_to_keep=stop - first, sequence_length=length or max(positions) + 1,
             )  # fmt: skip
             found.update({index: logits[0][index - first] for index in wanted})
         return np.stack([found[index] for index in keep]), caches
@@ -160,6 +161,18 @@ class Worker:
             for answer, gap in zip(logits, missing, strict=True)
         ]
         return {"logits": self.save(np.stack(parts))}
+
+    def behind(self, request):
+        """Logits that predict the last tokens of every row, one row's behind the other's. The prompt is read once, and
+        every row goes on from its caches. All have one tier: that of `length` tokens, where the prompt's is another."""
+        prompt = request["prompt"]
+        _, caches = self.prompt(prompt, None, [len(prompt) - 1], request["length"])
+        found = []
+        for row, count in zip(request["rows"], request["judged"], strict=True):
+            stop = len(prompt) + len(row)
+            logits, _ = self.call([row], [[1] * stop], [list(range(len(prompt), stop))], caches)
+            found.append(logits[0][len(row) - count - 1 : -1])
+        return {"logits": self.save(np.concatenate(found))}
 
     def generate(self, request):
         """Greedy. With `boundaries`, a sequence that grows past one of them is recomputed: its cached keys were rotated

@@ -242,6 +242,75 @@ def test_a_half_precision_cache_is_one(file: Path, session: LlamaSession) -> Non
     assert 1e-8 < compare(exact, rounded).kl_mean < 1e-3
 
 
+# --- rows behind one reading -----------------------------------------------------------------------------
+
+
+def load_worker() -> Any:
+    """The worker's module, in this process."""
+    spec = importlib.util.spec_from_file_location("llama_cpp_worker", llama_cpp.WORKER)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("prompt", "rooms"), [(200, {256}), (247, {256, 512}), (256, {512}), (300, {512})], ids=lambda value: str(value)
+)
+def test_rows_behind_a_prompt_score_as_whole_rows(session: LlamaSession, prompt: int, rooms: set[int]) -> None:
+    """Below the original window, across it with rows on both sides, at it, beyond it. Measured equal to the
+    last bit; the other set moves losses by up to 2 nats."""
+    start, made = TOKENS[:prompt], np.random.default_rng(1)
+    rows = [made.integers(0, 101, size=size).tolist() for size in (9, 12, 7, 9)]
+    judged = [3, 11, 1, 8]
+    wanted = session.score([start + row for row in rows], judged)
+    seen = set()
+    ask = session._array
+
+    def noted(what: str, request: dict[str, Any], context: int | None) -> dict[str, Any]:
+        answer = ask(what, request, context)
+        seen.add(session.n_ctx_seq)
+        return answer
+
+    session._array = noted  # type: ignore[method-assign]
+    try:
+        found = session.score_behind(start, rows, judged)
+    finally:
+        del session._array
+    assert seen == rooms
+    for ours, theirs in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(ours.losses, theirs.losses, atol=1e-4)
+        assert ours.preferred.tolist() == theirs.preferred.tolist()
+    with pytest.raises(ValueError, match="row 1 has 2 tokens, of which 2 are judged"):
+        session.score_behind(start, [[1, 2], [1, 2]], [1, 2])
+
+
+def test_a_row_of_the_other_set_would_score_differently(session: LlamaSession) -> None:
+    """The check above can fail: the same rows behind the same prompt in a context of the other size."""
+    request = {"prompt": TOKENS[:200], "rows": [TOKENS[300:309]], "judged": [8]}
+    short, long = (session._array("behind", request, context)["logits"] for context in (256, 512))
+    assert compare(short, long).kl_mean > WRONG / 10
+
+
+def test_a_prompt_is_read_once_for_all_its_rows(file: Path, tmp_path: Path) -> None:
+    """Tokens that were decoded: the prompt's, and each row's."""
+    module = load_worker()
+    decoded: list[int] = []
+    plain = module.Context.decode
+
+    def counted(self: Any, entries: list[Any]) -> Any:
+        decoded.append(len(entries))
+        return plain(self, entries)
+
+    module.Context.decode = counted
+    library = find_library()
+    given = {"artifact": str(file), "folder": str(tmp_path), "library": library.name, "dtype": "F32", "kv": "f32"}
+    files = [str(found) for found in library.files]
+    worker = module.Worker({**given, "files": files, "threads": 1, "gpu_layers": 0, "n_batch": None})
+    worker.behind({"prompt": TOKENS[:200], "rows": [TOKENS[:5], TOKENS[:7], TOKENS[:6]], "judged": [1, 2, 3]})
+    assert decoded == [200, 5, 7, 6]
+
+
 # --- a context that is full ------------------------------------------------------------------------------
 
 
@@ -339,10 +408,7 @@ OFFLOADED = [
 )
 def test_a_gpu_is_believed_by_the_log_alone(lines: list[str], words: str | None) -> None:
     """All layers, and weights in the device's own memory: as llama.cpp logged it on a GPU, and short of that."""
-    spec = importlib.util.spec_from_file_location("llama_cpp_worker", llama_cpp.WORKER)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_worker()
     vars(module)["loop"] = SimpleNamespace(NoDevice=RuntimeError)
     worker = module.Worker.__new__(module.Worker)
     worker.lib = SimpleNamespace(name="a build", lines=[(2, line) for line in lines], gpus=lambda: {"CUDA0": "A card"})

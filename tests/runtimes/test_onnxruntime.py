@@ -272,6 +272,50 @@ def test_generation_after_a_prompt_in_parts_goes_on_with_its_caches(
         assert compare(answers, others).kl_mean < EXACT
 
 
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize(("prompt", "readings"), [(40, 1), (57, 2), (64, 1), (121, 2), (200, 1)])
+def test_rows_behind_a_prompt_score_as_whole_rows(attention: str, prompt: int, readings: int, opened: Open) -> None:
+    """Rows of one tier, and on both sides of a boundary; a prompt at a boundary, whose rows have the next tier."""
+    start, rows = tokens(prompt), [tokens(size, size) for size in (9, 5, 7, 12)]
+    judged = [3, 1, 6, 11]
+    with opened(attention=attention) as session:
+        wanted = session.score([start + row for row in rows], judged)
+        asked: list[str] = []
+        ask = session._interpreter.ask
+
+        def noted(request: dict[str, Any]) -> dict[str, Any]:
+            asked.append(request["do"])
+            return ask(request)
+
+        session._interpreter.ask = noted  # type: ignore[method-assign]
+        try:
+            found = session.score_behind(start, rows, judged)
+        finally:
+            del session._interpreter.ask
+    assert asked == ["behind"] * readings
+    for ours, theirs in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(ours.losses, theirs.losses, atol=1e-4)
+        assert ours.preferred.tolist() == theirs.preferred.tolist()
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_a_prompt_is_read_once_in_the_tier_of_the_whole(
+    attention: str, folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Calls with the prompt's tokens once, in one call or in parts, then each row's. In the tier that it has alone, the
+    same prompt gives its rows other logits: that would be the mistake."""
+    once = InProcess(folder(attention=attention), tmp_path / "a", fused=attention == "gqa", most=None, part=32)
+    request = {"prompt": tokens(60), "rows": [tokens(8, 1), tokens(5, 2), tokens(6, 3)], "judged": [7, 2, 1]}
+    answers = {}
+    for length, calls in ((None, [60, 8, 5, 6]), (68, [32, 28, 8, 5, 6])):
+        once.calls.clear()
+        answers[length] = np.load(once.folder / once.worker.behind({**request, "length": length})["logits"])
+        assert once.calls == calls
+    assert compare(answers[None][:7], answers[68][:7]).kl_mean > 1e-4
+    whole = once.logits(tokens(60) + tokens(8, 1), range(60, 67))
+    assert compare(whole, answers[68][:7].astype(np.float64)).kl_max < 1e-6
+
+
 def test_scores_decide_where_attention_keeps_them(folder: Callable[..., Path], tmp_path: Path) -> None:
     """The standard operator's scores grow with the square of the prompt; the fused one's don't exist."""
     limit = 4 * 150 * 101  # bytes of the logits of 150 tokens

@@ -88,4 +88,5 @@ def test_a_verification_counts_its_checks(pico: Callable[..., Model], tmp_path: 
             assert parts == sorted(parts), task
             assert own[-1].done == own[-1].total and parts[-1] == 1.0, task
         checks = [step.what for step in steps if step.task == "checks"]
-        assert len(report.rows) / 2 < len(dict.fromkeys(checks)), "a step for each case"
+        computed = [row for row in report.rows if row.length is not None]  # the others read files
+        assert len(computed) / 2 < len(dict.fromkeys(checks)), "a step for each case"

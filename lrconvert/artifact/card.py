@@ -73,7 +73,7 @@ def source_card(model: Model) -> SourceCard:
     """The card and the licence file beside a model; for a GGUF file the same facts from its header."""
     folder, metadata, text, notes = model.checkpoint.path, {}, "", []
     if not folder.is_dir():
-        header: Mapping[str, Any] = getattr(model.checkpoint, "metadata", {})
+        header = model.checkpoint.gguf.metadata if model.checkpoint.gguf is not None else {}
         keys = {"license": "general.license", "license_name": "general.license.name", "language": "general.languages"}
         return SourceCard(_carried({key: header.get(name) for key, name in keys.items()}))
     path = folder / CARD
@@ -201,19 +201,22 @@ def facts_table(recipe: Recipe, local: Sequence[str]) -> str:
 
 def model_index(recipe: Recipe, name: str) -> dict[str, Any]:
     """The evaluations that a recipe carries, as the Hub's model-index has them; nothing where there are none."""
-    measured = (recipe.evaluation or {}).get("measured")
+    evaluation = recipe.evaluation or {}
+    measured, texts = evaluation.get("measured"), evaluation.get("texts")
+    named = [str(text.get("name")) for text in texts or () if isinstance(text, Mapping)]
+    data = {"type": "held-out", "name": _plain(", ".join(named)) or "held-out text"}
     results = []
     for key, values in measured.items() if isinstance(measured, Mapping) else ():
         kind, _, length = str(key).partition("@")
         metric = next((known for known in METRICS if isinstance(values, Mapping) and known in values), None)
-        if metric is None or not isinstance(values[metric], int | float):
+        value = values[metric] if metric is not None else None
+        value = value.get("value") if isinstance(value, Mapping) else value  # a figure has its interval beside it
+        if not isinstance(value, int | float):
             continue
-        texts = [str(text.get("name")) for text in recipe.evaluation.get("texts", []) if isinstance(text, Mapping)]  # type: ignore[union-attr]
-        data = {"type": "held-out", "name": _plain(", ".join(texts)) or "held-out text"}
         results.append({
             "task": {"type": "text-generation"},
             "dataset": data,
-            "metrics": [{"type": metric, "name": f"{kind} at {length} tokens", "value": values[metric]}],
+            "metrics": [{"type": metric, "name": f"{kind} at {length} tokens", "value": value}],
         })  # fmt: skip
     return {"model-index": [{"name": name, "results": results}]} if results else {}
 

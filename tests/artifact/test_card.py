@@ -19,6 +19,7 @@ from lrconvert.artifact.card import CARD, MAX_CARD_BYTES, SourceCard, refreshed,
 from lrconvert.artifact.manifest import MANIFEST, FileRecord, Manifest
 from lrconvert.artifact.redaction import hub_revision, local_name, public_manifest, without_paths
 from lrconvert.checkpoint import Model, open_model
+from lrconvert.checkpoint.base import CheckpointView
 from lrconvert.recipe import Provenance, Recipe
 from lrconvert.targets import hf
 from lrconvert.targets.hf.card import CARD_TEXT
@@ -95,9 +96,24 @@ def test_the_metadata_are_valid_and_carried(
 def test_metadata_of_a_gguf_file(pico: Callable[..., Model], tmp_path: Path) -> None:
     """Licence and languages stand in the header; there is no text."""
     header = {"general.license": "mit", "general.languages": ["en"], "general.license.name": 3}
-    checkpoint = SimpleNamespace(path=tmp_path / "m.gguf", metadata=header)
-    found = source_card(replace(pico(), checkpoint=cast(Any, checkpoint)))
-    assert found == SourceCard({"license": "mit", "language": ["en"]})
+    model = pico()
+    checkpoint = CheckpointView(model.checkpoint)  # as an adapter merged into it is
+    checkpoint.path, checkpoint.gguf = tmp_path / "m.gguf", cast(Any, SimpleNamespace(metadata=header))
+    for each in (checkpoint, CheckpointView(checkpoint)):
+        assert source_card(replace(model, checkpoint=each)) == SourceCard({"license": "mit", "language": ["en"]})
+
+
+def test_a_recipe_s_evaluations_are_the_model_index(folder: Path, tmp_path: Path) -> None:
+    """What `extend` records, as huggingface_hub reads it: each figure with its length; what has none is left out."""
+    measured = {
+        "perplexity@8192": {"length": 8192, "perplexity": {"value": 32.5, "low": 30.0, "high": 35.0}},
+        "retrieval@8192": {"length": 8192, "hits": 18, "trials": 20, "share": {"value": 0.9, "low": 0.7, "high": 1.0}},
+        "other@1": {"length": 1},
+    }
+    recipe = replace(recipe_for(open_model(folder)), evaluation={"texts": [{"name": "b.npy"}], "measured": measured})
+    card = ModelCard(card_of(folder, tmp_path / "a", recipe))
+    found = [(each.metric_name, each.metric_value, each.dataset_name) for each in cast(Any, card.data).eval_results]
+    assert found == [("perplexity at 8192 tokens", 32.5, "b.npy"), ("retrieval at 8192 tokens", 0.9, "b.npy")]
 
 
 BILLION = "---\na: &a [x, x]\n" + "".join(f"{c}: &{c} [*{p}, *{p}]\n" for p, c in zip("abcdefgh", "bcdefghi"))  # noqa: B905

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +186,9 @@ def main() -> None:
     for side in sides.values():
         if "seconds" in side:
             side["tokens_per_second"] = round(options.length / statistics.median(side["seconds"][UNTIMED:]))
-    save(f"tuning-step-{options.name}", {"length": options.length, "rank": options.rank, "sides": sides})
+    gpu = torch.cuda.get_device_name() if options.device == "cuda" else None
+    ran = {"gpu": gpu, **{package: version(package) for package in ("torch", "transformers", "peft")}}
+    save(f"tuning-step-{options.name}", {"ran": ran, "length": options.length, "rank": options.rank, "sides": sides})
     print(json.dumps(sides, indent=1))
 
 

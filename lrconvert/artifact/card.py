@@ -141,7 +141,7 @@ def render(
     on_hub = hub_revision(model.reference, model.checkpoint.path)
     local = [] if on_hub else [model.reference]
     name = model.reference if on_hub else model_name(model)
-    merged = f", with the LoRA adapter {_adapter_name(adapter)} merged" if adapter else ""
+    merged = f", with {_adapter_words(adapter, recipe)} merged" if adapter else ""
     base = model.reference if on_hub else source.metadata.get("base_model")
     relation = {"base_model": base, "base_model_relation": "merge" if adapter else "finetune"} if base else {}
     licence = source.metadata.get("license_name") or source.metadata.get("license")
@@ -221,8 +221,12 @@ def model_index(recipe: Recipe, name: str) -> dict[str, Any]:
     return {"model-index": [{"name": name, "results": results}]} if results else {}
 
 
-def _adapter_name(adapter: Adapter) -> str:
-    return adapter.reference if hub_revision(adapter.reference, adapter.path) else local_name(adapter.reference)
+def _adapter_words(adapter: Adapter, recipe: Recipe) -> str:
+    """Which adapter it is: a Hub id, the recipe's own, or the name of a folder."""
+    if hub_revision(adapter.reference, adapter.path):
+        return f"the LoRA adapter {adapter.reference}"
+    name = local_name(adapter.reference)
+    return "the recipe's LoRA adapter" if name == recipe.adapter else f"the LoRA adapter {name}"
 
 
 def refreshed(card: str, manifest: Manifest, text: CardText, repo: str | None = None) -> str:

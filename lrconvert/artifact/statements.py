@@ -26,7 +26,7 @@ from lrconvert.artifact.manifest import Manifest, manifest_path
 from lrconvert.artifact.record import BakeRecord
 from lrconvert.artifact.redaction import public_value
 from lrconvert.checkpoint import Model, describe_source
-from lrconvert.checkpoint.base import MAX_TOKENIZER_BYTES, read_json
+from lrconvert.checkpoint.base import MAX_TOKENIZER_BYTES, read_json_source
 from lrconvert.errors import InputError
 from lrconvert.rope import RopeSpec
 
@@ -268,16 +268,8 @@ def _contents(
 
 
 def as_json(source: Path | bytes, name: str) -> dict[str, Any]:
-    """The object in a file; `InputError` for anything else."""
-    if isinstance(source, Path):
-        return read_json(source, MAX_TOKENIZER_BYTES)
-    try:
-        value = json.loads(source)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{name}: not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{name}: holds {type(value).__name__}; a JSON object is needed")
-    return value
+    """The object in a file beside a model; `InputError` for anything else."""
+    return read_json_source(source, name, MAX_TOKENIZER_BYTES)
 
 
 def _same_bytes(one: Path | bytes, other: Path | bytes) -> bool:

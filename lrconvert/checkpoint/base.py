@@ -266,18 +266,30 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
             raise InputError(f"{path}: not a file")
         if status.st_size > limit:
             raise InputError(f"{path}: {status.st_size} bytes; at most {limit} are read")
-        value = json.loads(path.read_bytes())
+        content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: can't be read ({error.strerror or error})") from error
+    return parse_json(content, path)
+
+
+def read_json_source(source: Path | bytes, name: str, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in a file, or in the bytes of one that was made here: `name`. `InputError` as `read_json`."""
+    return read_json(source, limit) if isinstance(source, Path) else parse_json(source, name)
+
+
+def parse_json(content: bytes, where: object) -> dict[str, Any]:
+    """The JSON object in some bytes; `InputError` for anything else."""
+    try:
+        value = json.loads(content)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise InputError(f"{path}: not JSON ({reason})") from error
+        raise InputError(f"{where}: not JSON ({reason})") from error
     if not isinstance(value, dict):
-        raise InputError(f"{path}: holds {type(value).__name__}; a JSON object is needed")
+        raise InputError(f"{where}: holds {type(value).__name__}; a JSON object is needed")
     level: list[Any] = [value]
     for _ in range(MAX_JSON_DEPTH):
         inner = (item.values() if isinstance(item, dict) else item for item in level)
         level = [item for items in inner for item in items if isinstance(item, dict | list)]
         if not level:
             return value
-    raise InputError(f"{path}: not usable JSON (nested more than {MAX_JSON_DEPTH} deep)")
+    raise InputError(f"{where}: not usable JSON (nested more than {MAX_JSON_DEPTH} deep)")

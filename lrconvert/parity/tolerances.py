@@ -60,8 +60,10 @@ def weight_error(kind: str) -> float:
     return WEIGHT_ERRORS.get(kind, _COARSE)
 
 
-# A row by itself may be off by this many times as much: one with an outlier is rounded in the steps of that. Of types
-# of three bits and fewer a row may lose nearly all of itself; rows in another order are off by more than that.
+# A row by itself may be off by this many times as much: one with an outlier is rounded in the steps of that. The worst
+# rows of the embedded model and of SmolLM2-135M were off by 0.3 (Q3_K) to 1.2 (Q5_0) times the bound of the whole, in
+# nine GGUF types, int4 and int8. Of types of three bits and fewer a row may lose nearly all of itself; rows in another
+# order are off by more than that.
 ROW = 4.0
 MOST_OF_A_ROW = 0.95
 

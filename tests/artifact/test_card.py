@@ -213,11 +213,14 @@ def test_where_the_factors_come_from(pico: Callable[..., Model], provenance: Pro
 
 
 def test_a_merged_adapter_is_named(pico: Callable[..., Model], tmp_path: Path) -> None:
-    """By its Hub id, or by the last component of its path."""
+    """By its Hub id, as the recipe's own, or by the last component of its path."""
     adapter = SimpleNamespace(reference="../secret/mine", path=tmp_path / "mine")
     assert "with the LoRA adapter mine merged" in rendered(pico(), recipe_for(pico()), adapter=adapter)
     adapter = SimpleNamespace(reference="a/b", path=tmp_path / "models--a--b" / "snapshots" / ("0" * 40))
     assert "with the LoRA adapter a/b merged" in rendered(pico(), recipe_for(pico()), adapter=adapter)
+    adapter = SimpleNamespace(reference="/some/recipe/adapter", path=tmp_path / "adapter")
+    own = replace(recipe_for(pico()), adapter="adapter")
+    assert "with the recipe's LoRA adapter merged" in rendered(pico(), own, adapter=adapter)
 
 
 # --- refreshing --------------------------------------------------------------------------------------------

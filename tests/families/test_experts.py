@@ -17,7 +17,7 @@ from conftest import Result, own_name, recipe_for
 from support.float64 import EXACT, by_reference, natively
 from support.gguf_pico import make_pico
 from support.pico import pico_config, pico_tensors, write_pico
-from support.verifying import verify
+from support.verifying import WORKERS, options_by_target, verify
 
 from lrconvert.artifact.bake import bake
 from lrconvert.checkpoint import Model, open_model
@@ -32,8 +32,7 @@ from lrconvert.parity.mutants import no_attention_factor, swapped_sets
 from lrconvert.recipe import Recipe
 from lrconvert.recipe.models import own_recipe
 from lrconvert.reference import FactorSet, Reference, Rotation
-from lrconvert.runtimes import llama_cpp, onnxruntime, transformers
-from lrconvert.runtimes.base import Interpreter
+from lrconvert.runtimes import llama_cpp
 from lrconvert.targets import gguf, hf, onnx
 from lrconvert.targets.gguf.schemes import SCHEMES, MixFacts, tensor_type
 
@@ -42,7 +41,6 @@ pytest.importorskip("transformers", reason="needs lrconvert[hf]")
 
 WINDOW = 256  # llama.cpp's contexts count in steps of it
 FAR = 100
-WORKERS = {"hf": transformers.WORKER, "gguf": llama_cpp.WORKER, "onnx": onnxruntime.WORKER}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": WINDOW}
 Pico = Callable[..., Model]
 
@@ -61,17 +59,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.fixture(scope="module")
 def options() -> Iterator[Callable[[str], Options]]:
-    """Of a target; one interpreter for all artifacts of one."""
-    started: dict[str, Interpreter] = {}
-
-    def get(target: str) -> Options:
-        if target not in started:
-            started[target] = Interpreter(WORKERS[target])
-        return Options(threads=1, interpreter=started[target])
-
-    yield get
-    for interpreter in started.values():
-        interpreter.close()
+    with options_by_target() as get:
+        yield get
 
 
 def model_of(pico: Pico, family: str, **changes: Any) -> Model:

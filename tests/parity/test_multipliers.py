@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import own_name, recipe_for
-from support.verifying import verify
+from support.verifying import WORKERS, options_by_target, verify
 
 from lrconvert.artifact.bake import bake
 from lrconvert.checkpoint import Model, open_model
@@ -17,30 +17,18 @@ from lrconvert.families.multipliers import NAMES
 from lrconvert.parity import Options
 from lrconvert.parity.mutants import without_multiplier
 from lrconvert.recipe import Recipe
-from lrconvert.runtimes import llama_cpp, onnxruntime, transformers
-from lrconvert.runtimes.base import Interpreter
 from lrconvert.targets import gguf, hf, onnx
 
 WINDOW = 256  # llama.cpp's contexts count in steps of it
 FAR = 100
-WORKERS = {"hf": transformers.WORKER, "gguf": llama_cpp.WORKER, "onnx": onnxruntime.WORKER}
 CODES = {"hf": ("native", "custom"), "gguf": ("llama.cpp",), "onnx": ("onnxruntime",)}
 Pico = Callable[..., Model]
 
 
 @pytest.fixture(scope="module")
 def options() -> Iterator[Callable[[str], Options]]:
-    """Of a target; one interpreter for all artifacts of one."""
-    started: dict[str, Interpreter] = {}
-
-    def get(target: str) -> Options:
-        if target not in started:
-            started[target] = Interpreter(WORKERS[target])
-        return Options(threads=1, interpreter=started[target])
-
-    yield get
-    for interpreter in started.values():
-        interpreter.close()
+    with options_by_target() as get:
+        yield get
 
 
 def baked(target: str, model: Model, recipe: Recipe, folder: Path, **more: Any) -> Path:

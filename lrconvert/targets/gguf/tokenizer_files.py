@@ -8,15 +8,13 @@ transformers (`PreTrainedTokenizerBase._from_pretrained`, 4.57 and 5).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lrconvert.checkpoint import read_json
-from lrconvert.checkpoint.base import MAX_TOKENIZER_BYTES
+from lrconvert.checkpoint.base import MAX_TOKENIZER_BYTES, read_json_source
 from lrconvert.errors import InputError
 
 MAX_TEMPLATE_BYTES = 4 * 2**20
@@ -52,17 +50,7 @@ class TokenizerFiles:
 
     def json(self, name: str, limit: int = MAX_TEMPLATE_BYTES) -> dict[str, Any] | None:
         source = self.side_files.get(name)
-        if source is None:
-            return None
-        if isinstance(source, Path):
-            return read_json(source, limit)
-        try:
-            value = json.loads(source)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{name}: not JSON ({error})") from error
-        if not isinstance(value, dict):
-            raise InputError(f"{name}: holds {type(value).__name__}; a JSON object is needed")
-        return value
+        return None if source is None else read_json_source(source, name, limit)
 
     def data(self, name: str, limit: int) -> bytes:
         source = self.side_files[name]

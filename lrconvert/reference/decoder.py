@@ -4,7 +4,8 @@
 One sequence at a time, no batch, nothing fused: every step is a line that can be held against the papers. Keys and
 values of a sequence are kept where that was asked for, and used where another begins with the same tokens under the
 same rotation (`prefix`). Attention is computed in chunks of queries, logits only at the positions wanted, so that 64k
-tokens fit a GPU. Weights are read layer by layer and kept while they fit `keep_bytes`.
+tokens fit a GPU. Weights are read layer by layer and kept while there is room: wide on a CPU; on a GPU as they are
+stored, where a wider copy costs nothing beside what is done with it.
 
 Shapes: n tokens, c hidden channels, h query heads, g key/value heads, d channels a head, v words.
 """
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
 MAX_SCORES = {"cpu": 2**22, "cuda": 2**27}
 MAX_LOGITS = 2**26
 MAX_SCORED = 2**24  # logits held at once where only losses are wanted
-KEEP_BYTES = 6 * 2**30
-PREFIX_BYTES = 2**30
+# What may be kept between passes: weights, and keys and values of sequences. On a GPU, parts of its memory.
+KEEP_BYTES, PREFIX_BYTES = 6 * 2**30, 2**30
+KEEP_PART, PREFIX_PART = 1 / 3, 1 / 4
 
 
 class Reference:
@@ -52,15 +54,18 @@ class Reference:
         stored_dtype: str | None = None,
         cache: torch.dtype | None = None,
         activation_block: int = 0,
-        keep_bytes: int = KEEP_BYTES,
+        keep_bytes: int | None = None,
     ) -> None:
         self.model, self.shape, self.rotation = model, model.shape, rotation
         self.device = torch.device(device)
         self.dtype = dtype or (torch.float64 if self.device.type == "cpu" else torch.float32)
         self._stored_dtype, self._cache, self._block = stored_dtype, cache, activation_block
         self._kept: dict[tuple[str, int | None, int | None], torch.Tensor] = {}
-        self._room = keep_bytes
-        self._prefixes = Prefixes(PREFIX_BYTES)
+        on_gpu = self.device.type == "cuda"
+        memory = torch.cuda.get_device_properties(self.device).total_memory if on_gpu else 0
+        weights, prefixes = (memory * KEEP_PART, memory * PREFIX_PART) if on_gpu else (KEEP_BYTES, PREFIX_BYTES)
+        self._room = weights if keep_bytes is None else keep_bytes
+        self._prefixes = Prefixes(int(prefixes))
         self.watch: Callable[[float], None] | None = None  # gets the part of a forward pass that is done
 
     # --- weights -----------------------------------------------------------------------------------------
@@ -78,21 +83,22 @@ class Reference:
 
     def _maybe(self, role: str, layer: int | None = None, expert: int | None = None) -> torch.Tensor | None:
         if (role, layer, expert) in self._kept:
-            return self._kept[role, layer, expert]
+            return self._kept[role, layer, expert].to(self.dtype)
         array = self.model.tensor(role, layer, expert)
         if array is None:
             return None
         if self._stored_dtype is not None:
             from lrconvert.checkpoint.base import numpy_dtype
 
-            array = array.astype(numpy_dtype(self._stored_dtype))
-        wide = array.astype(np.float64 if self.dtype == torch.float64 else np.float32)
-        tensor = torch.from_numpy(wide).to(self.device)
+            array = array.astype(numpy_dtype(self._stored_dtype), copy=False)
+        tensor = _on_device(array, self.device)
+        wide = tensor.to(self.dtype)
+        tensor = tensor if self.device.type == "cuda" else wide
         size = tensor.numel() * tensor.element_size()
         if size <= self._room:
             self._room -= size
             self._kept[role, layer, expert] = tensor
-        return tensor
+        return wide
 
     def _linear(self, x: torch.Tensor, role: str, layer: int, expert: int | None = None) -> torch.Tensor:
         weight, bias = self._weight(role, layer, expert), self._maybe(f"{role}_bias", layer, expert)
@@ -306,6 +312,14 @@ class Reference:
             mixed = weights.reshape(groups, -1, all_of) @ v[:, :all_of]
             out[:, start:end] = mixed.reshape(heads, end - start, width)
         return out
+
+
+def _on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The same numbers there. NumPy's bfloat16 is not PyTorch's: its bits are."""
+    is_bfloat16 = array.dtype.name == "bfloat16"
+    known = array.view(np.int16) if is_bfloat16 else array
+    tensor = torch.from_numpy(np.require(known, requirements=("C", "W"))).to(device)
+    return tensor.view(torch.bfloat16) if is_bfloat16 else tensor
 
 
 __all__ = ["FactorSet", "Reference", "Rotation"]

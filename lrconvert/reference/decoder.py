@@ -136,9 +136,7 @@ class Reference:
         sequences will begin as this one does.
         """
         wanted = np.arange(len(tokens)) if keep is None else np.asarray(keep, dtype=np.int64)
-        first = int(wanted.min(initial=len(tokens)))
-        x = self._hidden(tokens, positions, length, forgotten, first=first, remember=remember)
-        x = x[torch.as_tensor(wanted - (len(tokens) - len(x)), device=self.device)]
+        x = self._hidden(tokens, wanted, positions, length, forgotten, remember=remember)
         parts = [logits.double().cpu() for logits in self._answers(x, MAX_LOGITS)]
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # the runtime under test shares the GPU with the reference
@@ -148,7 +146,7 @@ class Reference:
     def losses(self, tokens: Sequence[int] | np.ndarray, judged: int) -> tuple[np.ndarray, np.ndarray]:
         """Of the last `judged` of `tokens`: the loss of each in nats (float64), and whether no other token was more
         likely. The sequence's length chooses the factor set."""
-        states = self._hidden(tokens, None, None, None)[-judged - 1 : -1]
+        states = self._hidden(tokens, np.arange(len(tokens) - judged - 1, len(tokens) - 1))
         targets = torch.as_tensor(np.asarray(tokens, dtype=np.int64)[-judged:], device=self.device)
         losses, preferred = [], []
         done = 0
@@ -163,31 +161,32 @@ class Reference:
     def _hidden(
         self,
         tokens: Sequence[int] | np.ndarray,
-        positions: Sequence[int] | np.ndarray | None,
-        length: int | Sequence[int] | np.ndarray | None,
-        forgotten: tuple[int, int] | None,
+        wanted: np.ndarray,
+        positions: Sequence[int] | np.ndarray | None = None,
+        length: int | Sequence[int] | np.ndarray | None = None,
+        forgotten: tuple[int, int] | None = None,
         *,
-        first: int = 0,
         remember: bool = False,
     ) -> torch.Tensor:
-        """What the last layer leaves of every token, [n, c], before the last norm; without some before the index
-        `first` where an earlier pass has read them."""
+        """What the last layer leaves of the tokens at the indices `wanted`, [len(wanted), c], before the last norm. The
+        other tokens are only attended to there; those that an earlier pass has read are not read again."""
         ids = np.asarray(tokens, dtype=np.int64)
         where = np.arange(len(ids)) if positions is None else np.asarray(positions, dtype=np.int64)
         lengths = np.broadcast_to(int(where.max()) + 1 if length is None else np.asarray(length), where.shape)
         past, layers, made = 0, list[Layer](), list[Layer]()  # what was read, and what is now
         read = self._read(ids, where, lengths) if forgotten is None else None
-        if read is not None and first > 0:
+        if read is not None:
             past, layers = self._prefixes.longest(read)
-            past = min(past, first)
+            past = min(past, int(wanted.min(initial=len(ids))))
         cos_sin = self._tables(where[past:], lengths[past:])
         times = self.shape.multipliers
         x = self._weight("embedding")[torch.as_tensor(ids[past:], device=self.device)] * times.embedding
         for layer in range(self.shape.layers):
             before = (layers[layer][0][:, :past], layers[layer][1][:, :past]) if past else None
             normed = self._norm(x, "attention_norm", layer)
-            mixed, seen = self._attention(normed, layer, cos_sin, forgotten, before)
-            x = x + times.residual * mixed
+            asked = torch.as_tensor(wanted - past, device=self.device) if layer == self.shape.layers - 1 else None
+            mixed, seen = self._attention(normed, layer, cos_sin, forgotten, before, asked)
+            x = (x if asked is None else x[asked]) + times.residual * mixed
             if remember and past < len(ids) // 2:  # most of it is new
                 made.append((seen[0].contiguous(), seen[1].contiguous()))
             x = x + times.residual * self._feed_forward(self._norm(x, "ffn_norm", layer), layer)
@@ -261,8 +260,10 @@ class Reference:
         cos_sin: tuple[torch.Tensor, torch.Tensor],
         forgotten: tuple[int, int] | None,
         before: Layer | None,
+        asked: torch.Tensor | None,
     ) -> tuple[torch.Tensor, Layer]:
-        """What tokens [n, c] take from those `before` and each other, and keys and values of all of them."""
+        """What tokens [n, c] take from those `before` and each other, and keys and values of all of them. `asked`:
+        indices of the tokens that take something, all of them by default."""
         shape, n = self.shape, len(x)
         q_width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         if ("qkv", layer) in self.model.roles:
@@ -276,10 +277,13 @@ class Reference:
             q, k = self._norm(q, "q_norm", layer), self._norm(k, "k_norm", layer)
         q, k = self.rotation.rotate(q, *cos_sin), self.rotation.rotate(k, *cos_sin)
         q, k, v = self._as_cached(q), self._as_cached(k), self._as_cached(v)
+        asked = torch.arange(n, device=self.device) if asked is None else asked
+        own, q = asked, q[:, asked]
         if before is not None:
+            own = asked + before[0].shape[1]
             k, v = torch.cat([before[0], k], dim=1), torch.cat([before[1], v], dim=1)
         reach = shape.sliding[layer] if shape.sliding else 0
-        mixed = self._attend(q, k, v, forgotten, reach).transpose(0, 1).reshape(n, q_width)
+        mixed = self._attend(q, k, v, own, forgotten, reach).transpose(0, 1).reshape(len(own), q_width)
         return self._linear(mixed, "o", layer), (k, v)
 
     def _as_cached(self, x: torch.Tensor) -> torch.Tensor:
@@ -287,30 +291,36 @@ class Reference:
         return x if self._cache is None else x.to(self._cache).to(self.dtype)
 
     def _attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, forgotten: tuple[int, int] | None, reach: int
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        own: torch.Tensor,
+        forgotten: tuple[int, int] | None,
+        reach: int,
     ) -> torch.Tensor:
-        """Causal softmax attention, a chunk of queries at a time; query head j reads key head j // (h/g). A token sees
-        the last `reach` tokens, itself included; all where that is 0. Keys that have no query come first."""
+        """Causal softmax attention, a chunk of queries at a time; query head j reads key head j // (h/g). `own` are the
+        indices of the queries among the keys. A token sees the last `reach` tokens, itself included; all where that is
+        0."""
         heads, n, width = q.shape
-        groups, past = len(k), k.shape[1] - n
+        groups, most = len(k), MAX_SCORES.get(q.device.type, 2**22)
         q, k, v = q * (self.shape.multipliers.attention / width**0.5), k.transpose(1, 2).contiguous(), v.contiguous()
-        out = torch.empty_like(q)
-        rows = max(1, min(n, MAX_SCORES.get(q.device.type, 2**22) // (heads * (past + n))))
+        out, everyone = torch.empty_like(q), torch.arange(k.shape[2], device=q.device)
+        rows = max(1, min(n, most // (heads * len(everyone))))
         for start in range(0, n, rows):
-            end = min(start + rows, n)
-            all_of = past + end
-            grouped = q[:, start:end].reshape(groups, (heads // groups) * (end - start), width)
-            scores = (grouped @ k[:, :, :all_of]).reshape(heads, end - start, all_of)
-            future = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).triu(1)
-            scores[:, :, past + start :].masked_fill_(future, float("-inf"))
+            at = own[start : start + rows, None]
+            seen = int(at.max()) + 1
+            grouped = q[:, start : start + rows].reshape(groups, (heads // groups) * len(at), width)
+            scores = (grouped @ k[:, :, :seen]).reshape(heads, len(at), seen)
+            key = everyone[:seen]
+            hidden = key > at
             if reach:
-                own, other = (torch.arange(*ends, device=q.device) for ends in ((past + start, all_of), (0, all_of)))
-                scores.masked_fill_(own[:, None] - other >= reach, float("-inf"))
-            if forgotten is not None and end > forgotten[1]:
-                scores[:, max(forgotten[1] - start, 0) :, : forgotten[0]] = float("-inf")
-            weights = self._as_cached(torch.softmax(scores, dim=-1))
-            mixed = weights.reshape(groups, -1, all_of) @ v[:, :all_of]
-            out[:, start:end] = mixed.reshape(heads, end - start, width)
+                hidden |= at - key >= reach
+            if forgotten is not None:
+                hidden |= (at >= forgotten[1]) & (key < forgotten[0])
+            weights = self._as_cached(torch.softmax(scores.masked_fill_(hidden, float("-inf")), dim=-1))
+            mixed = weights.reshape(groups, -1, seen) @ v[:, :seen]
+            out[:, start : start + rows] = mixed.reshape(heads, len(at), width)
         return out
 
 

@@ -42,6 +42,8 @@ PIPED_SECONDS = 30.0  # between two lines of progress where no terminal shows a 
 @click.option("--plan", default="small", show_default=True, metavar="PLAN",
               help="The stages: a .toml file, or a built-in plan (paper, small, demo).")  # fmt: skip
 @click.option("--target", type=TOKENS, help="The window to reach, where it is less than the plan's: 512k.")
+@click.option("--on", metavar="RECIPE",
+              help="Begin with the sets and adapter of this recipe, not with the model as it is.")  # fmt: skip
 @click.option("--held-out", multiple=True, metavar="TEXT",
               help="Text to evaluate on, like --text; default: the last tenth of each text.")  # fmt: skip
 @click.option("--for", "runtime", type=Registered(lambda: SEARCHABLE),
@@ -71,6 +73,7 @@ def command(model: str, output: Path, dry_run: bool, **options: Any) -> None:
     \b
     lrconvert extend MODEL --text books/ -o recipes/my-model-2048k
     lrconvert extend MODEL --text books/ --plan plan.toml --until 2-tune -o recipes/my-model-256k
+    lrconvert extend MODEL --text books/ --on recipes/my-model-2048k --plan small-any --for any -o my-model-any
     """
     from lrconvert.extending.api import estimate_extension, extend
 

@@ -21,7 +21,7 @@ from lrconvert.evals.texts import Text, read_texts, sources_of
 from lrconvert.extending.fitting import check_memory
 from lrconvert.extending.plan import Evaluate, Plan, Recover, Search, Tune, load_plan
 from lrconvert.extending.run import Extension, Finished, check_name, extended_recipe
-from lrconvert.extending.task import ADAPTER, Task
+from lrconvert.extending.task import ADAPTER, Ground, Task
 from lrconvert.precision import long_name
 from lrconvert.progress import Progress, silent
 from lrconvert.recipe import RECIPE_FILE, Recipe, check_output, load_recipe, write_recipe
@@ -53,6 +53,7 @@ def extend(
     output: str | Path,
     plan: str | Path | Plan = "small",
     target: int | None = None,
+    on: str | Path | None = None,
     held_out: Sequence[str | Path] = (),
     until: str | None = None,
     again: str | None = None,
@@ -78,6 +79,8 @@ def extend(
         output: A folder for the recipe and the adapter. An existing one is replaced with `force` alone.
         plan: A plan's file, its name, or a `Plan`.
         target: The window to reach, in tokens, where it is less than the plan's: later stages are left out.
+        on: A recipe for `model` that is finished: the first stage begins with its sets, as `runtime` can express them,
+            and its adapter.
         until: The last stage to carry out. `again`: the first of those that are carried out although they are finished.
         work: The folder for what the stages leave; None: OUTPUT.work. The same call goes on from it.
         seed, runtime, device, dtype, attention, context_parallel, shard_weights: As for `search`. A recipe for a
@@ -92,8 +95,8 @@ def extend(
         UnsupportedError: A model quantised in a way that can't be read.
         EnvironmentFailure: PyTorch, PEFT or a GPU is missing, or a stage does not fit the memory.
     """
-    chosen = _plan(plan, target)
-    task, folder = _prepared(model, texts, output, chosen, held_out, work, seed, revision, force, progress, runtime,
+    chosen = _plan(plan, target, on)
+    task, folder = _prepared(model, texts, output, chosen, held_out, work, seed, revision, force, progress, runtime, on,
                                      device=device, dtype=dtype, attention=attention,
                                      context_parallel=context_parallel, shard_weights=shard_weights)  # fmt: skip
     for option, stage in (("--until", until), ("--from", again)):
@@ -112,6 +115,7 @@ def extend(
     path = _write(recipe, extension.recipe_file(done), folder, force) if whole and task.leading else None
     written = recipe if path is None else load_recipe(path)
     notes = (
+        *(() if task.on is None else task.on.dropped),
         *task.model.read_dequantised("the stages run on its dequantised weights"),
         *lifted_note(task.model, "an extension"),
     )
@@ -125,6 +129,7 @@ def estimate_extension(
     output: str | Path,
     plan: str | Path | Plan = "small",
     target: int | None = None,
+    on: str | Path | None = None,
     held_out: Sequence[str | Path] = (),
     work: str | Path | None = None,
     runtime: str | None = None,
@@ -135,8 +140,10 @@ def estimate_extension(
     """Time and memory of every stage of `extend` on this device. Nothing is written. Raises as `extend`."""
     from lrconvert.extending.estimate import estimate
 
-    chosen = _plan(plan, target)
-    task, _ = _prepared(model, texts, output, chosen, held_out, work, 0, revision, True, progress, runtime, **machine)
+    chosen = _plan(plan, target, on)
+    task, _ = _prepared(
+        model, texts, output, chosen, held_out, work, 0, revision, True, progress, runtime, on, **machine
+    )
     for module in ("torch", "transformers", "peft"):
         require(module, "train", "an extension")
     check_memory(chosen, task)
@@ -155,6 +162,7 @@ def _prepared(
     force: bool,
     progress: Progress | None,
     runtime: str | None,
+    on: str | Path | None,
     **machine: Any,
 ) -> tuple[Task, Path]:
     """The task of the whole extension, and its output: everything is checked, and nothing is loaded."""
@@ -163,7 +171,9 @@ def _prepared(
         raise UsageError(f"{folder}: an extension has an adapter beside its recipe", remedy="Name a folder")
     check_output(folder, force=force)
     opened = open_model(str(model), revision=revision)
-    _check(opened, plan)
+    able = SEARCHABLE[runtime] if runtime else CUSTOM_HF
+    ground = None if on is None else Ground.of(str(on), opened, able)
+    _check(opened, plan, ground)
     read, kept = _texts(opened, texts, held_out)
     check_texts(
         plan,
@@ -174,8 +184,7 @@ def _prepared(
     if machine.get("dtype"):
         machine["dtype"] = long_name(machine["dtype"])
     place = Path(work) if work is not None else folder.with_name(folder.name + ".work")
-    able = SEARCHABLE[runtime] if runtime else CUSTOM_HF
-    task = Task("", opened, str(model), read, kept, place, place, seed, able, machine, progress or silent)
+    task = Task("", opened, str(model), read, kept, place, place, seed, able, machine, progress or silent, ground)
     return task, folder
 
 
@@ -206,18 +215,22 @@ def check_texts(plan: Plan, window: int, texts: Sequence[int], held_out: Sequenc
         raise InputError("; ".join(problems), remedy="Give more text, or shorter lengths in the plan")
 
 
-def _plan(plan: str | Path | Plan, target: int | None) -> Plan:
+def _plan(plan: str | Path | Plan, target: int | None, on: str | Path | None) -> Plan:
     chosen = plan if isinstance(plan, Plan) else load_plan(plan)
+    if target is not None and on is not None:
+        raise UsageError(
+            "--target cuts a plan that begins with the model as it is, and --on begins with a recipe's sets"
+        )
     return chosen if target is None else chosen.up_to(target)
 
 
-def _check(model: Model, plan: Plan) -> None:
+def _check(model: Model, plan: Plan, on: Ground | None) -> None:
     found = model.rotation
     if found.scaled:
         raise InputError(
             f"{model.reference} already carries {found.kind} scaling", remedy="Extend the model it was made from"
         )
-    plan.check(found.original_window, f"plan {plan.name}")
+    plan.check(found.original_window, f"plan {plan.name}", None if on is None else on.recipe.tiers[-1].max_length)
 
 
 def _texts(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lrconvert.extending.plan import Derive, Evaluate, Plan, Recover, Search, Tune
+from lrconvert.extending.stages import MOST_WINDOWS
 from lrconvert.searching.objective import PARTS
 from lrconvert.searching.plan import default_budget
 from lrconvert.training.costs import Cost, forward_cost, pass_cost
@@ -35,7 +36,9 @@ def estimate(plan: Plan, task: Task) -> list[Estimate]:
     """Every stage's, in order. Loads the model twice: frozen, and trainable as the first fine-tuning stage has it."""
     forward, step = measured(plan, task)
     window, found = task.model.rotation.original_window, []
-    following = min((stage.window for stage in plan.stage if isinstance(stage, Derive | Search)), default=window)
+    reached = [stage.window for stage in plan.stage if isinstance(stage, Derive | Search)]
+    reached += [] if task.on is None else [tier.max_length for tier in task.on.recipe.tiers[1:]]
+    following = min(reached, default=window)
     for name, stage in zip(plan.names, plan.stage, strict=True):
         passes = PASSES[type(stage)](stage, window, following)
         cost = step if isinstance(stage, Tune) else forward
@@ -66,7 +69,7 @@ def _tune(stage: Tune, window: int, following: int) -> Passes:
 
 
 def _recover(stage: Recover, window: int, following: int) -> Passes:
-    rows = stage.documents * (following // window)  # as many tokens as documents of the next window have
+    rows = stage.documents * min(following // window, MOST_WINDOWS)
     return [(window, (stage.budget or default_budget("guided", window, window)) * rows)]
 
 

@@ -196,9 +196,10 @@ class Plan:
                 kept.append(replace(stage, window=reach, **cut))
         return replace(self, stage=tuple(kept))
 
-    def problems(self, window: int) -> list[str]:
-        """What can't be carried out on a model with an original `window`, each with its key."""
-        found, reach = [], window
+    def problems(self, window: int, reach: int | None = None) -> list[str]:
+        """What can't be carried out on a model with an original `window`, each with its key. `reach`: the window of the
+        sets that it has already, with `--on`."""
+        found, reach = [], reach or window
         trained: Tune | None = None
         for number, stage in enumerate(self.stage):
             key = f"stage[{number}]"
@@ -234,9 +235,9 @@ class Plan:
                     found.append(f"{key} measures at {max(lengths)}; the sets before it reach {reach}")
         return found
 
-    def check(self, window: int, where: object) -> None:
+    def check(self, window: int, where: object, reach: int | None = None) -> None:
         """Raises `InputError` with all `problems`."""
-        if problems := self.problems(window):
+        if problems := self.problems(window, reach):
             raise InputError.collect(where, problems)
 
 

@@ -19,12 +19,13 @@ from typing import Any
 
 from lrconvert import __version__
 from lrconvert.checkpoint import describe_source
+from lrconvert.checkpoint.adapter import WEIGHTS
 from lrconvert.checkpoint.source import sha256_of
 from lrconvert.errors import EnvironmentFailure, InputError, UsageError
 from lrconvert.extending.plan import Evaluate, Plan
 from lrconvert.extending.stages import STAGES, Facts
-from lrconvert.extending.task import ADAPTER, Task
-from lrconvert.recipe import RECIPE_FILE, SCHEMA_VERSION, Provenance, Recipe, load_recipe, write_recipe
+from lrconvert.extending.task import ADAPTER, Ground, Task
+from lrconvert.recipe import RECIPE_FILE, SCHEMA_VERSION, Provenance, Recipe, load_recipe
 from lrconvert.rope import Tier, longrope_attention_factor
 
 RESULT, START = "result.json", "0-start"
@@ -136,8 +137,8 @@ class Extension:
     # --- the start ---------------------------------------------------------------------------------------
 
     def _start(self) -> Path:
-        """The recipe before all stages: the model as it is."""
-        model, shape = self.task.model, self.task.model.shape
+        """The recipe before all stages: the model as it is, or the recipe that it begins with."""
+        model, shape, on = self.task.model, self.task.model.shape, self.task.on
         window = model.rotation.original_window
         recipe = Recipe(
             schema_version=SCHEMA_VERSION,
@@ -147,11 +148,15 @@ class Extension:
             original_window=window,
             rope_theta=shape.theta,
             rotary_dim=shape.rotary_dim,
-            tiers=(Tier(window, (1.0,) * (shape.rotary_dim // 2), 0, self._attention(window)),),
+            tiers=(Tier(window, (1.0,) * (shape.rotary_dim // 2), 0, self._attention(window)),)
+            if on is None
+            else on.recipe.tiers,
             provenance=Provenance(kind="extended", method=self.plan.name),
         )
         if self.task.leading:
-            return write_recipe(recipe, self.work / START, force=True)
+            folder = self.work / START
+            replace(self.task, folder=folder).write(recipe, None if on is None else on.adapter)
+            return folder / RECIPE_FILE
         while not (written := self.work / START / RECIPE_FILE).is_file():
             time.sleep(WAIT)
         return written
@@ -166,7 +171,8 @@ class Extension:
         texts = [[text.sha256 for text in group] for group in (self.task.texts, self.task.held_out)]
         model = {key: source[key] for key in ("family", "config_sha256", "weights")}
         machine = {"dtype": self.task.machine.get("dtype"), "for": self.task.able.name}
-        return _digest({"format": FORMAT, "model": model, "texts": texts, "seed": self.task.seed, **machine})
+        on = {} if self.task.on is None else {"on": _described(self.task.on)}
+        return _digest({"format": FORMAT, "model": model, "texts": texts, "seed": self.task.seed, **machine, **on})
 
 
 def _facts(stage: Any, task: Task) -> Facts:
@@ -185,9 +191,11 @@ def _facts(stage: Any, task: Task) -> Facts:
 
 
 def extended_recipe(extension: Extension, done: list[Finished], name: str) -> Recipe:
-    """The recipe of an extension, with what every stage did and cost, and the last evaluation."""
-    recipe = load_recipe(extension.recipe_file(done))
-    stages = []
+    """The recipe of an extension, with what every stage did and cost, and the last evaluation. Stages of a recipe that
+    it began with come first."""
+    recipe, on = load_recipe(extension.recipe_file(done)), extension.task.on
+    earlier = () if on is None else on.recipe.provenance.stages
+    stages = [stage for stage in earlier if stage["options"]["kind"] != "evaluate"]
     for finished, stage in zip(done, extension.plan.stage, strict=False):
         evaluates = isinstance(stage, Evaluate)
         stages.append({"name": finished.name, "digest": finished.digest, "seconds": finished.seconds,
@@ -198,10 +206,21 @@ def extended_recipe(extension: Extension, done: list[Finished], name: str) -> Re
     provenance = Provenance(
         kind="extended",
         method=extension.plan.name,
-        search={"seed": task.seed, "texts": [text.record() for text in task.texts], "code": f"lrconvert {__version__}"},
+        search={
+            "seed": task.seed,
+            "texts": [text.record() for text in task.texts],
+            "code": f"lrconvert {__version__}",
+            **({} if on is None else {"on": on.recipe.name}),
+        },
         stages=tuple(stages),
     )
     return replace(recipe, name=name, provenance=provenance, evaluation=evaluations[-1] if evaluations else None)
+
+
+def _described(on: Ground) -> dict[str, Any]:
+    """A recipe that an extension begins with: all that its stages see of it."""
+    adapter = None if on.adapter is None else sha256_of(on.adapter / WEIGHTS)
+    return {"tiers": [asdict(tier) for tier in on.recipe.tiers], "adapter": adapter}
 
 
 def _digest(values: Any) -> str:

@@ -26,6 +26,7 @@ from lrconvert.training.keys import KeyMaker, training_form
 from lrconvert.training.rows import RowOptions, StepRows, make_row
 
 Facts = dict[str, Any]
+MOST_WINDOWS = 64  # that an evaluation of the original window's set reads
 
 
 # --- derive ----------------------------------------------------------------------------------------------
@@ -77,7 +78,7 @@ def recover(stage: Recover, task: Task) -> Facts:
     return _search(
         task,
         short.max_length,
-        target=following.max_length,
+        target=min(following.max_length, MOST_WINDOWS * short.max_length),
         tiers=("short",),
         start_tokens=False,
         budget=stage.budget,

@@ -13,6 +13,7 @@ from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.adapter import choose_adapter, merged, open_adapter
 from lrconvert.checkpoint.tokenizer import Encode, tokenizer_of
 from lrconvert.engines.capability import CUSTOM_HF, Capability
+from lrconvert.errors import InputError
 from lrconvert.evals.texts import Text
 from lrconvert.progress import Progress, Step, silent
 from lrconvert.recipe import Recipe, load_recipe, recipe_folder, write_recipe
@@ -23,11 +24,37 @@ ADAPTER, JOURNAL = "adapter", "journal.jsonl"
 
 
 @dataclass(frozen=True)
+class Ground:
+    """A finished recipe that an extension begins with: its sets as the runtime can express them, and its adapter."""
+
+    recipe: Recipe
+    adapter: Path | None
+    dropped: tuple[str, ...] = ()  # what the runtime can't express, in words
+
+    @classmethod
+    def of(cls, reference: str, model: Model, able: Capability) -> Ground:
+        """Raises `InputError` for a recipe of another model, or an adapter that is not there."""
+        recipe = load_recipe(reference)
+        spec = model.resolve(recipe)
+        if recipe.original_window != model.rotation.original_window:
+            raise InputError(
+                f"{reference} is for an original window of {recipe.original_window}; {model.reference} has "
+                f"{model.rotation.original_window}"
+            )
+        fitted, dropped = replace(able, once=False, first_only=False).fit(spec)
+        chosen = choose_adapter(None, recipe.adapter, recipe_folder(reference))
+        if chosen is not None and not Path(chosen).is_dir():
+            raise InputError(f"{reference}: its adapter, {chosen}, is not beside it", remedy="Download it first")
+        return cls(replace(recipe, tiers=fitted.tiers), None if chosen is None else Path(chosen), tuple(dropped))
+
+
+@dataclass(frozen=True)
 class Task:
     """What a stage works on.
 
     `before` is the recipe file of the stage before it, `folder` its own. `texts` are for searching and training,
-    `held_out` for evaluation alone. `machine` has device, dtype, attention, context_parallel and shard_weights.
+    `held_out` for evaluation alone. `machine` has device, dtype, attention, context_parallel and shard_weights. `on` is
+    the recipe that the first stage begins with, as its runtime can express it, where that is not the model as it is.
     """
 
     name: str
@@ -41,6 +68,7 @@ class Task:
     able: Capability = CUSTOM_HF  # what the recipe is for: sets that it can't express are not made
     machine: dict[str, Any] = field(default_factory=dict)
     progress: Progress = silent
+    on: Ground | None = None
 
     @property
     def leading(self) -> bool:

@@ -38,6 +38,11 @@ class Budget:
     alone: int = SPREAD_TOKENS
     prompt: int = 2048
 
+    def at_most(self, tokens: int) -> Budget:
+        """The same with no longer sequences; a spread one always fits."""
+        tokens = max(tokens, SPREAD_TOKENS)
+        return replace(self, dense=min(self.dense, tokens), decode=min(self.decode, tokens))
+
     def most(self, accepts: Accepts) -> int:
         """Tokens of the longest prompt. What can't be spread is read whole, also where only sides are asked."""
         return CPU.dense if self.sides and accepts.positions == "none" else max(self.dense, SPREAD_TOKENS)

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from lrconvert.artifact.checks import Row
 from lrconvert.checkpoint.folder_code import remedy
 from lrconvert.errors import UnsupportedError
+from lrconvert.families import ModelShape
 from lrconvert.parity.cases import CPU, GPU, GPU_FLOAT32, QUICK, Budget
 from lrconvert.runtimes import runtime_for
 from lrconvert.runtimes.backend import Backend, OpenOptions
@@ -17,6 +19,7 @@ from lrconvert.runtimes.backend import Backend, OpenOptions
 Profile = Literal["quick", "full"]
 PROFILES: tuple[Profile, ...] = ("quick", "full")
 UNLIMITED = Budget(dense=2**31, decode=2**31, alone=2**31)
+ROOM = 0.3  # of a GPU's memory that the scores of a layer, or a cache, may take
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Options(OpenOptions):
     full: bool = False
     files_only: bool = False
     records: bool = True  # the report and the digests go into the manifest
+    most: int | None = None  # tokens of consecutive positions that the model has room for on the device
 
     @property
     def quick(self) -> bool:
@@ -45,7 +49,28 @@ class Options(OpenOptions):
             return QUICK
         if self.device == "cpu":
             return CPU
-        return GPU_FLOAT32 if self.dtype == "float32" else GPU
+        budget = GPU_FLOAT32 if self.dtype == "float32" else GPU
+        return budget if self.most is None else budget.at_most(self.most)
+
+    def fitted(self, shape: ModelShape) -> Options:
+        """The same, with no more consecutive tokens than a model of this shape has room for on a GPU."""
+        if not self.device.startswith("cuda"):
+            return self
+        import torch
+
+        number = torch.device(self.device).index or 0
+        if number >= torch.cuda.device_count():  # who computes there says so
+            return self
+        memory = torch.cuda.get_device_properties(number).total_memory
+        return replace(self, most=room(shape, int(ROOM * memory), self.dtype))
+
+
+def room(shape: ModelShape, memory: int, dtype: str) -> int:
+    """Tokens whose attention fits `memory` bytes: in float32 runtimes keep a layer's whole matrix of scores, in
+    narrower types only keys and values, of all layers."""
+    if dtype == "float32":
+        return math.isqrt(memory // (4 * shape.heads))
+    return memory // (2 * 2 * shape.layers * shape.kv_heads * shape.head_dim)
 
 
 def chosen_backends(artifact: Path, target: str, options: Options) -> list[Backend]:

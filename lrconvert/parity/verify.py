@@ -74,6 +74,7 @@ def verify(
     if manifest is None and recipe is None:
         raise UsageError("--against needs --recipe where the artifact has no manifest")
     model, notes = _source(artifact, target, manifest, against)
+    options = options.fitted(model.shape)
     notes = [*notes, *model.read_dequantised("its dequantised weights are what the artifact is compared with")]
     chosen = _recipe(artifact, manifest, recipe)
     if manifest is not None:

@@ -22,6 +22,7 @@ from lrconvert.errors import InputError
 
 TRAINING_FORM = DATA / "training_keys.json"
 Tokens = NDArray[np.int64]
+ALIKE = 0.5  # of the texts that are made have all their keys in one sentence
 
 
 class _Written(BaseModel):
@@ -92,15 +93,19 @@ class KeyMaker:
         self.form, self._encode = form, encode
 
     def make(self, count: int, rng: np.random.Generator) -> list[Key]:
-        """`count` keys with different labels, in any sentence of the form. Raises `InputError` for too few labels."""
+        """`count` keys with different labels, in any sentence of the form; every other time all in the same one, where
+        the labels alone tell them apart. Raises `InputError` for too few labels."""
         form = self.form
         if count > len(form.labels):
             raise InputError(f"{count} keys need as many labels; the form has {len(form.labels)}")
         labels = rng.permutation(len(form.labels))[:count]
-        return [self._key(form.labels[label], rng) for label in labels]
+        sentences = form.sentences
+        if len(sentences) > 1 and rng.random() < ALIKE:
+            sentences = (sentences[rng.integers(len(sentences))],)
+        return [self._key(form.labels[label], sentences, rng) for label in labels]
 
-    def _key(self, label: str, rng: np.random.Generator) -> Key:
-        sentence = self.form.sentences[rng.integers(len(self.form.sentences))].replace("{label}", label)
+    def _key(self, label: str, sentences: Sequence[str], rng: np.random.Generator) -> Key:
+        sentence = sentences[rng.integers(len(sentences))].replace("{label}", label)
         question, _, end = sentence.partition("{key}")
         digits = "".join(str(digit) for digit in rng.integers(0, 10, self.form.digits))
         asked, answer = split_answer(self._encode, question, digits)

@@ -185,7 +185,8 @@ def test_built_in_plans_are_plans(name: str) -> None:
     """Each for the window of the model that it is made for, or for one of 8k or 4k."""
     plan = load_plan(name)
     assert plan.name == name
-    assert any(plan.problems(window) == [] for window in (4096, 8192)), plan.problems(4096)
+    reach = 2**21 if name.endswith(("-far", "-any")) else None  # these begin with a recipe's sets
+    assert any(plan.problems(window, reach) == [] for window in (4096, 8192)), plan.problems(4096, reach)
     assert plan.target >= 2**20 and any(isinstance(stage, Tune) for stage in plan.stage)
     assert any(isinstance(stage, Search | Derive) for stage in plan.stage)
 

@@ -138,8 +138,8 @@ def mistake(
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """In Markdown: a row for each artifact."""
     lines = [
-        "| model | layers | recipe, window | artifact | bake | verify | cases | longest consecutive | closest to its bound "
-        "| mistakes caught |",
+        "| model | layers | recipe, window | artifact | bake | verify | cases | longest consecutive "
+        "| closest to its bound | mistakes caught |",
         "|---|---:|---|---|---:|---:|---:|---:|---|---:|",
     ]
     for row in rows:

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A finished extension as a shipped recipe with its record.
 
-    python benchmarks/extension_record.py OUT --name NAME [--method PLAN] [--also OTHER]
+    python benchmarks/extension_record.py OUT --name NAME [--method PLAN] [--on NAME] [--also OTHER]
+        [--base PERPLEXITY.json]
 
-OUT is the recipe that `lrconvert extend -o OUT` wrote, OUT.work beside it. OTHER is another such recipe, of the same
-stages but for the evaluation: what it measured is added. Written: recipes/NAME with recipe and adapter (its README is
-written by hand), results/search/recipes/NAME-STAGE.journal.jsonl of every search, results/extension-NAME.json (stages,
-logs, measurements), -NAME.png, and the table on the terminal, to be put into the README.
+OUT is the recipe that `lrconvert extend -o OUT` wrote, OUT.work beside it. Stages of a recipe that it began with are in
+the work folder of that one, or in a record that is kept already; `--on` is the name that it is shipped under. OTHER is
+another such recipe, of the same stages but for the evaluation: what it measured is added. `--base` is a measurement of
+the model before. Written: recipes/NAME with recipe and adapter (its README is written by hand),
+results/search/recipes/NAME-STAGE.journal.jsonl of every search, results/extension-NAME.json (stages, logs,
+measurements), -NAME.png, and the table on the terminal, to be put into the README.
 """
 
 from __future__ import annotations
@@ -38,20 +41,24 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--name", required=True)
     parser.add_argument("--method", help="the plan's name, where the run's own file had another")
+    parser.add_argument("--on", help="the name of the recipe that it began with")
     parser.add_argument("--also", type=Path)
+    parser.add_argument("--base", type=Path)
     options = parser.parse_args()
-    recipe = named(load_recipe(options.out), options.name, options.method)
+    recipe = named(load_recipe(options.out), options.name, options.method, options.on)
     if options.also:
         recipe = with_measurements(recipe, load_recipe(options.also))
+    if options.base:
+        recipe = with_base(recipe, json.loads(options.base.read_text()))
     shipped = RECIPES / options.name
     write_recipe(recipe, shipped, force=True)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (shipped / ADAPTER).mkdir(exist_ok=True)
         shutil.copyfile(options.out / ADAPTER / name, shipped / ADAPTER / name)
-    work = options.out.with_name(options.out.name + ".work")
     record = {"date": date.today().isoformat(),
               "command": f"lrconvert extend … --plan {recipe.provenance.method} -o {options.name}",
-              "stages": [stage_record(stage, work, options.name) for stage in recipe.provenance.stages or ()],
+              "stages": [stage_record(stage, options.out.parent, options.name)
+                         for stage in recipe.provenance.stages],
               "evaluation": recipe.evaluation}  # fmt: skip
     (RESULTS / f"extension-{options.name}.json").write_text(json.dumps(record, indent=1) + "\n")
     assert recipe.evaluation is not None
@@ -60,9 +67,13 @@ def main() -> None:
     print(table(measured))
 
 
-def named(recipe: Recipe, name: str, method: str | None) -> Recipe:
+def named(recipe: Recipe, name: str, method: str | None, on: str | None) -> Recipe:
     origin = recipe.provenance
-    return replace(recipe, name=name, provenance=replace(origin, method=method or origin.method))
+    search = {key: value for key, value in (origin.search or {}).items() if key != "on"} | ({"on": on} if on else {})
+    stages = tuple({**stage, "name": f"{number}-{stage['options']['kind']}"}
+                   for number, stage in enumerate(origin.stages, 1))  # fmt: skip
+    return replace(recipe, name=name, provenance=replace(origin, method=method or origin.method, search=search,
+                                                            stages=stages))  # fmt: skip
 
 
 def with_measurements(recipe: Recipe, other: Recipe) -> Recipe:
@@ -74,11 +85,29 @@ def with_measurements(recipe: Recipe, other: Recipe) -> Recipe:
     return replace(recipe, evaluation={**recipe.evaluation, "measured": measured})
 
 
-def stage_record(stage: dict[str, Any], work: Path, name: str) -> dict[str, Any]:
-    """The stage as the recipe has it, with its log; its journal is copied."""
-    folder = work / f"{stage['name']}-{stage['digest'][:8]}"
+def with_base(recipe: Recipe, measured: dict[str, Any]) -> Recipe:
+    """With the perplexity of the model before its extension."""
+    assert recipe.evaluation is not None
+    base = {f"base perplexity@{recipe.original_window}": measured}
+    return replace(recipe, evaluation={**recipe.evaluation, "measured": {**recipe.evaluation["measured"], **base}})
+
+
+def is_kept(journal: Path) -> bool:
+    """Whether it is there already: another recipe began with this stage."""
+    return any(path.read_bytes() == journal.read_bytes() for path in JOURNALS.glob("*.journal.jsonl"))
+
+
+def stage_record(stage: dict[str, Any], beside: Path, name: str) -> dict[str, Any]:
+    """The stage as the recipe has it, with its log; its journal is copied. Of a stage whose work folder is not among
+    those `beside` the recipe, what a kept record says."""
+    found = [path.parent for path in beside.glob(f"*.work/*-{stage['digest'][:8]}/{RESULT}")]
+    if not found:
+        records = [json.loads(path.read_text()) for path in RESULTS.glob("extension-*-2048k*.json")]
+        kept = [old for record in records for old in record["stages"] if old["digest"] == stage["digest"]]
+        return {**kept[0], "name": stage["name"]}
+    folder = found[0]
     assert json.loads((folder / RESULT).read_text())["digest"] == stage["digest"]
-    if (folder / JOURNAL).is_file():
+    if (folder / JOURNAL).is_file() and not is_kept(folder / JOURNAL):
         shutil.copyfile(folder / JOURNAL, JOURNALS / f"{name}-{stage['name']}.journal.jsonl")
     log = (folder / LOG).read_text().splitlines() if (folder / LOG).is_file() else []
     return {**stage, "log": [json.loads(line) for line in log[::EVERY]]} if log else stage

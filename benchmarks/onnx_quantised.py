@@ -160,7 +160,7 @@ def perplexity(logits: np.ndarray, tokens: list[int]) -> float:
 def activations(model: Model, recipe: Recipe, folder: Path, lengths: list[int]) -> Iterator[dict[str, Any]]:
     spec = model.resolve(recipe)
     exact = ReferenceRunner(on_stored_weights(model, OnnxCheckpoint(folder)))
-    predicted = exact.rounded(BACKEND.rounding(folder, OPTIONS))
+    predicted = exact.rounded(BACKEND.rounding(folder, OPTIONS, "INT8"))
     with closing(BACKEND.open(folder, OPTIONS)) as session:
         for length in lengths:
             case = Case(f"{length}", "forward", (length,), spread=length > SPREAD_TOKENS)

@@ -18,11 +18,12 @@ from lrconvert.evals.retrieval import PROTOCOL as RETRIEVAL
 from lrconvert.evals.retrieval import evaluation_keys, measure_retrieval
 from lrconvert.extending.plan import Evaluate
 from lrconvert.extending.task import Task
+from lrconvert.rope import Tier
 from lrconvert.training.keys import LabelledForm
 from lrconvert.training.loaded import LoadedModel
 
 MEASURED = "measured.json"
-BASE, EXTENDED = "base", "extended"  # the model before its extension, under its own set, and after it
+BASE, EXTENDED = "base", "extended"  # the model before its extension, rotated plainly, and after it
 Measure = Callable[[LoadedSession], Any]
 
 
@@ -36,9 +37,8 @@ def evaluate(stage: Evaluate, task: Task) -> dict[str, Any]:
             continue
         task.say(key, number, len(measures))
         if session is None or loaded != model:
-            weights, tiers = (
-                (task.model, task.recipe.tiers[:1]) if model == BASE else (task.trained(), task.recipe.tiers)
-            )
+            plain = Tier(task.recipe.original_window, (1.0,) * (task.recipe.rotary_dim // 2))
+            weights, tiers = (task.model, (plain,)) if model == BASE else (task.trained(), task.recipe.tiers)
             session, loaded = None, model  # the one before goes away first
             session = LoadedSession(LoadedModel(weights, **task.loading), tiers)
         kept[key] = measure(session)

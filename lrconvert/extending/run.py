@@ -192,14 +192,14 @@ def _facts(stage: Any, task: Task) -> Facts:
 
 def extended_recipe(extension: Extension, done: list[Finished], name: str) -> Recipe:
     """The recipe of an extension, with what every stage did and cost, and the last evaluation. Stages of a recipe that
-    it began with come first."""
+    it began with come first, and the numbers in the names go on."""
     recipe, on = load_recipe(extension.recipe_file(done)), extension.task.on
     earlier = () if on is None else on.recipe.provenance.stages
     stages = [stage for stage in earlier if stage["options"]["kind"] != "evaluate"]
     for finished, stage in zip(done, extension.plan.stage, strict=False):
         evaluates = isinstance(stage, Evaluate)
-        stages.append({"name": finished.name, "digest": finished.digest, "seconds": finished.seconds,
-                       "peak_memory": finished.memory, "options": asdict(stage),
+        stages.append({"name": f"{len(stages) + 1}-{stage.kind}", "digest": finished.digest,
+                       "seconds": finished.seconds, "peak_memory": finished.memory, "options": asdict(stage),
                        **({} if evaluates else {"facts": finished.facts})})  # fmt: skip
     evaluations = [finished.facts for finished in done if finished.name.endswith("-evaluate")]
     task = extension.task

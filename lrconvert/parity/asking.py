@@ -62,7 +62,7 @@ def ask_backend(run: Run, questions: Questions, reference: ReferenceRunner) -> N
         return
     with closing(session):
         report.runtimes[backend.name] = session.info
-        rounding = backend.rounding(run.artifact, options)
+        rounding = backend.rounding(run.artifact, options, questions.dtype)
         opened = Opened(run.artifact, backend, session, questions.spec, reference, questions.dtype, rounding)
         _ask(run, questions, opened)
         report.notes += rounding_notes((row for row in report.rows if row.code == backend.name), opened)

@@ -48,6 +48,7 @@ class ReferenceRunner:
             stored_dtype=stored_dtype,
             cache=torch.float16 if rounding is not None and rounding.cache == "f16" else None,
             activation_block=0 if rounding is None else rounding.activations,
+            results=None if rounding is None or rounding.results == "float32" else getattr(torch, rounding.results),
         )
         self._reference.watch = watch
         self._rounded: dict[Rounding, ReferenceRunner] = {}

@@ -41,7 +41,8 @@ class Reference:
     `stored_dtype` (a safetensors name) rounds the weights to what an artifact stores before they are widened,
     so that the artifact is not blamed for a rounding that the user asked for. `cache` rounds both sides of attention's
     products as a cache of that type does; `activation_block` what weights are multiplied with, as programs that
-    multiply integers do: to 8 bits, so many channels with one scale (0: not at all).
+    multiply integers do: to 8 bits, so many channels with one scale (0: not at all). `results` rounds all that is
+    computed to that type, step by step.
     """
 
     def __init__(
@@ -54,12 +55,14 @@ class Reference:
         stored_dtype: str | None = None,
         cache: torch.dtype | None = None,
         activation_block: int = 0,
+        results: torch.dtype | None = None,
         keep_bytes: int | None = None,
     ) -> None:
         self.model, self.shape, self.rotation = model, model.shape, rotation
         self.device = torch.device(device)
         self.dtype = dtype or (torch.float64 if self.device.type == "cpu" else torch.float32)
-        self._stored_dtype, self._cache, self._block = stored_dtype, cache, activation_block
+        self._stored_dtype, self._block, self._results = stored_dtype, activation_block, results
+        self._cache = results if cache is None else cache
         self._kept: dict[tuple[str, int | None, int | None], torch.Tensor] = {}
         on_gpu = self.device.type == "cuda"
         memory = torch.cuda.get_device_properties(self.device).total_memory if on_gpu else 0
@@ -102,7 +105,11 @@ class Reference:
 
     def _linear(self, x: torch.Tensor, role: str, layer: int, expert: int | None = None) -> torch.Tensor:
         weight, bias = self._weight(role, layer, expert), self._maybe(f"{role}_bias", layer, expert)
-        return functional.linear(self._multiplied(x), weight, bias)
+        return self._made(functional.linear(self._multiplied(x), weight, bias))
+
+    def _made(self, x: torch.Tensor) -> torch.Tensor:
+        """A result of a step, as it is written down."""
+        return _rounded(x, self._results)
 
     def _multiplied(self, x: torch.Tensor) -> torch.Tensor:
         """x [n, c] as products see it. Where they see 8 bits, the largest value of a block of channels is 127 steps."""
@@ -186,10 +193,10 @@ class Reference:
             normed = self._norm(x, "attention_norm", layer)
             asked = torch.as_tensor(wanted - past, device=self.device) if layer == self.shape.layers - 1 else None
             mixed, seen = self._attention(normed, layer, cos_sin, forgotten, before, asked)
-            x = (x if asked is None else x[asked]) + times.residual * mixed
+            x = self._made((x if asked is None else x[asked]) + times.residual * mixed)
             if remember and past < len(ids) // 2:  # most of it is new
                 made.append((seen[0].contiguous(), seen[1].contiguous()))
-            x = x + times.residual * self._feed_forward(self._norm(x, "ffn_norm", layer), layer)
+            x = self._made(x + times.residual * self._feed_forward(self._norm(x, "ffn_norm", layer), layer))
             if self.watch is not None:
                 self.watch((layer + 1) / self.shape.layers)
         if made and read is not None:
@@ -210,7 +217,7 @@ class Reference:
         head = self._weight("embedding") if self.shape.tied else self._weight("lm_head")
         bias = self._maybe("lm_head_bias")
         for part in x.split(max(1, most // head.shape[0])):
-            yield functional.linear(part, head, bias) * self.shape.multipliers.logits
+            yield self._made(functional.linear(part, head, bias)) * self.shape.multipliers.logits
 
     def _tables(self, where: np.ndarray, lengths: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of every token, of the set for its length."""
@@ -221,7 +228,7 @@ class Reference:
             rows = torch.as_tensor(np.flatnonzero(lengths == length), device=self.device)
             at = torch.as_tensor(where, device=self.device)[rows]
             cos[rows], sin[rows] = self.rotation.tables(at, factor_set, self.dtype)
-        return cos, sin
+        return self._made(cos), self._made(sin)
 
     def _norm(self, x: torch.Tensor, role: str, layer: int | None) -> torch.Tensor:
         if self.shape.norm == "layer":
@@ -229,7 +236,7 @@ class Reference:
         mean_square = x.square().mean(dim=-1, keepdim=True)
         x = x * torch.rsqrt(mean_square + self.shape.norm_eps) * self._weight(role, layer)
         bias = self._maybe(f"{role}_bias", layer)
-        return x if bias is None else x + bias
+        return self._made(x if bias is None else x + bias)
 
     def _feed_forward(self, x: torch.Tensor, layer: int) -> torch.Tensor:
         if self.shape.experts is None:
@@ -244,14 +251,14 @@ class Reference:
 
     def _expert(self, x: torch.Tensor, layer: int, expert: int) -> torch.Tensor:
         gate, up = (self._linear(x, role, layer, expert) for role in ("expert_gate", "expert_up"))
-        return self._linear(functional.silu(gate) * up, "expert_down", layer, expert)
+        return self._linear(self._made(functional.silu(gate) * up), "expert_down", layer, expert)
 
     def _mlp(self, x: torch.Tensor, layer: int) -> torch.Tensor:
         if ("gate_up", layer) in self.model.roles:
             gate, up = self._linear(x, "gate_up", layer).chunk(2, dim=-1)
         else:
             gate, up = self._linear(x, "gate", layer), self._linear(x, "up", layer)
-        return self._linear(functional.silu(gate) * up, "down", layer)
+        return self._linear(self._made(functional.silu(gate) * up), "down", layer)
 
     def _attention(
         self,
@@ -283,12 +290,12 @@ class Reference:
             own = asked + before[0].shape[1]
             k, v = torch.cat([before[0], k], dim=1), torch.cat([before[1], v], dim=1)
         reach = shape.sliding[layer] if shape.sliding else 0
-        mixed = self._attend(q, k, v, own, forgotten, reach).transpose(0, 1).reshape(len(own), q_width)
+        mixed = self._made(self._attend(q, k, v, own, forgotten, reach)).transpose(0, 1).reshape(len(own), q_width)
         return self._linear(mixed, "o", layer), (k, v)
 
     def _as_cached(self, x: torch.Tensor) -> torch.Tensor:
         """Rounded to the type of the cache: what is kept in it, and what is multiplied with that."""
-        return x if self._cache is None else x.to(self._cache).to(self.dtype)
+        return _rounded(x, self._cache)
 
     def _attend(
         self,
@@ -322,6 +329,10 @@ class Reference:
             mixed = weights.reshape(groups, -1, seen) @ v[:, :seen]
             out[:, start : start + rows] = mixed.reshape(heads, len(at), width)
         return out
+
+
+def _rounded(x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    return x if dtype is None else x.to(dtype).to(x.dtype)
 
 
 def _on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -60,17 +60,24 @@ class Accepts:
 ANYTHING = Accepts()
 
 
+# PyTorch's names of compute types whose every result is rounded, by the names that tolerances have for them.
+NARROW = {"bfloat16": "bfloat16", "BF16": "bfloat16", "float16": "float16", "F16": "float16"}
+
+
 @dataclass(frozen=True)
 class Rounding:
     """What a program rounds besides the results of float32 products: angles, keys and values in a cache of "f32" or
-    "f16", and what it multiplies weights with: to 8 bits in blocks of `activations` channels, 0 where it doesn't."""
+    "f16", and what it multiplies weights with: to 8 bits in blocks of `activations` channels, 0 where it doesn't.
+    `results`: the type of all that it computes, "float32" or a narrower one of PyTorch's."""
 
     angles: str
     cache: str = "f32"
     activations: int = 0
+    results: str = "float32"
 
     def __str__(self) -> str:
-        parts = ["float32" if self.angles == "float64" else "float32 angles"]
+        parts = [self.results] if self.angles == "float64" or self.results != "float32" else []
+        parts += [] if self.angles == "float64" else ["float32 angles"]
         parts += [f"a cache of {self.cache}"] if self.cache != "f32" else []
         parts += [f"activations of 8 bits in blocks of {self.activations}"] if self.activations else []
         return " and ".join(parts)
@@ -87,8 +94,8 @@ class Backend:
     rounding is so small that a bound sees every mistake; None: all. `tolerances`: rows by compute type and length, the
     first that fits counts; each bound is chosen against the mistakes that it has to catch. `angles`: how it makes them,
     "float64" or a name of `reference.rotation.ROUNDED`; `cached`: whether `OpenOptions.kv` is the type of its cache;
-    `activations`: how many channels share a scale where an artifact's products round them to 8 bits. What these three
-    cost, a case may be off beyond its row.
+    `activations`: how many channels share a scale where an artifact's products round them to 8 bits; `narrow`: whether
+    every result has the compute type. What these cost, a case may be off beyond its row.
     """
 
     name: str
@@ -103,14 +110,17 @@ class Backend:
     angles: Literal["float64", "product", "powers"] = "float64"
     cached: bool = False
     activations: Callable[[Path, OpenOptions], int] = lambda artifact, options: 0
+    narrow: bool = False
 
     def is_exact(self, dtype: str) -> bool:
         """Whether rounding in this compute type hides no mistake from a bound."""
         return self.exact_types is None or dtype in self.exact_types
 
-    def rounding(self, artifact: Path, options: OpenOptions) -> Rounding:
-        """How its arithmetic rounds in this artifact, with these options."""
-        return Rounding(self.angles, options.kv if self.cached else "f32", self.activations(artifact, options))
+    def rounding(self, artifact: Path, options: OpenOptions, dtype: str) -> Rounding:
+        """How its arithmetic rounds in this artifact, with these options, in a compute type."""
+        cache = options.kv if self.cached else "f32"
+        results = NARROW.get(dtype, "float32") if self.narrow else "float32"
+        return Rounding(self.angles, cache, self.activations(artifact, options), results)
 
     def tolerance(self, dtype: str, length: int) -> Tolerance:
         """How far from the reference a case of `length` tokens may be. `KeyError` for a type without a row."""

@@ -186,6 +186,7 @@ RUNTIME = Runtime(
             exact_types=("F32", "F16", "BF16"),
             tolerances=TOLERANCES,
             activations=_activations,
+            narrow=True,
         ),
     ),
     needs=(("onnx", "onnx"), ("onnxruntime", "onnx")),

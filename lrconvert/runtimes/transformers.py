@@ -110,7 +110,15 @@ RUNTIME = Runtime(
     name="transformers",
     runs=("hf",),
     backends=(
-        Backend("native", native_hf, _open(custom=False), NATIVE_TOLERANCES, refuses=refuses_native, angles="product"),
+        Backend(
+            name="native",
+            capability=native_hf,
+            open=_open(custom=False),
+            tolerances=NATIVE_TOLERANCES,
+            refuses=refuses_native,
+            angles="product",
+            narrow=True,
+        ),
         Backend(
             name="custom",
             capability=lambda family: CUSTOM_HF,
@@ -118,6 +126,7 @@ RUNTIME = Runtime(
             tolerances=CUSTOM_TOLERANCES,
             refuses=refuses_custom,
             needs_key="auto_map",
+            narrow=True,
         ),
     ),
     needs=(("torch", "hf"), ("transformers", "hf")),

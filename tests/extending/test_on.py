@@ -65,7 +65,7 @@ def test_a_recipe_is_trained_on(made: ExtendResult) -> None:
     far = max(float(np.abs(old[name].astype(np.float64) - new[name]).max()) for name in old)
     assert far < 0.1, "it went on from the recipe's adapter"  # fresh pairs differ by their random start
     names = [stage["name"] for stage in after.provenance.stages]
-    assert names == ["1-search", "2-tune", "3-search", "4-recover", "1-tune", "2-recover"]
+    assert names == ["1-search", "2-tune", "3-search", "4-recover", "5-tune", "6-recover"]
     assert after.provenance.search is not None and after.provenance.search["on"] == "made"
     assert [stage.name for stage in more.stages] == ["1-tune", "2-recover"]
 

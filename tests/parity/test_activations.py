@@ -45,7 +45,7 @@ def rows_of(report: Report, verdict: str | None = None) -> dict[str, Row]:
 
 
 def rounding_of(artifact: Path, device: str = "cpu") -> Rounding:
-    return onnxruntime.RUNTIME.backends[0].rounding(artifact, OpenOptions(device=device))
+    return onnxruntime.RUNTIME.backends[0].rounding(artifact, OpenOptions(device=device), "INT8")
 
 
 @pytest.mark.parametrize("dtype", ["int4", "int8"])

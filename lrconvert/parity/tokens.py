@@ -20,7 +20,7 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 from lrconvert.artifact.checks import Row
 from lrconvert.checkpoint import Checkpoint, read_json
 from lrconvert.checkpoint.base import MAX_TOKENIZER_BYTES
-from lrconvert.checkpoint.gguf_tokenizer import MAX_PIECE, PRE_TOKENIZERS, SPACE, PreTokenizer
+from lrconvert.checkpoint.gguf_tokenizer import MAX_PIECE, PRE_TOKENIZERS, SPACE, SPECIAL_TEXTS, PreTokenizer
 from lrconvert.errors import InputError, LrconvertError
 from lrconvert.parity.opened import Opened
 from lrconvert.runtimes.answers import AnswersTokens
@@ -73,6 +73,7 @@ STRINGS = (
     "\x00\x01\x1f\x7f",
     "\U0010ffff\ue000\ufffd",
     "<0x41> <|nothing|> </nope>\n[NONE] <<|",
+    "<b>x</s>> <EOT> [EOS]",
     "▁visible ▁▁ space",
 )  # fmt: skip
 OWN = 3  # of the model's added tokens, put into texts: the first, the last, one that is not special
@@ -97,8 +98,10 @@ def token_rows(opened: Opened) -> list[Row]:
     return tokenisation_of(opened.reference.model.checkpoint, session)
 
 
-def tokenisation(side_files: Mapping[str, Path | bytes], session: AnswersTokens) -> list[Row]:
-    """Awkward texts through llama.cpp and through the model's tokenizer.json.
+def tokenisation(
+    side_files: Mapping[str, Path | bytes], session: AnswersTokens, strings: Sequence[str] = STRINGS
+) -> list[Row]:
+    """Awkward texts, and some around the model's own added tokens, through llama.cpp and through its tokenizer.json.
 
     A row that passes for the texts that are equal, one that is `known` for those that llama.cpp can't do, and one
     that fails for all others.
@@ -111,7 +114,7 @@ def tokenisation(side_files: Mapping[str, Path | bytes], session: AnswersTokens)
         tokenizer = _loaded(content)
     except (InputError, ValueError, RecursionError) as error:
         return [Row(TOKENIZER, "strings", "skipped", reason=f"the model's tokenizer.json can't be used: {error}")]
-    texts = [*STRINGS, *_own_texts(content)]
+    texts = [*strings, *_own_texts(content)]
     try:
         found = session.tokenise(texts)
     except InputError as error:
@@ -120,8 +123,7 @@ def tokenisation(side_files: Mapping[str, Path | bytes], session: AnswersTokens)
     differing = [index for index, ids in enumerate(found) if ids != expected[index]]
     if not differing:
         return [Row(TOKENIZER, f"{len(texts)} strings", "pass")]
-    limits = [limit for limit in LIMITS if limit.applies(content)]
-    able = _encoded(_loaded(content, limits), texts)
+    limits, able = _able(content, texts, found)
     known = [index for index in differing if found[index] == able[index]]
     failed = [index for index in differing if found[index] != able[index]]
     rows = []
@@ -157,6 +159,22 @@ def _loaded(content: Json, limits: Sequence[Limit] = ()) -> Tokenizer:
 
 def _encoded(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     return [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+
+
+def _able(
+    content: Json, texts: Sequence[str], found: Sequence[Sequence[int]]
+) -> tuple[Sequence[Limit], list[list[int]]]:
+    """The limits that apply, and what they leave. Names of one way to split have limits of their own (`Limit.instead`):
+    those that `found` agrees with best are taken as a whole, so that texts can't choose one by one."""
+    applying = [limit for limit in LIMITS if limit.applies(content)]
+    choices = [[limit for limit in applying if limit.instead is None]]
+    choices += [
+        [limit for limit in applying if limit.reason != other.instead and (limit is other or limit.instead is None)]
+        for other in applying
+        if other.instead is not None
+    ]
+    made = [(chosen, _encoded(_loaded(content, chosen), texts)) for chosen in choices]
+    return max(made, key=lambda one: sum(ids == able for ids, able in zip(found, one[1], strict=True)))
 
 
 def _own_texts(content: Json) -> Iterator[str]:
@@ -201,6 +219,7 @@ class Limit:
     reason: str
     applies: Callable[[Json], bool]
     change: Callable[[Json], None]
+    instead: str | None = None  # the reason of the limit that another name of llama.cpp has this one in place of
 
 
 def _steps(part: Any, inner: str) -> list[Json]:
@@ -229,11 +248,8 @@ def _compose_not(content: Json) -> None:
     content["normalizer"] = None
 
 
-# The letters of tekken and gpt-4o by case, marks among them; and the ASCII ones that llama.cpp knows.
-_CASES = {
-    r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]": r"[\p{L}&&[^a-z]]",
-    r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]": r"[\p{L}&&[^A-Z]]",
-}
+# The letters of tekken and gpt-4o by case, marks among them, with the ASCII letters that llama.cpp leaves out.
+_CASES = {r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]": "a-z", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]": "A-Z"}
 
 
 def _expressions(content: Json) -> Iterator[Json]:
@@ -248,10 +264,15 @@ def _knows_cases(content: Json) -> bool:
     return any(_expressions(content))
 
 
-def _forget_cases(content: Json) -> None:
+def _forget_cases(content: Json, letters: str = r"\p{L}") -> None:
     for pattern in _expressions(content):
-        for letters, known in _CASES.items():
-            pattern["Regex"] = pattern["Regex"].replace(letters, known)
+        for known, others in _CASES.items():
+            pattern["Regex"] = pattern["Regex"].replace(known, rf"[[{letters}]&&[^{others}]]")
+
+
+def _splits_as_gpt4o(content: Json) -> bool:
+    pieces = _pieces(Tokenizer.from_str(json.dumps(content)).pre_tokenizer) if _knows_cases(content) else None
+    return pieces == _pieces(_pre_tokenizer(PRE_TOKENIZERS["gpt-4o"]))
 
 
 def _whole_words_without_a_name(content: Json) -> bool:
@@ -345,13 +366,38 @@ def _join_any_pair(content: Json) -> None:
     content["model"]["merges"] = [list(pair) for pair in _every_pair(content)]
 
 
+def _ordinary(content: Json) -> list[str]:
+    """Pieces that are special tokens for llama.cpp alone."""
+    added = {token["content"] for token in content.get("added_tokens") or []}
+    vocab = content["model"].get("vocab")
+    return sorted((SPECIAL_TEXTS & vocab.keys()) - added) if isinstance(vocab, dict) else []
+
+
+def _make_special(content: Json) -> None:
+    made: list[Json] = list(content.get("added_tokens") or [])
+    for text in _ordinary(content):
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        made.append({"id": content["model"]["vocab"][text], "content": text, "special": True, **flags})
+    content["added_tokens"] = sorted(made, key=lambda token: token["id"])
+
+
+_MARKS = (
+    "llama.cpp's expression for this pre-tokenizer has no class for combining marks, and knows small and capital "
+    "letters in ASCII only"
+)
 LIMITS = (
     Limit("tokenizer.json normalises text to NFC, llama.cpp doesn't", _composes, _compose_not),
+    Limit(_MARKS, _knows_cases, _forget_cases),
     Limit(
-        "llama.cpp's expression for this pre-tokenizer has no class for combining marks, and knows small and capital "
-        "letters in ASCII only",
-        _knows_cases,
-        _forget_cases,
+        "llama.cpp's expression for this pre-tokenizer knows small and capital letters in ASCII only",
+        _splits_as_gpt4o,
+        lambda content: _forget_cases(content, r"\p{L}\p{M}"),
+        instead=_MARKS,
+    ),
+    Limit(
+        "llama.cpp takes some texts for special tokens wherever they are pieces (</s>, <EOT>, …)",
+        lambda content: bool(_ordinary(content)),
+        _make_special,
     ),
     Limit(
         "llama.cpp has no name for this pre-tokenizer together with tokenizer.json's ignore_merges",

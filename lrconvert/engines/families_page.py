@@ -32,8 +32,9 @@ model computes, and that its family's table doesn't have, is refused by name (ex
 PART_TABLE = """
 ## Language models inside of larger ones
 
-`--text-only` of `hf`, `gguf` and `onnx` converts the language model of these. What belongs to other input is left out by
-name, and counted in the manifest (`source.part_of`). Without it they are refused. Their configs are recipes as they are.
+`--text-only` of `hf`, `gguf` and `onnx` converts the language model of these. What belongs to other input is left out
+by name, and counted in the manifest (`source.part_of`). Without it they are refused. Their configs are recipes as they
+are.
 
 | model | converted as | left out |
 | --- | --- | --- |
@@ -77,7 +78,7 @@ def _decoder(family: Family) -> str:
     roles = {row.role for row in family.rows}
     found = []
     if family.experts is not None:
-        found.append(f"experts ({family.experts.gating})")
+        found.append(f"experts ({family.experts.gating})" + (", one of them shared" if family.experts.shared else ""))
     found += ["layer norms"] if family.norm == "layer" else []
     found += ["norms of q and k"] if "q_norm" in roles else []
     if family.multipliers:

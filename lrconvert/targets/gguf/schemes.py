@@ -285,7 +285,7 @@ def tensor_type(scheme: Scheme, name: str, shape: tuple[int, ...], facts: MixFac
         return Type.F32
     if not scheme.quantised:
         return scheme.base
-    role = match["role"].replace("attn_qkv", "attn_v").removesuffix("_exps")
+    role = match["role"].replace("attn_qkv", "attn_v").removesuffix("_exps").removesuffix("_shexp")
     if role == _OUTPUT or (role == _EMBEDDING and facts.tied):
         wanted = scheme.output if _fits(scheme.base, shape) else Type.Q8_0
     else:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import Result, own_name, recipe_for
 from support.float64 import EXACT, by_reference, natively
-from support.gguf_files import Tensors, changed
+from support.gguf_files import Tensors, changed, contents, write_matrix
 from support.gguf_pico import make_pico
 from support.pico import pico_config, pico_tensors, write_pico
 from support.verifying import WORKERS, options_by_target, verify
@@ -250,6 +250,23 @@ def test_a_quantised_gguf_keeps_its_bytes(pico: Pico, tmp_path: Path) -> None:
     one, two = (each.checkpoint.encoded(name) for each in (first, second))
     assert one is not None and two is not None and one.type == two.type != "F32"
     np.testing.assert_array_equal(one.read(0, 64), two.read(0, 64))
+
+
+def test_an_importance_matrix_has_a_row_for_every_expert(pico: Pico, tmp_path: Path) -> None:
+    """What changes in one expert's row changes that expert's bytes, and no others."""
+    model = model_of(pico, "mixtral", hidden_size=256, intermediate_size=256, head_dim=64)
+    name, recipe, found = "blk.1.ffn_up_exps.weight", recipe_for(model, even=True), []
+    rows = np.random.default_rng(2).random((4, 256)).astype(np.float32) + 0.01
+    for number in range(2):
+        rows[2] = rows[2][::-1] ** (1 + 2 * number)
+        file = tmp_path / f"{number}.gguf"
+        write_matrix(file, {f"{name}.in_sum2": rows, f"{name}.counts": np.ones((4, 1), np.float32)})
+        artifact = baked("gguf", model, recipe, tmp_path / str(number), type="q4_k_s", imatrix=file)
+        found.append(contents(artifact)[1][name])
+    (kind, shape, one), (_, _, other) = found
+    assert (kind.name, shape) == ("Q4_K", (4, 256, 256))
+    parts = [slice(len(one) // 4 * expert, len(one) // 4 * (expert + 1)) for expert in range(4)]
+    assert [one[part] == other[part] for part in parts] == [True, True, False, True]
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])

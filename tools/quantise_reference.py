@@ -59,6 +59,7 @@ class ReferenceModel:
     ffn: int = 512
     rows: int = 3
     digests: bool = False
+    experts: int = 0  # in a layer, in one tensor for each of an MLP's products
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor's shape, in NumPy's order."""
@@ -67,6 +68,10 @@ class ReferenceModel:
         wide = dict.fromkeys((*attention, "attn_output", *mlp), (self.rows, self.hidden))
         layer = {f"{role}.weight": shape for role, shape in wide.items()}
         layer |= {"ffn_down.weight": (self.rows, self.ffn), "attn_norm.weight": (self.hidden,)}
+        if self.experts:
+            of_mlp = [name for name in layer if name.startswith("ffn_")]
+            stacked = {name.replace(".", "_exps."): (self.experts, *layer.pop(name)) for name in of_mlp}
+            layer |= {"ffn_gate_inp.weight": (self.experts, self.hidden), **stacked}
         if self.architecture == "llama":
             layer["attn_q.bias"] = (self.rows,)
         outer = ("token_embd.weight",) if self.tied else ("token_embd.weight", "output.weight")
@@ -90,6 +95,9 @@ MODELS = (
     ReferenceModel("llama-80", "llama", layers=80, heads=64, kv_heads=8, rows=2, ffn=256),
     ReferenceModel("llama-80-gqa2", "llama", layers=80, heads=64, kv_heads=32, rows=2, ffn=256),
     ReferenceModel("llama-80-gqa1", "llama", layers=80, heads=64, kv_heads=64, rows=2, ffn=256),
+    ReferenceModel("llama-4-experts", "llama", layers=17, heads=8, kv_heads=4, rows=2, digests=True, experts=4),
+    ReferenceModel("llama-8-experts", "llama", layers=32, heads=8, kv_heads=2, rows=2, ffn=256, experts=8),
+    ReferenceModel("llama-8-experts-tied", "llama", layers=9, heads=8, kv_heads=8, rows=2, tied=True, experts=8),
     ReferenceModel("phi3", "phi3", layers=32, heads=32, kv_heads=32, digests=True),
     ReferenceModel("phi3-gqa4", "phi3", layers=40, heads=40, kv_heads=10, tied=True),
     ReferenceModel("phi3-80", "phi3", layers=80, heads=64, kv_heads=8, rows=2, ffn=256),
@@ -110,17 +118,19 @@ def values(model: ReferenceModel, name: str, shape: tuple[int, ...]) -> np.ndarr
     return (0.02 * small + 0.2 * large**9).astype(np.float32).reshape(shape)
 
 
-def importance(model: ReferenceModel, name: str, columns: int) -> np.ndarray[Any, Any] | None:
-    """A tensor's row of the importance matrix: float32 [columns]. As in a real one, the embedding has none."""
+def importance(model: ReferenceModel, name: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any] | None:
+    """A tensor's row of the importance matrix, or one for each expert: float32 [1 or experts, columns]. As in a real
+    one, the embedding has none."""
     if not name.endswith(".weight") or name == "token_embd.weight":
         return None
+    experts = shape[0] if len(shape) == 3 else 1
     seed = zlib.crc32(f"{model.name} {name}".encode())
-    return (np.abs(_uniform(columns, seed, 2)) ** 3 + 1e-3).astype(np.float32)
+    return (np.abs(_uniform(experts * shape[-1], seed, 2)) ** 3 + 1e-3).astype(np.float32).reshape(experts, -1)
 
 
 def matrix(model: ReferenceModel) -> dict[str, np.ndarray[Any, Any]]:
     """The importance matrix of a model: what `importance` has for its tensors."""
-    rows = {name: importance(model, name, shape[-1]) for name, shape in model.shapes().items() if len(shape) > 1}
+    rows = {name: importance(model, name, shape) for name, shape in model.shapes().items() if len(shape) > 1}
     return {name: row for name, row in rows.items() if row is not None}
 
 
@@ -138,6 +148,9 @@ def write_model(model: ReferenceModel, path: Path) -> None:
     writer.add_rope_dimension_count(16)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(model.rows)
+    if model.experts:
+        writer.add_expert_count(model.experts)
+        writer.add_expert_used_count(2)
     for name, shape in model.shapes().items():
         writer.add_tensor(name, values(model, name, shape))
     writer.write_header_to_file()

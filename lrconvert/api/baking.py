@@ -37,16 +37,22 @@ def plan_bake(
     *,
     adapter: str | None = None,
     revision: str | None = None,
+    text_only: bool = False,
 ) -> Plan:
     """What baking `recipe` into `model` would write; nothing is written yet.
 
     `model`: a folder, a GGUF file, a Hub id (at `revision`), or a model that is open. `recipe`: a file, a folder or a
     shipped name; a config.json, a model or its Hub id, whose rotation it then is (`recipe.importing.open_recipe`); a
     recipe; None for the rotation that the model carries itself. `options`: the target's own, None for its defaults.
-    `adapter`: a LoRA adapter's folder or Hub id; None takes the recipe's, if it has one.
+    `adapter`: a LoRA adapter's folder or Hub id; None takes the recipe's, if it has one. `text_only`: of a model that
+    reads images or sound too, its language model.
     """
     row = get_target(target)
-    opened = model if isinstance(model, Model) else open_model(str(model), revision=revision, tolerant=row.repairs)
+    opened = (
+        model
+        if isinstance(model, Model)
+        else open_model(str(model), revision=revision, tolerant=row.repairs, text_only=text_only)
+    )
     loaded, folder, notes = _recipe(opened, recipe, getattr(options, "window", None))
     chosen = choose_adapter(adapter, loaded.adapter, folder)
     merged = None if chosen is None else open_adapter(chosen)
@@ -81,6 +87,7 @@ def hf(
     link: bool | None = None,
     force: bool = False,
     revision: str | None = None,
+    text_only: bool = False,
     progress: Progress | None = None,
 ) -> Artifact:
     """Bake a Hugging Face folder.
@@ -95,7 +102,7 @@ def hf(
     options = Options(
         window=window, dtype=dtype and short_name(dtype), portable=portable, lossy=lossy, lift=lift, pad=pad
     )
-    plan = plan_bake("hf", model, recipe, output, options, adapter=adapter, revision=revision)
+    plan = plan_bake("hf", model, recipe, output, options, adapter=adapter, revision=revision, text_only=text_only)
     return Artifact(plan.opens, bake(plan, force=force, link=link, progress=progress))
 
 
@@ -120,6 +127,7 @@ def gguf(
     library: str | None = None,
     force: bool = False,
     revision: str | None = None,
+    text_only: bool = False,
     progress: Progress | None = None,
 ) -> Artifact:
     """Bake a GGUF for llama.cpp; a GGUF as `model` is re-baked.
@@ -146,7 +154,7 @@ def gguf(
         lift=lift,
         pad=pad,
     )
-    plan = plan_bake("gguf", model, recipe, output, options, adapter=adapter, revision=revision)
+    plan = plan_bake("gguf", model, recipe, output, options, adapter=adapter, revision=revision, text_only=text_only)
     return Artifact(plan.opens, bake(plan, force=force, progress=progress))
 
 
@@ -166,6 +174,7 @@ def onnx(
     pad: bool = False,
     force: bool = False,
     revision: str | None = None,
+    text_only: bool = False,
     progress: Progress | None = None,
 ) -> Artifact:
     """Bake an ONNX folder.
@@ -177,5 +186,5 @@ def onnx(
     from lrconvert.targets.onnx import Options
 
     options = Options(window, short_name(dtype), attention, opset, double, genai_rewind, lift, pad)
-    plan = plan_bake("onnx", model, recipe, output, options, adapter=adapter, revision=revision)
+    plan = plan_bake("onnx", model, recipe, output, options, adapter=adapter, revision=revision, text_only=text_only)
     return Artifact(plan.opens, bake(plan, force=force, progress=progress))

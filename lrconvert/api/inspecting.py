@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lrconvert.artifact.manifest import Manifest, manifest_path
-from lrconvert.checkpoint import Checkpoint, Model, build_model, locate
+from lrconvert.checkpoint import Checkpoint, Model, build_model, language_part, locate
 from lrconvert.checkpoint.rope_config import FoundRope
 from lrconvert.engines.engine import Verdict
 from lrconvert.engines.table import assess
@@ -50,6 +50,7 @@ class Inspection:
     parameters: int = 0
     dtype: str = ""
     quantised: str | None = None
+    part_of: str | None = None  # the model_type of the larger model whose language model this is
     shape: dict[str, Any] = field(default_factory=dict)
     rope: FoundRope | None = None
     problems: tuple[str, ...] = ()
@@ -69,7 +70,7 @@ class Inspection:
         about = {"model": self.model, "family": self.family, "format": self.format}
         if self.foreign or self.rope is None:
             return {**about, "rope": {"words": self.words}, "graph": self.graph}
-        counted = ("tensors", "files", "bytes", "parameters", "dtype", "quantised", "shape")
+        counted = ("tensors", "files", "bytes", "parameters", "dtype", "quantised", "part_of", "shape")
         return {
             **about,
             **{name: getattr(self, name) for name in counted},
@@ -98,7 +99,8 @@ def inspect(model: str | Path, *, revision: str | None = None) -> Inspection:
                 reference, found.family, f"foreign {target.name}", found.words, foreign=True, graph=found.file
             )
     target = target_of(path)
-    opened = build_model(reference, target.open(path))
+    found, of_part = language_part(target.open(path))
+    opened = build_model(reference, found)
     checkpoint, rotation = opened.checkpoint, opened.rotation
     recipe = _as_recipe(opened, rotation)
     tensors, files = checkpoint.tensors, checkpoint.weight_files()
@@ -121,11 +123,13 @@ def inspect(model: str | Path, *, revision: str | None = None) -> Inspection:
         engines=_engines(opened, rotation),
         notes=[
             *opened.read_dequantised("its weights are read dequantised"),
+            *of_part,
             *opened.notes,
             *rotation.notes,
             *open_questions,
             *(recipe.warnings() if rotation.scaled else []),
         ],
+        part_of=None if checkpoint.part_of is None else str(checkpoint.part_of["model_type"]),
         targets={t.name: t.refuses(opened) for t in reversed(all_targets())} if checkpoint.tiers is None else {},
         manifest=_origin(checkpoint),
     )

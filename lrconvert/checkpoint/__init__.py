@@ -6,11 +6,13 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lrconvert.checkpoint.base import Checkpoint, Model, TensorInfo, read_json
 from lrconvert.checkpoint.folder import CONFIG, FolderCheckpoint
+from lrconvert.checkpoint.language_part import language_part
 from lrconvert.checkpoint.matching import build_model
 from lrconvert.checkpoint.source import describe_source
 from lrconvert.data import DATA
@@ -24,6 +26,7 @@ __all__ = [
     "build_model",
     "describe_source",
     "first_bytes",
+    "language_part",
     "locate",
     "locate_config",
     "names_hub_id",
@@ -41,10 +44,16 @@ _NOT_DOWNLOADED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpa
                    "original/*", "consolidated*"]  # fmt: skip
 
 
-def open_model(reference: str | Path, *, revision: str | None = None, tolerant: bool = False) -> Model:
+def open_model(
+    reference: str | Path, *, revision: str | None = None, tolerant: bool = False, text_only: bool | None = False
+) -> Model:
     """Open the model that `reference` names (`locate`). `tolerant`: also a GGUF file whose rope
-    scaling is broken, as an unscaled model with `rope_problems`."""
-    return build_model(str(reference), open_checkpoint(reference, revision=revision, tolerant=tolerant))
+    scaling is broken, as an unscaled model with `rope_problems`. `text_only`: the language model of a larger one;
+    None: where it is one (`language_part`)."""
+    found = open_checkpoint(reference, revision=revision, tolerant=tolerant)
+    checkpoint, notes = language_part(found, text_only)
+    model = build_model(str(reference), checkpoint)
+    return replace(model, notes=(*notes, *model.notes)) if notes else model
 
 
 def open_checkpoint(reference: str | Path, *, revision: str | None = None, tolerant: bool = False) -> Checkpoint:

@@ -108,6 +108,8 @@ class Checkpoint(ABC):
     dequantises: bool = False  # tensors of other types than floats are read as float32
     tiers: tuple[Tier, ...] | None = None  # what the checkpoint's own code computes, whatever its config says
     gguf: GgufHeader | None = None  # of a GGUF: metadata that a GGUF made from it carries on
+    # Of a language model inside of a larger one: that one's model_type, and how many tensors are left out, by pattern.
+    part_of: Mapping[str, Any] | None = None
     touched: frozenset[str] = frozenset()  # names of tensors that differ from what the files hold
     adapter: MergedAdapter | None = None  # merged into what is read
 
@@ -158,7 +160,7 @@ class CheckpointView(Checkpoint):
         self.quantised_with, self.families, self.rope_problems = base.quantised_with, base.families, base.rope_problems
         self.native, self.dequantises, self.dense_dtype = base.native, base.dequantises, base.dense_dtype
         self.outdated = base.outdated
-        self.gguf, self.adapter = base.gguf, base.adapter
+        self.gguf, self.adapter, self.part_of = base.gguf, base.adapter, base.part_of
 
     @property
     def tiers(self) -> tuple[Tier, ...] | None:  # type: ignore[override]

@@ -35,7 +35,7 @@ from lrconvert.families.multipliers import Multipliers
 # Roles whose rows carry a multiplier; biases add after the product, so they are multiplied too.
 CARRIERS = {
     "embedding": ("embedding",),
-    "residual": ("o", "o_bias", "down", "down_bias", "expert_down"),
+    "residual": ("o", "o_bias", "down", "down_bias", "expert_down", "shared_down"),
     "attention": ("q", "q_bias"),
     "logits": ("lm_head", "lm_head_bias"),
 }

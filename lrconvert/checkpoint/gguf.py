@@ -218,6 +218,10 @@ def _translate(family: Family, stored: Any) -> Iterator[tuple[str, tuple[GgufTen
             for expert, part in enumerate(_experts(tensor)):
                 yield row.hf.replace(LAYER, layer).replace(EXPERT, str(expert)), (part, row)
         elif row is not None:
+            if len(tensor.shape) == 1 and len(row.shape) == 2:
+                tensor = replace(
+                    tensor, shape=(1, *tensor.shape)
+                )  # a matrix of one row, which others write as a vector
             yield row.hf.replace(LAYER, layer), (tensor, row)
         else:
             yield f"{tensor.name} (in GGUF)", (tensor, None)

@@ -16,7 +16,7 @@ import numpy as np
 from lrconvert.checkpoint.gguf_header import GgufArray, GgufHeader, GgufTensor
 from lrconvert.errors import InputError, UnsupportedError
 from lrconvert.families import Family
-from lrconvert.families.base import GGUF_INTERLEAVED, GGUF_MULTIPLIERS, GGUF_STATED, GGUF_STEP35
+from lrconvert.families.base import GGUF_INTERLEAVED, GGUF_MULTIPLIERS, GGUF_STATED, GGUF_STEP35, GGUF_UNNORMALISED
 from lrconvert.rope import longrope_attention_factor
 
 SHORT, LONG, STATIC = "rope_factors_short.weight", "rope_factors_long.weight", "rope_freqs.weight"
@@ -150,7 +150,9 @@ def build_config(
         width = keys.get("expert_feed_forward_length", int) or ffn
         config |= {family.experts.ffn: width, family.experts.count: experts, family.experts.used: used}
         if family.experts.normalised is not None:
-            config[family.experts.normalised] = True  # as llama.cpp computes them
+            config[family.experts.normalised] = architecture not in GGUF_UNNORMALISED
+        if family.experts.shared is not None:
+            config[family.experts.shared] = keys.get("expert_shared_feed_forward_length", int) or ffn
     config |= _biases(family, tensors)
     config |= _multipliers(architecture, family, scales, {"layers": layers, "hidden": hidden, "head_dim": head_dim})
     keys.check()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lrconvert.checkpoint.gguf_header import GgufArray, GgufHeader
@@ -19,6 +19,17 @@ from lrconvert.errors import InputError, UnsupportedError, require
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
 MAX_PIECE = 512  # characters of a SentencePiece piece; the time to find its merges grows with the square
 SPACE = "\u2581"  # SentencePiece's visible space
+# Texts that llama.cpp takes for special tokens wherever a vocabulary has them, also as ordinary pieces: it gives them
+# that type when it loads a file ("control-looking token", src/llama-vocab.cpp, `llama_vocab::impl::load`, 2026).
+_SPECIAL = """
+    <|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|>
+    <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> <｜end▁of▁sentence｜>
+    <|fim_prefix|> <fim-prefix> <fim_prefix> <｜fim▁begin｜> <PRE> ▁<PRE> <|code_prefix|>
+    <|fim_suffix|> <fim-suffix> <fim_suffix> <｜fim▁hole｜> <SUF> ▁<SUF> <|code_suffix|>
+    <|fim_middle|> <fim-middle> <fim_middle> <｜fim▁end｜> <MID> ▁<MID> <|code_middle|>
+    <|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD] <|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame> <|file_sep|>
+"""
+SPECIAL_TEXTS = frozenset(_SPECIAL.split())
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -62,6 +73,14 @@ _GPT4O = PreTokenizer(
         rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_REST}",
     ),
 )
+_DEEPSEEK3 = PreTokenizer(
+    (
+        r"\p{N}{1,3}",
+        "[一-龥぀-ゟ゠-ヿ]+",
+        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+        rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_REST}",
+    ),
+)
 # llama.cpp's own fallback; no model was trained with it, but it is what files that say "default" run with.
 _DEFAULT = PreTokenizer(
     (
@@ -75,9 +94,11 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
     "dbrx": PreTokenizer(_LLAMA3.splits),  # Phi-4
     "default": _DEFAULT,
     "deepseek-r1-qwen": _QWEN2,
+    "deepseek-v3": _DEEPSEEK3,
     "falcon3": _LLAMA3,
     "gpt-2": _GPT2,
     "gpt-4o": _GPT4O,  # Phi-4-mini
+    "granite-embed-multi-97m": replace(_GPT4O, whole_words=True),  # the same with marks, of an encoder of that name
     "llama-bpe": _LLAMA3,
     "llama-v3": _LLAMA3,
     "llama3": _LLAMA3,
@@ -254,9 +275,11 @@ class _Vocabulary:
         return tokenizer
 
     def _merges_from_scores(self) -> list[tuple[str, str]]:
-        """Every way to put a token together from two others, the best-scored tokens first."""
+        """Every way to put a token together from two others, the best-scored tokens first. Of those that are also
+        found in the text as it is (Gemma's runs of spaces) too, as llama.cpp joins them."""
         scores = self._items("tokenizer.ggml.scores")
-        pieces = {token: index for index, token in enumerate(self.tokens) if token and self.types[index] == NORMAL}
+        joined = (NORMAL, USER_DEFINED)
+        pieces = {token: index for index, token in enumerate(self.tokens) if token and self.types[index] in joined}
         merges = []
         for token, index in pieces.items():
             if len(token) > MAX_PIECE:

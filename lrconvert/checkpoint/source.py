@@ -34,6 +34,7 @@ def describe_source(model: Model) -> dict[str, Any]:
         "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
         "weights": inputs,
         **({"quantised": model.quantised} if checkpoint.quantised_with else {}),
+        **({} if checkpoint.part_of is None else {"part_of": dict(checkpoint.part_of)}),
     }
 
 

@@ -25,7 +25,7 @@ RECIPE_HELP = (
 
 
 def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Model, recipe, adapter, window and embedding; --dry-run, --verify, --force, --verbose."""
+    """Model, recipe, adapter, window, embedding and --text-only; --dry-run, --verify, --force, --verbose."""
     options = (
         model_argument,
         click.option("--recipe", metavar="RECIPE", help=RECIPE_HELP),
@@ -39,6 +39,9 @@ def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--pad-embedding", "pad", is_flag=True, help="Add rows to an embedding that is smaller than the tokenizer."
+        ),
+        click.option(
+            "--text-only", is_flag=True, help="Of a model that reads images or sound too: its language model."
         ),
         click.option("--dry-run", is_flag=True, help="Print what would be written; write nothing."),
         click.option("--verify", "verify_too", is_flag=True, help="Run `lrconvert verify` on the artifact."),
@@ -78,6 +81,7 @@ def run(
         options,
         adapter=shared["adapter"],
         revision=shared["revision"],
+        text_only=shared["text_only"],
     )
     if not dry:
         check_place(plan, force=force)

@@ -79,8 +79,8 @@ def _next(found: Inspection) -> str | None:
     if found.problems:
         return _steps.bake_step("gguf", found.model, f"{name}-repaired", "RECIPE")
     if rope.kind in LONGROPE_KINDS:
-        window = ["--window", "N"] if rope.question else []
-        return _steps.bake_step(target, found.model, name if target == "gguf" else f"{name}-{target}", None, *window)
+        more = (["--window", "N"] if rope.question else []) + (["--text-only"] if found.part_of else [])
+        return _steps.bake_step(target, found.model, name if target == "gguf" else f"{name}-{target}", None, *more)
     ratio = ("--target", str(4 * rope.window)) if rope.scaled else ("--factor", "8")
     return _steps.derive_step(found.model, *ratio)
 

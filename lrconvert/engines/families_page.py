@@ -13,6 +13,7 @@ from lrconvert.engines.capability import native_hf
 from lrconvert.engines.table import assess
 from lrconvert.families import Family, family_names, get_family
 from lrconvert.families.base import GGUF_STEP35
+from lrconvert.families.parts import PARTS
 from lrconvert.rope import RopeSpec, Tier, longrope_attention_factor
 
 PAGE = """\
@@ -27,6 +28,16 @@ model computes, and that its family's table doesn't have, is refused by name (ex
 
 | family | models | its decoder, beyond Llama's | Hugging Face folder | GGUF | to know |
 | --- | --- | --- | --- | --- | --- |
+"""
+PART_TABLE = """
+## Language models inside of larger ones
+
+`--text-only` of `hf`, `gguf` and `onnx` converts the language model of these. What belongs to other input is left out
+by name, and counted in the manifest (`source.part_of`). Without it they are refused. Their configs are recipes as they
+are.
+
+| model | converted as | left out |
+| --- | --- | --- |
 """
 MATRIX = """
 ## What programs make of a portable artifact
@@ -46,7 +57,15 @@ def page() -> str:
         for family in families
     ]
     lines = [f"| {' | '.join(cells)} |" for cells in rows]
-    return PAGE + "\n".join(lines) + "\n" + MATRIX + "\n".join(_matrix(families)) + "\n"
+    return PAGE + "\n".join([*lines, *_parts()]) + "\n" + MATRIX + "\n".join(_matrix(families)) + "\n"
+
+
+def _parts() -> Iterator[str]:
+    yield PART_TABLE.rstrip("\n")
+    for name, part in PARTS.items():
+        left_out = ", ".join(f"`{pattern}`" for pattern in part.left_out)
+        refused = "".join(f"; {other} is refused, which {why}" for other, why in part.refused.items())
+        yield f"| {name} | {part.family or f'its `{part.section}`{refused}'} | {left_out} |"
 
 
 def _models(family: Family) -> str:
@@ -59,7 +78,7 @@ def _decoder(family: Family) -> str:
     roles = {row.role for row in family.rows}
     found = []
     if family.experts is not None:
-        found.append(f"experts ({family.experts.gating})")
+        found.append(f"experts ({family.experts.gating})" + (", one of them shared" if family.experts.shared else ""))
     found += ["layer norms"] if family.norm == "layer" else []
     found += ["norms of q and k"] if "q_norm" in roles else []
     if family.multipliers:

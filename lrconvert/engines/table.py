@@ -141,7 +141,7 @@ ENGINES: tuple[Engine, ...] = (
         TESTED,
         "modeling_rope_utils.py; issue 33129; `lrconvert verify`",
         BY_FORWARD,
-        _families("llama", "qwen2", "qwen3", "qwen3_moe"),
+        _families("llama", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe"),
         _OLD_NEEDS,
     ),
     Engine(
@@ -186,7 +186,7 @@ ENGINES: tuple[Engine, ...] = (
         TESTED,
         "modeling_rope_utils.py; `lrconvert verify`",
         BY_FORWARD,
-        _families("llama", "mistral", "qwen2", "qwen3", "granite", "qwen3_moe"),
+        _families("llama", "mistral", "qwen2", "qwen3", "granite", "qwen2_moe", "qwen3_moe"),
         _NEW_NEEDS,
     ),
     Engine(
@@ -351,10 +351,10 @@ ENGINES: tuple[Engine, ...] = (
         "`lrconvert verify` (0.5.0 was not run)",
         Rule(
             "its own YaRN, at every length",
-            refuses="qwen3moe there ignores factors, and knows one YaRN for every length",
+            refuses="qwen2moe and qwen3moe there ignore factors, and know one YaRN for every length",
             formula=True,
         ),
-        _families("qwen3_moe"),
+        _families("qwen2_moe", "qwen3_moe"),
     ),
     Engine(
         replace(LLAMA_CPP, name=_BAKED_GGUF),

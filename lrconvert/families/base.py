@@ -29,6 +29,8 @@ GGUF_MULTIPLIERS: Mapping[str, Mapping[str, Stated]] = {
     "granite": {**_SCALES, "attention": Stated("attention.scale", times={"head_dim": 0.5})},
     "minicpm": _SCALES,
 }
+# Architectures that leave gates as the softmax makes them; the others divide those of a token by their sum.
+GGUF_UNNORMALISED = frozenset({"qwen2moe"})
 # Those that a file has to state: granite isn't loaded without its own, and minicpm has defaults that aren't 1.
 GGUF_STATED = {"granite": frozenset({"logits"}), "minicpm": frozenset(_SCALES)}
 
@@ -66,8 +68,9 @@ class Family:
     # What names of scalings mean in this family's configs, where that is not what they mean in others.
     rope_kinds: Mapping[str, str] = field(default_factory=dict)
     # Which layers attend to the last `sliding_window` tokens only: all of them; all where `use_sliding_window` is set;
-    # those that it and `max_window_layers` or `layer_types` name; or none, whatever the config says.
-    sliding: Literal["all", "switched", "named"] | None = None
+    # those that it and `max_window_layers` or `layer_types` name; or none, whatever the config says. "unclear": none,
+    # and `use_sliding_window` is refused, about which versions of transformers disagree.
+    sliding: Literal["all", "switched", "named", "unclear"] | None = None
     # How configs state the multipliers that this family has; those that are not here are 1.
     multipliers: Mapping[str, Stated] = field(default_factory=dict)
     experts: StatedExperts | None = None  # how configs state experts; None: one MLP for all tokens
@@ -143,7 +146,7 @@ class ModelShape:
             "ffn": self.ffn,
             "2ffn": 2 * self.ffn,
             "vocab": self.vocab,
-            **({} if self.experts is None else {"experts": self.experts.count, "expert_ffn": self.experts.ffn}),
+            **({} if self.experts is None else self.experts.symbols),
         }
 
 
@@ -246,6 +249,15 @@ def expert_rows(block: str, gate: str, up: str, down: str) -> tuple[TensorRow, .
         layer_row("expert_up", f"{own}{up}.weight", "ffn_up_exps.weight", "expert_ffn", "hidden"),
         layer_row("expert_down", f"{own}{down}.weight", "ffn_down_exps.weight", "hidden", "expert_ffn"),
     )
+
+
+# One more, which every token uses, with a gate of its own.
+SHARED_EXPERT = (
+    layer_row("shared_router", "mlp.shared_expert_gate.weight", "ffn_gate_inp_shexp.weight", "one", "hidden"),
+    layer_row("shared_gate", "mlp.shared_expert.gate_proj.weight", "ffn_gate_shexp.weight", "shared_ffn", "hidden"),
+    layer_row("shared_up", "mlp.shared_expert.up_proj.weight", "ffn_up_shexp.weight", "shared_ffn", "hidden"),
+    layer_row("shared_down", "mlp.shared_expert.down_proj.weight", "ffn_down_shexp.weight", "hidden", "shared_ffn"),
+)
 
 
 # Rotary tables that old versions of transformers stored with the weights; nobody reads them.

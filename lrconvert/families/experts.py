@@ -6,6 +6,8 @@
 
 "softmax": the gates are the largest `used` of the softmax over all scores; where `normalised`, divided by their sum.
 
+A shared expert is one more, which every token uses: σ(shared_router · x) · mlp_shared(x) is added.
+
 "sparsemixer" (arXiv 2409.12136, at inference), twice: the expert with the largest score s_m among those that are left,
 its gate the softmax over those whose score is near it: (s_m - s) / max(|s|, s_m) <= 2 · jitter. The gates don't sum to
 one: far from ties each of them is one.
@@ -29,7 +31,13 @@ class Experts:
     ffn: int
     gating: Gating = "softmax"
     normalised: bool = True
+    shared: int = 0  # how wide the expert is that every token uses; 0: there is none
     jitter: float = 0.0  # of sparsemixer: half the distance, relative to the scores, at which scores count as near
+
+    @property
+    def symbols(self) -> dict[str, int]:
+        """The symbols that shapes of their tensors use."""
+        return {"experts": self.count, "expert_ffn": self.ffn, "shared_ffn": self.shared, "one": 1}
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,7 @@ class StatedExperts:
     gating: Gating = "softmax"
     normalised: str | None = None
     jitter: str | None = None
+    shared: str | None = None
     count_too: str | None = None  # another name of `count`, which transformers writes as well
 
     @property
@@ -49,6 +58,6 @@ class StatedExperts:
         """All of them."""
         return frozenset(
             key
-            for key in (self.count, self.count_too, self.used, self.ffn, self.normalised, self.jitter)
+            for key in (self.count, self.count_too, self.used, self.ffn, self.normalised, self.jitter, self.shared)
             if key is not None
         )

@@ -77,6 +77,12 @@ class _Reader:
 
 def _sliding(reader: _Reader, family: Family) -> tuple[int, ...]:
     """How many tokens each layer attends to, as transformers reads it."""
+    if family.sliding == "unclear":
+        if reader.flag("use_sliding_window"):
+            reader.problems.append(
+                "use_sliding_window is true; versions of transformers disagree on which layers it means"
+            )
+        return ()
     if family.sliding is None or reader.values.get("sliding_window") in (None, False):
         return ()
     width, layers = reader.integer("sliding_window"), min(reader.integer("num_hidden_layers"), MAX_LAYERS)
@@ -138,6 +144,7 @@ def _experts(reader: _Reader, stated: StatedExperts) -> Experts:
         ffn=reader.integer(stated.ffn),
         gating=stated.gating,
         normalised=stated.normalised is None or reader.flag(stated.normalised),
+        shared=0 if stated.shared is None else reader.integer(stated.shared),
         jitter=0.0 if stated.jitter is None else reader.number(stated.jitter),
     )
 

@@ -277,14 +277,14 @@ def _source(
     The source of a repaired GGUF has a broken rope scaling, so it is opened without complaint.
     """
     if against is not None:
-        given = open_model(against, tolerant=True)
+        given = open_model(against, tolerant=True, text_only=None)
         if manifest is None or given.checkpoint.path.resolve() == artifact.resolve():
             return given, []
         return _with_adapter(given, artifact, target, manifest)
     assert manifest is not None
     named = str(manifest.source["model"])
     try:
-        model = open_model(named, revision=manifest.source.get("revision"), tolerant=True)
+        model = open_model(named, revision=manifest.source.get("revision"), tolerant=True, text_only=None)
         recorded = manifest.source.get("adapter")
         adapter = (
             open_adapter(str(recorded["reference"]), manifest.source.get("adapter_revision")) if recorded else None

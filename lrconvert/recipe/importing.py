@@ -19,6 +19,7 @@ from lrconvert.checkpoint.other_configs import familiar, text_part
 from lrconvert.checkpoint.rope_config import FoundRope, read_rope
 from lrconvert.errors import InputError, UsageError
 from lrconvert.families import Family, ModelShape, family_names, get_family, read_shape
+from lrconvert.families.parts import is_larger, language_config
 from lrconvert.recipe import (
     MAX_RECIPE_BYTES,
     RECIPE_FILE,
@@ -244,7 +245,10 @@ def _config_of(reference: str) -> tuple[dict[str, Any], ModelShape, tuple[str, .
     else:
         path = locate_config(reference)
         config = read_json(path / CONFIG) if path.is_dir() else open_checkpoint(path).config
-    part, notes = text_part(config)
+    if is_larger(config):
+        part, notes = language_config(config), [f"the language model of a {config['model_type']}"]
+    else:
+        part, notes = text_part(config)
     model_type = part.get("model_type")
     if not isinstance(model_type, str):
         raise InputError(f"{reference}: model_type is {model_type!r}; not a Hugging Face config")

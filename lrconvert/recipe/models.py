@@ -14,6 +14,7 @@ from lrconvert.checkpoint import Model, open_checkpoint
 from lrconvert.checkpoint.rope_config import FoundRope, read_rope
 from lrconvert.errors import InputError, UsageError
 from lrconvert.families import ModelShape, get_family, read_shape
+from lrconvert.families.parts import language_config
 from lrconvert.recipe.derive import derive_recipe
 from lrconvert.recipe.file import SCHEMA_VERSION, Method, Provenance, Recipe
 from lrconvert.rope import Tier
@@ -200,11 +201,12 @@ def derive_for(
     if (factor is None) == (target is None):
         raise UsageError("either --factor or --target is needed", remedy="--target 128k, or --factor 4")
     checkpoint = open_checkpoint(str(model), revision=revision)
-    family = get_family(checkpoint.config.get("model_type"))
-    shape = read_shape(checkpoint.config, family)
-    found = read_rope(checkpoint.config, shape)
+    config = language_config(checkpoint.config)
+    family = get_family(config.get("model_type"))
+    shape = read_shape(config, family)
+    found = read_rope(config, shape)
     if found.question and original_window is not None:
-        found = read_rope(checkpoint.config, shape, window=original_window)
+        found = read_rope(config, shape, window=original_window)
     ground = ground_of(model, found, shape, from_plain=from_plain, window=original_window)
     if target is not None:
         ground.check_target(target)

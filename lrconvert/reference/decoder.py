@@ -247,6 +247,10 @@ class Reference:
             used = gates[:, expert].nonzero()[:, 0]
             if len(used):
                 made[used] += gates[used, expert, None] * self._expert(x[used], layer, expert)
+        if self.shape.experts.shared:
+            gate, up = self._linear(x, "shared_gate", layer), self._linear(x, "shared_up", layer)
+            own = self._linear(functional.silu(gate) * up, "shared_down", layer)
+            made += torch.sigmoid(self._linear(x, "shared_router", layer)) * own
         return made
 
     def _expert(self, x: torch.Tensor, layer: int, expert: int) -> torch.Tensor:

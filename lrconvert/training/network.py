@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from lrconvert.checkpoint import Model
 
 
+ENDLESS = 2**31 - 1  # tokens: a window that no sequence goes beyond
+
+
 def load_network(model: Model, dtype: torch.dtype) -> Any:
     """The model as transformers' own class.
 
@@ -77,6 +80,7 @@ def _full_attention(config: Any) -> Any:
     config.sliding_window = None
     if getattr(config, "layer_types", None):
         config.layer_types = ["full_attention"] * config.num_hidden_layers
+        config.sliding_window = ENDLESS  # Qwen2-MoE makes this mask though no layer uses it; so it makes none
     config.attention_dropout = 0.0
     return config
 

@@ -136,7 +136,7 @@ def test_templates_generation_config_and_licence(tmp_path: Path) -> None:
 
 NOT_REBUILT: list[tuple[Edit, type[LrconvertError], str]] = [
     (bpe_vocabulary("viking"), UnsupportedError, "tokenizer.ggml.pre is 'viking'"),
-    (bpe_vocabulary("viking"), UnsupportedError, "Known: dbrx, default, deepseek-r1-qwen, falcon3, gpt-2"),
+    (bpe_vocabulary("viking"), UnsupportedError, "Known: dbrx, default, deepseek-r1-qwen, deepseek-v3, falcon3, gpt-2"),
     (bpe_vocabulary(None), UnsupportedError, "tokenizer.ggml.pre is missing"),
     (lambda w: w.add_tokenizer_model("t5"), UnsupportedError, "tokenizer.ggml.model is 't5'"),
     (lambda w: w.add_tokenizer_model("gpt2"), InputError, "tokenizer.ggml.tokens is missing or empty"),

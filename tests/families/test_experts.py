@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import Result, own_name, recipe_for
 from support.float64 import EXACT, by_reference, natively
+from support.gguf_files import Tensors, changed, contents, write_matrix
 from support.gguf_pico import make_pico
 from support.pico import pico_config, pico_tensors, write_pico
 from support.verifying import WORKERS, options_by_target, verify
@@ -51,6 +52,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("qwen3_moe", {}),
     ("qwen3_moe", {"norm_topk_prob": False, "attention_bias": True}),
     ("qwen3_moe", {"num_experts_per_tok": 8, "moe_intermediate_size": 96}),
+    ("qwen2_moe", {}),
+    ("qwen2_moe", {"norm_topk_prob": True, "tie_word_embeddings": True, "shared_expert_intermediate_size": 160}),
     ("phimoe", {}),
     ("phimoe", {"attention_bias": False, "lm_head_bias": False, "num_local_experts": 16}),
     ("phimoe", {"router_jitter_noise": 0.4, "num_local_experts": 8}),  # several are near the best
@@ -99,6 +102,8 @@ def test_experts_are_what_transformers_computes(
         ("mixtral", {"normalised": False}),
         ("qwen3_moe", {"normalised": False}),
         ("mixtral", {"gating": "sparsemixer", "jitter": 0.01}),
+        ("qwen2_moe", {"shared": 0}),
+        ("qwen2_moe", {"normalised": True}),
         ("phimoe", {"jitter": 0.4}),
         ("phimoe", {"gating": "softmax"}),
     ],
@@ -158,6 +163,8 @@ def test_exchanged_experts_are_caught(
 TYPES: list[tuple[str, str, dict[str, Any]]] = [
     ("mixtral", "onnx", {"dtype": "int8"}),
     ("qwen3_moe", "onnx", {"dtype": "int4", "attention": "standard"}),
+    ("qwen2_moe", "onnx", {"dtype": "int8"}),
+    ("qwen2_moe", "hf", {"dtype": "bf16"}),
     ("phimoe", "onnx", {"dtype": "f16"}),
     ("phimoe", "hf", {"dtype": "bf16"}),
     ("mixtral", "gguf", {"type": "q8_0"}),
@@ -209,6 +216,30 @@ def test_a_gguf_is_a_source_like_any_other(
     assert report.passed, report.summary
 
 
+def _squeeze(metadata: dict[str, Any], tensors: Tensors) -> None:
+    for name in [name for name in tensors if "ffn_gate_inp_shexp" in name]:
+        kind, shape, data = tensors[name]
+        tensors[name] = kind, shape[1:], data
+
+
+@pytest.mark.parametrize("squeezed", [False, True])
+def test_a_shared_expert_in_a_gguf(
+    pico: Pico, tmp_path: Path, options: Callable[[str], Options], squeezed: bool
+) -> None:
+    """Read back to the last bit, also where its gate is a vector, as llama.cpp's own converter writes it."""
+    model = pico("qwen2_moe", max_position_embeddings=4 * WINDOW, rope_scaling=YARN)
+    recipe, _ = own_recipe(model)
+    path = baked("gguf", model, recipe, tmp_path)
+    if squeezed:
+        changed(path, path, _squeeze)
+    again = open_model(path)
+    assert again.family.name == "qwen2_moe" and again.shape.experts == model.shape.experts
+    for tensor in model.roles.values():
+        np.testing.assert_array_equal(again.checkpoint.read(tensor.name), model.checkpoint.read(tensor.name))
+    report = verify(baked("gguf", again, recipe, tmp_path / "again", type="q8_0"), options=options("gguf"))
+    assert report.passed, report.summary
+
+
 def test_a_quantised_gguf_keeps_its_bytes(pico: Pico, tmp_path: Path) -> None:
     """Baked again without a type, experts are copied as they are stored."""
     model = model_of(pico, "mixtral")
@@ -221,14 +252,34 @@ def test_a_quantised_gguf_keeps_its_bytes(pico: Pico, tmp_path: Path) -> None:
     np.testing.assert_array_equal(one.read(0, 64), two.read(0, 64))
 
 
-def test_a_yarn_of_qwen3_moe_is_llama_cpps_own(pico: Pico, tmp_path: Path, options: Callable[[str], Options]) -> None:
+def test_an_importance_matrix_has_a_row_for_every_expert(pico: Pico, tmp_path: Path) -> None:
+    """What changes in one expert's row changes that expert's bytes, and no others."""
+    model = model_of(pico, "mixtral", hidden_size=256, intermediate_size=256, head_dim=64)
+    name, recipe, found = "blk.1.ffn_up_exps.weight", recipe_for(model, even=True), []
+    rows = np.random.default_rng(2).random((4, 256)).astype(np.float32) + 0.01
+    for number in range(2):
+        rows[2] = rows[2][::-1] ** (1 + 2 * number)
+        file = tmp_path / f"{number}.gguf"
+        write_matrix(file, {f"{name}.in_sum2": rows, f"{name}.counts": np.ones((4, 1), np.float32)})
+        artifact = baked("gguf", model, recipe, tmp_path / str(number), type="q4_k_s", imatrix=file)
+        found.append(contents(artifact)[1][name])
+    (kind, shape, one), (_, _, other) = found
+    assert (kind.name, shape) == ("Q4_K", (4, 256, 256))
+    parts = [slice(len(one) // 4 * expert, len(one) // 4 * (expert + 1)) for expert in range(4)]
+    assert [one[part] == other[part] for part in parts] == [True, True, False, True]
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
+def test_a_yarn_of_qwen_moe_is_llama_cpps_own(
+    pico: Pico, tmp_path: Path, options: Callable[[str], Options], family: str
+) -> None:
     """Its architecture ignores factors; the YaRN of its card is right in short and long contexts."""
-    model = pico("qwen3_moe", max_position_embeddings=4 * WINDOW, rope_scaling=YARN)
+    model = pico(family, max_position_embeddings=4 * WINDOW, rope_scaling=YARN)
     recipe, _ = own_recipe(model)
     report = verify(baked("gguf", model, recipe, tmp_path), options=options("gguf"))
     assert report.passed, report.summary
     assert {"short", "far end"} <= {row.case for row in report.rows if row.verdict == "pass"}
-    with pytest.raises(UnsupportedError, match="ignores rope factors for qwen3_moe"):
+    with pytest.raises(UnsupportedError, match=f"ignores rope factors for {family}"):
         baked("gguf", model, recipe_for(model, even=True), tmp_path / "other")
 
 
@@ -348,6 +399,13 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("qwen3_moe", {"num_local_experts": 4}, InputError, "num_experts is 8 and num_local_experts 4; they contradict"),
     ("qwen3_moe", {"mlp_only_layers": [0]}, UnsupportedError, "mlp_only_layers [0]"),
     ("qwen3_moe", {"decoder_sparse_step": 2}, UnsupportedError, "decoder_sparse_step 2"),
+    (
+        "qwen2_moe",
+        {"shared_expert_intermediate_size": 0},
+        InputError,
+        "shared_expert_intermediate_size is 0; an integer",
+    ),
+    ("qwen2_moe", {"use_sliding_window": True}, InputError, "use_sliding_window is true; versions of transformers"),
     ("llama", {"num_local_experts": 8}, UnsupportedError, "num_local_experts 8"),
     ("mixtral", {"shared_expert_intermediate_size": 64, "n_routed_experts": 8}, UnsupportedError, "n_routed_experts 8"),
 ]
@@ -369,13 +427,14 @@ def test_numbers_that_mean_nothing_are_refused(
         (3, None, "tensors that mixtral does not have: .*experts.3.w1.weight"),
         (4, "model.layers.1.block_sparse_moe.gate.weight", "missing tensors: .*layers.1.block_sparse_moe.gate.weight"),
         (4, "model.layers.0.block_sparse_moe.experts.2.w3.weight", "missing tensors: .*experts.2.w3.weight"),
+        (8, "model.layers.1.mlp.shared_expert_gate.weight", "missing tensors: model.layers.1.mlp.shared_expert_gate"),
     ],
 )
 def test_experts_that_are_not_there_are_named(tmp_path: Path, count: int, gone: str | None, message: str) -> None:
-    """A count that disagrees with the tensors, a router that was left out."""
+    """A count that disagrees with the tensors, a router or a shared expert's gate that was left out."""
     from safetensors.numpy import save_file
 
-    config = pico_config("mixtral")
+    config = pico_config("qwen2_moe" if "shared" in message else "mixtral")
     weights = {name: values for name, values in pico_tensors(config).items() if name != gone}
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_local_experts": count}))
@@ -383,7 +442,12 @@ def test_experts_that_are_not_there_are_named(tmp_path: Path, count: int, gone: 
         open_model(tmp_path)
 
 
-def test_gates_that_llama_cpp_would_divide_are_refused(pico: Pico, tmp_path: Path) -> None:
-    model = pico("qwen3_moe", norm_topk_prob=False, max_position_embeddings=4 * WINDOW, rope_scaling=YARN)
-    with pytest.raises(UnsupportedError, match="don't sum to one \\(norm_topk_prob\\)"):
-        baked("gguf", model, own_recipe(model)[0], tmp_path)
+def test_gates_that_llama_cpp_computes_otherwise_are_refused(pico: Pico, tmp_path: Path) -> None:
+    """qwen2moe leaves them as the softmax makes them, qwen3moe divides by their sum."""
+    for family, sums, words in (
+        ("qwen2_moe", True, "sum to one .*qwen2moe leaves them as they are"),
+        ("qwen3_moe", False, "don't sum to one .*qwen3moe divides them by their sum"),
+    ):
+        model = pico(family, max_position_embeddings=4 * WINDOW, rope_scaling=YARN, norm_topk_prob=sums)
+        with pytest.raises(UnsupportedError, match=words):
+            baked("gguf", model, own_recipe(model)[0], tmp_path)

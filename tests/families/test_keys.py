@@ -42,7 +42,9 @@ def test_every_key_that_transformers_reads_is_known(family: str) -> None:
     """Every field of the family's config class, and every key that its modeling code takes."""
     used = set(re.findall(r"\bconfig\.([a-z_]\w*)", source_of(family, "modeling")))
     known = READ | INERT | get_family(family).own_keys | {"base_config_key", "keys_to_ignore_at_inference"}
-    known |= {"mlp_only_layers", "decoder_sparse_step"} if family == "qwen3_moe" else set()  # refused unless neutral
+    known |= (
+        {"mlp_only_layers", "decoder_sparse_step"} if family in ("qwen2_moe", "qwen3_moe") else set()
+    )  # refused unless neutral
     assert (fields_of(source_of(family, "configuration")) | used) - known == set()
 
 

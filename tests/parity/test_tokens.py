@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from support.vocabularies import (
+    DEEPSEEK3,
     GPT4O,
     LEGACY,
     LLAMA3,
@@ -23,7 +24,7 @@ from support.vocabularies import (
     spm,
     write_gguf,
 )
-from tokenizers import AddedToken, Tokenizer, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
 from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.artifact.checks import Row
@@ -113,6 +114,7 @@ def test_a_published_vocabulary(interpreter: Interpreter) -> None:
 # --- what llama.cpp can't do ------------------------------------------------------------------------------
 
 MARKS = "no class for combining marks"
+SPECIAL = "takes some texts for special tokens"
 METASPACE = {
     scheme: pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False) for scheme in ("first", "always", "never")
 }
@@ -123,8 +125,12 @@ STYLES: dict[str, tuple[Callable[[], Tokenizer], str | None]] = {
     "dbrx": (lambda: byte_level(split(LLAMA3)), None),
     "qwen2": (lambda: byte_level(split(QWEN2), nfc=True), "normalises text to NFC"),
     "tekken": (lambda: byte_level(split(TEKKEN), whole_words=True), MARKS),
-    "gpt-4o": (lambda: byte_level(split(GPT4O, "removed", True)), MARKS),
+    "gpt-4o": (lambda: byte_level(split(GPT4O, behavior="removed", invert=True)), MARKS),
+    "gpt-4o with whole words": (lambda: byte_level(split(GPT4O), whole_words=True), None),
+    "deepseek-v3": (lambda: byte_level(split(*DEEPSEEK3)), None),
+    "ordinary pieces": (lambda: _with_piece(byte_level(split(LLAMA3)), "</s>"), SPECIAL),
     "sentencepiece": (lambda: spm(LEGACY), None),
+    "runs of spaces": (lambda: spm(normalizers.Replace(" ", "▁"), runs=True), None),
     "metaspace never": (lambda: spm(None, METASPACE["never"]), None),
     "metaspace first": (lambda: spm(None, METASPACE["first"]), "Metaspace puts none"),
     "metaspace always": (lambda: spm(None, METASPACE["always"]), "Metaspace puts none"),
@@ -142,6 +148,16 @@ STYLES: dict[str, tuple[Callable[[], Tokenizer], str | None]] = {
 def _with(tokenizer: Tokenizer, token: AddedToken) -> Tokenizer:
     tokenizer.add_tokens([token])
     return tokenizer
+
+
+def _with_piece(tokenizer: Tokenizer, piece: str) -> Tokenizer:
+    """With one more ordinary piece, which no merge makes, in place of its last added token."""
+
+    def change(value: dict[str, Any]) -> None:
+        value["added_tokens"].pop()
+        value["model"]["vocab"][piece] = len(value["model"]["vocab"])
+
+    return _changed(tokenizer, change)
 
 
 def _unreachable(tokenizer: Tokenizer) -> Tokenizer:

@@ -35,7 +35,7 @@ class _Exact(torch.nn.Module):
 def in_float64(network: Any, theta: float, width: int) -> Any:
     """Without the places where native code computes in float32 whatever its weights are: frequencies, norms and
     routers. (So does its own softmax of scores; PyTorch's does not.)"""
-    network.model.rotary_emb = _Exact(theta, width)
+    getattr(network.model, "language_model", network.model).rotary_emb = _Exact(theta, width)
     norm = torch.nn.functional.rms_norm
     for module in network.modules():
         if type(module).__name__.endswith("RMSNorm"):

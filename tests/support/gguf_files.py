@@ -164,3 +164,27 @@ def converter_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return sorted(path.parent.glob(f"{path.stem}-*-of-*.gguf"))[0] if split_every else path
+
+
+def write_matrix(
+    path: Path, tensors: Mapping[str, np.ndarray[Any, Any]], *, kind: str = "imatrix", without: str = ""
+) -> Path:
+    """An importance matrix as llama-imatrix writes it, of the tensors `<name>.in_sum2` and `<name>.counts`."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.kv_data[0].clear()  # llama-imatrix writes no architecture
+    values: dict[str, Callable[[str], None]] = {
+        "general.type": lambda key: writer.add_string(key, kind),
+        "imatrix.datasets": lambda key: writer.add_array(key, ["wiki.txt", "code.txt"]),
+        "imatrix.chunk_count": lambda key: writer.add_uint32(key, 125),
+        "imatrix.chunk_size": lambda key: writer.add_uint32(key, 512),
+    }
+    for key, add in values.items():
+        if key != without:
+            add(key)
+    for name, data in tensors.items():
+        writer.add_tensor(name, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

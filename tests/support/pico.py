@@ -68,6 +68,14 @@ EXTRA: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 32,
         "norm_topk_prob": True,
     },
+    "qwen2_moe": {
+        "use_sliding_window": False,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+        "norm_topk_prob": False,
+    },
     "phi3": {"partial_rotary_factor": 0.5, "original_max_position_embeddings": WINDOW},
 }
 FAMILIES = sorted(name for name in EXTRA if get_family(name).hf_written is None)  # with a class of their own

@@ -58,17 +58,19 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 _END = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _WORD = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+X|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*X"
 TEKKEN = _WORD.replace("X", "") + r"|\p{N}" + _END
+DEEPSEEK3 = (
+    r"\p{N}{1,3}",
+    "[一-龥぀-ゟ゠-ヿ]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|"""
+    "[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+)
 GPT4O = _WORD.replace("X", CONTRACTIONS + "?") + r"|\p{N}{1,3}" + _END
 
 
-def split(expression: str, behavior: str = "isolated", invert: bool = False) -> Any:
+def split(*expressions: str, behavior: str = "isolated", invert: bool = False) -> Any:
     """The pre-tokenizer of most models since Llama 3."""
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(expression), behavior, invert),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    steps = [pre_tokenizers.Split(Regex(expression), behavior, invert) for expression in expressions]
+    return pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def byte_level(pre: Any, *, nfc: bool = False, whole_words: bool = False) -> Tokenizer:
@@ -126,7 +128,9 @@ STYLES: Mapping[str, Style] = {
     "qwen2": Style(split(QWEN2), nfc=True, known=("marks",)),  # llama.cpp leaves out NFC
     # its expression splits at marks, which count as letters in the tokenizer's own
     "tekken": Style(split(TEKKEN), whole_words=True, known=("marks",)),
-    "gpt-4o": Style(split(GPT4O, "removed", True), known=("marks",)),
+    "gpt-4o": Style(split(GPT4O, behavior="removed", invert=True), known=("marks",)),
+    "granite-embed-multi-97m": Style(split(GPT4O), whole_words=True),
+    "deepseek-v3": Style(split(*DEEPSEEK3)),
 }
 
 SPM_SPECIALS = ["<unk>", "<s>", "</s>"]
@@ -151,10 +155,15 @@ def spm_pieces() -> list[str]:
     return [*("".join(pair) for pair in model["merges"]), *(piece for piece in model["vocab"] if len(piece) == 1)]
 
 
-def spm(normalizer: Any = None, pre: Any = None, *, every_pair: bool = True, **flags: bool) -> Tokenizer:
+def spm(
+    normalizer: Any = None, pre: Any = None, *, every_pair: bool = True, runs: bool = False, **flags: bool
+) -> Tokenizer:
     """SentencePiece BPE as transformers converts it: every pair whose joined text is a piece is a merge, the best piece
-    first. Without `every_pair` it has one merge for every piece, like a vocabulary trained as merges."""
+    first. Without `every_pair` it has one merge for every piece, like a vocabulary trained as merges. With `runs`,
+    runs of spaces come first and are added tokens as well, as in Gemma's."""
     pieces = spm_pieces()
+    spaces = ["▁" * count for count in range(12, 1, -1)] if runs else []
+    pieces = [*spaces, *(piece for piece in pieces if piece not in spaces)]
     vocab = {piece: index for index, piece in enumerate([*SPM_SPECIALS, *sentencepiece.BYTES, *pieces])}
     merges = []
     for piece in pieces:
@@ -173,6 +182,7 @@ def spm(normalizer: Any = None, pre: Any = None, *, every_pair: bool = True, **f
     tokenizer.add_special_tokens([*kept, AddedToken("</s>", special=True, normalized=False, **flags)])
     tokenizer.add_special_tokens([AddedToken("<|endoftext|>", special=True, normalized=False)])
     tokenizer.add_special_tokens([AddedToken("<|eot_id|>", special=True, normalized=False, **flags)])
+    tokenizer.add_tokens([AddedToken(run, special=False, normalized=False) for run in spaces])
     tokenizer.add_tokens([AddedToken("<tool>", special=False, normalized=False, **flags)])
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return tokenizer

@@ -26,6 +26,7 @@ PUBLISHED = {
     "qwen3-8b": 8_190_735_360,
     "llama3-70b": 70_553_706_496,
     "phi-3.5-moe": 41_873_153_344,
+    "mixtral-8x7b": 46_702_792_704,
 }
 TINY = {
     **make_shape.SHAPES["llama2-7b"],

@@ -80,10 +80,13 @@ class Encoder:
         self._ggml = None if library is None else _Ggml(library)
         self._imatrix = imatrix
 
-    def encode(self, rows: np.ndarray[Any, Any], kind: GGMLQuantizationType, name: str) -> memoryview:
+    def encode(
+        self, rows: np.ndarray[Any, Any], kind: GGMLQuantizationType, name: str, expert: int = 0, experts: int = 1
+    ) -> memoryview:
         """The bytes of whole rows, [n, columns] of F64, F32, F16 or BF16 (ml_dtypes), or of a vector.
 
-        `name` is the tensor's in the file, for the importance matrix and for messages. Raises `InputError` for values
+        `name` is the tensor's in the file, for the importance matrix and for messages; `expert` of the `experts` in it
+        is the one whose rows these are. Raises `InputError` for values
         that are not finite and for a matrix that does not fit, `UnsupportedError` for values beyond the type's range.
         """
         if kind in FLOATS:
@@ -91,7 +94,7 @@ class Encoder:
         rows = _as_float32(np.atleast_2d(rows), name)
         if rows.shape[-1] % GGML_QUANT_SIZES[kind][0]:  # ggml would end the process
             raise ValueError(f"{name}: rows of {rows.shape[-1]} values can't be {kind.name}")
-        weights = None if self._imatrix is None else self._imatrix.weights(name, rows.shape[-1])
+        weights = None if self._imatrix is None else self._imatrix.weights(name, rows.shape[-1], expert, experts)
         with np.errstate(over="ignore", invalid="ignore"):
             quants = self._quantise(rows, kind, name, weights)
         if not _finite_scales(quants, kind):

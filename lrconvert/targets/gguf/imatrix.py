@@ -2,8 +2,9 @@
 """Importance matrices: how much each input column of a weight matters, measured by llama.cpp's `llama-imatrix`.
 
 The GGUF form is read: for each weight `<name>.in_sum2`, the sums of squares of its inputs, and `<name>.counts`, over
-how many inputs they go. What a scheme is given is their mean, as `llama-quantize` computes it (llama.cpp,
-common/imatrix-loader.cpp and tools/quantize/quantize.cpp).
+how many inputs they go. Of a layer's experts each has a row of sums and a count of its own. What a scheme is given is
+their mean, as `llama-quantize` computes it (llama.cpp, common/imatrix-loader.cpp and tools/quantize/quantize.cpp), and
+1 for every column of an expert that no input reached.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from gguf.constants import GGMLQuantizationType
 from lrconvert.checkpoint.gguf_header import GgufHeader, GgufTensor, read_header
 from lrconvert.checkpoint.source import sha256_of
 from lrconvert.errors import InputError, UsageError
+from lrconvert.families.reading import MAX_EXPERTS
 from lrconvert.targets.gguf.schemes import Scheme, needs_matrix
 
-MAX_BYTES = 2**28  # those of models with 70 billion weights take 30 MB; more is for experts, which are not read
+MAX_BYTES = 2**29  # those of models with 70 billion weights take 30 MB, that of Qwen3-235B-A22B's experts 470 MB
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _EMBEDDING = "token_embd.weight"
 _SHOWN = 8  # problems in one message
@@ -36,13 +38,14 @@ class Imatrix:
     datasets: tuple[str, ...]  # as its maker named them: file names, perhaps paths
     chunks: int  # of text that it was measured on
     chunk_tokens: int
-    means: Mapping[str, np.ndarray[Any, Any]] = field(repr=False)  # by weight: float32 [columns]
+    means: Mapping[str, np.ndarray[Any, Any]] = field(repr=False)  # by weight: float32 [1 or experts, columns]
+    unused: int = 0  # experts that no input reached, in all layers
 
     @classmethod
     def load(cls, path: Path) -> Imatrix:
         """Read a whole matrix. Raises `InputError` that lists what is wrong with it."""
         header = _read_header(path)
-        means, problems = _read_means(header)
+        means, problems, unused = _read_means(header)
         if problems:
             shown = problems[:_SHOWN] + ([f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else [])
             raise InputError.collect(path, shown)
@@ -54,20 +57,25 @@ class Imatrix:
             chunks=_count(header, "imatrix.chunk_count"),
             chunk_tokens=_count(header, "imatrix.chunk_size"),
             means=means,
+            unused=unused,
         )
 
-    def weights(self, name: str, columns: int) -> np.ndarray[Any, Any] | None:
-        """A number for each column of a tensor, float32, or None where the matrix does not have it.
+    def weights(self, name: str, columns: int, expert: int = 0, experts: int = 1) -> np.ndarray[Any, Any] | None:
+        """A number for each column of a tensor, or of one of the `experts` in it; float32, None where the matrix does
+        not have the tensor.
 
-        Raises `InputError` where it has another number of columns; of the embedding it is then not used.
+        Raises `InputError` where it has another number of columns or experts; of the embedding it is then not used.
         """
         mean = self.means.get(name)
-        if mean is None or mean.size == columns:
-            return mean
+        if mean is None or mean.shape == (experts, columns):
+            return None if mean is None else mean[expert]
         if name == _EMBEDDING:
             return None
+        found, wanted = (
+            f"{n} experts of {width}" if n > 1 else f"{width}" for n, width in (mean.shape, (experts, columns))
+        )
         raise InputError(
-            f"{self.path}: has {mean.size} columns for {name}; the model has {columns}",
+            f"{self.path}: has {found} columns for {name}; the model has {wanted}",
             remedy="Give the matrix that was made for this model",
         )
 
@@ -80,6 +88,7 @@ class Imatrix:
             "chunks": self.chunks,
             "chunk_tokens": self.chunk_tokens,
             "weights": len(self.means),
+            **({"unused_experts": self.unused} if self.unused else {}),
         }
 
 
@@ -100,7 +109,12 @@ def check_matrix(
                 remedy="Give one with --imatrix FILE (llama.cpp's llama-imatrix makes it)",
             )
         return
-    found = {name for name, (_, shape) in tensors.items() if matrix.weights(name, shape[-1]) is not None}
+    experts = {name: shape[0] if len(shape) == 3 else 1 for name, (_, shape) in tensors.items()}
+    found = {
+        name
+        for name, (_, shape) in tensors.items()
+        if matrix.weights(name, shape[-1], experts=experts[name]) is not None
+    }
     if not found:
         raise InputError(
             f"{matrix.path}: has none of the model's tensors", remedy="Give the matrix that was made for this model"
@@ -145,10 +159,11 @@ def _count(header: GgufHeader, key: str) -> int:
     return value
 
 
-def _read_means(header: GgufHeader) -> tuple[dict[str, np.ndarray[Any, Any]], list[str]]:
-    """Every weight's means, and what is wrong with them."""
+def _read_means(header: GgufHeader) -> tuple[dict[str, np.ndarray[Any, Any]], list[str], int]:
+    """Every weight's means, what is wrong with them, and how many experts no input reached."""
     means: dict[str, np.ndarray[Any, Any]] = {}
     problems: list[str] = []
+    unused = 0
     with header.path.open("rb") as file:
         for name, sums, counts in _pairs(header.tensors):
             if sums is None or counts is None:
@@ -160,8 +175,12 @@ def _read_means(header: GgufHeader) -> tuple[dict[str, np.ndarray[Any, Any]], li
                 if problem := _problem(total, number):
                     problems.append(f"{name} {problem}")
                 else:
-                    means[name] = total / np.floor(number + np.float32(0.5))
-    return means, problems or ([] if means else ["holds no importance matrix: no tensor ends in .in_sum2"])
+                    rounded = np.floor(number + np.float32(0.5))[:, None]
+                    rows = total.reshape(number.size, -1)
+                    means[name] = np.where(rounded > 0, rows / np.maximum(rounded, 1), np.float32(1))
+                    unused += int((rounded == 0).sum())
+    problems = problems or ([] if means else ["holds no importance matrix: no tensor ends in .in_sum2"])
+    return means, problems, unused
 
 
 def _pairs(tensors: Mapping[str, GgufTensor]) -> Iterator[tuple[str, GgufTensor | None, GgufTensor | None]]:
@@ -178,12 +197,14 @@ def _read(file: BinaryIO, tensor: GgufTensor) -> np.ndarray[Any, Any]:
 
 
 def _problem(sums: np.ndarray[Any, Any], counts: np.ndarray[Any, Any]) -> str | None:
-    if counts.size != 1:
-        return f"is for {counts.size} experts; matrices of experts are not used"
+    if not 1 <= counts.size <= MAX_EXPERTS or sums.size % counts.size:
+        return f"has {sums.size} sums for {counts.size} counts"
     if not np.isfinite(sums).all() or not np.isfinite(counts).all():
         return "holds values that are not finite"
     if (sums < 0).any():
         return "holds negative sums of squares"
-    if counts[0] < 0.5:
+    if (counts < 0).any():
+        return "holds negative counts"
+    if (counts < 0.5).all():
         return "was never measured: its count is 0"
     return None

@@ -104,6 +104,7 @@ def expert_keys(architecture: str, shape: ModelShape) -> dict[str, int]:
         "expert_count": shape.experts.count,
         "expert_used_count": shape.experts.used,
         "expert_feed_forward_length": shape.experts.ffn,
+        **({"expert_shared_feed_forward_length": shape.experts.shared} if shape.experts.shared else {}),
     }
     return {f"{architecture}.{key}": value for key, value in keys.items()}
 

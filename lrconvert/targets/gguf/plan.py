@@ -31,7 +31,7 @@ from lrconvert.checkpoint.padding import settle_vocabulary
 from lrconvert.checkpoint.source import snapshot
 from lrconvert.engines.capability import LLAMA_CPP, divide_attention, static
 from lrconvert.errors import EnvironmentFailure, UnsupportedError, UsageError
-from lrconvert.families.base import GGUF_INTERLEAVED, GGUF_STEP35, LAYER, Family
+from lrconvert.families.base import GGUF_INTERLEAVED, GGUF_STEP35, GGUF_UNNORMALISED, LAYER, Family
 from lrconvert.recipe import Recipe
 from lrconvert.rope import RopeSpec
 from lrconvert.runtimes import llama_library
@@ -234,10 +234,12 @@ def _check_shape(model: Model, architecture: str) -> None:
             f"{model.reference}: {shape.heads} heads of {shape.head_dim} make {width} channels; llama.cpp's phi3 needs "
             f"as many as the hidden size, {shape.hidden}"
         )
-    if shape.experts is not None and not shape.experts.normalised:
+    divides = architecture not in GGUF_UNNORMALISED
+    if shape.experts is not None and shape.experts.normalised != divides:
+        sums, does = ("don't sum", "divides them by their sum") if divides else ("sum", "leaves them as they are")
         raise UnsupportedError(
-            f"{model.reference}: the gates of a token's experts don't sum to one (norm_topk_prob); llama.cpp's "
-            f"{architecture} divides them by their sum"
+            f"{model.reference}: the gates of a token's experts {sums} to one (norm_topk_prob); llama.cpp's "
+            f"{architecture} {does}"
         )
     if architecture in GGUF_INTERLEAVED and shape.rotary_dim != shape.head_dim:
         raise UnsupportedError(

@@ -17,8 +17,10 @@ from typing import Any
 from lrconvert.checkpoint.gguf_tokenizer import PRE_TOKENIZERS, PreTokenizer
 from lrconvert.errors import UnsupportedError, UsageError
 
+# gpt-4o's way with combining marks, named after the encoder that llama.cpp learned it for (PR 22716).
+WITH_MARKS = "granite-embed-multi-97m"
 # Several names mean the same; these are written.
-CANONICAL = ("llama-bpe", "dbrx", "qwen2", "smollm", "gpt-2", "tekken", "gpt-4o", "default")
+CANONICAL = ("llama-bpe", "dbrx", "qwen2", "smollm", "gpt-2", "tekken", "gpt-4o", WITH_MARKS, "deepseek-v3", "default")
 
 # Every name that llama.cpp's loader takes for a byte-level BPE vocabulary (src/llama-vocab.cpp of ggml-org/llama.cpp,
 # `llama_vocab::impl::load`, read in 2026; older versions know fewer, and refuse the others when loading). Left out are
@@ -97,9 +99,16 @@ def _splitting(row: PreTokenizer) -> PreTokenizer:
 def _losses(structure: PreTokenizer, name: str) -> list[str]:
     """What llama.cpp does differently under the right name."""
     row, notes = PRE_TOKENIZERS[name], []
-    if row.splits == PRE_TOKENIZERS["tekken"].splits or row.splits == PRE_TOKENIZERS["gpt-4o"].splits:
-        # Its expression has no class for marks, and takes every letter beyond ASCII as small and as capital.
+    # Expressions that tell small and capital letters apart in ASCII only; most of them have no class for marks either.
+    if name == WITH_MARKS:
+        notes.append(
+            f"llama.cpp's {name} tells small letters from capitals in ASCII only. Versions before May 2026 don't know "
+            "it; --tokenizer-pre gpt-4o is for those, which splits words at combining marks"
+        )
+    elif row.splits in (PRE_TOKENIZERS["tekken"].splits, PRE_TOKENIZERS["gpt-4o"].splits):
         notes.append(f"llama.cpp's {name} splits words at combining marks: text in Indic scripts, for one, differs")
+        if row.splits == PRE_TOKENIZERS[WITH_MARKS].splits:
+            notes[-1] += f"; --tokenizer-pre {WITH_MARKS} doesn't, in llama.cpp of May 2026 and later"
     if structure.nfc:
         notes.append("tokenizer.json normalises text to NFC, llama.cpp doesn't: text with combining marks may differ")
     if structure.whole_words != row.whole_words:

@@ -9,8 +9,8 @@ Two things that the names do not tell. The fused `attn_qkv` of phi3 is treated a
 its own for it, which come after and are never reached). And a model without `output.weight` computes its logits
 with `token_embd.weight`, which then gets the type of an output.
 
-A layer's experts in one tensor get the type of an MLP. Of llama.cpp's rules for eight experts those of keys and values
-are here; its finer output of attention is not, and nobody has compared these files with its own.
+A layer's experts in one tensor get the type of an MLP. Attention is a small part of a model with eight experts, and
+gets more bits there.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from lrconvert.precision import short_name
 Type = GGMLQuantizationType
 
 FLOATS = frozenset({Type.F32, Type.F16, Type.BF16})
+EIGHT = 8  # experts: Mixtral's count, which llama.cpp has rules for
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,22 @@ def _grouped(layer: int, facts: MixFacts) -> bool:
     return facts.grouped
 
 
+def _eight(layer: int, facts: MixFacts) -> bool:
+    return facts.experts == EIGHT
+
+
+def _grouped_or_experts(layer: int, facts: MixFacts) -> bool:
+    return facts.grouped or facts.experts >= EIGHT // 2
+
+
+def _either(one: Condition, other: Condition) -> Condition:
+    return lambda layer, facts: one(layer, facts) or other(layer, facts)
+
+
+def _both(one: Condition, other: Condition) -> Condition:
+    return lambda layer, facts: one(layer, facts) and other(layer, facts)
+
+
 def _with_matrix(condition: Condition) -> Condition:
     return lambda layer, facts: facts.imatrix and condition(layer, facts)
 
@@ -118,12 +135,17 @@ class Scheme:
         return self.base not in FLOATS
 
 
+_OUTPUT_OF_EIGHT = Rule("attn_output", Type.Q5_K, _eight)
+
+
 def _low_bits(name: str, file_type: LlamaFileType, base: Type, better: Type, attn_output: Type | None) -> Scheme:
     """A scheme of about two bits or fewer: where it hurts most, tensors get the type `better`."""
     embedding = Type.IQ3_S if better == Type.IQ3_S else Type.Q2_K
     rules = [
         Rule("token_embd", embedding),
-        Rule("attn_v", Type.Q4_K, _grouped),
+        Rule("attn_v", Type.Q4_K, _grouped_or_experts),
+        Rule("attn_k", Type.Q4_K, _eight),
+        _OUTPUT_OF_EIGHT,
         Rule("attn_v", better),
         Rule("ffn_down", better, _first_part(8)),
     ]
@@ -134,6 +156,7 @@ def _low_bits(name: str, file_type: LlamaFileType, base: Type, better: Type, att
 
 _FILE = LlamaFileType
 _IQ4_RULES = (
+    _OUTPUT_OF_EIGHT,
     Rule("attn_v", Type.Q5_K, _grouped),
     Rule("ffn_down", Type.Q5_K, _without_matrix(_first_part(8))),
 )
@@ -154,6 +177,7 @@ _ALL = (
         _FILE.MOSTLY_Q2_K,
         Type.Q2_K,
         (
+            _OUTPUT_OF_EIGHT,
             Rule("attn_v", Type.Q4_K, _grouped),
             Rule("attn_v", Type.Q3_K),
             Rule("ffn_down", Type.Q3_K),
@@ -166,12 +190,13 @@ _ALL = (
         Type.Q2_K,
         (Rule("attn_v", Type.Q4_K, _grouped), Rule("ffn_down", Type.Q4_K, _first_part(8))),
     ),
-    Scheme("q3_k_s", _FILE.MOSTLY_Q3_K_S, Type.Q3_K),
+    Scheme("q3_k_s", _FILE.MOSTLY_Q3_K_S, Type.Q3_K, (_OUTPUT_OF_EIGHT,)),
     Scheme(
         "q3_k_m",
         _FILE.MOSTLY_Q3_K_M,
         Type.Q3_K,
         (
+            _OUTPUT_OF_EIGHT,
             Rule("attn_v", Type.Q5_K, _first(2)),
             Rule("attn_v", Type.Q4_K),
             Rule("ffn_down", Type.Q5_K, _first_part(16)),
@@ -183,15 +208,20 @@ _ALL = (
         "q3_k_l",
         _FILE.MOSTLY_Q3_K_L,
         Type.Q3_K,
-        (Rule("attn_v", Type.Q5_K), Rule("ffn_down", Type.Q5_K), Rule("attn_output", Type.Q5_K)),
+        (
+            Rule("attn_output", Type.Q3_K, _eight),
+            Rule("attn_v", Type.Q5_K),
+            Rule("ffn_down", Type.Q5_K),
+            Rule("attn_output", Type.Q5_K),
+        ),
     ),
     Scheme(
         "q4_k_s",
         _FILE.MOSTLY_Q4_K_S,
         Type.Q4_K,
-        (Rule("attn_v", Type.Q5_K, _first(4)), Rule("ffn_down", Type.Q5_K, _first_part(8))),
+        (_OUTPUT_OF_EIGHT, Rule("attn_v", Type.Q5_K, _first(4)), Rule("ffn_down", Type.Q5_K, _first_part(8))),
     ),
-    Scheme("q4_k_m", _FILE.MOSTLY_Q4_K_M, Type.Q4_K, _MORE_BITS_RULES),
+    Scheme("q4_k_m", _FILE.MOSTLY_Q4_K_M, Type.Q4_K, (_OUTPUT_OF_EIGHT, *_MORE_BITS_RULES)),
     Scheme("q5_k_s", _FILE.MOSTLY_Q5_K_S, Type.Q5_K),
     Scheme("q5_k_m", _FILE.MOSTLY_Q5_K_M, Type.Q5_K, _MORE_BITS_RULES),
     Scheme("q6_k", _FILE.MOSTLY_Q6_K, Type.Q6_K),
@@ -203,6 +233,7 @@ _ALL = (
         Type.IQ3_XXS,
         (
             Rule("token_embd", Type.IQ3_S),
+            _OUTPUT_OF_EIGHT,
             Rule("attn_v", Type.Q4_K, _grouped),
             Rule("attn_q", Type.IQ2_S),
             Rule("attn_k", Type.IQ2_S),
@@ -218,6 +249,7 @@ _ALL = (
         _FILE.MOSTLY_IQ3_XS,
         Type.IQ3_S,
         (
+            _OUTPUT_OF_EIGHT,
             Rule("attn_v", Type.Q4_K, _grouped),
             Rule("attn_q", Type.IQ3_XXS),
             Rule("attn_k", Type.IQ3_XXS),
@@ -225,12 +257,17 @@ _ALL = (
             Rule("ffn_up", Type.IQ3_XXS, _middle),
         ),
     ),
-    Scheme("iq3_s", _FILE.MOSTLY_IQ3_S, Type.IQ3_S, (Rule("attn_v", Type.Q4_K, _grouped),)),
+    Scheme("iq3_s", _FILE.MOSTLY_IQ3_S, Type.IQ3_S, (_OUTPUT_OF_EIGHT, Rule("attn_v", Type.Q4_K, _grouped))),
     Scheme(
         "iq3_m",
         _FILE.MOSTLY_IQ3_M,
         Type.IQ3_S,
-        (Rule("attn_v", Type.Q4_K), Rule("ffn_down", Type.Q4_K, _first_part(8)), Rule("attn_output", Type.Q4_K)),
+        (
+            _OUTPUT_OF_EIGHT,
+            Rule("attn_v", Type.Q4_K),
+            Rule("ffn_down", Type.Q4_K, _either(_first_part(8), _both(_eight, _more_bits))),
+            Rule("attn_output", Type.Q4_K),
+        ),
     ),
     _low_bits("iq2_xxs", _FILE.MOSTLY_IQ2_XXS, Type.IQ2_XXS, Type.Q2_K, None),
     _low_bits("iq2_xs", _FILE.MOSTLY_IQ2_XS, Type.IQ2_XS, Type.Q2_K, None),
@@ -273,7 +310,6 @@ _FALLBACK = {
     Type.Q6_K: Type.Q8_0,
 }
 _NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<role>.+)\.weight")
-EIGHT = 8  # experts: Mixtral's count, which llama.cpp has a rule for
 _OUTPUT, _EMBEDDING, _ROUTER = "output", "token_embd", "ffn_gate_inp"
 _NEEDS_MATRIX = frozenset({Type.IQ3_XXS, Type.IQ2_XXS, Type.IQ2_XS, Type.IQ2_S, Type.IQ1_M, Type.IQ1_S})
 
@@ -285,7 +321,7 @@ def tensor_type(scheme: Scheme, name: str, shape: tuple[int, ...], facts: MixFac
         return Type.F32
     if not scheme.quantised:
         return scheme.base
-    role = match["role"].replace("attn_qkv", "attn_v").removesuffix("_exps")
+    role = match["role"].replace("attn_qkv", "attn_v").removesuffix("_exps").removesuffix("_shexp")
     if role == _OUTPUT or (role == _EMBEDDING and facts.tied):
         wanted = scheme.output if _fits(scheme.base, shape) else Type.Q8_0
     else:

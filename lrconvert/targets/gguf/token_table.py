@@ -27,6 +27,7 @@ class TokenTable:
     added: list[Added]
     types: dict[int, int] = field(default_factory=dict)  # of those that are not NORMAL
     scores: dict[str, float] | None = None
+    made: frozenset[str] = frozenset()  # pieces that merges make; Gemma's runs of spaces are added tokens as well
     merges: list[str] | None = None
     adds_space: bool = False
     special: dict[str, int] = field(default_factory=dict)  # ids that the vocabulary itself names
@@ -84,7 +85,7 @@ def _as_sentencepiece(
     if odd := sentencepiece.differences(vocab, merges, contents):
         table.notes.append(
             f"llama.cpp joins any two parts whose text is a piece; {len(odd)} pieces can be made in ways that no merge "
-            f"of tokenizer.json names ({odd[0]!r:.40}): some texts differ"
+            f"of tokenizer.json names ({odd[0]!r:.40}): some texts may differ"
         )
     normalised = [token.content for token in table.added if token.normalized]
     if table.adds_space and tokenizer.get("normalizer") and normalised:
@@ -96,6 +97,7 @@ def _as_sentencepiece(
     if isinstance(unk := model.get("unk_token"), str) and unk in table.vocab:
         table.special["unk"] = table.vocab[unk]
     table.scores = sentencepiece.scores_of(vocab, merges, contents)
+    table.made = frozenset(left + right for left, right in merges)
 
 
 def _refuse_other_models(model: Mapping[str, Any], where: str) -> None:

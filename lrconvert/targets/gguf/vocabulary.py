@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lrconvert.checkpoint.gguf_tokenizer import CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED
+from lrconvert.checkpoint.gguf_tokenizer import CONTROL, NORMAL, SPACE, SPECIAL_TEXTS, UNKNOWN, USER_DEFINED
 from lrconvert.errors import InputError, UnsupportedError, UsageError
 from lrconvert.targets.gguf.token_table import UNUSED, TokenTable, from_tokenizer_json, from_tokenizer_model
 from lrconvert.targets.gguf.tokenizer_files import TokenizerFiles
@@ -77,6 +77,7 @@ def vocabulary(
     if scores is not None:
         metadata["tokenizer.ggml.scores"] = scores
     metadata["tokenizer.ggml.token_type"] = types
+    table.notes += _taken_for_special(tokens, types)
     if table.merges is not None:
         metadata["tokenizer.ggml.merges"] = table.merges
     metadata |= _special(table, files, config, tokens)
@@ -132,13 +133,22 @@ def _arrays(table: TokenTable, rows: int, files: TokenizerFiles) -> tuple[list[s
         del by_id[index]
         types[index] = UNUSED
     if scores is not None:
-        scores = [_SCORES.get(kind, score) for kind, score in zip(types, scores, strict=True)]
+        apart = [kind in _SCORES and by_id.get(index) not in table.made for index, kind in enumerate(types)]
+        scores = [_SCORES[kind] if it else score for it, kind, score in zip(apart, types, scores, strict=True)]
     taken = set(by_id.values())
     tokens = [by_id.get(index) or _filler(index, taken) for index in range(rows)]
     _check_text(tokens, f"{where}: a token")
     if len(set(tokens)) != rows:
         raise InputError(f"{where}: two tokens have the same text, which llama.cpp refuses")
     return tokens, types, scores
+
+
+def _taken_for_special(tokens: list[str], types: list[int]) -> list[str]:
+    """A note on ordinary pieces that llama.cpp finds before anything else, as if they were added tokens."""
+    taken = [text for text, kind in zip(tokens, types, strict=True) if kind == NORMAL and text in SPECIAL_TEXTS]
+    if not taken:
+        return []
+    return [f"llama.cpp takes {', '.join(map(repr, taken))[:200]} for special tokens, tokenizer.json for ordinary text"]
 
 
 def _filler(index: int, taken: set[str]) -> str:

@@ -41,14 +41,15 @@ class Source:
     heads: int | None = None
     values: Array | None = None
     experts: tuple[str, ...] = ()
+    expert: tuple[int, int] = (0, 1)  # which of how many experts' rows these are
 
 
 def jobs(checkpoint: Checkpoint, source: Source, encoder: Encoder) -> Iterator[Job]:
     """Functions that make the bytes of a tensor, in order."""
     if source.experts:
         each = replace(source.planned, shape=source.planned.shape[1:])
-        for name in source.experts:
-            yield from jobs(checkpoint, Source(each, name), encoder)
+        for number, name in enumerate(source.experts):
+            yield from jobs(checkpoint, Source(each, name, expert=(number, len(source.experts))), encoder)
         return
     for make, rows in _blocks(checkpoint, source, encoder):
         yield make, rows * source.planned.row_bytes
@@ -69,7 +70,7 @@ def _blocks(checkpoint: Checkpoint, source: Source, encoder: Encoder) -> Iterato
     blocks = checkpoint.blocks(source.name)
     if heads is None:
         for block in blocks:
-            yield partial(_encoded, encoder, planned, block.read), _rows(planned, block.rows)
+            yield partial(_encoded, encoder, planned, block.read, source.expert), _rows(planned, block.rows)
         return
     every = list(blocks)
     for start, stop in _head_ranges(planned, heads):
@@ -82,8 +83,10 @@ def _rows(planned: Planned, count: int) -> int:
     return planned.rows * count // planned.shape[0]
 
 
-def _encoded(encoder: Encoder, planned: Planned, read: Callable[[], Array]) -> memoryview:
-    return encoder.encode(read().reshape(-1, planned.shape[-1]), planned.kind, planned.name)
+def _encoded(
+    encoder: Encoder, planned: Planned, read: Callable[[], Array], expert: tuple[int, int] = (0, 1)
+) -> memoryview:
+    return encoder.encode(read().reshape(-1, planned.shape[-1]), planned.kind, planned.name, *expert)
 
 
 def _copied(stored: Encoded, planned: Planned, start: int, stop: int, heads: int | None) -> memoryview:

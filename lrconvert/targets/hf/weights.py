@@ -43,7 +43,8 @@ def lay_out(
     for path in dict.fromkeys(checkpoint.tensors[name].file for name in checkpoint.touched):
         infos = [info for info in checkpoint.tensors.values() if info.file == path and info.name in used]
         shards.append((names.pop(path), [PlannedTensor(info.name, info.dtype, info.shape) for info in infos]))
-    kept = {name: path for path, name in names.items()}
+    holding = {info.file for info in checkpoint.tensors.values()}  # a view may leave out all that a file holds
+    kept = {name: path for path, name in names.items() if path in holding or name == INDEX}
     index = {} if INDEX not in kept else _edited_index(checkpoint, kept[INDEX], used)
     return {name: path for name, path in kept.items() if name not in index}, sorted(shards), index
 

@@ -32,7 +32,17 @@ def mixture(graph: Nodes, x: str, layer: int) -> str:
         graph.scope = [*scope, f"experts.{expert}"]
         made = _added(graph, made, x, column, layer, expert)
     graph.scope = scope
-    return made if graph.type == TensorProto.FLOAT else graph.op("Cast", made, name="experts.made", to=graph.type)
+    if graph.type != TensorProto.FLOAT:
+        made = graph.op("Cast", made, name="experts.made", to=graph.type)
+    return _with_shared(graph, made, x, layer) if experts.shared else made
+
+
+def _with_shared(graph: Nodes, made: str, x: str, layer: int) -> str:
+    """`made` and what the expert adds that every token uses."""
+    gate, up = (graph.linear(x, role, layer) for role in ("shared_gate", "shared_up"))
+    answer = graph.linear(graph.gated(gate, up), "shared_down", layer)
+    share = graph.op("Sigmoid", graph.linear(x, "shared_router", layer), name="shared.share")
+    return graph.op("Add", made, graph.op("Mul", answer, share, name="shared.weighted"), name="shared.added")
 
 
 def _added(graph: Nodes, made: str, x: str, gates: str, layer: int, expert: int) -> str:

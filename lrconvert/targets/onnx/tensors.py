@@ -108,7 +108,7 @@ def lay_out(model: Model, dtype: str, bits: int | None) -> list[Stored]:
                 found.append(replace(stored, name=TIED_HEAD, bits=8))
             continue
         # A router is small, and what it rounds decides which experts are used.
-        if bits is not None and len(tensor.shape) == 2 and role != "router":
+        if bits is not None and len(tensor.shape) == 2 and role not in ("router", "shared_router"):
             stored = replace(stored, bits=8 if role in ("embedding", "lm_head") else bits)
         found.append(stored)
     return list(_placed(found))

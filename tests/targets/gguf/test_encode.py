@@ -67,7 +67,9 @@ class Digests:
         if key not in self.made:
             rows = REFERENCE.values(model, name, model.shapes()[name])
             encoder = Encoder(self.library, stand_in(model) if weighted else None)
-            self.made[key] = REFERENCE.digest(encoder.encode(rows, Type[kind], name))
+            parts = rows if rows.ndim == 3 else [rows]  # of experts
+            data = b"".join(encoder.encode(part, Type[kind], name, i, len(parts)) for i, part in enumerate(parts))
+            self.made[key] = REFERENCE.digest(data)
         return self.made[key]
 
     def of_file(self, run: Any) -> str:
@@ -131,7 +133,9 @@ def test_llama_model_quantize_agrees(library: LlamaLibrary, tmp_path: Path) -> N
     digests = Digests(library)
     for run in runs_of({model.name for model in REFERENCE.MODELS}, record):
         model = run.model
-        facts = MixFacts(model.architecture, model.layers, model.heads, model.kv_heads, model.tied, run.weighted)
+        facts = MixFacts(
+            model.architecture, model.layers, model.heads, model.kv_heads, model.tied, run.weighted, model.experts
+        )
         scheme = SCHEMES[run.scheme]
         types = {name: tensor_type(scheme, name, shape, facts).name for name, shape in model.shapes().items()}
         assert types == run.types, (model.name, run.scheme)
@@ -242,7 +246,7 @@ def test_values_beyond_the_range() -> None:
 def test_scales_beyond_the_range(kind: Type, library: LlamaLibrary) -> None:
     """A float16 scale that is infinite is found, wherever the type keeps it; llama.cpp refuses such files too."""
     rows = np.random.default_rng(2).standard_normal((2, 512)).astype(np.float32)
-    ones = Imatrix(Path("m"), "", (), 1, 1, {"x": np.ones(512, np.float32)})
+    ones = Imatrix(Path("m"), "", (), 1, 1, {"x": np.ones((1, 512), np.float32)})
     encoder = Encoder(library, ones)
     assert np.isfinite(dequantize(np.frombuffer(encoder.encode(rows, kind, "x"), np.uint8), kind)).all()
     with pytest.raises(UnsupportedError, match=rf"x holds values beyond the range of {kind.name}, whose scales"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import runpy
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
-from gguf import GGUFWriter
+from support.gguf_files import write_matrix
 
 from lrconvert.errors import InputError, UsageError
 from lrconvert.runtimes.llama_library import LlamaLibrary
@@ -27,6 +26,7 @@ REFERENCE = SimpleNamespace(**runpy.run_path(str(ROOT / "tools" / "quantise_refe
 
 Tensors = dict[str, np.ndarray[Any, Any]]
 Q = "blk.0.attn_q.weight"
+E = "blk.0.ffn_down_exps.weight"
 
 
 def tensors_for(name: str, sums: Any, count: float) -> Tensors:
@@ -35,31 +35,10 @@ def tensors_for(name: str, sums: Any, count: float) -> Tensors:
     return {f"{name}.in_sum2": sums, f"{name}.counts": np.full((1, 1), count, np.float32)}
 
 
-def write(path: Path, tensors: Tensors, *, kind: str = "imatrix", without: str = "") -> Path:
-    writer = GGUFWriter(path, "llama")
-    writer.kv_data[0].clear()  # llama-imatrix writes no architecture
-    values: dict[str, Callable[[str], None]] = {
-        "general.type": lambda key: writer.add_string(key, kind),
-        "imatrix.datasets": lambda key: writer.add_array(key, ["wiki.txt", "code.txt"]),
-        "imatrix.chunk_count": lambda key: writer.add_uint32(key, 125),
-        "imatrix.chunk_size": lambda key: writer.add_uint32(key, 512),
-    }
-    for key, add in values.items():
-        if key != without:
-            add(key)
-    for name, data in tensors.items():
-        writer.add_tensor(name, data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 def test_means_and_facts(tmp_path: Path) -> None:
     """Sums over counts in float32, the count rounded; its origin for the manifest."""
     sums = np.random.default_rng(0).random(64, np.float32) * 1000
-    path = write(tmp_path / "m.gguf", tensors_for(Q, sums, 64000.4) | tensors_for("output.weight", sums[:32], 1))
+    path = write_matrix(tmp_path / "m.gguf", tensors_for(Q, sums, 64000.4) | tensors_for("output.weight", sums[:32], 1))
     matrix = Imatrix.load(path)
     weights = matrix.weights(Q, 64)
     assert weights is not None and weights.dtype == np.float32
@@ -74,25 +53,46 @@ def test_means_and_facts(tmp_path: Path) -> None:
     }
 
 
-def test_a_file_gives_the_bytes_that_llama_cpp_made(tmp_path: Path, library: LlamaLibrary) -> None:
-    """From the file to the quants: an entry of the record, with sums that divide without rounding."""
-    model = REFERENCE.MODELS[0]
+def test_every_expert_has_a_row_and_a_count(tmp_path: Path) -> None:
+    """One that no text reached gets ones, as from llama-quantize, and is counted."""
+    sums = np.random.default_rng(1).random((3, 64)).astype(np.float32)
+    counts = np.array([[10], [0], [4.4]], np.float32)
+    matrix = Imatrix.load(write_matrix(tmp_path / "m.gguf", {f"{E}.in_sum2": sums, f"{E}.counts": counts}))
+    for expert, expected in enumerate((sums[0] / np.float32(10), np.ones(64, np.float32), sums[2] / np.float32(4))):
+        weights = matrix.weights(E, 64, expert, 3)
+        assert weights is not None and weights.dtype == np.float32
+        np.testing.assert_array_equal(weights, expected)
+    assert matrix.facts["unused_experts"] == 1 and matrix.facts["weights"] == 1
+
+
+@pytest.mark.parametrize(("of", "kind", "tensor"), [("llama", "Q6_K", "output.weight"), ("llama-4-experts", "Q4_K", E)])
+def test_a_file_gives_the_bytes_that_llama_cpp_made(
+    tmp_path: Path, library: LlamaLibrary, of: str, kind: str, tensor: str
+) -> None:
+    """From the file to the quants: an entry of the record, with sums that divide without rounding. Of a layer's experts
+    every one with its own row."""
+    model = next(model for model in REFERENCE.MODELS if model.name == of)
     tensors: Tensors = {}
-    for name, row in REFERENCE.matrix(model).items():
-        tensors |= tensors_for(name, row * np.float32(512), 512)
-    encoder = Encoder(library, Imatrix.load(write(tmp_path / "m.gguf", tensors)))
+    for name, rows in REFERENCE.matrix(model).items():
+        counts = np.full((len(rows), 1), 512, np.float32)
+        tensors |= {f"{name}.in_sum2": rows * np.float32(512), f"{name}.counts": counts}
+    encoder = Encoder(library, Imatrix.load(write_matrix(tmp_path / "m.gguf", tensors)))
     (expected,) = (
         digest
-        for m, weighted, kind, name, digest in REFERENCE.read_digests()
-        if (m, weighted, kind, name) == (model, True, "Q6_K", "output.weight")
+        for m, weighted, type_, name, digest in REFERENCE.read_digests()
+        if (m, weighted, type_, name) == (model, True, kind, tensor)
     )
-    rows = REFERENCE.values(model, "output.weight", model.shapes()["output.weight"])
-    assert REFERENCE.digest(encoder.encode(rows, Type.Q6_K, "output.weight")) == expected
+    values = REFERENCE.values(model, tensor, model.shapes()[tensor])
+    parts = values if values.ndim == 3 else [values]
+    made = b"".join(encoder.encode(part, Type[kind], tensor, i, len(parts)) for i, part in enumerate(parts))
+    assert REFERENCE.digest(made) == expected
 
 
 def test_other_columns(tmp_path: Path) -> None:
     """An error, but for the embedding, of which llama.cpp does not use it then either."""
-    path = write(tmp_path / "m.gguf", tensors_for(Q, np.ones(64), 1) | tensors_for("token_embd.weight", np.ones(64), 1))
+    path = write_matrix(
+        tmp_path / "m.gguf", tensors_for(Q, np.ones(64), 1) | tensors_for("token_embd.weight", np.ones(64), 1)
+    )
     matrix = Imatrix.load(path)
     with pytest.raises(InputError, match=rf"m\.gguf: has 64 columns for {Q}; the model has 128\. Give the matrix that"):
         matrix.weights(Q, 128)
@@ -108,17 +108,21 @@ def test_other_columns(tmp_path: Path) -> None:
         (tensors_for(Q, [1, 2], np.nan), f"{Q} holds values that are not finite"),
         (tensors_for(Q, [1, -2], 1), f"{Q} holds negative sums of squares"),
         (tensors_for(Q, [1, 2], 0), f"{Q} was never measured: its count is 0"),
-        (tensors_for(Q, [1, 2], -3), f"{Q} was never measured"),
+        (tensors_for(Q, [1, 2], -3), f"{Q} holds negative counts"),
         ({f"{Q}.in_sum2": np.ones((1, 4), np.float32)}, f"{Q} has no counts"),
         ({f"{Q}.counts": np.ones((1, 1), np.float32)}, f"{Q} has no in_sum2"),
-        (tensors_for(Q, [1, 2], 1) | {f"{Q}.counts": np.ones((8, 1), np.float32)}, f"{Q} is for 8 experts"),
+        (tensors_for(Q, [1, 2], 1) | {f"{Q}.counts": np.ones((8, 1), np.float32)}, f"{Q} has 2 sums for 8 counts"),
+        (
+            {f"{E}.in_sum2": np.ones((2, 4), np.float32), f"{E}.counts": np.zeros((2, 1), np.float32)},
+            f"{E} was never measured",
+        ),
         (tensors_for(Q, [1, 2], 1) | {f"{Q}.in_sum2": np.ones((1, 2), np.float16)}, f"{Q} is stored as F16 and F32"),
         ({"blk.0.attn_q.weight": np.ones((1, 2), np.float32)}, "no tensor ends in .in_sum2"),
     ],
 )
 def test_what_is_wrong_with_a_matrix(tensors: Tensors, problem: str, tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
-        Imatrix.load(write(tmp_path / "m.gguf", tensors))
+        Imatrix.load(write_matrix(tmp_path / "m.gguf", tensors))
     assert str(error.value).startswith(f"{tmp_path / 'm.gguf'}: {problem}" if "no tensor" not in problem else "")
     assert problem in str(error.value)
 
@@ -128,7 +132,7 @@ def test_many_problems_are_counted(tmp_path: Path) -> None:
     for layer in range(20):
         tensors |= tensors_for(f"blk.{layer}.attn_q.weight", [1, 2], 0)
     with pytest.raises(InputError, match=r"blk\.7\.attn_q.*; and 12 more$"):
-        Imatrix.load(write(tmp_path / "m.gguf", tensors))
+        Imatrix.load(write_matrix(tmp_path / "m.gguf", tensors))
 
 
 def test_other_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,12 +143,12 @@ def test_other_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         Imatrix.load(legacy)
     tensors = tensors_for(Q, [1, 2], 1)
     with pytest.raises(InputError, match=r"not an importance matrix: general\.type is 'model'"):
-        Imatrix.load(write(tmp_path / "model.gguf", tensors, kind="model"))
+        Imatrix.load(write_matrix(tmp_path / "model.gguf", tensors, kind="model"))
     with pytest.raises(InputError, match=r"not an importance matrix: general\.type is missing"):
-        Imatrix.load(write(tmp_path / "untyped.gguf", tensors, without="general.type"))
+        Imatrix.load(write_matrix(tmp_path / "untyped.gguf", tensors, without="general.type"))
     with pytest.raises(InputError, match=r"imatrix\.chunk_count is missing; a count is needed"):
-        Imatrix.load(write(tmp_path / "uncounted.gguf", tensors, without="imatrix.chunk_count"))
-    assert Imatrix.load(write(tmp_path / "m.gguf", tensors, without="imatrix.datasets")).datasets == ()
+        Imatrix.load(write_matrix(tmp_path / "uncounted.gguf", tensors, without="imatrix.chunk_count"))
+    assert Imatrix.load(write_matrix(tmp_path / "m.gguf", tensors, without="imatrix.datasets")).datasets == ()
     with pytest.raises(InputError, match=r"nothing\.gguf: can't be read"):
         Imatrix.load(tmp_path / "nothing.gguf")
     monkeypatch.setattr(module, "MAX_BYTES", 100)
@@ -158,8 +162,8 @@ SHAPE = (4, 256)
 TENSORS = {Q: (Type.IQ2_XXS, SHAPE), "output.weight": (Type.Q5_K, SHAPE), "token_embd.weight": (Type.Q2_K, SHAPE)}
 
 
-def matrix_of(*names: str, columns: int = 256) -> Imatrix:
-    means = {name: np.ones(columns, np.float32) for name in names}
+def matrix_of(*names: str, columns: int = 256, experts: int = 1) -> Imatrix:
+    means = {name: np.ones((experts, columns), np.float32) for name in names}
     return Imatrix(Path("m.gguf"), "", (), 1, 512, means)
 
 
@@ -189,3 +193,8 @@ def test_a_matrix_of_another_model() -> None:
         check_matrix(SCHEMES["q4_k_m"], TENSORS, matrix_of("model.layers.0.mlp.weight"))
     with pytest.raises(InputError, match="has 64 columns"):
         check_matrix(SCHEMES["q4_k_m"], TENSORS, matrix_of(Q, columns=64))
+    stacked = {E: (Type.Q4_K, (4, 4, 256))}
+    check_matrix(SCHEMES["q4_k_m"], stacked, matrix_of(E, experts=4))
+    for experts, found in ((3, "3 experts of 256"), (1, "256")):
+        with pytest.raises(InputError, match=f"has {found} columns for {E}; the model has 4 experts of 256"):
+            check_matrix(SCHEMES["q4_k_m"], stacked, matrix_of(E, experts=experts))

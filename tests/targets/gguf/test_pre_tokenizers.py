@@ -72,7 +72,7 @@ SPELLINGS = {
     "cases written out": split(
         LLAMA3.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)", "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])")
     ),
-    "matches removed from what they split": split(LLAMA3, "removed", True),
+    "matches removed from what they split": split(LLAMA3, behavior="removed", invert=True),
     "a sequence in a sequence": pre_tokenizers.Sequence([split(LLAMA3)]),
 }
 

@@ -34,7 +34,9 @@ class Recorded:
 
 def types_of(scheme: Scheme, run: Any) -> dict[str, str]:
     model = run.model
-    facts = MixFacts(model.architecture, model.layers, model.heads, model.kv_heads, model.tied, run.weighted)
+    facts = MixFacts(
+        model.architecture, model.layers, model.heads, model.kv_heads, model.tied, run.weighted, model.experts
+    )
     return {name: tensor_type(scheme, name, shape, facts).name for name, shape in model.shapes().items()}
 
 

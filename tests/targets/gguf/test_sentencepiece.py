@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,9 +23,12 @@ from support.vocabularies import (
     spm,
     spm_pieces,
     token,
+    tokenizer_of,
+    write_gguf,
 )
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 
+from lrconvert.checkpoint import open_checkpoint
 from lrconvert.errors import InputError, UnsupportedError
 from lrconvert.targets.gguf import sentencepiece
 from lrconvert.targets.gguf.vocabulary import vocabulary
@@ -75,6 +79,21 @@ def test_a_vocabulary_trained_as_merges(differing: Callable[..., set[str]]) -> N
     written = vocabulary(files_of(tokenizer, SPM_CONFIG), rows_of(tokenizer))
     assert any("pieces can be made in ways that no merge of tokenizer.json names" in note for note in written.notes)
     assert differing(tokenizer, written, {"joined": "       return", "plain": "the world"}) == {"joined"}
+
+
+def test_runs_of_spaces_that_are_added_tokens(differing: Callable[..., set[str]], tmp_path: Path) -> None:
+    """Gemma's: merges make them too, and their scores are those of the merges. Read back, the file gives the same."""
+    tokenizer = spm(normalizers.Replace(" ", "▁"), runs=True)
+    written = vocabulary(files_of(tokenizer, SPM_CONFIG), rows_of(tokenizer))
+    texts = TEXTS | {"spaces in front": "   return the world", "many": " " * 30 + "the", "visible": "▁▁the ▁ end"}
+    assert written.metadata["tokenizer.ggml.scores"][len(SPM_SPECIALS) + 256] == 0.0
+    assert differing(tokenizer, written, texts) == set()
+    path = write_gguf(tmp_path / "vocabulary.gguf", written.metadata)
+    again = tokenizer_of(open_checkpoint(path).side_files())
+    assert again.encode("   return").tokens == tokenizer.encode("   return").tokens == ["<s>", "▁▁▁", "return"]
+    for name, text in texts.items():
+        expected = tokenizer.encode(text, add_special_tokens=False).ids
+        assert again.encode(text, add_special_tokens=False).ids == expected, name
 
 
 def test_special_tokens_that_take_in_space(differing: Callable[..., set[str]]) -> None:

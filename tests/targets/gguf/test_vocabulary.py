@@ -95,15 +95,18 @@ def test_smollm2(differing: Differing) -> None:
 NOTED = {
     "qwen2": "tokenizer.json normalises text to NFC, llama.cpp doesn't: text with combining marks may differ",
     "tekken": "llama.cpp's tekken splits words at combining marks: text in Indic scripts, for one, differs",
-    "gpt-4o": "llama.cpp's gpt-4o splits words at combining marks: text in Indic scripts, for one, differs",
+    "gpt-4o": "llama.cpp's gpt-4o splits words at combining marks: text in Indic scripts, for one, differs; "
+    "--tokenizer-pre granite-embed-multi-97m doesn't, in llama.cpp of May 2026 and later",
 }
-SAME = sorted(STYLES.keys() - NOTED.keys())
+# One that splits our texts alike, and still has a note.
+WITH_MARKS = "granite-embed-multi-97m"
+SAME = sorted(STYLES.keys() - NOTED.keys() - {WITH_MARKS})
 
 
 def test_styles_that_llama_cpp_splits_alike(styles: Styles, differing: Differing) -> None:
     """The pre-tokenizer is known by its structure, whatever the vocabulary; every text has the same tokens, and there
     is no note."""
-    assert SAME == ["dbrx", "gpt-2", "llama-bpe", "smollm"]
+    assert SAME == ["dbrx", "deepseek-v3", "gpt-2", "llama-bpe", "smollm"]
     for name in SAME:
         with case(name):
             written = vocabulary(files_of(styles[name], ENDS), rows_of(styles[name]))
@@ -123,6 +126,31 @@ def test_styles_that_llama_cpp_splits_otherwise(styles: Styles, differing: Diffe
             assert differing(styles[name], written, TEXTS | SPECIAL_TEXTS) == {"marks"}
 
 
+def test_marks_under_a_name_of_newer_versions(styles: Styles, differing: Differing) -> None:
+    """gpt-4o's expression with whole words has a name that knows combining marks; plain gpt-4o can ask for it."""
+    written = vocabulary(files_of(styles[WITH_MARKS], ENDS), rows_of(styles[WITH_MARKS]))
+    assert written.metadata["tokenizer.ggml.pre"] == WITH_MARKS
+    (note,) = written.notes
+    assert "tells small letters from capitals in ASCII only" in note and "before May 2026" in note
+    assert differing(styles[WITH_MARKS], written, TEXTS | SPECIAL_TEXTS) == set()
+    asked = vocabulary(files_of(styles["gpt-4o"], ENDS), rows_of(styles["gpt-4o"]), pre=WITH_MARKS)
+    assert len(asked.notes) == 2 and "ignore_merges" in asked.notes[1]
+    assert differing(styles["gpt-4o"], asked, TEXTS | SPECIAL_TEXTS) == set()
+
+
+def test_pieces_that_llama_cpp_takes_for_special_tokens(differing: Differing) -> None:
+    """Known: it knows the end of a text by its spelling, also where the vocabulary has it as an ordinary piece."""
+    plain = two_letters(split(LLAMA3), "éſ")
+    tokenizer = tokenizer_of(changed(plain, lambda value: value["model"]["vocab"].update({"</s>": 259})))
+    assert tokenizer.id_to_token(258) and tokenizer.id_to_token(259) == "</s>"
+    written = vocabulary(files_of(tokenizer), rows_of(tokenizer))
+    assert written.notes[:1] == ("llama.cpp takes '</s>' for special tokens, tokenizer.json for ordinary text",)
+    assert differing(tokenizer, written, {"alone": "</s>", "in a word": "<b>x</s>>", "other": "</b>"}) == {
+        "alone",
+        "in a word",
+    }
+
+
 def test_a_wrong_style_shows(styles: Styles, differing: Differing) -> None:
     """The texts tell pre-tokenizers apart, so that agreement above means something; the first note names both."""
     for name, tokenizer in styles.items():
@@ -136,10 +164,10 @@ def test_a_wrong_style_shows(styles: Styles, differing: Differing) -> None:
 
 def test_capitals_beyond_ascii(differing: Differing) -> None:
     """Known: words of tekken and gpt-4o end where a capital follows, in llama.cpp only among ASCII's letters."""
-    for expression in (TEKKEN, GPT4O):
-        with case(expression):
+    for expression, pre in ((TEKKEN, None), (GPT4O, None), (GPT4O, WITH_MARKS)):
+        with case(expression, pre):
             tokenizer = two_letters(split(expression), "иВ")  # small and capital
-            written = vocabulary(files_of(tokenizer), rows_of(tokenizer))
+            written = vocabulary(files_of(tokenizer), rows_of(tokenizer), pre=pre)
             texts = {"Cyrillic": "приВет", "ASCII": "Hello world"}
             assert differing(tokenizer, written, texts) == {"Cyrillic"}
 

@@ -94,7 +94,9 @@ def test_only_rotated_channels_of_q_and_k_change(pico: Callable[..., Model], tmp
     model = pico(family)
     made = open_model(bake(model, uneven(model), tmp_path / "a"))
     shape, scale = model.shape, ATTENTION / FORMULA
-    changed = {"qwen2": "qk+bias", "qwen3": "norms", "qwen3_moe": "norms", "phi3": "qkv"}.get(family, "qk")
+    changed = {"qwen2": "qk+bias", "qwen2_moe": "qk+bias", "qwen3": "norms", "qwen3_moe": "norms", "phi3": "qkv"}.get(
+        family, "qk"
+    )
     roles = {"qk": {"q", "k"}, "qk+bias": {"q", "k", "q_bias", "k_bias"}, "norms": {"q_norm", "k_norm"}}
     expected = roles.get(changed, {"qkv"})
     for tensor in model.roles.values():

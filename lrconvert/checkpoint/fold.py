@@ -87,17 +87,20 @@ def folded(model: Model, scale: float, *, rounded: bool = True) -> Model:
 
 
 def row_scales(model: Model, scale: float) -> dict[str, Array]:
-    """The factor of every row of the tensors that make q and k: by role, how many heads of them lead."""
+    """The factor of every row of the tensors that make q and k in the layers that the recipe rotates: by role, how many
+    heads of them lead."""
     shape = model.shape
     normed = any(tensor.role == "q_norm" for tensor in model.roles.values())
     heads: dict[str, int] = {"q": shape.heads, "k": shape.kv_heads, "qkv": shape.heads + shape.kv_heads}
     heads |= {f"{role}_bias": count for role, count in heads.items()}
-    heads = {"q_norm": 1, "k_norm": 1} if normed else heads
+    if normed:
+        whole = model.family.whole_qk_norms
+        heads = {"q_norm": shape.heads if whole else 1, "k_norm": shape.kv_heads if whole else 1}
     head = np.ones(shape.head_dim)
     head[: shape.rotary_dim] = scale
     found: dict[str, Any] = {}
     for tensor in model.roles.values():
-        if tensor.role in heads:
+        if tensor.role in heads and tensor.layer is not None and shape.turn(tensor.layer) is None:
             leading = np.tile(head, heads[tensor.role])
             found[tensor.name] = np.concatenate([leading, np.ones(tensor.shape[0] - len(leading))])
     return found

@@ -61,7 +61,14 @@ def _decoder(family: Family) -> str:
     if family.experts is not None:
         found.append(f"experts ({family.experts.gating})")
     found += ["layer norms"] if family.norm == "layer" else []
-    found += ["norms of q and k"] if "q_norm" in roles else []
+    if family.layers is not None:
+        found += ["layers without rotation"] if family.layers.rotates is not None else []
+        found += ["a plain rotation in the layers that slide"] if family.layers.own_theta is not None else []
+    norms = [role for role in ("attention_norm", "attention_post_norm") if role in roles]
+    found += ["norms behind attention and MLP" + (" too" if len(norms) == 2 else "")] if norms[-1:] != norms[:1] else []
+    found += (
+        ["norms of q and k" + (", all heads at once" if family.whole_qk_norms else "")] if "q_norm" in roles else []
+    )
     if family.multipliers:
         found.append(f"multipliers ({', '.join(family.multipliers)})")
     found += ["q, k and v in one, gate and up in one"] if "qkv" in roles else []

@@ -141,7 +141,7 @@ ENGINES: tuple[Engine, ...] = (
         TESTED,
         "modeling_rope_utils.py; issue 33129; `lrconvert verify`",
         BY_FORWARD,
-        _families("llama", "qwen2", "qwen3", "qwen3_moe"),
+        _families("llama", "qwen2", "qwen3", "qwen3_moe", "smollm3"),
         _OLD_NEEDS,
     ),
     Engine(
@@ -186,7 +186,7 @@ ENGINES: tuple[Engine, ...] = (
         TESTED,
         "modeling_rope_utils.py; `lrconvert verify`",
         BY_FORWARD,
-        _families("llama", "mistral", "qwen2", "qwen3", "granite", "qwen3_moe"),
+        _families("llama", "mistral", "qwen2", "qwen3", "granite", "qwen3_moe", "smollm3"),
         _NEW_NEEDS,
     ),
     Engine(
@@ -355,6 +355,18 @@ ENGINES: tuple[Engine, ...] = (
             formula=True,
         ),
         _families("qwen3_moe"),
+    ),
+    Engine(
+        replace(LLAMA_CPP, name=_BAKED_GGUF),
+        "0.6.0-dev",
+        TESTED,
+        "`lrconvert verify`; src/models/smollm3.cpp (0.5.0 was not run)",
+        Rule(
+            "its own YaRN, at every length",
+            refuses="the C++ of the family ignores factors, and knows one YaRN for every length",
+            formula=True,
+        ),
+        _families("smollm3"),
     ),
     Engine(
         replace(LLAMA_CPP, name=_BAKED_GGUF),

@@ -13,11 +13,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lrconvert.families.experts import Experts, StatedExperts
+from lrconvert.families.layers import StatedLayers
 from lrconvert.families.multipliers import Multipliers, Stated
 
 LAYER, EXPERT = "{layer}", "{expert}"
 # Architectures of GGUF files whose q and k rows are permuted: llama.cpp rotates pairs (2i, 2i+1) there.
-GGUF_INTERLEAVED = frozenset({"llama", "granite", "minicpm"})
+GGUF_INTERLEAVED = frozenset({"llama", "granite", "minicpm", "smollm3"})
+# Layers that an architecture's C++ takes for other kinds: every n-th doesn't rotate; all but every n-th slide, where a
+# file states a window, and rotate plainly.
+GGUF_UNROTATED: Mapping[str, int] = {"smollm3": 4}
+GGUF_SLIDING: Mapping[str, int] = {"olmo2": 4}
 GGUF_STEP35 = "step35"  # targets/gguf/step35.py says how a family is written as it
 # How the files of an architecture state multipliers; its C++ computes no others.
 _SCALES = {
@@ -31,6 +36,11 @@ GGUF_MULTIPLIERS: Mapping[str, Mapping[str, Stated]] = {
 }
 # Those that a file has to state: granite isn't loaded without its own, and minicpm has defaults that aren't 1.
 GGUF_STATED = {"granite": frozenset({"logits"}), "minicpm": frozenset(_SCALES)}
+
+
+# What a gate passes through, and how configs call it.
+Activation = Literal["silu", "gelu_tanh"]
+ACTIVATIONS: Mapping[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 @dataclass(frozen=True)
@@ -66,12 +76,20 @@ class Family:
     # What names of scalings mean in this family's configs, where that is not what they mean in others.
     rope_kinds: Mapping[str, str] = field(default_factory=dict)
     # Which layers attend to the last `sliding_window` tokens only: all of them; all where `use_sliding_window` is set;
-    # those that it and `max_window_layers` or `layer_types` name; or none, whatever the config says.
-    sliding: Literal["all", "switched", "named"] | None = None
+    # those that it and `max_window_layers` or `layer_types` name; those that `layer_types` names, else all but every
+    # n-th; those that it names, else those that don't rotate, where `use_sliding_window` is set; or none, whatever the
+    # config says.
+    sliding: Literal["all", "switched", "named", "all but", "unrotated"] | None = None
+    layers: StatedLayers | None = None  # how configs state layers that differ; None: they are alike but for windows
     # How configs state the multipliers that this family has; those that are not here are 1.
     multipliers: Mapping[str, Stated] = field(default_factory=dict)
     experts: StatedExperts | None = None  # how configs state experts; None: one MLP for all tokens
     norm: Literal["rms", "layer"] = "rms"  # what norms divide by: the root of the mean square, or the deviation
+    norm_offset: float = 0.0  # what norms add to their weights
+    activation: Activation = "silu"  # of the gate
+    activation_key: str = "hidden_act"
+    neighbours: bool = False  # channels 2i and 2i + 1 turn together; else i and i + half of those that rotate
+    logits_cap: str | None = None  # the config key of logits' soft cap
     # Why no GGUF is written, where llama.cpp has an architecture of this name that computes something else.
     gguf_differs: str | None = None
     # The family whose class runs the weights once the multipliers are in them, where there is no class of its own.
@@ -89,7 +107,14 @@ class Family:
         """Config keys that are understood in this family, beyond those of all families."""
         found = self.inert | {stated.key for stated in self.multipliers.values()}
         found |= frozenset() if self.experts is None else self.experts.keys
+        found |= frozenset() if self.layers is None else self.layers.keys
+        found |= {key for key in (self.logits_cap, self.activation_key) if key is not None}
         return found | {"lm_head_bias"} if HEAD_BIAS in self.rows else found
+
+    @property
+    def whole_qk_norms(self) -> bool:
+        """Whether q and k pass through norms over all heads at once; else over each head, or none."""
+        return any(row.role == "q_norm" and row.shape == ("q",) for row in self.rows)
 
 
 @dataclass(frozen=True)
@@ -112,14 +137,24 @@ class ModelShape:
     mlp_bias: bool
     # How many tokens each layer attends to, itself included; 0 for all. Empty where no layer has a limit.
     sliding: tuple[int, ...] = ()
+    # Of each layer: None where the recipe rotates it; else θ of its own plain rotation, 0 for none. Empty: all None.
+    own_theta: tuple[float | None, ...] = ()
     multipliers: Multipliers = field(default_factory=Multipliers)
     experts: Experts | None = None
     norm: Literal["rms", "layer"] = "rms"
+    norm_offset: float = 0.0
+    activation: Activation = "silu"
+    neighbours: bool = False
+    logits_cap: float = 0.0  # logits stay within it on both sides; 0: they have no cap
     head_bias: bool = False
 
     def slides_within(self, window: int) -> bool:
         """Whether a layer attends to less than a sequence of `window` tokens."""
         return any(0 < width < window for width in self.sliding)
+
+    def turn(self, layer: int) -> float | None:
+        """None where the recipe rotates a layer; else θ of its own plain rotation, 0 for none."""
+        return self.own_theta[layer] if self.own_theta else None
 
     @property
     def untied(self) -> bool:
@@ -204,6 +239,10 @@ NORMS = (
     layer_row("attention_norm", "input_layernorm.weight", "attn_norm.weight", "hidden"),
     layer_row("ffn_norm", "post_attention_layernorm.weight", "ffn_norm.weight", "hidden"),
 )
+POST_NORMS = (
+    layer_row("attention_post_norm", "post_attention_layernorm.weight", "post_attention_norm.weight", "hidden"),
+    layer_row("ffn_post_norm", "post_feedforward_layernorm.weight", "post_ffw_norm.weight", "hidden"),
+)
 NORM_BIASES = (
     layer_row("attention_norm_bias", "input_layernorm.bias", "attn_norm.bias", "hidden"),
     layer_row("ffn_norm_bias", "post_attention_layernorm.bias", "ffn_norm.bias", "hidden"),
@@ -224,6 +263,10 @@ O_BIAS = (layer_row("o_bias", "self_attn.o_proj.bias", "attn_output.bias", "hidd
 QK_NORMS = (
     layer_row("q_norm", "self_attn.q_norm.weight", "attn_q_norm.weight", "head_dim"),
     layer_row("k_norm", "self_attn.k_norm.weight", "attn_k_norm.weight", "head_dim"),
+)
+WHOLE_QK_NORMS = (
+    layer_row("q_norm", "self_attn.q_norm.weight", "attn_q_norm.weight", "q"),
+    layer_row("k_norm", "self_attn.k_norm.weight", "attn_k_norm.weight", "kv"),
 )
 MLP = (
     layer_row("gate", "mlp.gate_proj.weight", "ffn_gate.weight", "ffn", "hidden"),

@@ -31,7 +31,8 @@ NATIVE = ("transformers 4.57, native", "transformers 5, native")
 READERS = (*NATIVE, "transformers, trust_remote_code", "vLLM", "SGLang", "mlx-lm", "ExLlamaV3")
 NAMES = {*READERS, "TGI", "llama.cpp, its own converter", "llama.cpp, a file with the factors",
          "ONNX, genai builder", "ONNX, optimum", "ONNX, transformers' exporter", "ONNX, mobius"}  # fmt: skip
-LATER = {"granite", "minicpm", "mixtral", "qwen3_moe", "phimoe"}  # nobody has asked other programs
+BY_FORMULA = {"smollm3"}  # llama.cpp's own YaRN
+LATER = {"granite", "minicpm", "mixtral", "qwen3_moe", "phimoe", *BY_FORMULA}  # nobody has asked other programs
 OURS = (*NATIVE, "transformers, trust_remote_code")  # asked by tests, of every family
 
 
@@ -120,7 +121,8 @@ def test_families_have_their_own_facts() -> None:
     assert verdicts(spec("minicpm"), "minicpm")["llama.cpp, a file with the factors"].outcome == "right"
     baked = {family: found["llama.cpp, a file with the factors"].outcome for family, found in by_family.items()}
     assert {family: baked[family] for family in LATER & set(baked)} == {
-        "granite": "right", "mixtral": "right", "qwen3_moe": "refuses", "phimoe": "refuses"
+        "granite": "right", "mixtral": "right", "qwen3_moe": "refuses", "phimoe": "refuses",
+        **dict.fromkeys(BY_FORMULA, "refuses"),
     }  # fmt: skip
     by_family = {family: found for family, found in by_family.items() if family not in LATER}
     genai = {family: found["ONNX, genai builder"].outcome for family, found in by_family.items()}

@@ -24,10 +24,11 @@ from lrconvert.checkpoint.gguf_config import LONG, MAX_INTEGER, SHORT, STATIC
 from lrconvert.checkpoint.gguf_header import GgufHeader
 from lrconvert.errors import UnsupportedError
 from lrconvert.families import ModelShape
-from lrconvert.families.base import GGUF_MULTIPLIERS
+from lrconvert.families.base import GGUF_MULTIPLIERS, GGUF_SLIDING
 from lrconvert.families.multipliers import NAMES
 from lrconvert.recipe import Recipe
 from lrconvert.rope import RopeSpec
+from lrconvert.targets.gguf.layers import layer_keys
 from lrconvert.targets.gguf.layout import Raw, Value
 
 QUANTISATION_VERSION = 2  # of ggml's block formats (GGML_QNT_VERSION)
@@ -93,7 +94,15 @@ def shape_keys(architecture: str, shape: ModelShape) -> dict[str, Value]:
         {f"{architecture}.{key}": value for key, value in keys.items()}
         | multiplier_keys(architecture, shape)
         | expert_keys(architecture, shape)
+        | layer_keys(architecture, shape)
     )
+
+
+def lift_windows(keys: dict[str, Value], architecture: str, window: int) -> None:
+    """Every layer attends to every token of a window. Layers that slide stay a kind of their own where they are one."""
+    keys.pop(f"{architecture}.attention.sliding_window", None)
+    if architecture in GGUF_SLIDING:
+        keys[f"{architecture}.attention.sliding_window"] = window
 
 
 def expert_keys(architecture: str, shape: ModelShape) -> dict[str, int]:

@@ -31,18 +31,20 @@ from lrconvert.checkpoint.padding import settle_vocabulary
 from lrconvert.checkpoint.source import snapshot
 from lrconvert.engines.capability import LLAMA_CPP, divide_attention, static
 from lrconvert.errors import EnvironmentFailure, UnsupportedError, UsageError
-from lrconvert.families.base import GGUF_INTERLEAVED, GGUF_STEP35, LAYER, Family
+from lrconvert.families.base import GGUF_INTERLEAVED, GGUF_SLIDING, GGUF_STEP35, LAYER, Family
 from lrconvert.recipe import Recipe
 from lrconvert.rope import RopeSpec
 from lrconvert.runtimes import llama_library
 from lrconvert.targets.gguf import encode, modelfile
 from lrconvert.targets.gguf.imatrix import Imatrix, check_matrix
+from lrconvert.targets.gguf.layers import check_layers
 from lrconvert.targets.gguf.layout import Planned, Scalar, Value, header_of, padding, split_parts
 from lrconvert.targets.gguf.metadata import (
     QUANTISATION_VERSION,
     arranged,
     carried_keys,
     general_keys,
+    lift_windows,
     provenance_keys,
     rope_keys,
     rope_tensors,
@@ -92,7 +94,8 @@ def plan(
     spec = model.resolve(recipe, options.window)
     architecture = architecture_for(model.family, spec, static=options.static, asked=options.architecture)
     _check_shape(model, architecture)
-    windows = settle_windows(model, spec.window, lift=options.lift, keeps=False, target="llama.cpp")
+    keeps = architecture in GGUF_SLIDING
+    windows = settle_windows(model, spec.window, lift=options.lift, keeps=keeps, target="llama.cpp")
     model = windows.model
     kept, dropped = _fitted(spec, options)
     dropped = [*windows.dropped, *dropped]
@@ -125,7 +128,7 @@ def plan(
         keys |= architecture_keys(model.shape)
         notes = [*notes, NOTE]
     if windows.lifted:
-        keys.pop(f"{architecture}.attention.sliding_window", None)
+        lift_windows(keys, architecture, spec.window)
     if scheme is not None:
         keys["general.quantization_version"] = QUANTISATION_VERSION
         keys["general.file_type"] = int(scheme.file_type)
@@ -228,6 +231,7 @@ def _check_options(options: Options, scheme: Scheme | None, *, is_gguf: bool) ->
 def _check_shape(model: Model, architecture: str) -> None:
     """What llama.cpp's loaders of these architectures insist on."""
     shape = model.shape
+    check_layers(model, architecture)
     width = shape.heads * shape.head_dim
     if architecture == "phi3" and width != shape.hidden:
         raise UnsupportedError(

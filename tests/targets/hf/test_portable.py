@@ -90,21 +90,24 @@ def test_it_does_what_the_recipe_asks(
 
 @pytest.mark.parametrize("family", PORTABLE)
 def test_only_rotated_channels_of_q_and_k_change(pico: Callable[..., Model], tmp_path: Path, family: str) -> None:
-    """Row by row: a head's rotated channels by a/f, of the norms where there are some, nothing else at all."""
+    """Row by row: a head's rotated channels by a/f, of the norms where there are some, nothing else at all; and nothing
+    in layers that the recipe doesn't rotate."""
     model = pico(family)
     made = open_model(bake(model, uneven(model), tmp_path / "a"))
     shape, scale = model.shape, ATTENTION / FORMULA
-    changed = {"qwen2": "qk+bias", "qwen3": "norms", "qwen3_moe": "norms", "phi3": "qkv"}.get(family, "qk")
+    changed = {"qwen2": "qk+bias", "phi3": "qkv"}.get(family, "norms" if ("q_norm", 0) in model.roles else "qk")
     roles = {"qk": {"q", "k"}, "qk+bias": {"q", "k", "q_bias", "k_bias"}, "norms": {"q_norm", "k_norm"}}
     expected = roles.get(changed, {"qkv"})
+    assert model.family.layers is None or any(shape.turn(layer) is not None for layer in range(shape.layers))
     for tensor in model.roles.values():
         role = tensor.role
         old, new = (each.tensor(role, tensor.layer, tensor.expert) for each in (model, made))
         assert old is not None and new is not None and old.dtype == new.dtype
-        if role not in expected:
+        if role not in expected or (tensor.layer is not None and shape.turn(tensor.layer) is not None):
             np.testing.assert_array_equal(new, old)
             continue
-        heads = {"q_norm": 1, "k_norm": 1, "qkv": shape.heads + shape.kv_heads}.get(
+        one = {} if model.family.whole_qk_norms else {"q_norm": 1, "k_norm": 1}
+        heads = {**one, "qkv": shape.heads + shape.kv_heads}.get(
             role, shape.heads if role.startswith("q") else shape.kv_heads
         )
         for channel in range(len(old)):

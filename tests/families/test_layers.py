@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoders beyond Llama's: layers of several kinds, norms behind attention and MLP, norms of whole q and k. As
+transformers computes them, and refused where a config contradicts itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Result
+from support.float64 import EXACT, by_reference, natively
+from support.pico import pico_config, write_pico
+
+from lrconvert.checkpoint import open_model
+from lrconvert.errors import InputError, UnsupportedError
+from lrconvert.families import get_family, read_shape
+
+pytest.importorskip("torch", reason="needs lrconvert[hf]")
+pytest.importorskip("transformers", reason="needs lrconvert[hf]")
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+SHARED: list[dict[str, Any]] = [
+    {},
+    {"tie_word_embeddings": True},
+    {"num_key_value_heads": 4, "num_hidden_layers": 3},
+    {"num_key_value_heads": 1, "head_dim": 24},
+]
+OWN: dict[str, list[dict[str, Any]]] = {
+    "smollm3": [
+        {"attention_bias": True, "mlp_bias": True},
+        {"no_rope_layer_interval": None, "num_hidden_layers": 5},
+        {"no_rope_layers": [0, 1]},
+        {"no_rope_layers": [1, 1, 0]},  # more than there are
+        {"no_rope_layers": [1, 1]},
+        {"use_sliding_window": True, "sliding_window": 12},  # layers without rotation slide
+        {"use_sliding_window": True, "sliding_window": 12, "layer_types": [SLIDING, FULL]},
+    ],
+}
+VARIANTS = [(family, changes) for family, own in OWN.items() for changes in [*SHARED, *own]]
+
+
+@pytest.mark.parametrize(("family", "changes"), VARIANTS, ids=lambda value: json.dumps(value).replace(" ", ""))
+def test_it_is_what_transformers_computes(
+    pico_folder: Callable[..., Path], family: str, changes: dict[str, Any]
+) -> None:
+    folder = pico_folder(family, **changes)
+    assert np.abs(by_reference(open_model(folder)) - natively(folder)).max() <= EXACT
+
+
+@pytest.mark.parametrize("family", OWN)
+def test_layers_taken_for_one_kind_are_far_off(pico_folder: Callable[..., Path], family: str) -> None:
+    """What the bound above would say of a reader that forgets which layers are others."""
+    folder = pico_folder(family)
+    model = open_model(folder)
+    for forgotten in ({"own_theta": ()}, {"sliding": ()}):
+        name, value = next(iter(forgotten.items()))
+        if getattr(model.shape, name) != value:
+            wrong = replace(model, shape=replace(model.shape, **forgotten))
+            assert np.abs(by_reference(wrong) - natively(folder)).max() > 1e6 * EXACT, name
+
+
+# --- what configs say ------------------------------------------------------------------------------------
+
+
+def test_layers_without_rotation_are_read() -> None:
+    """By the list, by the interval, by its default."""
+    family = get_family("smollm3")
+    for changes, wanted in (
+        ({"num_hidden_layers": 8, "no_rope_layer_interval": None}, (None, None, None, 0.0) * 2),
+        ({"num_hidden_layers": 3, "no_rope_layer_interval": 2}, (None, 0.0, None)),
+        ({"num_hidden_layers": 3, "no_rope_layers": [0, 0, 1]}, (0.0, 0.0, None)),
+        ({"num_hidden_layers": 2, "no_rope_layers": [1, 1]}, ()),
+    ):
+        assert read_shape(pico_config("smollm3", **changes), family).own_theta == wanted
+
+
+BAD: list[tuple[str, dict[str, Any], str]] = [
+    ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers is [1]; 0 or 1 for each of 2 layers is needed"),
+    ("smollm3", {"no_rope_layers": [1, 2]}, "no_rope_layers is [1, 2]; 0 or 1"),
+    ("smollm3", {"no_rope_layers": "1, 0"}, "no_rope_layers is '1, 0'; 0 or 1"),
+    ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval is 0; an integer from 1"),
+    ("smollm3", {"layer_types": [FULL]}, "layer_types is ['full_attention']; 2 of sliding_attention and full_att"),
+    (
+        "smollm3",
+        {"layer_types": [FULL, SLIDING], "sliding_window": 12},
+        "layer_types has layers that slide (1); use_sliding_window and a sliding_window is needed",
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "message"), BAD, ids=[message[:40] for _, _, message in BAD])
+def test_contradictory_layers_are_bad_input(family: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        read_shape(pico_config(family, **changes), get_family(family))
+    assert message in str(caught.value)
+
+
+OTHERS: list[tuple[str, dict[str, Any], str]] = [
+    ("smollm3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0"),
+    ("smollm3", {"embedding_multiplier": 12.0}, "embedding_multiplier 12.0"),
+    ("llama", {"no_rope_layers": [1, 0]}, "no_rope_layers [1, 0]"),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "message"), OTHERS, ids=[message for _, _, message in OTHERS])
+def test_what_a_family_has_not_is_refused_by_name(family: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        read_shape(pico_config(family, **changes), get_family(family))
+    assert message in str(caught.value)
+
+
+def test_the_command_line_says_it(tmp_path: Path, cli: Callable[..., Result]) -> None:
+    """Exit code 3 for what contradicts itself, 4 for what the family has not."""
+    folder = write_pico(tmp_path / "m", "smollm3")
+    config = json.loads((folder / "config.json").read_text())
+    for changes, code, name in (
+        ({"no_rope_layers": [1]}, 3, "no_rope_layers is [1]"),
+        ({"logits_scaling": 8.0}, 4, "logits_scaling 8.0"),
+    ):
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+        result = cli("hf", folder, "-o", tmp_path / "o")
+        assert result.code == code and name in result.err

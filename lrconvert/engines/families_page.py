@@ -97,6 +97,8 @@ def _gguf(family: Family) -> str:
 def _to_know(family: Family) -> Iterator[str]:
     if family.gguf_differs is not None:
         yield f"llama.cpp computes another model from a GGUF: {family.gguf_differs}"
+    if family.hf_oldest is not None:
+        yield f"a folder needs transformers {family.hf_oldest}: 4.57 refuses its config"
     if native_hf(family).first_only:
         yield "native code of transformers 5 never uses the long set: a folder needs `trust_remote_code`, and 5.x"
     if family.hf_written is not None:

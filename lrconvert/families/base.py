@@ -24,6 +24,9 @@ GGUF_INTERLEAVED = frozenset({"llama", "granite", "minicpm", "smollm3"})
 GGUF_UNROTATED: Mapping[str, int] = {"smollm3": 4}
 GGUF_SLIDING: Mapping[str, int] = {"olmo2": 4}
 GGUF_STEP35 = "step35"  # targets/gguf/step35.py says how a family is written as it
+# What an architecture's loader insists on: as many channels of q as hidden ones; a head of its own; no biases.
+GGUF_SQUARE = frozenset({"phi3", "olmo2"})
+GGUF_UNTIED = GGUF_UNBIASED = frozenset({"olmo2"})
 # How the files of an architecture state multipliers; its C++ computes no others.
 _SCALES = {
     "embedding": Stated("embedding_scale"),
@@ -97,6 +100,7 @@ class Family:
     inert: frozenset[str] = frozenset()  # config keys of this family alone that change no logit
     # Config keys, and what a user has to know where one is set.
     remarks: Mapping[str, str] = field(default_factory=dict)
+    hf_oldest: str | None = None  # the oldest transformers that loads longrope of this family, where 4.57 doesn't
     hf_states_head_size: bool = False  # transformers 4.57 fails on longrope without a head_dim
     # How transformers reads longrope: as most classes do; only {type, short_factor, long_factor} in 4.57; or with an
     # attention factor for each set, under keys that must be there (and in 5.x without ever using the long set).

@@ -40,6 +40,7 @@ OWN: dict[str, list[dict[str, Any]]] = {
         {"use_sliding_window": True, "sliding_window": 12},  # layers without rotation slide
         {"use_sliding_window": True, "sliding_window": 12, "layer_types": [SLIDING, FULL]},
     ],
+    "olmo2": [{"attention_bias": True}, {"rms_norm_eps": 1e-3}],
 }
 VARIANTS = [(family, changes) for family, own in OWN.items() for changes in [*SHARED, *own]]
 
@@ -62,6 +63,19 @@ def test_layers_taken_for_one_kind_are_far_off(pico_folder: Callable[..., Path],
         if getattr(model.shape, name) != value:
             wrong = replace(model, shape=replace(model.shape, **forgotten))
             assert np.abs(by_reference(wrong) - natively(folder)).max() > 1e6 * EXACT, name
+
+
+@pytest.mark.parametrize("family", ["olmo2"])
+def test_a_norm_elsewhere_is_far_off(pico_folder: Callable[..., Path], family: str) -> None:
+    """Behind attention or before the MLP: the tensor has one name. Over each head or over all: the shapes differ."""
+    folder = pico_folder(family)
+    model = open_model(folder)
+    for role in ("attention_post_norm", "ffn_post_norm"):
+        roles = {key: tensor for key, tensor in model.roles.items() if tensor.role != role}
+        assert np.abs(by_reference(replace(model, roles=roles)) - natively(folder)).max() > 1e6 * EXACT, role
+    by_head = replace(model, family=replace(model.family, rows=get_family("llama").rows))
+    with pytest.raises(RuntimeError):
+        by_reference(by_head)
 
 
 # --- what configs say ------------------------------------------------------------------------------------

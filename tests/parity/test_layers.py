@@ -31,6 +31,7 @@ YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_positi
 # What each needs to be a model that llama.cpp's C++ can be told of.
 IN_GGUF: dict[str, dict[str, Any]] = {
     "smollm3": {"num_hidden_layers": 4, "no_rope_layer_interval": None, "tie_word_embeddings": True},
+    "olmo2": {},
 }
 KINDS = ["smollm3"]  # families with layers that the recipe doesn't rotate
 Pico = Callable[..., Model]
@@ -186,6 +187,13 @@ def test_unpermuted_q_and_k_are_caught(
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("smollm3", {"no_rope_layer_interval": 2}, "layers without rotation: 1, 3; llama.cpp's smollm3 has every 4th so"),
     ("smollm3", {"no_rope_layers": [1, 1, 1, 1]}, "layers without rotation: none; llama.cpp's smollm3 has every 4th"),
+    (
+        "olmo2",
+        {"tie_word_embeddings": True},
+        "the head is tied to the embedding; llama.cpp's olmo2 needs one of its own",
+    ),
+    ("olmo2", {"attention_bias": True}, "attention has biases; llama.cpp's olmo2 has none"),
+    ("olmo2", {"head_dim": 32}, "4 heads of 32 make 128 channels; llama.cpp's olmo2 needs as many as the hidden size"),
 ]
 
 

@@ -69,6 +69,7 @@ EXTRA: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
     "phi3": {"partial_rotary_factor": 0.5, "original_max_position_embeddings": WINDOW},
+    "olmo2": {},
     "smollm3": {"no_rope_layer_interval": 2},
 }
 FAMILIES = sorted(name for name in EXTRA if get_family(name).hf_written is None)  # with a class of their own

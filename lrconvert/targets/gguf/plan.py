@@ -31,7 +31,16 @@ from lrconvert.checkpoint.padding import settle_vocabulary
 from lrconvert.checkpoint.source import snapshot
 from lrconvert.engines.capability import LLAMA_CPP, divide_attention, static
 from lrconvert.errors import EnvironmentFailure, UnsupportedError, UsageError
-from lrconvert.families.base import GGUF_INTERLEAVED, GGUF_SLIDING, GGUF_STEP35, LAYER, Family
+from lrconvert.families.base import (
+    GGUF_INTERLEAVED,
+    GGUF_SLIDING,
+    GGUF_SQUARE,
+    GGUF_STEP35,
+    GGUF_UNBIASED,
+    GGUF_UNTIED,
+    LAYER,
+    Family,
+)
 from lrconvert.recipe import Recipe
 from lrconvert.rope import RopeSpec
 from lrconvert.runtimes import llama_library
@@ -233,10 +242,20 @@ def _check_shape(model: Model, architecture: str) -> None:
     shape = model.shape
     check_layers(model, architecture)
     width = shape.heads * shape.head_dim
-    if architecture == "phi3" and width != shape.hidden:
+    if architecture in GGUF_SQUARE and width != shape.hidden:
         raise UnsupportedError(
-            f"{model.reference}: {shape.heads} heads of {shape.head_dim} make {width} channels; llama.cpp's phi3 needs "
-            f"as many as the hidden size, {shape.hidden}"
+            f"{model.reference}: {shape.heads} heads of {shape.head_dim} make {width} channels; llama.cpp's "
+            f"{architecture} needs as many as the hidden size, {shape.hidden}"
+        )
+    if architecture in GGUF_UNTIED and shape.tied:
+        raise UnsupportedError(
+            f"{model.reference}: the head is tied to the embedding; llama.cpp's {architecture} needs one of its own",
+            remedy="Use `lrconvert hf` or `lrconvert onnx`",
+        )
+    if architecture in GGUF_UNBIASED and shape.attention_bias:
+        raise UnsupportedError(
+            f"{model.reference}: attention has biases; llama.cpp's {architecture} has none",
+            remedy="Use `lrconvert hf` or `lrconvert onnx`",
         )
     if shape.experts is not None and not shape.experts.normalised:
         raise UnsupportedError(

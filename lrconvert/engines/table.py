@@ -118,6 +118,13 @@ _NEW_NEEDS = (_SECTION, has(_TOP, *_INNER), named("longrope"))
 _HEAD_SIZE = within("rope_scaling", has("head_dim", otherwise="refuses"))
 _NEW_HEAD_SIZE = has("head_dim", otherwise="refuses")
 _NEW_TYPE = within("rope_scaling", has("rope_scaling.rope_type", otherwise="refuses"))
+_KINDS_NEEDS = (
+    *(
+        has(*(f"{section}.{key}" for section in ("rope_scaling", "rope_parameters.full_attention")))
+        for key in ("rope_type", _TOP)
+    ),
+    within("rope_scaling", within("rope_parameters", has("rope_parameters.full_attention", otherwise="refuses"))),
+)
 _MSCALES = ("short_mscale", "long_mscale", _TOP)  # all inside the section
 _PHI3_TYPES = named("longrope", "su", "yarn")
 _NEW_PHI3_NEEDS = (
@@ -157,9 +164,9 @@ ENGINES: tuple[Engine, ...] = (
         replace(NATIVE_HF, name=_OLD),
         "4.57.6",
         TESTED,
-        "configuration_granite.py, which does not know the older key `type`; the rest as above",
+        "configuration_granite.py, configuration_olmo3.py, which don't know the older key `type`; the rest as above",
         BY_FORWARD,
-        _families("granite"),
+        _families("granite", "olmo3"),
         (*_OLD_NEEDS, _NEW_TYPE),
     ),
     Engine(
@@ -197,6 +204,15 @@ ENGINES: tuple[Engine, ...] = (
         BY_FORWARD,
         _families("llama", "mistral", "qwen2", "qwen3", "granite", "qwen3_moe", "smollm3", "olmo2"),
         _NEW_NEEDS,
+    ),
+    Engine(
+        replace(NATIVE_HF, name=_NEW),
+        "5.23.0",
+        TESTED,
+        "configuration_olmo3.py, which reads rope_scaling for layers that see all tokens, and `rope_type` alone",
+        BY_FORWARD,
+        _families("olmo3"),
+        _KINDS_NEEDS,
     ),
     Engine(
         replace(NATIVE_HF, name=_NEW),
@@ -375,7 +391,7 @@ ENGINES: tuple[Engine, ...] = (
             refuses="the C++ of the family ignores factors, and knows one YaRN for every length",
             formula=True,
         ),
-        _families("smollm3", "olmo2"),
+        _families("smollm3", "olmo2", "olmo3"),
     ),
     Engine(
         replace(LLAMA_CPP, name=_BAKED_GGUF),

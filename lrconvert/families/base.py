@@ -22,7 +22,8 @@ GGUF_INTERLEAVED = frozenset({"llama", "granite", "minicpm", "smollm3"})
 # Layers that an architecture's C++ takes for other kinds: every n-th doesn't rotate; all but every n-th slide, where a
 # file states a window, and rotate plainly.
 GGUF_UNROTATED: Mapping[str, int] = {"smollm3": 4}
-GGUF_SLIDING: Mapping[str, int] = {"olmo2": 4}
+GGUF_SLIDING: Mapping[str, int] = {"olmo2": 4, "gemma3": 6}
+GGUF_SLIDING_THETA = frozenset({"gemma3"})  # of them, those whose files state θ of these layers; else it is that of all
 GGUF_STEP35 = "step35"  # targets/gguf/step35.py says how a family is written as it
 # What an architecture's loader insists on: as many channels of q as hidden ones; a head of its own; no biases.
 GGUF_SQUARE = frozenset({"phi3", "olmo2"})
@@ -155,6 +156,11 @@ class ModelShape:
     def slides_within(self, window: int) -> bool:
         """Whether a layer attends to less than a sequence of `window` tokens."""
         return any(0 < width < window for width in self.sliding)
+
+    @property
+    def plain_theta(self) -> float | None:
+        """θ of the layers that slide, where they rotate by themselves: seeing further, they would be another model."""
+        return next(filter(None, self.own_theta), None)
 
     def turn(self, layer: int) -> float | None:
         """None where the recipe rotates a layer; else θ of its own plain rotation, 0 for none."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 LAYER_KINDS = (SLIDING, FULL)
+LOCAL_THETA = "rope_local_base_freq"  # the key of θ of layers that slide, in families that have one
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,8 @@ VERSIONS = {
     ),
     "transformers 5, native": "transformers 5, native",
 }
-SAME, OTHER = 1e-8, 1e-2  # nats: rounding in float32 makes 5e-12 here, the nearest other rotation more than 0.05
+# Nats: rounding in float32 makes 5e-12 here, the nearest other rotation more than 2e-3 (one layer of OLMo 3 is scaled).
+SAME, OTHER = 1e-8, 1e-3
 LONGEST = 2 * WINDOW
 FORMULA = longrope_attention_factor(2.0, WINDOW)
 
@@ -203,7 +204,8 @@ def test_stale_keys_and_shared_sets_are_where_the_table_says(asked: Callable[...
         assert row_of(there.name, family).rule.chooses == "not at all"
         return
     limits = " / ".join(row_of(there.name, family).rule.limits)
-    session = there.open(spellings(spec, there.plain)["both type keys" if family == "granite" else "type"])
+    spelling = {"granite": "both type keys", "olmo3": "all keys"}.get(family, "type")
+    session = there.open(spellings(spec, there.plain)[spelling])
     prompt = there.tokens[: WINDOW - 4]
     tokens, answers = session.generate(prompt.tolist(), 8)
     exact = compare(there.reference.decoded(spec, prompt, tokens), answers).kl_mean

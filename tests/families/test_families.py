@@ -17,7 +17,7 @@ from conftest import Result, recipe_for
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from support.float64 import EXACT, by_reference, natively
-from support.pico import BASE, EXTRA, FAMILIES, pico_config
+from support.pico import BASE, EXTRA, FAMILIES, pico_config, v5_rope
 from support.snippets import blocks_of
 
 import lrconvert.families
@@ -31,7 +31,6 @@ transformers = pytest.importorskip("transformers", reason="needs lrconvert[hf]")
 torch = pytest.importorskip("torch", reason="needs lrconvert[hf]")
 
 ROOT = Path(__file__).resolve().parents[2]
-V5_ROPE = {"rope_scaling": None, "rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((family, {}) for family in FAMILIES),
     *((family, {"tie_word_embeddings": True}) for family in FAMILIES),
@@ -40,7 +39,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((family, {"head_dim": None, "num_key_value_heads": 4}) for family in FAMILIES if family != "qwen3"),
     ("phimoe", {"attention_bias": False, "lm_head_bias": False, "num_local_experts": 3}),
     ("qwen3_moe", {"attention_bias": True, "num_experts": 2, "num_experts_per_tok": 1}),
-    *((family, V5_ROPE) for family in FAMILIES if family != "phi3"),
+    *((family, v5_rope(family, 5e5)) for family in FAMILIES if family != "phi3"),
     ("llama", {"attention_bias": True}),
     ("llama", {"mlp_bias": True}),
     ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
@@ -84,11 +83,16 @@ def test_the_table_is_what_transformers_builds(family: str, changes: dict[str, A
     assert shape.window == built.config.max_position_embeddings
     with torch.device("cpu"):
         rotary = type(built.model.rotary_emb)(built.config)
-    assert rotary.inv_freq.numel() * 2 == shape.rotary_dim
+    kind = "" if shape.plain_theta is None else "full_attention_"  # one table for each kind of layer
+    frequencies = getattr(rotary, f"{kind}inv_freq")
+    assert frequencies.numel() * 2 == shape.rotary_dim
     if "rope_parameters" in changes and transformers.__version__.startswith("4."):
         return  # 4.57 does not read v5's spelling: what the artifact's own spelling is for
-    theta = float(rotary.inv_freq[1]) ** (-shape.rotary_dim / 2)
+    theta = float(frequencies[1]) ** (-shape.rotary_dim / 2)
     assert theta == pytest.approx(shape.theta, rel=1e-3)
+    if shape.plain_theta is not None:
+        theta = float(rotary.sliding_attention_inv_freq[1]) ** (-shape.rotary_dim / 2)
+        assert theta == pytest.approx(shape.plain_theta, rel=1e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

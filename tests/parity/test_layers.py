@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 from conftest import own_name, recipe_for
 from support.gguf_files import Tensors, changed
+from support.pico import v5_rope
 from support.verifying import options_by_target, verify
 
 from lrconvert.artifact.bake import bake
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.errors import UnsupportedError
+from lrconvert.families.layers import FULL, SLIDING
 from lrconvert.parity import Options
 from lrconvert.parity.mutants import layers_alike, unpermuted_qk
 from lrconvert.recipe import Recipe
@@ -32,8 +34,10 @@ YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_positi
 IN_GGUF: dict[str, dict[str, Any]] = {
     "smollm3": {"num_hidden_layers": 4, "no_rope_layer_interval": None, "tie_word_embeddings": True},
     "olmo2": {},
+    "olmo3": {"num_hidden_layers": 4, "layer_types": None, "sliding_window": 96},
 }
-KINDS = ["smollm3"]  # families with layers that the recipe doesn't rotate
+WINDOWED = ["olmo3"]
+KINDS = ["smollm3", *WINDOWED]  # families with layers that the recipe doesn't rotate
 Pico = Callable[..., Model]
 
 
@@ -74,6 +78,21 @@ def test_layers_taken_for_one_kind_are_caught(
 
 def test_layers_of_one_kind_can_not_be_forgotten(pico: Pico) -> None:
     assert layers_alike(pico("llama")) is None
+
+
+@pytest.mark.parametrize("target", ["hf", "onnx", "gguf"])
+@pytest.mark.parametrize("family", WINDOWED)
+def test_lifted_windows_leave_the_kinds_of_layers(
+    pico: Pico, tmp_path: Path, family: str, target: str, options: Callable[[str], Options]
+) -> None:
+    """Where a user asks for that: every layer sees every token, and those that slid rotate as they did. What it costs
+    is measured."""
+    model = yarn_model(pico, family)
+    artifact = baked(target, model, own_recipe(model)[0], tmp_path, lift=True)
+    report = verify(artifact, options=options(target))
+    assert report.passed, report.summary
+    assert [row for row in report.rows if row.code == "lifted" and (row.kl_mean or 0) > 1e-3]
+    assert open_model(artifact).shape.own_theta == model.shape.own_theta
 
 
 TYPES: list[tuple[str, str, dict[str, Any]]] = [
@@ -155,6 +174,7 @@ def _set(key: str, value: Any) -> Callable[[dict[str, Any], Tensors], None]:
 FILE_MUTANTS = [
     ("smollm3", _set("smollm3.rope.scaling.type", "none")),
     ("smollm3", _set("smollm3.rope.freq_base", 20000.0)),
+    ("olmo3", _set("olmo2.attention.sliding_window", 128)),
 ]
 
 
@@ -193,6 +213,16 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         "the head is tied to the embedding; llama.cpp's olmo2 needs one of its own",
     ),
     ("olmo2", {"attention_bias": True}, "attention has biases; llama.cpp's olmo2 has none"),
+    (
+        "olmo3",
+        {"layer_types": [FULL, *[SLIDING] * 3]},
+        "layers that rotate by themselves: 1, 2, 3; llama.cpp's olmo2 has",
+    ),
+    (
+        "olmo3",
+        {"rope_scaling": None, **v5_rope("olmo3", 5e5, own=1e4)},
+        "layers that slide rotate by θ 10000, the others by 500000; llama.cpp's olmo2 has one θ for both",
+    ),
     ("olmo2", {"head_dim": 32}, "4 heads of 32 make 128 channels; llama.cpp's olmo2 needs as many as the hidden size"),
 ]
 

@@ -70,6 +70,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     },
     "phi3": {"partial_rotary_factor": 0.5, "original_max_position_embeddings": WINDOW},
     "olmo2": {},
+    "olmo3": {"rope_theta": 500000.0, "sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]},
     "smollm3": {"no_rope_layer_interval": 2},
 }
 FAMILIES = sorted(name for name in EXTRA if get_family(name).hf_written is None)  # with a class of their own
@@ -79,7 +80,26 @@ def pico_config(family: str, **changes: Any) -> dict[str, Any]:
     """A config of the family; a change to None removes the key."""
     config = {"model_type": family, "architectures": [get_family(family).hf_class], **BASE, **EXTRA[family]}
     config |= changes
+    kinds = config.get("layer_types")
+    if kinds and "layer_types" not in changes:  # as often as there are layers
+        config["layer_types"] = [kinds[layer % len(kinds)] for layer in range(config["num_hidden_layers"])]
     return {key: value for key, value in config.items() if value is not None}
+
+
+def v5_rope(family: str, theta: float = 10000.0, own: float = 3000.0) -> dict[str, Any]:
+    """Changes that spell a family's plain rotation as transformers 5 does; `own`: θ of layers that slide, where they
+    have one."""
+    layers, share = get_family(family).layers, EXTRA[family].get("partial_rotary_factor")
+    plain: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
+    if share is not None:
+        plain["partial_rotary_factor"] = share
+    gone: dict[str, Any] = {"rope_scaling": None, "rope_theta": None}
+    if share is not None:
+        gone["partial_rotary_factor"] = None
+    if layers is None or layers.own_theta is None:
+        return {**gone, "rope_parameters": plain}
+    kinds = {"full_attention": plain, "sliding_attention": {**plain, "rope_theta": own}}
+    return {**gone, layers.own_theta: None, "rope_parameters": kinds}
 
 
 def pico_tensors(config: dict[str, Any], seed: int = 7, widen: float = WIDEN) -> dict[str, np.ndarray]:

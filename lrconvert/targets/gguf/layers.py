@@ -9,14 +9,17 @@ from __future__ import annotations
 from lrconvert.checkpoint import Model
 from lrconvert.errors import UnsupportedError
 from lrconvert.families import ModelShape
-from lrconvert.families.base import GGUF_SLIDING, GGUF_UNROTATED
+from lrconvert.families.base import GGUF_SLIDING, GGUF_SLIDING_THETA, GGUF_UNROTATED
 
 
-def layer_keys(architecture: str, shape: ModelShape) -> dict[str, int]:
+def layer_keys(architecture: str, shape: ModelShape) -> dict[str, float]:
     """What a file states of layers that slide, where they are a kind of their own."""
-    if architecture not in GGUF_SLIDING or not shape.sliding:
-        return {}
-    return {f"{architecture}.attention.sliding_window": max(shape.sliding)}
+    keys: dict[str, float] = {}
+    if architecture in GGUF_SLIDING and shape.sliding:
+        keys["attention.sliding_window"] = max(shape.sliding)
+    if architecture in GGUF_SLIDING_THETA and shape.plain_theta is not None:
+        keys["rope.freq_base_swa"] = shape.plain_theta
+    return {f"{architecture}.{key}": value for key, value in keys.items()}
 
 
 def check_layers(model: Model, architecture: str) -> None:
@@ -37,6 +40,12 @@ def check_layers(model: Model, architecture: str) -> None:
         raise UnsupportedError(
             f"{model.reference}: layers that rotate by themselves: {_numbers(plain)}; llama.cpp's {architecture} "
             + (f"has all but every {every}th so" if every else "rotates all alike"),
+            remedy="Use `lrconvert hf` or `lrconvert onnx`",
+        )
+    if plain.count(True) and shape.plain_theta != shape.theta and architecture not in GGUF_SLIDING_THETA:
+        raise UnsupportedError(
+            f"{model.reference}: layers that slide rotate by θ {shape.plain_theta:g}, the others by {shape.theta:g}; "
+            f"llama.cpp's {architecture} has one θ for both",
             remedy="Use `lrconvert hf` or `lrconvert onnx`",
         )
 

@@ -8,7 +8,7 @@ that shrinks under a mapping kills the process.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from lrconvert.checkpoint.gguf_header import GgufHeader, GgufTensor, read_header
 from lrconvert.checkpoint.gguf_tokenizer import side_files
 from lrconvert.errors import InputError, UnsupportedError
 from lrconvert.families import Family, TensorRow, family_names, get_family
-from lrconvert.families.base import EXPERT, GGUF_INTERLEAVED, GGUF_SLIDING, GGUF_STEP35, LAYER
+from lrconvert.families.base import EXPERT, GGUF_INTERLEAVED, GGUF_SLIDING, GGUF_STEP35, LAYER, is_norm
 from lrconvert.families.reading import MAX_EXPERTS
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
@@ -77,6 +77,9 @@ class GgufCheckpoint(Checkpoint):
         tensor, heads = self._sources[name][0], self._interleaved_heads(name)
         order = None if heads is None else _file_rows(tensor, heads)
         ranges = row_blocks(tensor.shape)
+        row, offset = self._sources[name][1], self.family.norm_offset
+        if offset and row is not None and is_norm(row.role):  # the file has norms' whole weights
+            return (Block(*ends, partial(_less, partial(_rows, tensor, *ends, order), offset)) for ends in ranges)
         return (Block(start, stop, partial(_rows, tensor, start, stop, order)) for start, stop in ranges)
 
     def encoded(self, name: str) -> Encoded:
@@ -108,6 +111,10 @@ class GgufCheckpoint(Checkpoint):
 
     def side_files(self) -> dict[str, Path | bytes]:
         return dict(side_files(self.headers[0], self.config))
+
+
+def _less(read: Callable[[], Array], offset: float) -> Array:
+    return (read().astype(np.float64) - offset).astype(np.float32)
 
 
 # --- parts -----------------------------------------------------------------------------------------------

@@ -166,7 +166,7 @@ ENGINES: tuple[Engine, ...] = (
         TESTED,
         "configuration_granite.py, configuration_olmo3.py, which don't know the older key `type`; the rest as above",
         BY_FORWARD,
-        _families("granite", "olmo3"),
+        _families("granite", "olmo3", "gemma3_text"),
         (*_OLD_NEEDS, _NEW_TYPE),
     ),
     Engine(
@@ -209,9 +209,10 @@ ENGINES: tuple[Engine, ...] = (
         replace(NATIVE_HF, name=_NEW),
         "5.23.0",
         TESTED,
-        "configuration_olmo3.py, which reads rope_scaling for layers that see all tokens, and `rope_type` alone",
+        "configuration_olmo3.py, configuration_gemma3.py: rope_scaling is for layers that see all tokens, and the older "
+        "key `type` is not known",
         BY_FORWARD,
-        _families("olmo3"),
+        _families("olmo3", "gemma3_text"),
         _KINDS_NEEDS,
     ),
     Engine(
@@ -391,7 +392,7 @@ ENGINES: tuple[Engine, ...] = (
             refuses="the C++ of the family ignores factors, and knows one YaRN for every length",
             formula=True,
         ),
-        _families("smollm3", "olmo2", "olmo3"),
+        _families("smollm3", "olmo2", "olmo3", "gemma3_text"),
     ),
     Engine(
         replace(LLAMA_CPP, name=_BAKED_GGUF),

@@ -25,9 +25,12 @@ GGUF_UNROTATED: Mapping[str, int] = {"smollm3": 4}
 GGUF_SLIDING: Mapping[str, int] = {"olmo2": 4, "gemma3": 6}
 GGUF_SLIDING_THETA = frozenset({"gemma3"})  # of them, those whose files state θ of these layers; else it is that of all
 GGUF_STEP35 = "step35"  # targets/gguf/step35.py says how a family is written as it
+# Whose C++ multiplies q and k of layers that slide with the attention factor too, but for YaRN's own.
+GGUF_SLIDING_SCALED = frozenset({"gemma3"})
 # What an architecture's loader insists on: as many channels of q as hidden ones; a head of its own; no biases.
 GGUF_SQUARE = frozenset({"phi3", "olmo2"})
-GGUF_UNTIED = GGUF_UNBIASED = frozenset({"olmo2"})
+GGUF_UNTIED = frozenset({"olmo2"})
+GGUF_UNBIASED = frozenset({"olmo2", "gemma3"})
 # How the files of an architecture state multipliers; its C++ computes no others.
 _SCALES = {
     "embedding": Stated("embedding_scale"),
@@ -37,6 +40,11 @@ _SCALES = {
 GGUF_MULTIPLIERS: Mapping[str, Mapping[str, Stated]] = {
     "granite": {**_SCALES, "attention": Stated("attention.scale", times={"head_dim": 0.5})},
     "minicpm": _SCALES,
+}
+# What an architecture's C++ multiplies with whatever a file says; of Gemma 3 27B, which it knows by its layers, more.
+GGUF_FIXED: Mapping[str, Mapping[str, Mapping[str, float]]] = {"gemma3": {"embedding": {"hidden": 0.5}}}
+GGUF_FIXED_AT: Mapping[tuple[str, int], Mapping[str, Mapping[str, float]]] = {
+    ("gemma3", 62): {"attention": {"head_dim": 0.5, "heads": 0.5, "hidden": -0.5}}
 }
 # Those that a file has to state: granite isn't loaded without its own, and minicpm has defaults that aren't 1.
 GGUF_STATED = {"granite": frozenset({"logits"}), "minicpm": frozenset(_SCALES)}
@@ -87,6 +95,9 @@ class Family:
     layers: StatedLayers | None = None  # how configs state layers that differ; None: they are alike but for windows
     # How configs state the multipliers that this family has; those that are not here are 1.
     multipliers: Mapping[str, Stated] = field(default_factory=dict)
+    fixed: Mapping[str, Mapping[str, float]] = field(
+        default_factory=dict
+    )  # those that no key states, as `Stated.times`
     experts: StatedExperts | None = None  # how configs state experts; None: one MLP for all tokens
     norm: Literal["rms", "layer"] = "rms"  # what norms divide by: the root of the mean square, or the deviation
     norm_offset: float = 0.0  # what norms add to their weights
@@ -173,7 +184,7 @@ class ModelShape:
     @property
     def numbers(self) -> dict[str, int]:
         """What `Stated.times` may name."""
-        return {"layers": self.layers, "hidden": self.hidden, "head_dim": self.head_dim}
+        return {"layers": self.layers, "hidden": self.hidden, "head_dim": self.head_dim, "heads": self.heads}
 
     @property
     def symbols(self) -> dict[str, int]:
@@ -228,6 +239,11 @@ def expected_tensors(family: Family, shape: ModelShape) -> Iterator[ExpectedTens
             for expert in range(count) if EXPERT in row.hf else (None,):
                 own = name.replace(EXPERT, str(expert))
                 yield ExpectedTensor(row.role, layer, own, dims, required=wanted, expert=expert)
+
+
+def is_norm(role: str) -> bool:
+    """Whether a role is a norm's weight, to which `norm_offset` is added."""
+    return role.endswith("norm")
 
 
 # --- rows that most decoders share -----------------------------------------------------------------------

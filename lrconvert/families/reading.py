@@ -13,7 +13,7 @@ from lrconvert.families.base import ACTIVATIONS, HEAD_BIAS, Family, ModelShape
 from lrconvert.families.experts import SPARSEMIXER_USED, Experts, StatedExperts
 from lrconvert.families.keys import check_keys
 from lrconvert.families.layers import FULL, LAYER_KINDS, SLIDING
-from lrconvert.families.multipliers import Multipliers
+from lrconvert.families.multipliers import Multipliers, power_of
 
 # Counts beyond these are damage or malice, not a model; they also bound the time and memory of the checks.
 MAX_LAYERS = MAX_EXPERTS = 4096
@@ -170,7 +170,7 @@ def _plain_theta(reader: _Reader, family: Family, key: str, section: Mapping[str
         )
     elif key != "rope_theta" and None not in (inside, outside) and inside != outside:
         reader.problems.append(f"{key} is {_short(outside)}, and {_short(inside)} in rope_parameters; they contradict")
-    return reader.number(key, at=section)
+    return reader.number(key if inside is None else "rope_theta", at=section)
 
 
 def _theta(reader: _Reader, section: Mapping[str, Any]) -> float:
@@ -191,7 +191,7 @@ def _cap(reader: _Reader, key: str | None) -> float:
 
 def _multipliers(reader: _Reader, family: Family, shape: ModelShape) -> Multipliers:
     """Those that the family's configs state; zero, which would leave nothing of what it multiplies, is a problem."""
-    found = {}
+    found = {name: power_of(times, shape.numbers) for name, times in family.fixed.items()}
     for name, stated in family.multipliers.items():
         value = reader.number(stated.key)
         found[name] = stated.multiplier(value, shape.numbers)

@@ -33,6 +33,12 @@ if TYPE_CHECKING:
 Tokens = NDArray[np.int64]
 
 
+def _capped(network: Any, cap: float) -> Any:
+    """From hidden states to logits, within ±`cap` where that isn't 0."""
+    head = network.get_output_embeddings()
+    return head if cap == 0.0 else lambda hidden: cap * torch.tanh(head(hidden) / cap)
+
+
 class LoadedModel:
     """A checkpoint's network on this process's device, with a rotation that can be exchanged. Its weights are frozen,
     except for those that `adapt` lets train: it is called with the network before that is placed and sharded.
@@ -71,7 +77,7 @@ class LoadedModel:
         self.rope = TrialRope(model.shape.theta, model.shape.rotary_dim, own)
         self.network = load_network(model, self.dtype).eval()
         self.network.requires_grad_(False)
-        self.decoder, self.head = self.network.get_decoder(), self.network.get_output_embeddings()
+        self.decoder, self.head = self.network.get_decoder(), _capped(self.network, model.shape.logits_cap)
         replace_rotation(self.decoder, self.rope)
         fuse_norms(self.network)
         if adapt is not None:

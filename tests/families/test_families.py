@@ -101,8 +101,10 @@ def test_a_config_may_leave_out_what_transformers_knows(family: str, tmp_path: P
     wanted = get_family(family).defaults
     sliding = {"use_sliding_window": True} if family.startswith("qwen") else {}
     defaults = transformers.AutoConfig.for_model(family, **sliding)
-    names = {"rope_theta": "default_theta"}
-    assert wanted == {key: getattr(defaults, names.get(key, key)) for key in wanted}
+    theta = defaults.default_theta
+    theta = theta if isinstance(theta, dict) else {"global": theta}
+    elsewhere = {"rope_theta": theta["global"], "rope_local_base_freq": theta.get("local"), "sliding_window_pattern": 6}
+    assert wanted == {key: elsewhere[key] if key in elsewhere else getattr(defaults, key) for key in wanted}
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     sparse = {"model_type": family, **{key: BASE[key] for key in needed}, "num_attention_heads": 32}
     shape = read_shape(sparse, get_family(family))
@@ -110,7 +112,7 @@ def test_a_config_may_leave_out_what_transformers_knows(family: str, tmp_path: P
     tensors = {t.name: t.shape for t in expected_tensors(get_family(family), shape) if t.required or shape.tied}
     assert tensors == stored(built, sparse, tmp_path)
     assert (shape.window, shape.norm_eps) == (defaults.max_position_embeddings, defaults.rms_norm_eps)
-    assert shape.theta == defaults.default_theta
+    assert (shape.theta, shape.plain_theta or theta["global"]) == (theta["global"], theta.get("local", theta["global"]))
 
 
 def test_a_family_is_data() -> None:

@@ -23,7 +23,7 @@ from lrconvert.parity import Options
 from lrconvert.parity.mutants import layers_alike, unpermuted_qk
 from lrconvert.recipe import Recipe
 from lrconvert.recipe.models import own_recipe
-from lrconvert.rope import yarn_factors
+from lrconvert.rope import yarn_attention_factor, yarn_factors
 from lrconvert.targets import gguf, hf, onnx
 
 SHORT, WINDOW = 256, 1024  # llama.cpp's contexts count in steps of the first
@@ -34,9 +34,16 @@ YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_positi
 IN_GGUF: dict[str, dict[str, Any]] = {
     "smollm3": {"num_hidden_layers": 4, "no_rope_layer_interval": None, "tie_word_embeddings": True},
     "olmo2": {},
+    "gemma3_text": {
+        "num_hidden_layers": 6,
+        "layer_types": None,
+        "sliding_window": 96,
+        "query_pre_attn_scalar": 16,
+        "tie_word_embeddings": True,
+    },
     "olmo3": {"num_hidden_layers": 4, "layer_types": None, "sliding_window": 96},
 }
-WINDOWED = ["olmo3"]
+WINDOWED = ["olmo3", "gemma3_text"]
 KINDS = ["smollm3", *WINDOWED]  # families with layers that the recipe doesn't rotate
 Pico = Callable[..., Model]
 
@@ -154,7 +161,12 @@ def test_a_derived_yarn_serves_every_length_when_it_is_asked_to(
     with pytest.raises(UnsupportedError) as refused:
         baked("gguf", model, recipe, tmp_path)
     assert f"ignores rope factors for {family}, and the recipe has 2 sets" in str(refused.value)
-    recipe = replace(recipe, tiers=(plain, replace(long, factors=tuple(factors.tolist()))))
+    long = replace(long, factors=tuple(factors.tolist()))
+    if family == "gemma3_text":
+        with pytest.raises(UnsupportedError, match=r"an attention factor of 1\.06066, which is not YaRN's own"):
+            baked("gguf", model, replace(recipe, tiers=(plain, long)), tmp_path, static=True)
+        long = replace(long, attention_factor=yarn_attention_factor(2.0))
+    recipe = replace(recipe, tiers=(replace(plain, attention_factor=long.attention_factor), long))
     report = verify(baked("gguf", model, recipe, tmp_path, static=True), options=options("gguf"))
     assert report.passed, report.summary
     assert any("one factor set for all lengths" in loss for loss in report.losses)
@@ -174,6 +186,8 @@ def _set(key: str, value: Any) -> Callable[[dict[str, Any], Tensors], None]:
 FILE_MUTANTS = [
     ("smollm3", _set("smollm3.rope.scaling.type", "none")),
     ("smollm3", _set("smollm3.rope.freq_base", 20000.0)),
+    ("gemma3_text", _set("gemma3.attention.sliding_window", 128)),
+    ("gemma3_text", _set("gemma3.rope.freq_base_swa", None)),
     ("olmo3", _set("olmo2.attention.sliding_window", 128)),
 ]
 
@@ -205,6 +219,14 @@ def test_unpermuted_q_and_k_are_caught(
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    (
+        "gemma3_text",
+        {"sliding_window_pattern": 3},
+        "layers that rotate by themselves: 0, 1, 3, 4; llama.cpp's gemma3 has",
+    ),
+    ("gemma3_text", {"final_logit_softcapping": 30.0}, "logits have a soft cap of 30; llama.cpp's gemma3 has none"),
+    ("gemma3_text", {"attention_bias": True}, "attention has biases; llama.cpp's gemma3 has none"),
+    ("gemma3_text", {"query_pre_attn_scalar": 12}, "gemma3 does not multiply as the model does: attention 1.15"),
     ("smollm3", {"no_rope_layer_interval": 2}, "layers without rotation: 1, 3; llama.cpp's smollm3 has every 4th so"),
     ("smollm3", {"no_rope_layers": [1, 1, 1, 1]}, "layers without rotation: none; llama.cpp's smollm3 has every 4th"),
     (

@@ -40,10 +40,19 @@ def in_float64(network: Any, theta: float, width: int, own: float | None = None)
     norm = torch.nn.functional.rms_norm
     for module in network.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            module.forward = lambda x, own=module: norm(x, own.weight.shape, own.weight, own.variance_epsilon)
+            module.forward = lambda x, own=module: norm(x, own.weight.shape, *_weighted(own))
+        elif hasattr(module, "scalar_embed_scale"):  # Gemma's embedding
+            module.embed_scale = torch.tensor(module.scalar_embed_scale, dtype=torch.float64)
         elif type(module).__name__.endswith("Router"):
             module.forward = _widely(module.forward)
     return network
+
+
+def _weighted(module: Any) -> tuple[Any, float]:
+    """What a norm multiplies with, and its epsilon; Gemma's weights count from one."""
+    if hasattr(module, "variance_epsilon"):
+        return module.weight, module.variance_epsilon
+    return 1.0 + module.weight, module.eps
 
 
 def _widely(forward: Callable[..., Any]) -> Callable[..., Any]:

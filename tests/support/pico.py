@@ -69,6 +69,14 @@ EXTRA: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
     "phi3": {"partial_rotary_factor": 0.5, "original_max_position_embeddings": WINDOW},
+    "gemma3_text": {
+        "hidden_act": None,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 12,
+        "rope_local_base_freq": 3000.0,
+        "sliding_window": 24,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "olmo2": {},
     "olmo3": {"rope_theta": 500000.0, "sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]},
     "smollm3": {"no_rope_layer_interval": 2},
@@ -112,7 +120,7 @@ def pico_tensors(config: dict[str, Any], seed: int = 7, widen: float = WIDEN) ->
             continue
         scale = widen if tensor.role in ("q", "k", "qkv") else 1.0
         if tensor.role.endswith("norm"):
-            values = 1 + 0.1 * rng.standard_normal(tensor.shape)
+            values = 1 - family.norm_offset + 0.1 * rng.standard_normal(tensor.shape)
         else:
             values = scale * rng.standard_normal(tensor.shape) / np.sqrt(tensor.shape[-1])
         tensors[tensor.name] = values.astype(np.float32)

@@ -40,6 +40,7 @@ from lrconvert.families.base import (
     GGUF_UNTIED,
     LAYER,
     Family,
+    is_norm,
 )
 from lrconvert.recipe import Recipe
 from lrconvert.rope import RopeSpec
@@ -63,7 +64,7 @@ from lrconvert.targets.gguf.schemes import MixFacts, Scheme, get_scheme, tensor_
 from lrconvert.targets.gguf.step35 import NOTE, architecture_keys, more_tensors
 from lrconvert.targets.gguf.vocabulary import vocabulary
 from lrconvert.targets.gguf.weights import Source, is_plain, jobs
-from lrconvert.targets.gguf.yarn import architecture_for, by_formula, formula_keys
+from lrconvert.targets.gguf.yarn import architecture_for, by_formula, check_attention, formula_keys
 
 SUFFIX = ".gguf"
 _OWN_TYPE = {"F64": "f32", "F32": "f32", "F16": "f16", "BF16": "bf16"}
@@ -175,6 +176,7 @@ def _rotation(
 ) -> tuple[dict[str, Value], dict[str, np.ndarray]]:
     """The keys and the tensors of a spec: factors, or the formula that they follow where the C++ ignores factors."""
     if by_formula(family, architecture):
+        check_attention(family, architecture, spec)
         return formula_keys(architecture, spec), {}
     return rope_keys(architecture, spec, static=static), rope_tensors(architecture, spec, static=static)
 
@@ -246,6 +248,11 @@ def _check_shape(model: Model, architecture: str) -> None:
         raise UnsupportedError(
             f"{model.reference}: {shape.heads} heads of {shape.head_dim} make {width} channels; llama.cpp's "
             f"{architecture} needs as many as the hidden size, {shape.hidden}"
+        )
+    if shape.logits_cap:
+        raise UnsupportedError(
+            f"{model.reference}: logits have a soft cap of {shape.logits_cap:g}; llama.cpp's {architecture} has none",
+            remedy="Use `lrconvert hf` or `lrconvert onnx`",
         )
     if architecture in GGUF_UNTIED and shape.tied:
         raise UnsupportedError(
@@ -322,7 +329,8 @@ def _tensors(model: Model, architecture: str, scheme: Scheme | None, imatrix: Im
         else:
             kind = tensor_type(scheme, name, tensor.shape, facts)
         if tensor.expert is None:
-            found.append(Source(Planned(name, kind, tensor.shape), tensor.name, permuted))
+            offset = shape.norm_offset if is_norm(role) else 0.0
+            found.append(Source(Planned(name, kind, tensor.shape), tensor.name, permuted, offset=offset))
         else:
             all_of = tuple(model.roles[role, tensor.layer, expert].name for expert in range(count))
             found.append(Source(Planned(name, kind, (count, *tensor.shape)), tensor.name, experts=all_of))

@@ -34,13 +34,15 @@ Make = Callable[[], memoryview]  # the bytes of some rows
 class Source:
     """Where a tensor comes from. `heads`: the number of heads whose rows are interleaved; None: rows
     stay in their order. `values`: made here, not read. `experts`: the checkpoint's tensors that follow each other in
-    it, `name` the first."""
+    it, `name` the first. `offset`: what is added to every value: files have norms' whole weights, where a family's
+    count from one."""
 
     planned: Planned
     name: str  # the checkpoint's
     heads: int | None = None
     values: Array | None = None
     experts: tuple[str, ...] = ()
+    offset: float = 0.0
 
 
 def jobs(checkpoint: Checkpoint, source: Source, encoder: Encoder) -> Iterator[Job]:
@@ -69,7 +71,8 @@ def _blocks(checkpoint: Checkpoint, source: Source, encoder: Encoder) -> Iterato
     blocks = checkpoint.blocks(source.name)
     if heads is None:
         for block in blocks:
-            yield partial(_encoded, encoder, planned, block.read), _rows(planned, block.rows)
+            read = partial(_shifted, block.read, source.offset) if source.offset else block.read
+            yield partial(_encoded, encoder, planned, read), _rows(planned, block.rows)
         return
     every = list(blocks)
     for start, stop in _head_ranges(planned, heads):
@@ -84,6 +87,10 @@ def _rows(planned: Planned, count: int) -> int:
 
 def _encoded(encoder: Encoder, planned: Planned, read: Callable[[], Array]) -> memoryview:
     return encoder.encode(read().reshape(-1, planned.shape[-1]), planned.kind, planned.name)
+
+
+def _shifted(read: Callable[[], Array], offset: float) -> Array:
+    return read().astype(np.float64) + offset
 
 
 def _copied(stored: Encoded, planned: Planned, start: int, stop: int, heads: int | None) -> memoryview:

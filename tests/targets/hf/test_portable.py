@@ -113,7 +113,10 @@ def test_only_rotated_channels_of_q_and_k_change(pico: Callable[..., Model], tmp
         for channel in range(len(old)):
             head, inside = divmod(channel, shape.head_dim)
             rotated = head < heads and inside < shape.rotary_dim
-            np.testing.assert_allclose(new[channel], old[channel] * (scale if rotated else 1.0), rtol=1.2e-7)
+            offset, factor = shape.norm_offset if "norm" in role else 0.0, scale if rotated else 1.0
+            np.testing.assert_allclose(
+                new[channel], (old[channel] + offset) * factor - offset, rtol=1.2e-7, atol=1.2e-7 * offset
+            )
 
 
 def squared(model: Model, scale: float) -> dict[str, Any]:
@@ -175,7 +178,7 @@ def test_rounding_is_measured_not_hidden(
     assert all((row.kl_mean or 0) < 1e-8 for row in report.rows if row.code == "custom")
     assert max(folded_rows(report).values()) < 1e-14
     cost = max(folded_rows(report, "rounding").values())
-    assert cost > 1e-8
+    assert cost > 1e-10  # float16 rounds a few norms of Gemma 3 alone
     assert cost < {"bf16": 1e-2, "f16": 1e-3}[dtype] or model.shape.experts is not None  # rounding decides near ties
 
 

@@ -201,7 +201,7 @@ def _biases(family: Family, tensors: Mapping[str, GgufTensor]) -> dict[str, bool
     flags: dict[str, bool] = {}
     for row in family.rows:
         key = _BIAS_KEYS.get(row.when or "")
-        if key is not None and key not in family.defaults:
+        if key is not None:
             there = row.gguf.replace("{layer}", "0") in tensors
             flags[key] = flags.get(key, False) or there
     return flags

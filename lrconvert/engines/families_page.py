@@ -64,6 +64,7 @@ def _decoder(family: Family) -> str:
     if family.layers is not None:
         found += ["layers without rotation"] if family.layers.rotates is not None else []
         found += ["a plain rotation in the layers that slide"] if family.layers.own_theta is not None else []
+    found += ["neighbouring channels turn together"] if family.neighbours else []
     norms = [role for role in ("attention_norm", "attention_post_norm") if role in roles]
     found += ["norms behind attention and MLP" + (" too" if len(norms) == 2 else "")] if norms[-1:] != norms[:1] else []
     found += (

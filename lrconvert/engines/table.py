@@ -148,7 +148,7 @@ ENGINES: tuple[Engine, ...] = (
         TESTED,
         "modeling_rope_utils.py; issue 33129; `lrconvert verify`",
         BY_FORWARD,
-        _families("llama", "qwen2", "qwen3", "qwen3_moe", "smollm3"),
+        _families("llama", "qwen2", "qwen3", "qwen3_moe", "smollm3", "glm4"),
         _OLD_NEEDS,
     ),
     Engine(
@@ -202,15 +202,14 @@ ENGINES: tuple[Engine, ...] = (
         TESTED,
         "modeling_rope_utils.py; `lrconvert verify`",
         BY_FORWARD,
-        _families("llama", "mistral", "qwen2", "qwen3", "granite", "qwen3_moe", "smollm3", "olmo2"),
+        _families("llama", "mistral", "qwen2", "qwen3", "granite", "qwen3_moe", "smollm3", "olmo2", "glm4"),
         _NEW_NEEDS,
     ),
     Engine(
         replace(NATIVE_HF, name=_NEW),
         "5.23.0",
         TESTED,
-        "configuration_olmo3.py, configuration_gemma3.py: rope_scaling is for layers that see all tokens, and the older "
-        "key `type` is not known",
+        "configuration_olmo3.py, configuration_gemma3.py: rope_scaling is for full layers, and `type` not known",
         BY_FORWARD,
         _families("olmo3", "gemma3_text"),
         _KINDS_NEEDS,
@@ -392,7 +391,7 @@ ENGINES: tuple[Engine, ...] = (
             refuses="the C++ of the family ignores factors, and knows one YaRN for every length",
             formula=True,
         ),
-        _families("smollm3", "olmo2", "olmo3", "gemma3_text"),
+        _families("smollm3", "olmo2", "olmo3", "gemma3_text", "glm4"),
     ),
     Engine(
         replace(LLAMA_CPP, name=_BAKED_GGUF),

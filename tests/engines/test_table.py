@@ -31,7 +31,7 @@ NATIVE = ("transformers 4.57, native", "transformers 5, native")
 READERS = (*NATIVE, "transformers, trust_remote_code", "vLLM", "SGLang", "mlx-lm", "ExLlamaV3")
 NAMES = {*READERS, "TGI", "llama.cpp, its own converter", "llama.cpp, a file with the factors",
          "ONNX, genai builder", "ONNX, optimum", "ONNX, transformers' exporter", "ONNX, mobius"}  # fmt: skip
-BY_FORMULA = {"smollm3", "olmo2", "olmo3", "gemma3_text"}  # llama.cpp's own YaRN
+BY_FORMULA = {"smollm3", "olmo2", "olmo3", "gemma3_text", "glm4"}  # llama.cpp's own YaRN
 LATER = {"granite", "minicpm", "mixtral", "qwen3_moe", "phimoe", *BY_FORMULA}  # nobody has asked other programs
 OURS = (*NATIVE, "transformers, trust_remote_code")  # asked by tests, of every family
 

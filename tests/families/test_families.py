@@ -40,6 +40,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("phimoe", {"attention_bias": False, "lm_head_bias": False, "num_local_experts": 3}),
     ("qwen3_moe", {"attention_bias": True, "num_experts": 2, "num_experts_per_tok": 1}),
     *((family, v5_rope(family, 5e5)) for family in FAMILIES if family != "phi3"),
+    ("glm4", {"partial_rotary_factor": None}),  # half, by default
+    ("glm4", {"attention_bias": False, "partial_rotary_factor": 1.0}),
     ("llama", {"attention_bias": True}),
     ("llama", {"mlp_bias": True}),
     ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
@@ -103,7 +105,12 @@ def test_a_config_may_leave_out_what_transformers_knows(family: str, tmp_path: P
     defaults = transformers.AutoConfig.for_model(family, **sliding)
     theta = defaults.default_theta
     theta = theta if isinstance(theta, dict) else {"global": theta}
-    elsewhere = {"rope_theta": theta["global"], "rope_local_base_freq": theta.get("local"), "sliding_window_pattern": 6}
+    elsewhere = {
+        "rope_theta": theta["global"],
+        "rope_local_base_freq": theta.get("local"),
+        "sliding_window_pattern": 6,
+        "partial_rotary_factor": 0.5,
+    }
     assert wanted == {key: elsewhere[key] if key in elsewhere else getattr(defaults, key) for key in wanted}
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     sparse = {"model_type": family, **{key: BASE[key] for key in needed}, "num_attention_heads": 32}

@@ -66,6 +66,12 @@ OWN["gemma3_text"] = [
     {"rope_local_base_freq": None, "rope_theta": None},  # its class has two
     v5_rope("gemma3_text"),
 ]
+OWN["glm4"] = [
+    {"attention_bias": False},
+    {"partial_rotary_factor": 1.0},
+    {"partial_rotary_factor": 0.25, "head_dim": 32},
+    v5_rope("glm4"),
+]
 VARIANTS = [(family, changes) for family, own in OWN.items() for changes in [*SHARED, *own]]
 
 
@@ -90,7 +96,7 @@ def test_layers_taken_for_one_kind_are_far_off(pico_folder: Callable[..., Path],
             assert np.abs(by_reference(wrong) - natively(folder)).max() > 1e6 * EXACT, name
 
 
-@pytest.mark.parametrize("family", ["olmo2", "olmo3", "gemma3_text"])
+@pytest.mark.parametrize("family", ["olmo2", "olmo3", "gemma3_text", "glm4"])
 def test_a_norm_elsewhere_is_far_off(pico_folder: Callable[..., Path], family: str) -> None:
     """Behind attention or before the MLP: the tensor has one name. Over each head or over all: the shapes differ."""
     folder = pico_folder(family)

@@ -34,6 +34,7 @@ YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_positi
 IN_GGUF: dict[str, dict[str, Any]] = {
     "smollm3": {"num_hidden_layers": 4, "no_rope_layer_interval": None, "tie_word_embeddings": True},
     "olmo2": {},
+    "glm4": {},
     "gemma3_text": {
         "num_hidden_layers": 6,
         "layer_types": None,

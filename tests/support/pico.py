@@ -69,6 +69,7 @@ EXTRA: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
     "phi3": {"partial_rotary_factor": 0.5, "original_max_position_embeddings": WINDOW},
+    "glm4": {"partial_rotary_factor": 0.5, "attention_bias": True, "head_dim": 32},
     "gemma3_text": {
         "hidden_act": None,
         "hidden_activation": "gelu_pytorch_tanh",

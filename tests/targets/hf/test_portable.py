@@ -95,7 +95,8 @@ def test_only_rotated_channels_of_q_and_k_change(pico: Callable[..., Model], tmp
     model = pico(family)
     made = open_model(bake(model, uneven(model), tmp_path / "a"))
     shape, scale = model.shape, ATTENTION / FORMULA
-    changed = {"qwen2": "qk+bias", "phi3": "qkv"}.get(family, "norms" if ("q_norm", 0) in model.roles else "qk")
+    changed = "norms" if ("q_norm", 0) in model.roles else "qk+bias" if ("q_bias", 0) in model.roles else "qk"
+    changed = "qkv" if family == "phi3" else changed
     roles = {"qk": {"q", "k"}, "qk+bias": {"q", "k", "q_bias", "k_bias"}, "norms": {"q_norm", "k_norm"}}
     expected = roles.get(changed, {"qkv"})
     assert model.family.layers is None or any(shape.turn(layer) is not None for layer in range(shape.layers))

@@ -31,7 +31,7 @@ def rope_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
             first = next(iter(nested.values()), None)
             if first and all(value == first for value in section.values()):
                 return first  # settings for each kind of layer, and all the same
-            if FULL in nested and set(section) <= set(LAYER_KINDS):
+            if nested.get(FULL) and set(section) <= set(LAYER_KINDS):
                 return nested[FULL]
             if nested:
                 raise UnsupportedError(
@@ -113,7 +113,7 @@ def _sliding(reader: _Reader, family: Family) -> tuple[int, ...]:
     limited = _slide(reader, family)
     if off and not (family.sliding == "unrotated" and reader.values.get("layer_types") is None) and any(limited):
         needed = "a sliding_window" if not switched else "use_sliding_window and a sliding_window"
-        reader.problems.append(f"layer_types has layers that slide ({limited.count(True)}); {needed} is needed")
+        reader.problems.append(f"{limited.count(True)} of {len(limited)} layers slide; {needed} is needed")
     if off:
         return ()
     width = reader.integer("sliding_window")
@@ -145,7 +145,7 @@ def _own_theta(reader: _Reader, family: Family) -> tuple[float | None, ...]:
     if stated is None or stated.own_theta is None:
         if own is not None and own != nested[FULL]:
             raise UnsupportedError(
-                f"config.json: layers that slide have rotary settings of their own; those of {family.name} rotate alike"
+                f"config.json: separate rotary settings for {FULL}, {SLIDING}; layers of {family.name} rotate alike"
             )
         return tuple(found) if set(found) != {None} else ()
     if reader.config.get("rope_parameters") and not nested:

@@ -127,6 +127,31 @@ def test_layers_without_rotation_are_read() -> None:
 
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
+    ("olmo3", {"rope_theta": 1e4}, "rope_theta is 10000.0, and nothing says θ of the layers that slide"),
+    (
+        "olmo3",
+        {"rope_parameters": {"rope_theta": 5e5}},
+        "rope_parameters has no full_attention; olmo3 has settings for",
+    ),
+    ("olmo3", {"layer_types": [FULL]}, "layer_types is ['full_attention']; 2 of"),
+    ("olmo3", {"layer_types": [FULL, "chunked_attention"]}, "layer_types is ['full_attention', 'chunked_attention']"),
+    ("gemma3_text", {"sliding_window": False}, "1 of 2 layers slide; a sliding_window is needed"),
+    ("gemma3_text", {"sliding_window": 0}, "1 of 2 layers slide; a sliding_window"),
+    (
+        "gemma3_text",
+        {"layer_types": None, "sliding_window_pattern": 0},
+        "sliding_window_pattern is 0; an integer from 1",
+    ),
+    ("gemma3_text", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0; a positive number is needed"),
+    ("gemma3_text", {"final_logit_softcapping": 0.0}, "final_logit_softcapping is 0.0; a positive number is needed"),
+    ("gemma3_text", {"rope_local_base_freq": -1.0}, "rope_local_base_freq is -1.0; a positive number is needed"),
+    ("gemma3_text", {"hidden_activation": "relu"}, "hidden_activation is 'relu'; only gelu_pytorch_tanh is known"),
+    (
+        "gemma3_text",
+        {**v5_rope("gemma3_text"), "rope_local_base_freq": 5e3},
+        "rope_local_base_freq is 5000.0, and 3000.0 in rope_parameters; they contradict",
+    ),
+    ("glm4", {"partial_rotary_factor": 0.03}, "head_dim 32 times partial_rotary_factor 0.03 channels rotate"),
     ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers is [1]; 0 or 1 for each of 2 layers is needed"),
     ("smollm3", {"no_rope_layers": [1, 2]}, "no_rope_layers is [1, 2]; 0 or 1"),
     ("smollm3", {"no_rope_layers": "1, 0"}, "no_rope_layers is '1, 0'; 0 or 1"),
@@ -135,7 +160,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     (
         "smollm3",
         {"layer_types": [FULL, SLIDING], "sliding_window": 12},
-        "layer_types has layers that slide (1); use_sliding_window and a sliding_window is needed",
+        "1 of 2 layers slide; use_sliding_window and a sliding_window is needed",
     ),
 ]
 
@@ -151,6 +176,20 @@ OTHERS: list[tuple[str, dict[str, Any], str]] = [
     ("smollm3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0"),
     ("smollm3", {"embedding_multiplier": 12.0}, "embedding_multiplier 12.0"),
     ("llama", {"no_rope_layers": [1, 0]}, "no_rope_layers [1, 0]"),
+    ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0"),
+    ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
+    ("olmo3", {"embedding_multiplier": 2.0}, "embedding_multiplier 2.0"),
+    ("glm4", {"rope_interleave": True}, "rope_interleave True"),
+    (
+        "llama",
+        v5_rope("olmo3"),
+        "separate rotary settings for full_attention, sliding_attention; layers of llama rotate",
+    ),
+    (
+        "olmo3",
+        {"rope_parameters": {FULL: {"rope_theta": 5e5}, SLIDING: {"rope_type": "linear", "factor": 2.0}}},
+        "layers that slide have a scaled rotation of their own",
+    ),
 ]
 
 

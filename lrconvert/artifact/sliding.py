@@ -23,9 +23,12 @@ class Windows:
 
 
 def lifted_note(model: Model, purpose: str) -> tuple[str, ...]:
-    """What a user has to know where `purpose` computes without sliding windows that act on the model."""
+    """What a user has to know where `purpose` computes without sliding windows that act on the model, or pays for
+    them."""
     if not model.shape.slides_within(_served(model)):
         return ()
+    if model.shape.plain_theta is not None:
+        return (f"{purpose} keeps {_where(model)}: n tokens take a mask of n times n bytes",)
     found = f"{purpose} attends to every token: {_where(model)} is lifted"
     return (f"{found}, and an artifact keeps it unless it is baked with {FLAG}",)
 
@@ -50,14 +53,15 @@ def settle_windows(model: Model, window: int, *, lift: bool, keeps: bool, target
     """Sliding windows in an artifact that serves `window` tokens.
 
     A window that never acts on the model, because it is as long as what the model serves, is lifted where the artifact
-    serves more. One that acts is kept where the target can (`keeps`); else it is lifted if the user asks for that
+    serves more (but where layers that slide rotate by themselves: no recipe is for them). One that acts is kept where
+    the target can (`keeps`); else it is lifted if the user asks for that
     (`lift`). Raises `UnsupportedError` where neither is so.
     """
     shape = model.shape
     if not shape.slides_within(window):
         return Windows(model)
     served = _served(model)
-    if not shape.slides_within(served):
+    if not shape.slides_within(served) and shape.plain_theta is None:
         note = f"{_named(model)} is lifted: it never acts within the {served} tokens that the model serves"
         return Windows(model.lifted(), lifted=True, notes=(note,))
     where = _where(model)

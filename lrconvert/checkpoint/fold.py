@@ -42,7 +42,8 @@ CARRIERS = {
 
 
 class FoldedCheckpoint(CheckpointView):
-    """A checkpoint in which rows of some tensors are scaled when they are read."""
+    """A checkpoint in which rows of some tensors are scaled when they are read: what they are multiplied with is. Where
+    norms add an `offset` to their weights, so much less of it is stored."""
 
     def __init__(
         self,
@@ -51,11 +52,12 @@ class FoldedCheckpoint(CheckpointView):
         *,
         rounded: bool,
         copies: Mapping[str, str] = MappingProxyType({}),
+        offset: float = 0.0,
     ) -> None:
         """`scales`: a factor for every row of a tensor. `rounded`: what is read has the stored dtype; else what
         changed stays wider for the reader to round. `copies`: tensors that are others of the base, by name."""
         super().__init__(base, scales.keys() | copies.keys())
-        self._scales, self._rounded, self._copies = scales, rounded, copies
+        self._scales, self._rounded, self._copies, self._offset = scales, rounded, copies, offset
         more = {n: base.tensors.get(n) or replace(base.tensors[source], name=n) for n, source in copies.items()}
         self.tensors = {**base.tensors, **more}
 
@@ -65,15 +67,15 @@ class FoldedCheckpoint(CheckpointView):
         found = self.base.blocks(self._copies.get(name, name))
         if scales is None and dtype is None:
             return found
-        return (replace(block, read=partial(_scaled, block, scales, dtype)) for block in found)
+        return (replace(block, read=partial(_scaled, block, scales, dtype, self._offset)) for block in found)
 
 
-def _scaled(block: Block, scales: Array | None, dtype: np.dtype[Any] | None) -> Array:
+def _scaled(block: Block, scales: Array | None, dtype: np.dtype[Any] | None, offset: float) -> Array:
     """In float64, so that the only rounding is that to `dtype`; as wide as it gets where that is None."""
     values = block.read()
     if scales is not None:
         own = scales[block.start : block.stop].reshape(-1, *(1 for _ in values.shape[1:]))
-        values = values.astype(np.float64) * own
+        values = (values.astype(np.float64) + offset) * own - offset
     return values if dtype is None else values.astype(dtype, copy=False)
 
 
@@ -83,21 +85,26 @@ def folded(model: Model, scale: float, *, rounded: bool = True) -> Model:
     With a scale of 1 nothing is scaled.
     """
     scales = {} if scale == 1.0 else row_scales(model, scale)
-    return replace(model, checkpoint=FoldedCheckpoint(model.checkpoint, scales, rounded=rounded))
+    normed = ("q_norm", 0) in model.roles  # then nothing but norms is scaled
+    offset = model.shape.norm_offset if normed else 0.0
+    return replace(model, checkpoint=FoldedCheckpoint(model.checkpoint, scales, rounded=rounded, offset=offset))
 
 
 def row_scales(model: Model, scale: float) -> dict[str, Array]:
-    """The factor of every row of the tensors that make q and k: by role, how many heads of them lead."""
+    """The factor of every row of the tensors that make q and k in the layers that the recipe rotates: by role, how many
+    heads of them lead."""
     shape = model.shape
     normed = any(tensor.role == "q_norm" for tensor in model.roles.values())
     heads: dict[str, int] = {"q": shape.heads, "k": shape.kv_heads, "qkv": shape.heads + shape.kv_heads}
     heads |= {f"{role}_bias": count for role, count in heads.items()}
-    heads = {"q_norm": 1, "k_norm": 1} if normed else heads
+    if normed:
+        whole = model.family.whole_qk_norms
+        heads = {"q_norm": shape.heads if whole else 1, "k_norm": shape.kv_heads if whole else 1}
     head = np.ones(shape.head_dim)
     head[: shape.rotary_dim] = scale
     found: dict[str, Any] = {}
     for tensor in model.roles.values():
-        if tensor.role in heads:
+        if tensor.role in heads and tensor.layer is not None and shape.turn(tensor.layer) is None:
             leading = np.tile(head, heads[tensor.role])
             found[tensor.name] = np.concatenate([leading, np.ones(tensor.shape[0] - len(leading))])
     return found

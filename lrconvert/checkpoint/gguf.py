@@ -8,7 +8,7 @@ that shrinks under a mapping kills the process.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from lrconvert.checkpoint.gguf_header import GgufHeader, GgufTensor, read_header
 from lrconvert.checkpoint.gguf_tokenizer import side_files
 from lrconvert.errors import InputError, UnsupportedError
 from lrconvert.families import Family, TensorRow, family_names, get_family
-from lrconvert.families.base import EXPERT, GGUF_INTERLEAVED, GGUF_STEP35, LAYER
+from lrconvert.families.base import EXPERT, GGUF_INTERLEAVED, GGUF_SLIDING, GGUF_STEP35, LAYER, is_norm
 from lrconvert.families.reading import MAX_EXPERTS
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
@@ -51,7 +51,8 @@ class GgufCheckpoint(Checkpoint):
         self.metadata = self.headers[0].metadata
         self.stored = _all_tensors(path, self.headers)  # under the file's own names, rope factors too
         self.architecture = _architecture(self.headers[0])
-        self.family, self.families = _families(path, self.architecture, self.stored)
+        slides = bool(self.metadata.get(f"{self.architecture}.attention.sliding_window"))
+        self.family, self.families = _families(path, self.architecture, self.stored, slides=slides)
         self.interleaved = self.architecture in GGUF_INTERLEAVED
         self.takes_shift = self.architecture != GGUF_STEP35  # its layers have two widths, and llama.cpp shifts by one
         self.config, rope_problems = build_config(self.headers[0], self.architecture, self.family, self.stored, _whole)
@@ -76,6 +77,9 @@ class GgufCheckpoint(Checkpoint):
         tensor, heads = self._sources[name][0], self._interleaved_heads(name)
         order = None if heads is None else _file_rows(tensor, heads)
         ranges = row_blocks(tensor.shape)
+        row, offset = self._sources[name][1], self.family.norm_offset
+        if offset and row is not None and is_norm(row.role):  # the file has norms' whole weights
+            return (Block(*ends, partial(_less, partial(_rows, tensor, *ends, order), offset)) for ends in ranges)
         return (Block(start, stop, partial(_rows, tensor, start, stop, order)) for start, stop in ranges)
 
     def encoded(self, name: str) -> Encoded:
@@ -107,6 +111,10 @@ class GgufCheckpoint(Checkpoint):
 
     def side_files(self) -> dict[str, Path | bytes]:
         return dict(side_files(self.headers[0], self.config))
+
+
+def _less(read: Callable[[], Array], offset: float) -> Array:
+    return (read().astype(np.float64) - offset).astype(np.float32)
 
 
 # --- parts -----------------------------------------------------------------------------------------------
@@ -172,12 +180,15 @@ def _architecture(header: GgufHeader) -> str:
     return architecture
 
 
-def _families(path: Path, architecture: str, stored: dict[str, GgufTensor]) -> tuple[Family, tuple[str, ...]]:
+def _families(
+    path: Path, architecture: str, stored: dict[str, GgufTensor], *, slides: bool
+) -> tuple[Family, tuple[str, ...]]:
     """The family of the file's architecture that has just these tensors, and the names of all that do.
 
     Several families may share one: files of Mistral say `llama` too, and so do those of Qwen2 whose factors have
     to be honoured. Where several fit, or none, it is the one that is named like the architecture: llama.cpp
-    computes the same for all of them (it drops Mistral's sliding window).
+    computes the same for all of them (it drops Mistral's sliding window). Where layers that slide are a kind of their
+    own, the file's window tells them apart.
     """
     families = [get_family(name) for name in family_names()]
     candidates = [
@@ -185,6 +196,8 @@ def _families(path: Path, architecture: str, stored: dict[str, GgufTensor]) -> t
         for family in families
         if architecture in (family.gguf_architecture, family.gguf_longrope, family.gguf_other)
     ]
+    if architecture in GGUF_SLIDING and len(candidates) > 1:
+        candidates = [family for family in candidates if (family.sliding is not None) == slides]
     if not candidates:
         known = ", ".join(sorted({family.gguf_architecture for family in families}))
         raise UnsupportedError(

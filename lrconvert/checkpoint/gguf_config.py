@@ -17,6 +17,7 @@ from lrconvert.checkpoint.gguf_header import GgufArray, GgufHeader, GgufTensor
 from lrconvert.errors import InputError, UnsupportedError
 from lrconvert.families import Family
 from lrconvert.families.base import GGUF_INTERLEAVED, GGUF_MULTIPLIERS, GGUF_STATED, GGUF_STEP35, GGUF_UNNORMALISED
+from lrconvert.families.layers import FULL, SLIDING
 from lrconvert.rope import longrope_attention_factor
 
 SHORT, LONG, STATIC = "rope_factors_short.weight", "rope_factors_long.weight", "rope_freqs.weight"
@@ -142,6 +143,7 @@ def build_config(
         config["partial_rotary_factor"] = _fraction(rotary_dim, head_dim)
     if sliding_window:
         config["sliding_window"] = sliding_window
+    config |= _plain_rotation(family, keys.get("rope.freq_base_swa", float), config["rope_theta"])
     for name in ("bos", "eos", "pad"):
         key = f"tokenizer.ggml.{'padding' if name == 'pad' else name}_token_id"
         if isinstance(token := header.metadata.get(key), int):
@@ -159,6 +161,18 @@ def build_config(
     rope = _Keys(header, architecture)
     scaling = _rope(rope, family, tensors, read, rotary_dim, window)
     return (config if rope.problems else config | scaling), rope.problems
+
+
+def _plain_rotation(family: Family, stated: float | None, theta: float) -> dict[str, Any]:
+    """θ of layers that slide, where they rotate by themselves, as the family's configs say it. `theta`: of all others.
+    Without a key llama.cpp takes that, or what the family's configs leave out."""
+    key = None if family.layers is None else family.layers.own_theta
+    if key is None:
+        return {}
+    if key != "rope_theta":
+        return {key: family.defaults[key] if stated is None else _short_decimal(stated)}
+    kinds = {FULL: theta, SLIDING: theta if stated is None else _short_decimal(stated)}
+    return {"rope_parameters": {kind: {"rope_type": "default", "rope_theta": own} for kind, own in kinds.items()}}
 
 
 def _short_decimal(value: float) -> float:
@@ -189,7 +203,7 @@ def _biases(family: Family, tensors: Mapping[str, GgufTensor]) -> dict[str, bool
     flags: dict[str, bool] = {}
     for row in family.rows:
         key = _BIAS_KEYS.get(row.when or "")
-        if key is not None and key not in family.defaults:
+        if key is not None:
             there = row.gguf.replace("{layer}", "0") in tensors
             flags[key] = flags.get(key, False) or there
     return flags

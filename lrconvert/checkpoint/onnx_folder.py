@@ -127,10 +127,13 @@ class OnnxCheckpoint(Checkpoint):
     # --- the rotation ------------------------------------------------------------------------------------
 
     @cached_property
+    def _calls(self) -> list[Any]:
+        return [node for node in self.graph.graph.node if (node.domain, node.op_type) == (DOMAIN, COS_SIN)]
+
+    @property
     def call(self) -> Any:
-        """The node that calls the rotary function, or None."""
-        found = [node for node in self.graph.graph.node if (node.domain, node.op_type) == (DOMAIN, COS_SIN)]
-        return found[0] if found else None
+        """The node that calls the rotary function with the recipe's tiers, or None."""
+        return self._calls[0] if self._calls else None
 
     @property
     def double(self) -> bool:
@@ -153,8 +156,20 @@ class OnnxCheckpoint(Checkpoint):
     @cached_property
     def tiers(self) -> tuple[Tier, ...]:  # type: ignore[override]
         """The tiers in the graph, which determines the computation, regardless of config.json."""
+        return self._tiers_of(self.call)
+
+    @property
+    def plain(self) -> list[tuple[np.ndarray[Any, Any], tuple[Tier, ...]]]:
+        """Of every other call: its inverse frequencies before any factor, and its tiers. It should have one of ones:
+        it rotates layers with a θ of their own."""
+        frequencies = [
+            _numbers(a.t) for call in self._calls[1:] for a in call.attribute if a.name == TIER_ATTRIBUTES[3]
+        ]
+        return list(zip(frequencies, map(self._tiers_of, self._calls[1:]), strict=True))
+
+    def _tiers_of(self, call: Any) -> tuple[Tier, ...]:
         try:
-            arrays = {a.name: _numbers(a.t) for a in self.call.attribute if a.name in TIER_ATTRIBUTES}
+            arrays = {a.name: _numbers(a.t) for a in call.attribute if a.name in TIER_ATTRIBUTES}
             plain, scaled = arrays["inverse_frequencies"], arrays["scaled_inverse_frequencies"]
             columns = (arrays["tier_lengths"], arrays["start_tokens"], arrays["attention_factors"])
             if not len(columns[0]) or not plain.size or not all((array > 0).all() for array in (plain, scaled)):

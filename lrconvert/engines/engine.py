@@ -25,7 +25,7 @@ class Rule:
     `limits`: where it departs from the recipe by itself, so that the user must know; `breaks`: what even a
     whole prompt beyond the boundary gets instead of its set; `refuses`: what it says instead of working. All but
     `refuses` matter only where the two sets differ, unless `always`. `formula`: it makes a YaRN by itself, for every
-    length, and refuses only what is none.
+    length, and refuses only what is none. `section`: what it refuses is this one of config.json; None: any.
     """
 
     chooses: str
@@ -34,6 +34,7 @@ class Rule:
     refuses: str | None = None
     always: bool = False
     formula: bool = False
+    section: str | None = None
 
 
 Config = Mapping[str, Any]
@@ -164,7 +165,8 @@ def verdict(rows: Sequence[Engine], spec: RopeSpec, family: str, config: Mapping
     matters = rule.always or len({tier.factors for tier in (spec.tiers[0], spec.tiers[-1])}) > 1
     missing = [need for need in engine.needs if need.matters(config, spec) and not need.met(config or {})]
     refusals = [need.lacking for need in missing if need.otherwise == "refuses"]
-    refusals += [rule.refuses] if rule.refuses and not (rule.formula and _is_formula(spec)) else []
+    spared = (rule.formula and _is_formula(spec)) or (config and rule.section and not config.get(rule.section))
+    refusals += [rule.refuses] if rule.refuses and not spared else []
     if refusals:
         return Verdict(engine.name, engine.version, "refuses", tuple(refusals))
     why = [rule.breaks.format(**values)] if rule.breaks and matters else []

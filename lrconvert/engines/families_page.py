@@ -80,9 +80,19 @@ def _decoder(family: Family) -> str:
     if family.experts is not None:
         found.append(f"experts ({family.experts.gating})" + (", one of them shared" if family.experts.shared else ""))
     found += ["layer norms"] if family.norm == "layer" else []
-    found += ["norms of q and k"] if "q_norm" in roles else []
-    if family.multipliers:
-        found.append(f"multipliers ({', '.join(family.multipliers)})")
+    if family.layers is not None:
+        found += ["layers without rotation"] if family.layers.rotates is not None else []
+        found += ["a plain rotation in the layers that slide"] if family.layers.own_theta is not None else []
+    found += ["neighbouring channels turn together"] if family.neighbours else []
+    if "attention_post_norm" in roles:
+        found.append(f"norms behind attention and MLP{' too' if 'attention_norm' in roles else ', none before them'}")
+    if "q_norm" in roles:
+        found.append(f"norms of q and k{', all heads at once' if family.whole_qk_norms else ''}")
+    found += ["norms whose weights count from one"] if family.norm_offset else []
+    found += ["a gate through GELU"] if family.activation == "gelu_tanh" else []
+    found += ["a soft cap of logits, where the config has it"] if family.logits_cap is not None else []
+    if multipliers := [*family.fixed, *family.multipliers]:
+        found.append(f"multipliers ({', '.join(multipliers)})")
     found += ["q, k and v in one, gate and up in one"] if "qkv" in roles else []
     always = [row for row in family.rows if row.role == "q_bias" and row.when is None]
     if "q_bias" in roles:
@@ -109,6 +119,10 @@ def _gguf(family: Family) -> str:
 def _to_know(family: Family) -> Iterator[str]:
     if family.gguf_differs is not None:
         yield f"llama.cpp computes another model from a GGUF: {family.gguf_differs}"
+    if family.hf_oldest is not None:
+        yield f"a folder needs transformers {family.hf_oldest}: 4.57 refuses its config"
+    if family.layers is not None and family.layers.own_theta is not None:
+        yield "layers that slide keep window and rotation, also in `search` and `extend`: no `--context-parallel`"
     if native_hf(family).first_only:
         yield "native code of transformers 5 never uses the long set: a folder needs `trust_remote_code`, and 5.x"
     if family.hf_written is not None:

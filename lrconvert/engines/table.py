@@ -118,6 +118,13 @@ _NEW_NEEDS = (_SECTION, has(_TOP, *_INNER), named("longrope"))
 _HEAD_SIZE = within("rope_scaling", has("head_dim", otherwise="refuses"))
 _NEW_HEAD_SIZE = has("head_dim", otherwise="refuses")
 _NEW_TYPE = within("rope_scaling", has("rope_scaling.rope_type", otherwise="refuses"))
+_KINDS_NEEDS = (
+    *(
+        has(*(f"{section}.{key}" for section in ("rope_scaling", "rope_parameters.full_attention")))
+        for key in ("rope_type", _TOP)
+    ),
+    within("rope_scaling", within("rope_parameters", has("rope_parameters.full_attention", otherwise="refuses"))),
+)
 _MSCALES = ("short_mscale", "long_mscale", _TOP)  # all inside the section
 _PHI3_TYPES = named("longrope", "su", "yarn")
 _NEW_PHI3_NEEDS = (
@@ -141,7 +148,7 @@ ENGINES: tuple[Engine, ...] = (
         TESTED,
         "modeling_rope_utils.py; issue 33129; `lrconvert verify`",
         BY_FORWARD,
-        _families("llama", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe"),
+        _families("llama", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "smollm3", "glm4"),
         _OLD_NEEDS,
     ),
     Engine(
@@ -157,10 +164,19 @@ ENGINES: tuple[Engine, ...] = (
         replace(NATIVE_HF, name=_OLD),
         "4.57.6",
         TESTED,
-        "configuration_granite.py, which does not know the older key `type`; the rest as above",
+        "configuration_granite.py, configuration_olmo3.py, which don't know the older key `type`; the rest as above",
         BY_FORWARD,
-        _families("granite"),
+        _families("granite", "olmo3", "gemma3_text"),
         (*_OLD_NEEDS, _NEW_TYPE),
+    ),
+    Engine(
+        replace(NATIVE_HF, name=_OLD),
+        "4.57.6",
+        TESTED,
+        "configuration_olmo2.py",
+        Rule("not at all", refuses="its config class loads `linear` and `dynamic` alone", section="rope_scaling"),
+        _families("olmo2"),
+        (_OLD_SECTION,),
     ),
     Engine(
         replace(NATIVE_HF_FORMULA, name=_OLD),
@@ -186,8 +202,19 @@ ENGINES: tuple[Engine, ...] = (
         TESTED,
         "modeling_rope_utils.py; `lrconvert verify`",
         BY_FORWARD,
-        _families("llama", "mistral", "qwen2", "qwen3", "granite", "qwen2_moe", "qwen3_moe"),
+        _families(
+            "llama", "mistral", "qwen2", "qwen3", "granite", "qwen2_moe", "qwen3_moe", "smollm3", "olmo2", "glm4"
+        ),
         _NEW_NEEDS,
+    ),
+    Engine(
+        replace(NATIVE_HF, name=_NEW),
+        "5.23.0",
+        TESTED,
+        "configuration_olmo3.py, configuration_gemma3.py: rope_scaling is for full layers, and `type` not known",
+        BY_FORWARD,
+        _families("olmo3", "gemma3_text"),
+        _KINDS_NEEDS,
     ),
     Engine(
         replace(NATIVE_HF, name=_NEW),
@@ -223,7 +250,7 @@ ENGINES: tuple[Engine, ...] = (
         replace(CUSTOM_HF, name="transformers, trust_remote_code"),
         "4.57.6 and 5.23.0",
         TESTED,
-        "modeling_longrope.py; `lrconvert verify`; Phi-3.5-MoE in 5.23.0 alone",
+        "modeling_longrope.py; `lrconvert verify`; phimoe and olmo2 in 5.23.0 alone",
         BY_ROW,
         needs=(has("auto_map"), has("longrope")),
     ),
@@ -355,6 +382,18 @@ ENGINES: tuple[Engine, ...] = (
             formula=True,
         ),
         _families("qwen2_moe", "qwen3_moe"),
+    ),
+    Engine(
+        replace(LLAMA_CPP, name=_BAKED_GGUF),
+        "0.6.0-dev",
+        TESTED,
+        "`lrconvert verify`; src/models/smollm3.cpp, olmo2.cpp (0.5.0 was not run)",
+        Rule(
+            "its own YaRN, at every length",
+            refuses="the C++ of the family ignores factors, and knows one YaRN for every length",
+            formula=True,
+        ),
+        _families("smollm3", "olmo2", "olmo3", "gemma3_text", "glm4"),
     ),
     Engine(
         replace(LLAMA_CPP, name=_BAKED_GGUF),

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 
-HELPERS = ("base", "experts", "keys", "multipliers", "parts", "reading")  # modules here that are no family
+HELPERS = ("base", "experts", "keys", "layers", "multipliers", "parts", "reading")  # modules here that are no family
 
 
 def family_names() -> list[str]:

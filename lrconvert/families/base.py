@@ -13,12 +13,24 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lrconvert.families.experts import Experts, StatedExperts
+from lrconvert.families.layers import StatedLayers
 from lrconvert.families.multipliers import Multipliers, Stated
 
 LAYER, EXPERT = "{layer}", "{expert}"
 # Architectures of GGUF files whose q and k rows are permuted: llama.cpp rotates pairs (2i, 2i+1) there.
-GGUF_INTERLEAVED = frozenset({"llama", "granite", "minicpm"})
+GGUF_INTERLEAVED = frozenset({"llama", "granite", "minicpm", "smollm3"})
+# Layers that an architecture's C++ takes for other kinds: every n-th doesn't rotate; all but every n-th slide, where a
+# file states a window, and rotate plainly.
+GGUF_UNROTATED: Mapping[str, int] = {"smollm3": 4}
+GGUF_SLIDING: Mapping[str, int] = {"olmo2": 4, "gemma3": 6}
+GGUF_SLIDING_THETA = frozenset({"gemma3"})  # of them, those whose files state θ of these layers; else it is that of all
 GGUF_STEP35 = "step35"  # targets/gguf/step35.py says how a family is written as it
+# Whose C++ multiplies q and k of layers that slide with the attention factor too, but for YaRN's own.
+GGUF_SLIDING_SCALED = frozenset({"gemma3"})
+# What an architecture's loader insists on: as many channels of q as hidden ones; a head of its own; no biases.
+GGUF_SQUARE = frozenset({"phi3", "olmo2"})
+GGUF_UNTIED = frozenset({"olmo2"})
+GGUF_UNBIASED = frozenset({"olmo2", "gemma3"})
 # How the files of an architecture state multipliers; its C++ computes no others.
 _SCALES = {
     "embedding": Stated("embedding_scale"),
@@ -31,8 +43,18 @@ GGUF_MULTIPLIERS: Mapping[str, Mapping[str, Stated]] = {
 }
 # Architectures that leave gates as the softmax makes them; the others divide those of a token by their sum.
 GGUF_UNNORMALISED = frozenset({"qwen2moe"})
+# What an architecture's C++ multiplies with whatever a file says; of Gemma 3 27B, which it knows by its layers, more.
+GGUF_FIXED: Mapping[str, Mapping[str, Mapping[str, float]]] = {"gemma3": {"embedding": {"hidden": 0.5}}}
+GGUF_FIXED_AT: Mapping[tuple[str, int], Mapping[str, Mapping[str, float]]] = {
+    ("gemma3", 62): {"attention": {"head_dim": 0.5, "heads": 0.5, "hidden": -0.5}}
+}
 # Those that a file has to state: granite isn't loaded without its own, and minicpm has defaults that aren't 1.
 GGUF_STATED = {"granite": frozenset({"logits"}), "minicpm": frozenset(_SCALES)}
+
+
+# What a gate passes through, and how configs call it.
+Activation = Literal["silu", "gelu_tanh"]
+ACTIVATIONS: Mapping[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 @dataclass(frozen=True)
@@ -68,13 +90,23 @@ class Family:
     # What names of scalings mean in this family's configs, where that is not what they mean in others.
     rope_kinds: Mapping[str, str] = field(default_factory=dict)
     # Which layers attend to the last `sliding_window` tokens only: all of them; all where `use_sliding_window` is set;
-    # those that it and `max_window_layers` or `layer_types` name; or none, whatever the config says. "unclear": none,
-    # and `use_sliding_window` is refused, about which versions of transformers disagree.
-    sliding: Literal["all", "switched", "named", "unclear"] | None = None
+    # those that it and `max_window_layers` or `layer_types` name; those that `layer_types` names, else all but every
+    # n-th; those that it names, else those that don't rotate, where `use_sliding_window` is set; or none, whatever the
+    # config says. "unclear": none, and `use_sliding_window` is refused, about which versions of transformers disagree.
+    sliding: Literal["all", "switched", "named", "all but", "unrotated", "unclear"] | None = None
+    layers: StatedLayers | None = None  # how configs state layers that differ; None: they are alike but for windows
     # How configs state the multipliers that this family has; those that are not here are 1.
     multipliers: Mapping[str, Stated] = field(default_factory=dict)
+    fixed: Mapping[str, Mapping[str, float]] = field(
+        default_factory=dict
+    )  # those that no key states, as `Stated.times`
     experts: StatedExperts | None = None  # how configs state experts; None: one MLP for all tokens
     norm: Literal["rms", "layer"] = "rms"  # what norms divide by: the root of the mean square, or the deviation
+    norm_offset: float = 0.0  # what norms add to their weights
+    activation: Activation = "silu"  # of the gate
+    activation_key: str = "hidden_act"
+    neighbours: bool = False  # channels 2i and 2i + 1 turn together; else i and i + half of those that rotate
+    logits_cap: str | None = None  # the config key of logits' soft cap
     # Why no GGUF is written, where llama.cpp has an architecture of this name that computes something else.
     gguf_differs: str | None = None
     # The family whose class runs the weights once the multipliers are in them, where there is no class of its own.
@@ -82,6 +114,7 @@ class Family:
     inert: frozenset[str] = frozenset()  # config keys of this family alone that change no logit
     # Config keys, and what a user has to know where one is set.
     remarks: Mapping[str, str] = field(default_factory=dict)
+    hf_oldest: str | None = None  # the oldest transformers that loads longrope of this family, where 4.57 doesn't
     hf_states_head_size: bool = False  # transformers 4.57 fails on longrope without a head_dim
     # How transformers reads longrope: as most classes do; only {type, short_factor, long_factor} in 4.57; or with an
     # attention factor for each set, under keys that must be there (and in 5.x without ever using the long set).
@@ -92,7 +125,14 @@ class Family:
         """Config keys that are understood in this family, beyond those of all families."""
         found = self.inert | {stated.key for stated in self.multipliers.values()}
         found |= frozenset() if self.experts is None else self.experts.keys
+        found |= frozenset() if self.layers is None else self.layers.keys
+        found |= {key for key in (self.logits_cap, self.activation_key) if key is not None}
         return found | {"lm_head_bias"} if HEAD_BIAS in self.rows else found
+
+    @property
+    def whole_qk_norms(self) -> bool:
+        """Whether q and k pass through norms over all heads at once; else over each head, or none."""
+        return any(row.role == "q_norm" and row.shape == ("q",) for row in self.rows)
 
 
 @dataclass(frozen=True)
@@ -115,14 +155,29 @@ class ModelShape:
     mlp_bias: bool
     # How many tokens each layer attends to, itself included; 0 for all. Empty where no layer has a limit.
     sliding: tuple[int, ...] = ()
+    # Of each layer: None where the recipe rotates it; else θ of its own plain rotation, 0 for none. Empty: all None.
+    own_theta: tuple[float | None, ...] = ()
     multipliers: Multipliers = field(default_factory=Multipliers)
     experts: Experts | None = None
     norm: Literal["rms", "layer"] = "rms"
+    norm_offset: float = 0.0
+    activation: Activation = "silu"
+    neighbours: bool = False
+    logits_cap: float = 0.0  # logits stay within it on both sides; 0: they have no cap
     head_bias: bool = False
 
     def slides_within(self, window: int) -> bool:
         """Whether a layer attends to less than a sequence of `window` tokens."""
         return any(0 < width < window for width in self.sliding)
+
+    @property
+    def plain_theta(self) -> float | None:
+        """θ of the layers that slide, where they rotate by themselves: seeing further, they would be another model."""
+        return next(filter(None, self.own_theta), None)
+
+    def turn(self, layer: int) -> float | None:
+        """None where the recipe rotates a layer; else θ of its own plain rotation, 0 for none."""
+        return self.own_theta[layer] if self.own_theta else None
 
     @property
     def untied(self) -> bool:
@@ -131,7 +186,7 @@ class ModelShape:
     @property
     def numbers(self) -> dict[str, int]:
         """What `Stated.times` may name."""
-        return {"layers": self.layers, "hidden": self.hidden, "head_dim": self.head_dim}
+        return {"layers": self.layers, "hidden": self.hidden, "head_dim": self.head_dim, "heads": self.heads}
 
     @property
     def symbols(self) -> dict[str, int]:
@@ -188,6 +243,11 @@ def expected_tensors(family: Family, shape: ModelShape) -> Iterator[ExpectedTens
                 yield ExpectedTensor(row.role, layer, own, dims, required=wanted, expert=expert)
 
 
+def is_norm(role: str) -> bool:
+    """Whether a role is a norm's weight, to which `norm_offset` is added."""
+    return role.endswith("norm")
+
+
 # --- rows that most decoders share -----------------------------------------------------------------------
 
 _HF, _GGUF = "model.layers.{layer}.", "blk.{layer}."
@@ -206,6 +266,10 @@ def layer_row(role: str, hf: str, gguf: str, *shape: str, when: str | None = Non
 NORMS = (
     layer_row("attention_norm", "input_layernorm.weight", "attn_norm.weight", "hidden"),
     layer_row("ffn_norm", "post_attention_layernorm.weight", "ffn_norm.weight", "hidden"),
+)
+POST_NORMS = (
+    layer_row("attention_post_norm", "post_attention_layernorm.weight", "post_attention_norm.weight", "hidden"),
+    layer_row("ffn_post_norm", "post_feedforward_layernorm.weight", "post_ffw_norm.weight", "hidden"),
 )
 NORM_BIASES = (
     layer_row("attention_norm_bias", "input_layernorm.bias", "attn_norm.bias", "hidden"),
@@ -227,6 +291,10 @@ O_BIAS = (layer_row("o_bias", "self_attn.o_proj.bias", "attn_output.bias", "hidd
 QK_NORMS = (
     layer_row("q_norm", "self_attn.q_norm.weight", "attn_q_norm.weight", "head_dim"),
     layer_row("k_norm", "self_attn.k_norm.weight", "attn_k_norm.weight", "head_dim"),
+)
+WHOLE_QK_NORMS = (
+    layer_row("q_norm", "self_attn.q_norm.weight", "attn_q_norm.weight", "q"),
+    layer_row("k_norm", "self_attn.k_norm.weight", "attn_k_norm.weight", "kv"),
 )
 MLP = (
     layer_row("gate", "mlp.gate_proj.weight", "ffn_gate.weight", "ffn", "hidden"),

@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Stated:
     times the `times`: numbers of the shape ("layers", "hidden", "head_dim") with their exponents."""
 
     key: str
-    power: Literal[1, -1] = 1
+    power: float = 1
     times: Mapping[str, float] = field(default_factory=dict)
 
     def multiplier(self, value: float, numbers: Mapping[str, int]) -> float:
@@ -49,7 +48,12 @@ class Stated:
 
     def value(self, multiplier: float, numbers: Mapping[str, int]) -> float:
         """What stands under the key of a model with this multiplier."""
-        return (multiplier / self._others(numbers)) ** self.power
+        return (multiplier / self._others(numbers)) ** (1 / self.power)
 
     def _others(self, numbers: Mapping[str, int]) -> float:
-        return math.prod(numbers[name] ** exponent for name, exponent in self.times.items())
+        return power_of(self.times, numbers)
+
+
+def power_of(times: Mapping[str, float], numbers: Mapping[str, int]) -> float:
+    """The product of `numbers` with these exponents."""
+    return math.prod(numbers[name] ** exponent for name, exponent in times.items())

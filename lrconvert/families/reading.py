@@ -9,19 +9,20 @@ from dataclasses import replace
 from typing import Any
 
 from lrconvert.errors import InputError, UnsupportedError
-from lrconvert.families.base import HEAD_BIAS, Family, ModelShape
+from lrconvert.families.base import ACTIVATIONS, HEAD_BIAS, Family, ModelShape
 from lrconvert.families.experts import SPARSEMIXER_USED, Experts, StatedExperts
 from lrconvert.families.keys import check_keys
-from lrconvert.families.multipliers import Multipliers
+from lrconvert.families.layers import FULL, LAYER_KINDS, SLIDING
+from lrconvert.families.multipliers import Multipliers, power_of
 
 # Counts beyond these are damage or malice, not a model; they also bound the time and memory of the checks.
 MAX_LAYERS = MAX_EXPERTS = 4096
 MAX_COUNT = {"num_hidden_layers": MAX_LAYERS, "default": 2**31 - 1}
-LAYER_KINDS = ("sliding_attention", "full_attention")
+ROPE_KEYS = ("rope_parameters", "rope_scaling")  # the newer one, which alone has settings for each kind of layer
 
 
 def rope_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config's rotary settings, in whichever spelling: `rope_scaling` (v4) wins over
+    """The rotary settings of a config's full layers, in whichever spelling: `rope_scaling` (v4) wins over
     `rope_parameters` (v5), as in transformers 5. Empty when there are none."""
     for key in ("rope_scaling", "rope_parameters"):
         section = config.get(key)
@@ -30,10 +31,12 @@ def rope_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
             first = next(iter(nested.values()), None)
             if first and all(value == first for value in section.values()):
                 return first  # settings for each kind of layer, and all the same
+            if nested.get(FULL) and set(section) <= set(LAYER_KINDS):
+                return nested[FULL]
             if nested:
                 raise UnsupportedError(
                     f"config.json: {key} has separate settings for {', '.join(nested)}; lrconvert "
-                    "converts models with one rotation for all layers"
+                    "converts models with one rotation for all layers, or with a plain one in those that slide"
                 )
             if section:
                 return section
@@ -75,6 +78,30 @@ class _Reader:
         return value is True
 
 
+def _slide(reader: _Reader, family: Family) -> list[bool]:
+    """Which layers are of the kind that slides, whatever their window."""
+    layers = min(reader.integer("num_hidden_layers"), MAX_LAYERS)
+    kinds, stated = reader.values.get("layer_types"), family.layers
+    if family.sliding in ("all", "switched"):
+        return [True] * layers
+    if kinds is not None:
+        if isinstance(kinds, list) and len(kinds) == layers and set(map(str, kinds)) <= set(LAYER_KINDS):
+            return [kind == SLIDING for kind in kinds]
+        reader.problems.append(f"layer_types is {_short(kinds)}; {layers} of {' and '.join(LAYER_KINDS)} are needed")
+        return [False] * layers
+    if family.sliding == "named":
+        first = reader.values.get("max_window_layers")
+        return [not isinstance(first, int) or layer >= first for layer in range(layers)]
+    if family.sliding == "unrotated":
+        return [not turns for turns in _rotating(reader, family)]
+    if family.sliding == "all but" and stated is not None:
+        every = stated.full_every
+        if stated.full_every_key is not None:
+            every = reader.integer(stated.full_every_key, every)
+        return [every is None or bool((layer + 1) % every) for layer in range(layers)]
+    return [False] * layers
+
+
 def _sliding(reader: _Reader, family: Family) -> tuple[int, ...]:
     """How many tokens each layer attends to, as transformers reads it."""
     if family.sliding == "unclear":
@@ -83,25 +110,73 @@ def _sliding(reader: _Reader, family: Family) -> tuple[int, ...]:
                 "use_sliding_window is true; versions of transformers disagree on which layers it means"
             )
         return ()
-    if family.sliding is None or reader.values.get("sliding_window") in (None, False):
+    if family.sliding is None:
         return ()
-    width, layers = reader.integer("sliding_window"), min(reader.integer("num_hidden_layers"), MAX_LAYERS)
-    if family.sliding == "all":
-        return (width,) * layers
-    if not reader.flag("use_sliding_window"):
+    switched = family.sliding in ("switched", "named", "unrotated")
+    off = reader.values.get("sliding_window") in (None, False) or (switched and not reader.flag("use_sliding_window"))
+    if off and family.sliding in ("all", "switched", "named"):
         return ()
-    if family.sliding == "switched":
-        return (width,) * layers
-    kinds = reader.values.get("layer_types")
-    if kinds is None:
-        first = reader.values.get("max_window_layers")
-        limited = [not isinstance(first, int) or layer >= first for layer in range(layers)]
-    elif isinstance(kinds, list) and len(kinds) == layers and set(map(str, kinds)) <= set(LAYER_KINDS):
-        limited = [kind == LAYER_KINDS[0] for kind in kinds]
-    else:
-        reader.problems.append(f"layer_types is {_short(kinds)}; {layers} of {' and '.join(LAYER_KINDS)} are needed")
+    limited = _slide(reader, family)
+    if off and not (family.sliding == "unrotated" and reader.values.get("layer_types") is None) and any(limited):
+        needed = "a sliding_window" if not switched else "use_sliding_window and a sliding_window"
+        reader.problems.append(f"{limited.count(True)} of {len(limited)} layers slide; {needed} is needed")
+    if off:
         return ()
+    width = reader.integer("sliding_window")
     return tuple(width if limit else 0 for limit in limited) if any(limited) else ()
+
+
+def _rotating(reader: _Reader, family: Family) -> list[bool]:
+    """Which layers rotate at all."""
+    layers, stated = min(reader.integer("num_hidden_layers"), MAX_LAYERS), family.layers
+    if stated is None or stated.rotates is None:
+        return [True] * layers
+    listed = reader.values.get(stated.rotates)
+    if listed is None:
+        every = reader.integer(stated.unrotated_every or "")
+        return [bool((layer + 1) % every) for layer in range(layers)]
+    if not isinstance(listed, list) or len(listed) < layers or not all(item in (0, 1) for item in listed):
+        reader.problems.append(f"{stated.rotates} is {_short(listed)}; 0 or 1 for each of {layers} layers is needed")
+        return [True] * layers
+    return [item == 1 for item in listed[:layers]]
+
+
+def _own_theta(reader: _Reader, family: Family) -> tuple[float | None, ...]:
+    """Of each layer: None where the recipe rotates it; θ of its plain rotation; 0 for none. Empty where it does all."""
+    stated = family.layers
+    found: list[float | None] = [None if turns else 0.0 for turns in _rotating(reader, family)]
+    sections = [section for key in ROPE_KEYS if isinstance(section := reader.config.get(key), Mapping)]
+    nested = next((section for section in sections if FULL in section), {})
+    own = nested.get(SLIDING)
+    if stated is None or stated.own_theta is None:
+        if own is not None and own != nested[FULL]:
+            raise UnsupportedError(
+                f"config.json: separate rotary settings for {FULL}, {SLIDING}; layers of {family.name} rotate alike"
+            )
+        return tuple(found) if set(found) != {None} else ()
+    if reader.config.get("rope_parameters") and not nested:
+        reader.problems.append(f"rope_parameters has no {FULL}; {family.name} has settings for each kind of layer")
+    theta = _plain_theta(reader, family, stated.own_theta, own or {})
+    return tuple(theta if slides else None for slides in _slide(reader, family))
+
+
+def _plain_theta(reader: _Reader, family: Family, key: str, section: Mapping[str, Any]) -> float:
+    """θ of layers that slide. `section`: their rotary settings, where they have some of their own."""
+    odd = {name: value for name, value in section.items() if name not in ("rope_theta", "rope_type", "type")}
+    if odd or {section.get(name) for name in ("rope_type", "type")} - {None, "default"}:
+        raise UnsupportedError(
+            "config.json: layers that slide have a scaled rotation of their own; lrconvert converts models in which "
+            "they rotate plainly"
+        )
+    inside, outside = section.get("rope_theta"), reader.config.get(key)
+    if key == "rope_theta" and inside is None and outside not in (None, family.defaults.get(key)):
+        reader.problems.append(
+            f"rope_theta is {_short(outside)}, and nothing says θ of the layers that slide; versions of transformers "
+            f"disagree on it: state it in rope_parameters.{SLIDING}"
+        )
+    elif key != "rope_theta" and None not in (inside, outside) and inside != outside:
+        reader.problems.append(f"{key} is {_short(outside)}, and {_short(inside)} in rope_parameters; they contradict")
+    return reader.number(key if inside is None else "rope_theta", at=section)
 
 
 def _theta(reader: _Reader, section: Mapping[str, Any]) -> float:
@@ -115,9 +190,14 @@ def _theta(reader: _Reader, section: Mapping[str, Any]) -> float:
     return reader.number("rope_theta", 10000.0, at=section)
 
 
+def _cap(reader: _Reader, key: str | None) -> float:
+    """0 where logits have no cap."""
+    return 0.0 if key is None or reader.values.get(key) is None else reader.number(key)
+
+
 def _multipliers(reader: _Reader, family: Family, shape: ModelShape) -> Multipliers:
     """Those that the family's configs state; zero, which would leave nothing of what it multiplies, is a problem."""
-    found = {}
+    found = {name: power_of(times, shape.numbers) for name, times in family.fixed.items()}
     for name, stated in family.multipliers.items():
         value = reader.number(stated.key)
         found[name] = stated.multiplier(value, shape.numbers)
@@ -173,9 +253,12 @@ def read_shape(config: Mapping[str, Any], family: Family) -> ModelShape:
             f"head_dim {head_dim} times partial_rotary_factor {partial:g} channels rotate; "
             f"an even number from 2 to {head_dim} is needed"
         )
-    activation = reader.values.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        reader.problems.append(f"hidden_act is {_short(activation)}; only silu is known for {family.name}")
+    named = [name for name, kind in ACTIVATIONS.items() if kind == family.activation]
+    activation = reader.values.get(family.activation_key, next(iter(named)))
+    if activation not in named:
+        reader.problems.append(
+            f"{family.activation_key} is {_short(activation)}; only {named[0]} is known for {family.name}"
+        )
     shape = ModelShape(
         layers=reader.integer("num_hidden_layers"),
         hidden=hidden,
@@ -192,8 +275,13 @@ def read_shape(config: Mapping[str, Any], family: Family) -> ModelShape:
         attention_bias=reader.flag("attention_bias"),
         mlp_bias=reader.flag("mlp_bias"),
         sliding=_sliding(reader, family),
+        own_theta=_own_theta(reader, family),
         experts=None if family.experts is None else _experts(reader, family.experts),
         norm=family.norm,
+        norm_offset=family.norm_offset,
+        activation=family.activation,
+        neighbours=family.neighbours,
+        logits_cap=_cap(reader, family.logits_cap),
         head_bias=HEAD_BIAS in family.rows and reader.flag("lm_head_bias"),
     )
     shape = replace(shape, multipliers=_multipliers(reader, family, shape))

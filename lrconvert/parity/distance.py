@@ -44,12 +44,14 @@ class Distance:
 
 @dataclass(frozen=True)
 class Pair:
-    """A tensor of an artifact, under its name there, and the model's."""
+    """A tensor of an artifact, under its name there, and the model's. `offset`: what is added to both before they
+    multiply anything; errors are parts of that sum."""
 
     stored: Checkpoint
     own: str
     model: Checkpoint
     name: str
+    offset: float = 0.0
 
     @property
     def kind(self) -> str:
@@ -69,7 +71,7 @@ class Pair:
             if rounded and theirs.dtype != ours.dtype:
                 with np.errstate(over="ignore", invalid="ignore"):
                     theirs = theirs.astype(ours.dtype)
-            off, norm = _squares(ours, theirs)
+            off, norm = _squares(ours, theirs, self.offset)
             squares.append(off)
             norms.append(norm)
         return _measured(np.concatenate(squares), np.concatenate(norms), exact)
@@ -91,8 +93,8 @@ class Pair:
             yield self.stored.read(self.own), self.model.read(self.name)
 
 
-def _squares(ours: Array, theirs: Array) -> tuple[Array, Array]:
-    """Squared norms of every row: of the difference, and of the model's. A vector is one row."""
+def _squares(ours: Array, theirs: Array, offset: float) -> tuple[Array, Array]:
+    """Squared norms of every row: of the difference, and of the model's with the offset. A vector is one row."""
     rows = (1, -1) if ours.ndim < 2 else (len(ours), -1)
     if ours.dtype == theirs.dtype and np.array_equal(_bits(ours), _bits(theirs)):
         # Equal bit by bit, NaN too. The norm only matters where another block differs; then this one's hardly does.
@@ -100,7 +102,8 @@ def _squares(ours: Array, theirs: Array) -> tuple[Array, Array]:
     wide = theirs.astype(np.float64).reshape(rows)
     with np.errstate(invalid="ignore", over="ignore"):
         off = ours.astype(np.float64).reshape(rows) - wide
-        return np.einsum("ij,ij->i", off, off), np.einsum("ij,ij->i", wide, wide)
+        whole = wide + offset if offset else wide
+        return np.einsum("ij,ij->i", off, off), np.einsum("ij,ij->i", whole, whole)
 
 
 def _bits(values: Array) -> Array:

@@ -15,6 +15,7 @@ from functools import partial
 from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.base import CheckpointView
 from lrconvert.checkpoint.blocks import Array, Block
+from lrconvert.families.layers import FULL
 from lrconvert.recipe import Recipe
 from lrconvert.rope import Tier
 
@@ -115,6 +116,19 @@ def _interleave(array: Array, heads: int) -> Array:
 def unpermuted_qk(model: Model) -> Model:
     """The model as a converter leaves it that forgets the permutation of q and k."""
     return replace(model, checkpoint=InterleavedCheckpoint(model))
+
+
+def layers_alike(model: Model) -> Model | None:
+    """The model as a converter leaves it that takes all layers for one kind: they attend to every token, and the recipe
+    rotates them. None where they are."""
+    stated, shape = model.family.layers, model.shape
+    if stated is None or not shape.own_theta:
+        return None
+    view = CheckpointView(model.checkpoint)
+    view.config = {**view.config, "layer_types": [FULL] * shape.layers}
+    if stated.rotates is not None:
+        view.config[stated.rotates] = [1] * shape.layers
+    return replace(model, checkpoint=view, shape=replace(shape, sliding=(), own_theta=()))
 
 
 def without_multiplier(model: Model, name: str) -> Model | None:

@@ -17,6 +17,7 @@ from lrconvert.checkpoint import Checkpoint, Model
 from lrconvert.checkpoint.base import CheckpointView
 from lrconvert.checkpoint.onnx_folder import TIED_HEAD
 from lrconvert.errors import InputError
+from lrconvert.families.base import is_norm
 from lrconvert.parity.cases import Budget
 from lrconvert.parity.distance import Distance, Pair
 from lrconvert.parity.expected import end_case
@@ -76,7 +77,12 @@ def check_weights(stored: Checkpoint, model: Model, progress: Progress | None = 
     names = {tensor.name: tensor.name for tensor in model.roles.values()}
     if model.shape.tied:  # a head that was quantised is a copy of its own
         names[TIED_HEAD] = model.roles["embedding", None].name
-    pairs = [Pair(stored, own, model.checkpoint, name) for own, name in names.items() if own in stored.tensors]
+    offsets = {tensor.name: model.shape.norm_offset for tensor in model.roles.values() if is_norm(tensor.role)}
+    pairs = [
+        Pair(stored, own, model.checkpoint, name, offsets.get(name, 0.0))
+        for own, name in names.items()
+        if own in stored.tensors
+    ]
     kept = model.checkpoint.tensors
     added = [name for name in stored.tensors if name not in names and name not in kept]
     return _rows(pairs, progress, added, exactly=False)

@@ -26,6 +26,7 @@ from lrconvert.reference.routing import gates_of
 if TYPE_CHECKING:
     from lrconvert.checkpoint import Model
 
+Tables = tuple[torch.Tensor, torch.Tensor]  # cos and sin, [n, rotated channels / 2] each
 # Attention scores held at once: 32 MB of float64 stay near a CPU's caches, a GPU wants larger matrices.
 MAX_SCORES = {"cpu": 2**22, "cuda": 2**27}
 MAX_LOGITS = 2**26
@@ -185,18 +186,21 @@ class Reference:
         if read is not None:
             past, layers = self._prefixes.longest(read)
             past = min(past, int(wanted.min(initial=len(ids))))
-        cos_sin = self._tables(where[past:], lengths[past:])
+        turns = {self.shape.turn(layer) for layer in range(self.shape.layers)}
+        tables = {turn: self._tables(turn, where[past:], lengths[past:]) for turn in turns}
         times = self.shape.multipliers
         x = self._weight("embedding")[torch.as_tensor(ids[past:], device=self.device)] * times.embedding
         for layer in range(self.shape.layers):
             before = (layers[layer][0][:, :past], layers[layer][1][:, :past]) if past else None
-            normed = self._norm(x, "attention_norm", layer)
+            normed, cos_sin = self._normed(x, "attention_norm", layer), tables[self.shape.turn(layer)]
             asked = torch.as_tensor(wanted - past, device=self.device) if layer == self.shape.layers - 1 else None
             mixed, seen = self._attention(normed, layer, cos_sin, forgotten, before, asked)
-            x = self._made((x if asked is None else x[asked]) + times.residual * mixed)
+            added = self._normed(mixed, "attention_post_norm", layer)
+            x = self._made((x if asked is None else x[asked]) + times.residual * added)
             if remember and past < len(ids) // 2:  # most of it is new
                 made.append((seen[0].contiguous(), seen[1].contiguous()))
-            x = self._made(x + times.residual * self._feed_forward(self._norm(x, "ffn_norm", layer), layer))
+            made_of = self._feed_forward(self._normed(x, "ffn_norm", layer), layer)
+            x = self._made(x + times.residual * self._normed(made_of, "ffn_post_norm", layer))
             if self.watch is not None:
                 self.watch((layer + 1) / self.shape.layers)
         if made and read is not None:
@@ -217,24 +221,34 @@ class Reference:
         head = self._weight("embedding") if self.shape.tied else self._weight("lm_head")
         bias = self._maybe("lm_head_bias")
         for part in x.split(max(1, most // head.shape[0])):
-            yield self._made(functional.linear(part, head, bias)) * self.shape.multipliers.logits
+            logits = self._made(functional.linear(part, head, bias)) * self.shape.multipliers.logits
+            yield _capped(logits, self.shape.logits_cap)
 
-    def _tables(self, where: np.ndarray, lengths: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of every token, of the set for its length."""
-        chosen = {length: self.rotation.choose(length) for length in np.unique(lengths).tolist()}
-        shape = (len(where), self.rotation.width // 2)
+    def _tables(self, turn: float | None, where: np.ndarray, lengths: np.ndarray) -> Tables | None:
+        """cos and sin of every token, of the set for its length; of layers with a θ of their own (`turn`) of that.
+        None for those that don't rotate."""
+        if turn == 0.0:
+            return None
+        rotation = self.rotation if turn is None else self.rotation.plain(turn)
+        chosen = {length: rotation.choose(length) for length in np.unique(lengths).tolist()}
+        shape = (len(where), rotation.width // 2)
         cos, sin = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
         for length, factor_set in chosen.items():
             rows = torch.as_tensor(np.flatnonzero(lengths == length), device=self.device)
             at = torch.as_tensor(where, device=self.device)[rows]
-            cos[rows], sin[rows] = self.rotation.tables(at, factor_set, self.dtype)
+            cos[rows], sin[rows] = rotation.tables(at, factor_set, self.dtype)
         return self._made(cos), self._made(sin)
+
+    def _normed(self, x: torch.Tensor, role: str, layer: int) -> torch.Tensor:
+        """x through a norm that not every family has."""
+        return self._norm(x, role, layer) if (role, layer) in self.model.roles else x
 
     def _norm(self, x: torch.Tensor, role: str, layer: int | None) -> torch.Tensor:
         if self.shape.norm == "layer":
             x = x - x.mean(dim=-1, keepdim=True)
         mean_square = x.square().mean(dim=-1, keepdim=True)
-        x = x * torch.rsqrt(mean_square + self.shape.norm_eps) * self._weight(role, layer)
+        weight = self._weight(role, layer) + self.shape.norm_offset
+        x = x * torch.rsqrt(mean_square + self.shape.norm_eps) * weight
         bias = self._maybe(f"{role}_bias", layer)
         return self._made(x if bias is None else x + bias)
 
@@ -249,26 +263,31 @@ class Reference:
                 made[used] += gates[used, expert, None] * self._expert(x[used], layer, expert)
         if self.shape.experts.shared:
             gate, up = self._linear(x, "shared_gate", layer), self._linear(x, "shared_up", layer)
-            own = self._linear(functional.silu(gate) * up, "shared_down", layer)
+            own = self._linear(self._made(self._activated(gate) * up), "shared_down", layer)
             made += torch.sigmoid(self._linear(x, "shared_router", layer)) * own
-        return made
+        return self._made(made)
 
     def _expert(self, x: torch.Tensor, layer: int, expert: int) -> torch.Tensor:
         gate, up = (self._linear(x, role, layer, expert) for role in ("expert_gate", "expert_up"))
-        return self._linear(self._made(functional.silu(gate) * up), "expert_down", layer, expert)
+        return self._linear(self._made(self._activated(gate) * up), "expert_down", layer, expert)
+
+    def _activated(self, gate: torch.Tensor) -> torch.Tensor:
+        if self.shape.activation == "gelu_tanh":
+            return functional.gelu(gate, approximate="tanh")
+        return functional.silu(gate)
 
     def _mlp(self, x: torch.Tensor, layer: int) -> torch.Tensor:
         if ("gate_up", layer) in self.model.roles:
             gate, up = self._linear(x, "gate_up", layer).chunk(2, dim=-1)
         else:
             gate, up = self._linear(x, "gate", layer), self._linear(x, "up", layer)
-        return self._linear(self._made(functional.silu(gate) * up), "down", layer)
+        return self._linear(self._made(self._activated(gate) * up), "down", layer)
 
     def _attention(
         self,
         x: torch.Tensor,
         layer: int,
-        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        cos_sin: Tables | None,
         forgotten: tuple[int, int] | None,
         before: Layer | None,
         asked: torch.Tensor | None,
@@ -281,12 +300,16 @@ class Reference:
             q, k, v = self._linear(x, "qkv", layer).split([q_width, kv_width, kv_width], dim=-1)
         else:
             q, k, v = (self._linear(x, role, layer) for role in ("q", "k", "v"))
+        whole = self.model.family.whole_qk_norms
+        if whole:
+            q, k = self._norm(q, "q_norm", layer), self._norm(k, "k_norm", layer)
         q = q.reshape(n, shape.heads, shape.head_dim).transpose(0, 1)  # [h, n, d]
         k = k.reshape(n, shape.kv_heads, shape.head_dim).transpose(0, 1)  # [g, n, d]
         v = v.reshape(n, shape.kv_heads, shape.head_dim).transpose(0, 1)
-        if ("q_norm", layer) in self.model.roles:
-            q, k = self._norm(q, "q_norm", layer), self._norm(k, "k_norm", layer)
-        q, k = self.rotation.rotate(q, *cos_sin), self.rotation.rotate(k, *cos_sin)
+        if not whole:
+            q, k = self._normed(q, "q_norm", layer), self._normed(k, "k_norm", layer)
+        if cos_sin is not None:
+            q, k = (self.rotation.rotate(part, *cos_sin, neighbours=shape.neighbours) for part in (q, k))
         q, k, v = self._as_cached(q), self._as_cached(k), self._as_cached(v)
         asked = torch.arange(n, device=self.device) if asked is None else asked
         own, q = asked, q[:, asked]
@@ -345,6 +368,11 @@ def _on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     known = array.view(np.int16) if is_bfloat16 else array
     tensor = torch.from_numpy(np.require(known, requirements=("C", "W"))).to(device)
     return tensor.view(torch.bfloat16) if is_bfloat16 else tensor
+
+
+def _capped(x: torch.Tensor, cap: float) -> torch.Tensor:
+    """Within ±`cap`, bent softly; as it is where that is 0."""
+    return x if cap == 0.0 else cap * torch.tanh(x / cap)
 
 
 __all__ = ["FactorSet", "Reference", "Rotation"]

@@ -10,7 +10,7 @@ the factor set found for the shortest window that holds n tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -38,6 +38,10 @@ class Rotation:
     sets: Sequence[FactorSet]
     angles: str = "float64"
 
+    def plain(self, theta: float) -> Rotation:
+        """The unscaled rotation of another θ, for sequences of any length: of layers that no recipe rotates."""
+        return replace(self, theta=theta, sets=(FactorSet(0, (1.0,) * (self.width // 2), 0, 1.0),))
+
     def choose(self, tokens: int) -> FactorSet:
         """The set for a sequence of this many tokens."""
         fitting = [candidate for candidate in self.sets if candidate.reach >= tokens]
@@ -63,11 +67,19 @@ class Rotation:
             columns.append(torch.where(n >= chosen.unscaled_positions, turn / divisor, turn))
         return torch.stack(columns, dim=1)
 
-    def rotate(self, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Turn the pairs (j, j + width/2) of [heads, n, head_dim]; channels beyond `width` pass through."""
+    def rotate(
+        self, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, neighbours: bool = False
+    ) -> torch.Tensor:
+        """Turn pairs of channels of [heads, n, head_dim]: j and j + width/2, or `neighbours` 2j and 2j + 1. Channels
+        beyond `width` pass through."""
         half = self.width // 2
-        first, second, rest = heads[..., :half], heads[..., half : self.width], heads[..., self.width :]
-        return torch.cat([first * cos - second * sin, first * sin + second * cos, rest], dim=-1)
+        turned, rest = heads[..., : self.width], heads[..., self.width :]
+        first, second = (
+            (turned[..., ::2], turned[..., 1::2]) if neighbours else (turned[..., :half], turned[..., half:])
+        )
+        pair = (first * cos - second * sin, first * sin + second * cos)
+        made = torch.stack(pair, dim=-1).flatten(-2) if neighbours else torch.cat(pair, dim=-1)
+        return torch.cat([made, rest], dim=-1)
 
 
 # --- angles as programs round them -----------------------------------------------------------------------

@@ -101,11 +101,11 @@ class KeyMaker:
         labels = rng.permutation(len(form.labels))[:count]
         sentences = form.sentences
         if len(sentences) > 1 and rng.random() < ALIKE:
-            sentences = (sentences[rng.integers(len(sentences))],)
+            sentences = (sentences[int(rng.integers(len(sentences)))],)
         return [self._key(form.labels[label], sentences, rng) for label in labels]
 
     def _key(self, label: str, sentences: Sequence[str], rng: np.random.Generator) -> Key:
-        sentence = sentences[rng.integers(len(sentences))].replace("{label}", label)
+        sentence = sentences[int(rng.integers(len(sentences)))].replace("{label}", label)
         question, _, end = sentence.partition("{key}")
         digits = "".join(str(digit) for digit in rng.integers(0, 10, self.form.digits))
         asked, answer = split_answer(self._encode, question, digits)

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from lrconvert.checkpoint.fold import in_weights
+from lrconvert.errors import UnsupportedError
 from lrconvert.training.attention import PROBE_TOKENS, check_kernel, choose_kernel, use_kernel
 from lrconvert.training.devices import default_dtype, free_memory, is_out_of_memory, process_device
 from lrconvert.training.losses import chunked_choices, chunked_gradient, chunked_losses, chunks
@@ -30,6 +31,12 @@ if TYPE_CHECKING:
     from lrconvert.checkpoint import Model
 
 Tokens = NDArray[np.int64]
+
+
+def _capped(network: Any, cap: float) -> Any:
+    """From hidden states to logits, within ±`cap` where that isn't 0."""
+    head = network.get_output_embeddings()
+    return head if cap == 0.0 else lambda hidden: cap * torch.tanh(head(hidden) / cap)
 
 
 class LoadedModel:
@@ -60,10 +67,17 @@ class LoadedModel:
         self.vocab = model.shape.vocab
         model = in_weights(model, rounded=False)
         self._logits = model.shape.multipliers.logits
-        self.rope = TrialRope(model.shape.theta, model.shape.rotary_dim)
+        own = model.shape.plain_theta
+        if own is not None and team > 1:
+            raise UnsupportedError(
+                f"{model.reference}: layers with a sliding window can't share a document among GPUs: PyTorch's context "
+                "parallelism knows no window",
+                remedy="Do without --context-parallel",
+            )
+        self.rope = TrialRope(model.shape.theta, model.shape.rotary_dim, own)
         self.network = load_network(model, self.dtype).eval()
         self.network.requires_grad_(False)
-        self.decoder, self.head = self.network.get_decoder(), self.network.get_output_embeddings()
+        self.decoder, self.head = self.network.get_decoder(), _capped(self.network, model.shape.logits_cap)
         replace_rotation(self.decoder, self.rope)
         fuse_norms(self.network)
         if adapt is not None:

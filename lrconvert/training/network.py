@@ -16,9 +16,11 @@ from torch import nn
 from torch.nn import functional
 
 from lrconvert.errors import UnsupportedError
+from lrconvert.families.layers import FULL, SLIDING
 
 if TYPE_CHECKING:
     from lrconvert.checkpoint import Model
+    from lrconvert.families import ModelShape
 
 
 ENDLESS = 2**31 - 1  # tokens: a window that no sequence goes beyond
@@ -35,7 +37,10 @@ def load_network(model: Model, dtype: torch.dtype) -> Any:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     checkpoint = model.checkpoint
-    config = _full_attention(transformers.AutoConfig.for_model(**_plain_rope(checkpoint.config)))
+    config = transformers.AutoConfig.for_model(**_plain_rope(checkpoint.config, model.shape))
+    config.attention_dropout = 0.0
+    if model.shape.plain_theta is None:
+        config = _full_attention(config)
     kind = transformers.AutoModelForCausalLM
     given: dict[str, Any] = {"config": config, "dtype": dtype, "attn_implementation": "sdpa"}
     if model.shape.experts is not None and dtype == torch.float64:
@@ -60,9 +65,14 @@ def load_network(model: Model, dtype: torch.dtype) -> Any:
     return network
 
 
-def _plain_rope(config: dict[str, Any]) -> dict[str, Any]:
+def _plain_rope(config: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
     """A config without scaling: it is replaced anyway, and a broken one would stop transformers from loading."""
     kept = {key: value for key, value in config.items() if key not in ("rope_scaling", "auto_map")}
+    if shape.plain_theta is not None:
+        kinds = {FULL: shape.theta, SLIDING: shape.plain_theta}
+        kept |= {"rope_theta": shape.theta}
+        nested = {kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in kinds.items()}
+        return {**kept, "rope_parameters": nested}
     section = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = section.get("rope_theta", config.get("rope_theta"))
     parameters = {"rope_type": "default", **({"rope_theta": theta} if theta else {})}
@@ -81,7 +91,6 @@ def _full_attention(config: Any) -> Any:
     if getattr(config, "layer_types", None):
         config.layer_types = ["full_attention"] * config.num_hidden_layers
         config.sliding_window = ENDLESS  # Qwen2-MoE makes this mask though no layer uses it; so it makes none
-    config.attention_dropout = 0.0
     return config
 
 

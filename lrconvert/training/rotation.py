@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lrconvert.errors import UnsupportedError
+from lrconvert.families.layers import FULL, SLIDING
 from lrconvert.rope import Tier
 
 TABLE_ROWS = 65536  # positions whose angles are held in float64 at once
@@ -35,15 +36,21 @@ class TrialRope(nn.Module):
     then and each layer rounds them, so that the gradients of all layers are added in float32.
     """
 
-    def __init__(self, base: float, rotary_dim: int) -> None:
+    def __init__(self, base: float, rotary_dim: int, plain: float | None = None) -> None:
+        """`plain`: θ of the layers that slide, where they rotate by themselves."""
         super().__init__()
+        self.plain = None if plain is None else TrialRope(plain, rotary_dim)
         self.base, self.rotary_dim = base, rotary_dim
         self.rotation: Rotation = Tier(2, (1.0,) * (rotary_dim // 2))
         self.log_factors: torch.Tensor | None = None
 
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Two tensors [b, n, d] for positions [b, n], which have one row where all rows of x share them; only dtype and
         device of x matter."""
+        if layer_type == SLIDING and self.plain is not None:
+            return self.plain(x, position_ids)
         given = self.log_factors
         if given is None:
             factors = torch.tensor(self.rotation.factors, dtype=torch.float64, device=x.device)
@@ -72,14 +79,18 @@ def replace_rotation(decoder: Any, rope: TrialRope) -> None:
 
     Raises `UnsupportedError` for a decoder without such a module.
     """
-    if not isinstance(getattr(decoder, "rotary_emb", None), nn.Module):
+    kinds = getattr(decoder, "rotary_embs", None)  # OLMo 3 in transformers 4.57: one for each kind of layer
+    if kinds is not None:
+        kinds[FULL] = rope
+    elif isinstance(getattr(decoder, "rotary_emb", None), nn.Module):
+        decoder.rotary_emb = rope
+    else:
         raise UnsupportedError(f"{type(decoder).__name__} of transformers has no rotary_emb to replace")
-    decoder.rotary_emb = rope
     dtype = next(decoder.parameters()).dtype
 
     def round_tables(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        cos, sin = kwargs["position_embeddings"]
-        return args, {**kwargs, "position_embeddings": (cos.to(dtype), sin.to(dtype))}
+        tables = {name: value for name, value in kwargs.items() if name.startswith("position_embeddings")}
+        return args, kwargs | {name: (cos.to(dtype), sin.to(dtype)) for name, (cos, sin) in tables.items()}
 
     for layer in decoder.layers:
         layer.register_forward_pre_hook(round_tables, with_kwargs=True)

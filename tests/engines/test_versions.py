@@ -25,6 +25,7 @@ from lrconvert.engines.engine import Engine
 from lrconvert.engines.engine import verdict as verdict_on
 from lrconvert.engines.table import ENGINES
 from lrconvert.errors import InputError
+from lrconvert.families import get_family
 from lrconvert.parity.cases import stream
 from lrconvert.parity.measures import compare
 from lrconvert.parity.reference_runner import ReferenceRunner
@@ -40,7 +41,8 @@ VERSIONS = {
     ),
     "transformers 5, native": "transformers 5, native",
 }
-SAME, OTHER = 1e-8, 1e-2  # nats: rounding in float32 makes 5e-12 here, the nearest other rotation more than 0.05
+# Nats: rounding in float32 makes 5e-12 here, the nearest other rotation more than 2e-3 (one layer of OLMo 3 is scaled).
+SAME, OTHER = 1e-8, 1e-3
 LONGEST = 2 * WINDOW
 FORMULA = longrope_attention_factor(2.0, WINDOW)
 
@@ -92,6 +94,8 @@ def spellings(spec: RopeSpec, plain: Config) -> dict[str, Config]:
 
 # Phi-3.5-MoE has other keys, and is asked below.
 ASKED = [family for family in FAMILIES if family != "phimoe"]
+# What a version loads with no spelling of longrope.
+REFUSED = {("transformers 4.57, native", family) for family in FAMILIES if get_family(family).hf_oldest is not None}
 
 
 def without(config: Config, *keys: str) -> Config:
@@ -160,12 +164,15 @@ def test_every_spelling_does_what_the_table_says(asked: Callable[..., Asked], fa
     there = asked(family, **changes)
     spec = spec_of(there.model)
     configs = spellings(spec, there.plain)
-    if family == "qwen3":
-        del configs["no head_dim"]  # its heads are wider than that
+    if family in ("qwen3", "gemma3_text", "glm4"):
+        del configs["no head_dim"]  # their heads are wider than that
     seen = {name: there.outcome(config, spec) for name, config in configs.items()}
     assert seen == said(there.name, spec, family, configs)
     for other in VERSIONS.keys() - {there.name}:  # one row for both would be false
         assert seen != said(other, spec, family, configs)
+    if (there.name, family) in REFUSED:
+        assert set(seen.values()) == {"refuses", "differs"}
+        return
     assert {"right", "refuses"} <= set(seen.values())
 
 
@@ -175,6 +182,9 @@ def test_a_stated_attention_factor_is_the_configs_or_the_formulas(asked: Callabl
     there = asked(family)
     spec = spec_of(there.model, 1.3)
     configs = spellings(spec, there.plain)
+    if (there.name, family) in REFUSED:
+        assert there.outcome(configs["type"], spec) == "refuses"
+        return
     for name in ("type", "as version 5 saves it"):
         section = "rope_scaling" if "rope_scaling" in configs[name] else "rope_parameters"
         stated = {**configs[name], section: {**configs[name][section], "attention_factor": 1.3}}
@@ -190,8 +200,12 @@ def test_stale_keys_and_shared_sets_are_where_the_table_says(asked: Callable[...
     """`generate` across the window against fresh passes; a batch with rows on both sides against each row alone."""
     there = asked(family)
     spec = spec_of(there.model)
+    if (there.name, family) in REFUSED:
+        assert row_of(there.name, family).rule.chooses == "not at all"
+        return
     limits = " / ".join(row_of(there.name, family).rule.limits)
-    session = there.open(spellings(spec, there.plain)["both type keys" if family == "granite" else "type"])
+    spelling = {"granite": "both type keys", "olmo3": "all keys", "gemma3_text": "all keys"}.get(family, "type")
+    session = there.open(spellings(spec, there.plain)[spelling])
     prompt = there.tokens[: WINDOW - 4]
     tokens, answers = session.generate(prompt.tolist(), 8)
     exact = compare(there.reference.decoded(spec, prompt, tokens), answers).kl_mean

@@ -17,7 +17,7 @@ from conftest import Result, recipe_for
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from support.float64 import EXACT, by_reference, natively
-from support.pico import BASE, EXTRA, FAMILIES, pico_config
+from support.pico import BASE, EXTRA, FAMILIES, pico_config, v5_rope
 from support.snippets import blocks_of
 
 import lrconvert.families
@@ -31,7 +31,6 @@ transformers = pytest.importorskip("transformers", reason="needs lrconvert[hf]")
 torch = pytest.importorskip("torch", reason="needs lrconvert[hf]")
 
 ROOT = Path(__file__).resolve().parents[2]
-V5_ROPE = {"rope_scaling": None, "rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((family, {}) for family in FAMILIES),
     *((family, {"tie_word_embeddings": True}) for family in FAMILIES),
@@ -40,7 +39,9 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((family, {"head_dim": None, "num_key_value_heads": 4}) for family in FAMILIES if family != "qwen3"),
     ("phimoe", {"attention_bias": False, "lm_head_bias": False, "num_local_experts": 3}),
     ("qwen3_moe", {"attention_bias": True, "num_experts": 2, "num_experts_per_tok": 1}),
-    *((family, V5_ROPE) for family in FAMILIES if family != "phi3"),
+    *((family, v5_rope(family, 5e5)) for family in FAMILIES if family != "phi3"),
+    ("glm4", {"partial_rotary_factor": None}),  # half, by default
+    ("glm4", {"attention_bias": False, "partial_rotary_factor": 1.0}),
     ("llama", {"attention_bias": True}),
     ("llama", {"mlp_bias": True}),
     ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
@@ -84,11 +85,16 @@ def test_the_table_is_what_transformers_builds(family: str, changes: dict[str, A
     assert shape.window == built.config.max_position_embeddings
     with torch.device("cpu"):
         rotary = type(built.model.rotary_emb)(built.config)
-    assert rotary.inv_freq.numel() * 2 == shape.rotary_dim
+    kind = "" if shape.plain_theta is None else "full_attention_"  # one table for each kind of layer
+    frequencies = getattr(rotary, f"{kind}inv_freq")
+    assert frequencies.numel() * 2 == shape.rotary_dim
     if "rope_parameters" in changes and transformers.__version__.startswith("4."):
         return  # 4.57 does not read v5's spelling: what the artifact's own spelling is for
-    theta = float(rotary.inv_freq[1]) ** (-shape.rotary_dim / 2)
+    theta = float(frequencies[1]) ** (-shape.rotary_dim / 2)
     assert theta == pytest.approx(shape.theta, rel=1e-3)
+    if shape.plain_theta is not None:
+        theta = float(rotary.sliding_attention_inv_freq[1]) ** (-shape.rotary_dim / 2)
+        assert theta == pytest.approx(shape.plain_theta, rel=1e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -97,16 +103,23 @@ def test_a_config_may_leave_out_what_transformers_knows(family: str, tmp_path: P
     wanted = get_family(family).defaults
     sliding = {"use_sliding_window": True} if family.startswith("qwen") else {}
     defaults = transformers.AutoConfig.for_model(family, **sliding)
-    names = {"rope_theta": "default_theta"}
-    assert wanted == {key: getattr(defaults, names.get(key, key)) for key in wanted}
+    theta = defaults.default_theta
+    theta = theta if isinstance(theta, dict) else {"global": theta}
+    elsewhere = {
+        "rope_theta": theta["global"],
+        "rope_local_base_freq": theta.get("local"),
+        "sliding_window_pattern": 6,
+        "partial_rotary_factor": 0.5,
+    }
+    assert wanted == {key: elsewhere[key] if key in elsewhere else getattr(defaults, key) for key in wanted}
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     sparse = {"model_type": family, **{key: BASE[key] for key in needed}, "num_attention_heads": 32}
     shape = read_shape(sparse, get_family(family))
     built = native({**sparse, "pad_token_id": 0, "eos_token_id": 2})
-    tensors = {t.name: t.shape for t in expected_tensors(get_family(family), shape) if t.required}
+    tensors = {t.name: t.shape for t in expected_tensors(get_family(family), shape) if t.required or shape.tied}
     assert tensors == stored(built, sparse, tmp_path)
     assert (shape.window, shape.norm_eps) == (defaults.max_position_embeddings, defaults.rms_norm_eps)
-    assert shape.theta == defaults.default_theta
+    assert (shape.theta, shape.plain_theta or theta["global"]) == (theta["global"], theta.get("local", theta["global"]))
 
 
 def test_a_family_is_data() -> None:

@@ -18,12 +18,24 @@ from lrconvert.errors import UnsupportedError
 from lrconvert.families import get_family, read_shape
 from lrconvert.families.keys import CHANGES, INERT, READ, ROPE_CHANGES, ROPE_READ, TELLING
 
+FOLDERS = {"gemma3_text": "gemma3"}  # models that have a part in a larger one's folder
+# Of that folder: keys of the larger model.
+LARGER = {
+    "boi_token_index", "eoi_token_index", "image_token_id", "image_token_index", "mm_tokens_per_image",
+    "projection_hidden_size", "get_text_config", "text_config", "vision_config", "num_labels",
+}  # fmt: skip
+# What its class reads, and lrconvert refuses unless it is neutral.
+REFUSED = {
+    "qwen3_moe": {"mlp_only_layers", "decoder_sparse_step"},
+    "gemma3_text": {"attn_logit_softcapping", "use_bidirectional_attention"},
+}
+
 
 def source_of(model_type: str, kind: str) -> str:
     """The text of a module of transformers."""
     transformers = pytest.importorskip("transformers", reason="needs lrconvert[hf]")
-    folder = Path(transformers.__file__).parent / "models" / model_type
-    return (folder / f"{kind}_{model_type}.py").read_text(encoding="utf-8")
+    name = FOLDERS.get(model_type, model_type)
+    return (Path(transformers.__file__).parent / "models" / name / f"{kind}_{name}.py").read_text(encoding="utf-8")
 
 
 def fields_of(text: str) -> set[str]:
@@ -42,9 +54,7 @@ def test_every_key_that_transformers_reads_is_known(family: str) -> None:
     """Every field of the family's config class, and every key that its modeling code takes."""
     used = set(re.findall(r"\bconfig\.([a-z_]\w*)", source_of(family, "modeling")))
     known = READ | INERT | get_family(family).own_keys | {"base_config_key", "keys_to_ignore_at_inference"}
-    known |= (
-        {"mlp_only_layers", "decoder_sparse_step"} if family in ("qwen2_moe", "qwen3_moe") else set()
-    )  # refused unless neutral
+    known |= REFUSED.get(family, set()) | (LARGER if family in FOLDERS else set())
     assert (fields_of(source_of(family, "configuration")) | used) - known == set()
 
 

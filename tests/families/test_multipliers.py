@@ -21,8 +21,8 @@ from lrconvert.checkpoint import open_model
 from lrconvert.checkpoint.fold import in_weights
 from lrconvert.errors import InputError, UnsupportedError
 from lrconvert.families import family_names, get_family, read_shape
-from lrconvert.families.base import GGUF_MULTIPLIERS
-from lrconvert.families.multipliers import NAMES, Multipliers, Stated
+from lrconvert.families.base import GGUF_FIXED, GGUF_MULTIPLIERS
+from lrconvert.families.multipliers import NAMES, Multipliers, Stated, power_of
 from lrconvert.targets.gguf.metadata import multiplier_keys
 
 pytest.importorskip("torch", reason="needs lrconvert[hf]")
@@ -64,8 +64,14 @@ def test_what_a_config_states_is_read_and_stated_again(family: str) -> None:
     shape = read_shape(config, table)
     for name, stated in table.multipliers.items():
         assert stated.value(getattr(shape.multipliers, name), shape.numbers) == pytest.approx(config[stated.key])
-    assert shape.multipliers == Multipliers(**{name: getattr(shape.multipliers, name) for name in table.multipliers})
+    stated = {name: getattr(shape.multipliers, name) for name in table.multipliers}
+    fixed = {name: power_of(times, shape.numbers) for name, times in table.fixed.items()}
+    assert shape.multipliers == Multipliers(**stated, **fixed)
     architecture = table.gguf_longrope or table.gguf_architecture
+    if architecture in GGUF_FIXED:  # it computes its own, whatever a file says: others are refused
+        with pytest.raises(UnsupportedError, match=r"gemma3 does not multiply as the model does: attention 1\.1547"):
+            multiplier_keys(architecture, shape)
+        return
     assert table.multipliers.keys() <= GGUF_MULTIPLIERS.get(architecture, {}).keys()
     assert len(multiplier_keys(architecture, shape)) == len(GGUF_MULTIPLIERS.get(architecture, {}))
 

@@ -20,29 +20,39 @@ EXACT = 1e-10  # of logits, float64 on both sides
 
 
 class _Exact(torch.nn.Module):
-    """cos and sin in float64."""
+    """cos and sin in float64. `own`: θ of the layers that slide, where they have one."""
 
-    def __init__(self, theta: float, width: int) -> None:
+    def __init__(self, theta: float, width: int, own: float | None) -> None:
         super().__init__()
-        self.frequencies = theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+        self.thetas = {"full_attention": theta, "sliding_attention": own or theta}
+        self.exponents = -torch.arange(0, width, 2, dtype=torch.float64) / width
 
-    def forward(self, x: Any, position_ids: Any) -> tuple[Any, Any]:
-        angles = position_ids[..., None].double() * self.frequencies
+    def forward(self, x: Any, position_ids: Any, layer_type: str = "full_attention") -> tuple[Any, Any]:
+        angles = position_ids[..., None].double() * self.thetas[layer_type] ** self.exponents
         whole = torch.cat((angles, angles), dim=-1)
         return whole.cos().to(x.dtype), whole.sin().to(x.dtype)
 
 
-def in_float64(network: Any, theta: float, width: int) -> Any:
+def in_float64(network: Any, theta: float, width: int, own: float | None = None) -> Any:
     """Without the places where native code computes in float32 whatever its weights are: frequencies, norms and
     routers. (So does its own softmax of scores; PyTorch's does not.)"""
-    getattr(network.model, "language_model", network.model).rotary_emb = _Exact(theta, width)
+    getattr(network.model, "language_model", network.model).rotary_emb = _Exact(theta, width, own)
     norm = torch.nn.functional.rms_norm
     for module in network.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            module.forward = lambda x, own=module: norm(x, own.weight.shape, own.weight, own.variance_epsilon)
+            module.forward = lambda x, own=module: norm(x, own.weight.shape, *_weighted(own))
+        elif hasattr(module, "scalar_embed_scale"):  # Gemma's embedding
+            module.embed_scale = torch.tensor(module.scalar_embed_scale, dtype=torch.float64)
         elif type(module).__name__.endswith("Router"):
             module.forward = _widely(module.forward)
     return network
+
+
+def _weighted(module: Any) -> tuple[Any, float]:
+    """What a norm multiplies with, and its epsilon; Gemma's weights count from one."""
+    if hasattr(module, "variance_epsilon"):
+        return module.weight, module.variance_epsilon
+    return 1.0 + module.weight, module.eps
 
 
 def _widely(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,7 +82,8 @@ def natively(folder: Path) -> np.ndarray:
     model = open_model(folder)
     shape, more = model.shape, of_experts(model.family.name)
     network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="sdpa", **more)
-    network = in_float64(network.eval(), shape.theta, shape.rotary_dim)
+    own = shape.plain_theta
+    network = in_float64(network.eval(), shape.theta, shape.rotary_dim, own)
     with torch.no_grad():
         return network(torch.as_tensor(TOKENS)[None]).logits[0].numpy()
 

@@ -77,6 +77,18 @@ EXTRA: dict[str, dict[str, Any]] = {
         "norm_topk_prob": False,
     },
     "phi3": {"partial_rotary_factor": 0.5, "original_max_position_embeddings": WINDOW},
+    "glm4": {"partial_rotary_factor": 0.5, "attention_bias": True, "head_dim": 32},
+    "gemma3_text": {
+        "hidden_act": None,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 12,
+        "rope_local_base_freq": 3000.0,
+        "sliding_window": 24,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "olmo2": {},
+    "olmo3": {"rope_theta": 500000.0, "sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]},
+    "smollm3": {"no_rope_layer_interval": 2},
 }
 FAMILIES = sorted(name for name in EXTRA if get_family(name).hf_written is None)  # with a class of their own
 
@@ -85,7 +97,26 @@ def pico_config(family: str, **changes: Any) -> dict[str, Any]:
     """A config of the family; a change to None removes the key."""
     config = {"model_type": family, "architectures": [get_family(family).hf_class], **BASE, **EXTRA[family]}
     config |= changes
+    kinds = config.get("layer_types")
+    if kinds and "layer_types" not in changes:  # as often as there are layers
+        config["layer_types"] = [kinds[layer % len(kinds)] for layer in range(config["num_hidden_layers"])]
     return {key: value for key, value in config.items() if value is not None}
+
+
+def v5_rope(family: str, theta: float = 10000.0, own: float = 3000.0) -> dict[str, Any]:
+    """Changes that spell a family's plain rotation as transformers 5 does; `own`: θ of layers that slide, where they
+    have one."""
+    layers, share = get_family(family).layers, EXTRA[family].get("partial_rotary_factor")
+    plain: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
+    if share is not None:
+        plain["partial_rotary_factor"] = share
+    gone: dict[str, Any] = {"rope_scaling": None, "rope_theta": None}
+    if share is not None:
+        gone["partial_rotary_factor"] = None
+    if layers is None or layers.own_theta is None:
+        return {**gone, "rope_parameters": plain}
+    kinds = {"full_attention": plain, "sliding_attention": {**plain, "rope_theta": own}}
+    return {**gone, layers.own_theta: None, "rope_parameters": kinds}
 
 
 def pico_tensors(config: dict[str, Any], seed: int = 7, widen: float = WIDEN) -> dict[str, np.ndarray]:
@@ -98,7 +129,7 @@ def pico_tensors(config: dict[str, Any], seed: int = 7, widen: float = WIDEN) ->
             continue
         scale = widen if tensor.role in ("q", "k", "qkv") else 1.0
         if tensor.role.endswith("norm"):
-            values = 1 + 0.1 * rng.standard_normal(tensor.shape)
+            values = 1 - family.norm_offset + 0.1 * rng.standard_normal(tensor.shape)
         else:
             values = scale * rng.standard_normal(tensor.shape) / np.sqrt(tensor.shape[-1])
         tensors[tensor.name] = values.astype(np.float32)

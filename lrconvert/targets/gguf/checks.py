@@ -17,6 +17,7 @@ from lrconvert.checkpoint.gguf import GgufCheckpoint
 from lrconvert.checkpoint.gguf_config import LONG, SHORT, STATIC
 from lrconvert.families.base import GGUF_STEP35
 from lrconvert.rope import RopeSpec
+from lrconvert.targets.gguf.layers import layer_keys
 from lrconvert.targets.gguf.metadata import expert_keys, multiplier_keys
 from lrconvert.targets.gguf.statements import metadata_differences, modelfile_differences, modelfile_of
 from lrconvert.targets.gguf.step35 import architecture_keys
@@ -29,7 +30,7 @@ def checks(artifact: Path, stored: GgufCheckpoint, model: Model, spec: RopeSpec,
     """A row for everything in the file that contradicts `spec`; one `pass` where nothing does."""
     formula = by_formula(model.family, stored.architecture)
     rope = _formula(stored, spec) if formula else _rope(stored, spec, record.static)
-    problems = [*stored.rope_problems, *_numbers(stored, model), *rope]
+    problems = [*stored.rope_problems, *_numbers(stored, model, spec.window if record.lifted else None), *rope]
     good = "rope and shape are the recipe's and the model's"
     rows = rows_of("metadata", good, [(problem.partition(":")[0][:60], problem) for problem in problems])
     facts = Facts(artifact, model, spec, record)
@@ -41,7 +42,8 @@ def checks(artifact: Path, stored: GgufCheckpoint, model: Model, spec: RopeSpec,
     return rows + unasked(facts, "the vocabulary, the chat template, other metadata, weights")
 
 
-def _numbers(stored: GgufCheckpoint, model: Model) -> Iterator[str]:
+def _numbers(stored: GgufCheckpoint, model: Model, lifted: int | None) -> Iterator[str]:
+    """`lifted`: what windows are lifted to, in tokens; None: they are the model's."""
     prefix, shape = f"{stored.architecture}.", model.shape
     wanted = {
         "rope.freq_base": shape.theta,
@@ -54,7 +56,10 @@ def _numbers(stored: GgufCheckpoint, model: Model) -> Iterator[str]:
     if stored.architecture == GGUF_STEP35:
         given = architecture_keys(shape)
         wanted |= {key: given[prefix + key] for key in ("rope.dimension_count", "block_count")}
-    others = multiplier_keys(stored.architecture, shape) | expert_keys(stored.architecture, shape)
+    others: dict[str, float] = layer_keys(stored.architecture, shape)
+    if lifted is not None:
+        others = {key: lifted if key.endswith("sliding_window") else value for key, value in others.items()}
+    others |= multiplier_keys(stored.architecture, shape) | expert_keys(stored.architecture, shape)
     wanted |= {key.removeprefix(prefix): value for key, value in others.items()}
     # What llama.cpp takes where a file says nothing.
     defaults = {

@@ -9,6 +9,7 @@ The rope keys are the ones that llama.cpp reads (formats measured with its C++; 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -24,10 +25,11 @@ from lrconvert.checkpoint.gguf_config import LONG, MAX_INTEGER, SHORT, STATIC
 from lrconvert.checkpoint.gguf_header import GgufHeader
 from lrconvert.errors import UnsupportedError
 from lrconvert.families import ModelShape
-from lrconvert.families.base import GGUF_MULTIPLIERS
-from lrconvert.families.multipliers import NAMES
+from lrconvert.families.base import GGUF_FIXED, GGUF_FIXED_AT, GGUF_MULTIPLIERS, GGUF_SLIDING
+from lrconvert.families.multipliers import NAMES, power_of
 from lrconvert.recipe import Recipe
 from lrconvert.rope import RopeSpec
+from lrconvert.targets.gguf.layers import layer_keys
 from lrconvert.targets.gguf.layout import Raw, Value
 
 QUANTISATION_VERSION = 2  # of ggml's block formats (GGML_QNT_VERSION)
@@ -93,7 +95,15 @@ def shape_keys(architecture: str, shape: ModelShape) -> dict[str, Value]:
         {f"{architecture}.{key}": value for key, value in keys.items()}
         | multiplier_keys(architecture, shape)
         | expert_keys(architecture, shape)
+        | layer_keys(architecture, shape)
     )
+
+
+def lift_windows(keys: dict[str, Value], architecture: str, window: int) -> None:
+    """Every layer attends to every token of a window. Layers that slide stay a kind of their own where they are one."""
+    keys.pop(f"{architecture}.attention.sliding_window", None)
+    if architecture in GGUF_SLIDING:
+        keys[f"{architecture}.attention.sliding_window"] = window
 
 
 def expert_keys(architecture: str, shape: ModelShape) -> dict[str, int]:
@@ -116,7 +126,10 @@ def multiplier_keys(architecture: str, shape: ModelShape) -> dict[str, float]:
     """
     stated = GGUF_MULTIPLIERS.get(architecture, {})
     found = {name: getattr(shape.multipliers, name) for name in NAMES}
-    if lost := [f"{name} {value:g}" for name, value in found.items() if value != 1.0 and name not in stated]:
+    own = {**GGUF_FIXED.get(architecture, {}), **GGUF_FIXED_AT.get((architecture, shape.layers), {})}
+    computed = dict.fromkeys(NAMES, 1.0) | {name: power_of(times, shape.numbers) for name, times in own.items()}
+    odd = [name for name in NAMES if name not in stated and not math.isclose(found[name], computed[name], rel_tol=1e-9)]
+    if lost := [f"{name} {found[name]:g}" for name in odd]:
         raise UnsupportedError(f"llama.cpp's {architecture} does not multiply as the model does: {', '.join(lost)}")
     return {f"{architecture}.{row.key}": row.value(found[name], shape.numbers) for name, row in stated.items()}
 

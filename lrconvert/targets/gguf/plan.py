@@ -31,18 +31,31 @@ from lrconvert.checkpoint.padding import settle_vocabulary
 from lrconvert.checkpoint.source import snapshot
 from lrconvert.engines.capability import LLAMA_CPP, divide_attention, static
 from lrconvert.errors import EnvironmentFailure, UnsupportedError, UsageError
-from lrconvert.families.base import GGUF_INTERLEAVED, GGUF_STEP35, GGUF_UNNORMALISED, LAYER, Family
+from lrconvert.families.base import (
+    GGUF_INTERLEAVED,
+    GGUF_SLIDING,
+    GGUF_SQUARE,
+    GGUF_STEP35,
+    GGUF_UNBIASED,
+    GGUF_UNNORMALISED,
+    GGUF_UNTIED,
+    LAYER,
+    Family,
+    is_norm,
+)
 from lrconvert.recipe import Recipe
 from lrconvert.rope import RopeSpec
 from lrconvert.runtimes import llama_library
 from lrconvert.targets.gguf import encode, modelfile
 from lrconvert.targets.gguf.imatrix import Imatrix, check_matrix
+from lrconvert.targets.gguf.layers import check_layers
 from lrconvert.targets.gguf.layout import Planned, Scalar, Value, header_of, padding, split_parts
 from lrconvert.targets.gguf.metadata import (
     QUANTISATION_VERSION,
     arranged,
     carried_keys,
     general_keys,
+    lift_windows,
     provenance_keys,
     rope_keys,
     rope_tensors,
@@ -52,7 +65,7 @@ from lrconvert.targets.gguf.schemes import MixFacts, Scheme, get_scheme, tensor_
 from lrconvert.targets.gguf.step35 import NOTE, architecture_keys, more_tensors
 from lrconvert.targets.gguf.vocabulary import vocabulary
 from lrconvert.targets.gguf.weights import Source, is_plain, jobs
-from lrconvert.targets.gguf.yarn import architecture_for, by_formula, formula_keys
+from lrconvert.targets.gguf.yarn import architecture_for, by_formula, check_attention, formula_keys
 
 SUFFIX = ".gguf"
 _OWN_TYPE = {"F64": "f32", "F32": "f32", "F16": "f16", "BF16": "bf16"}
@@ -92,7 +105,8 @@ def plan(
     spec = model.resolve(recipe, options.window)
     architecture = architecture_for(model.family, spec, static=options.static, asked=options.architecture)
     _check_shape(model, architecture)
-    windows = settle_windows(model, spec.window, lift=options.lift, keeps=False, target="llama.cpp")
+    keeps = architecture in GGUF_SLIDING
+    windows = settle_windows(model, spec.window, lift=options.lift, keeps=keeps, target="llama.cpp")
     model = windows.model
     kept, dropped = _fitted(spec, options)
     dropped = [*windows.dropped, *dropped]
@@ -125,7 +139,7 @@ def plan(
         keys |= architecture_keys(model.shape)
         notes = [*notes, NOTE]
     if windows.lifted:
-        keys.pop(f"{architecture}.attention.sliding_window", None)
+        lift_windows(keys, architecture, spec.window)
     if scheme is not None:
         keys["general.quantization_version"] = QUANTISATION_VERSION
         keys["general.file_type"] = int(scheme.file_type)
@@ -163,6 +177,7 @@ def _rotation(
 ) -> tuple[dict[str, Value], dict[str, np.ndarray]]:
     """The keys and the tensors of a spec: factors, or the formula that they follow where the C++ ignores factors."""
     if by_formula(family, architecture):
+        check_attention(family, architecture, spec)
         return formula_keys(architecture, spec), {}
     return rope_keys(architecture, spec, static=static), rope_tensors(architecture, spec, static=static)
 
@@ -228,11 +243,27 @@ def _check_options(options: Options, scheme: Scheme | None, *, is_gguf: bool) ->
 def _check_shape(model: Model, architecture: str) -> None:
     """What llama.cpp's loaders of these architectures insist on."""
     shape = model.shape
+    check_layers(model, architecture)
     width = shape.heads * shape.head_dim
-    if architecture == "phi3" and width != shape.hidden:
+    if architecture in GGUF_SQUARE and width != shape.hidden:
         raise UnsupportedError(
-            f"{model.reference}: {shape.heads} heads of {shape.head_dim} make {width} channels; llama.cpp's phi3 needs "
-            f"as many as the hidden size, {shape.hidden}"
+            f"{model.reference}: {shape.heads} heads of {shape.head_dim} make {width} channels; llama.cpp's "
+            f"{architecture} needs as many as the hidden size, {shape.hidden}"
+        )
+    if shape.logits_cap:
+        raise UnsupportedError(
+            f"{model.reference}: logits have a soft cap of {shape.logits_cap:g}; llama.cpp's {architecture} has none",
+            remedy="Use `lrconvert hf` or `lrconvert onnx`",
+        )
+    if architecture in GGUF_UNTIED and shape.tied:
+        raise UnsupportedError(
+            f"{model.reference}: the head is tied to the embedding; llama.cpp's {architecture} needs one of its own",
+            remedy="Use `lrconvert hf` or `lrconvert onnx`",
+        )
+    if architecture in GGUF_UNBIASED and shape.attention_bias:
+        raise UnsupportedError(
+            f"{model.reference}: attention has biases; llama.cpp's {architecture} has none",
+            remedy="Use `lrconvert hf` or `lrconvert onnx`",
         )
     divides = architecture not in GGUF_UNNORMALISED
     if shape.experts is not None and shape.experts.normalised != divides:
@@ -301,7 +332,8 @@ def _tensors(model: Model, architecture: str, scheme: Scheme | None, imatrix: Im
         else:
             kind = tensor_type(scheme, name, tensor.shape, facts)
         if tensor.expert is None:
-            found.append(Source(Planned(name, kind, tensor.shape), tensor.name, permuted))
+            offset = shape.norm_offset if is_norm(role) else 0.0
+            found.append(Source(Planned(name, kind, tensor.shape), tensor.name, permuted, offset=offset))
         else:
             all_of = tuple(model.roles[role, tensor.layer, expert].name for expert in range(count))
             found.append(Source(Planned(name, kind, (count, *tensor.shape)), tensor.name, experts=all_of))

@@ -26,6 +26,7 @@ from lrconvert.targets.gguf.metadata import (
     PHI3_NAME,
     QUANTISATION_VERSION,
     carried_keys,
+    lift_windows,
     rope_keys,
     shape_keys,
 )
@@ -90,7 +91,7 @@ def _wanted(facts: Facts, architecture: str, manifest: Manifest | None) -> tuple
     if architecture == GGUF_STEP35:
         keys |= architecture_keys(model.shape)
     if record.lifted:
-        keys.pop(f"{architecture}.attention.sliding_window", None)
+        lift_windows(keys, architecture, spec.window)
     if record.stored is not None:
         scheme = get_scheme(record.stored)
         keys |= {"general.quantization_version": QUANTISATION_VERSION, "general.file_type": int(scheme.file_type)}

@@ -34,7 +34,8 @@ Make = Callable[[], memoryview]  # the bytes of some rows
 class Source:
     """Where a tensor comes from. `heads`: the number of heads whose rows are interleaved; None: rows
     stay in their order. `values`: made here, not read. `experts`: the checkpoint's tensors that follow each other in
-    it, `name` the first."""
+    it, `name` the first. `offset`: what is added to every value: files have norms' whole weights, where a family's
+    count from one."""
 
     planned: Planned
     name: str  # the checkpoint's
@@ -42,6 +43,7 @@ class Source:
     values: Array | None = None
     experts: tuple[str, ...] = ()
     expert: tuple[int, int] = (0, 1)  # which of how many experts' rows these are
+    offset: float = 0.0
 
 
 def jobs(checkpoint: Checkpoint, source: Source, encoder: Encoder) -> Iterator[Job]:
@@ -70,7 +72,8 @@ def _blocks(checkpoint: Checkpoint, source: Source, encoder: Encoder) -> Iterato
     blocks = checkpoint.blocks(source.name)
     if heads is None:
         for block in blocks:
-            yield partial(_encoded, encoder, planned, block.read, source.expert), _rows(planned, block.rows)
+            read = partial(_shifted, block.read, source.offset) if source.offset else block.read
+            yield partial(_encoded, encoder, planned, read, source.expert), _rows(planned, block.rows)
         return
     every = list(blocks)
     for start, stop in _head_ranges(planned, heads):
@@ -87,6 +90,10 @@ def _encoded(
     encoder: Encoder, planned: Planned, read: Callable[[], Array], expert: tuple[int, int] = (0, 1)
 ) -> memoryview:
     return encoder.encode(read().reshape(-1, planned.shape[-1]), planned.kind, planned.name, *expert)
+
+
+def _shifted(read: Callable[[], Array], offset: float) -> Array:
+    return read().astype(np.float64) + offset
 
 
 def _copied(stored: Encoded, planned: Planned, start: int, stop: int, heads: int | None) -> memoryview:

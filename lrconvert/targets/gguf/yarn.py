@@ -11,6 +11,7 @@ import math
 
 from lrconvert.errors import UnsupportedError, UsageError
 from lrconvert.families import Family, longrope_architecture
+from lrconvert.families.base import GGUF_SLIDING_SCALED
 from lrconvert.rope import RopeSpec, Yarn, as_yarn, yarn_attention_factor
 from lrconvert.targets.gguf.layout import Value
 
@@ -61,6 +62,18 @@ def architecture_for(family: Family, spec: RopeSpec, *, static: bool, asked: str
 def by_formula(family: Family, architecture: str) -> bool:
     """Whether files of this architecture have YaRN's keys instead of factors."""
     return family.gguf_longrope is None and architecture == family.gguf_architecture
+
+
+def check_attention(family: Family, architecture: str, spec: RopeSpec) -> None:
+    """`UnsupportedError` for an attention factor that would also change layers that slide."""
+    key = f"{architecture}.rope.scaling.attn_factor"
+    beyond = formula_keys(architecture, spec).get(key, 1.0)
+    if architecture in GGUF_SLIDING_SCALED and beyond != 1.0:
+        raise UnsupportedError(
+            f"an attention factor of {spec.tiers[-1].attention_factor:.6g}, which is not YaRN's own: llama.cpp's "
+            f"{architecture} would multiply layers that slide with it too, and {family.name} doesn't",
+            remedy="`recipe derive --method yarn` takes YaRN's own, 0.1 ln s + 1; or use `lrconvert hf`",
+        )
 
 
 def formula_keys(architecture: str, spec: RopeSpec) -> dict[str, Value]:

@@ -14,7 +14,7 @@ from lrconvert.checkpoint.folder_code import AUTO_MAP
 from lrconvert.checkpoint.rope_config import LONGROPE_KEY
 from lrconvert.errors import InputError
 from lrconvert.rope import RopeSpec
-from lrconvert.targets.hf.spelling import native_keys, own_key
+from lrconvert.targets.hf.spelling import native_keys, own_key, plain_keys
 
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -32,7 +32,7 @@ def edited_config(
     if family.hf_states_head_size:
         config["head_dim"] = model.shape.head_dim
     config.pop("rope_parameters", None)
-    config.update(native_keys(native, family))
+    config.update(native_keys(native, family) | plain_keys(native, family, model.shape))
     if lifted:
         config["sliding_window"] = spec.window
     if model.shape.tied != (source.get("tie_word_embeddings") is True):
@@ -42,7 +42,7 @@ def edited_config(
     if dtype is not None:
         spelled = [key for key in ("dtype", "torch_dtype") if key in source] or ["torch_dtype"]
         config.update(dict.fromkeys(spelled, TORCH_NAMES[dtype]))
-    config[LONGROPE_KEY] = own_key(spec)
+    config[LONGROPE_KEY] = own_key(spec, model.shape)
     return config, _edits("config.json", {**source, **model.checkpoint.outdated}, config)
 
 

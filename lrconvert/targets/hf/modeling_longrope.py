@@ -7,7 +7,8 @@ torch and transformers (4.57 to 5.x), and opens no file and no connection. Its d
 
     {"version": 1, "rope_theta": 10000.0, "rotary_dim": 64, "switch": "reprefill",
      "tiers": [{"max_length": 4096, "factors": [32 numbers], "start_tokens": 0,
-                "attention_factor": 1.0}, ...]}                      ordered by max_length
+                "attention_factor": 1.0}, ...],                      ordered by max_length
+     "plain": {"sliding_attention": 10000.0}}     kinds of layers that no tier rotates, and their theta
 
 A sequence of n tokens is rotated with the first tier whose max_length is at least n, or with the
 last one. With base theta, the angle of position p at frequency index i is
@@ -88,6 +89,9 @@ def check_longrope(longrope, native_rotary_dim: int) -> None:
         good = isinstance(factors, list) and all(is_positive(factor) for factor in factors)
         good = good and 2 * len(factors) == native_rotary_dim
         need(f"tiers[{k}].factors", factors, good, f"{native_rotary_dim // 2} numbers above 0")
+    plain = longrope.get("plain", {})
+    good = isinstance(plain, dict) and all(is_positive(theta) for theta in plain.values())
+    need("plain", plain, good, "a number above 0 for each kind of layer")
     if wrong:
         raise ValueError("config.json: longrope: " + "; ".join(wrong))
 
@@ -110,6 +114,11 @@ class TieredRope(nn.Module):
         # Rows count as at least this long: a tensor (rows,), or None. Set before each forward.
         self.floor = None
         self._tables = {}
+        ones = {"factors": [1.0] * (self.rotary_dim // 2), "start_tokens": 0, "attention_factor": 1.0}
+        self.plain = {
+            kind: TieredRope({**longrope, "rope_theta": theta, "tiers": [{"max_length": 1, **ones}], "plain": {}})
+            for kind, theta in longrope.get("plain", {}).items()
+        }
 
     def tier_index(self, length: int) -> int:
         """The tier for a sequence of `length` tokens."""
@@ -121,25 +130,24 @@ class TieredRope(nn.Module):
         half = range(self.rotary_dim // 2)
         inverse = [self.rope_theta ** (-2 * i / self.rotary_dim) for i in half]
         rescaled = [[inverse[i] / tier["factors"][i] for i in half] for tier in self.tiers]
-        scales = [tier["attention_factor"] for tier in self.tiers]
         with torch.inference_mode(False):  # the tables outlive the mode of the first caller
             tables = (
                 torch.tensor(self.bounds[:-1], dtype=torch.long, device=device),
                 torch.tensor([tier["start_tokens"] for tier in self.tiers], device=device),
                 torch.tensor(inverse, dtype=torch.float64, device=device),
                 torch.tensor(rescaled, dtype=torch.float64, device=device),
-                torch.tensor(scales, dtype=torch.float64, device=device),
+                torch.tensor([tier["attention_factor"] for tier in self.tiers], dtype=torch.float64, device=device),
             )
         if not torch.compiler.is_compiling():  # what a tracer makes must not be kept
             self._tables[device] = tables
         return tables
 
     @torch.no_grad()
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor):
-        """Of x only dtype and device count; position_ids is (rows, positions).
-
-        Reads nothing back from the device: it can be traced, and no GPU has to be waited for.
-        """
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor, layer_type=None):
+        """Of x only dtype and device count; position_ids is (rows, positions). Reads nothing back from
+        the device: it can be traced, and no GPU has to be waited for."""
+        if layer_type in self.plain:
+            return self.plain[layer_type](x, position_ids)
         # Apple's MPS has no float64
         device = torch.device("cpu") if x.device.type == "mps" else x.device
         bounds, start_tokens, inverse, rescaled, scales = self._tables_on(device)
@@ -179,15 +187,8 @@ class LongRopeForCausalLM(NativeForCausalLM, GenerationMixin):
 
     def __init__(self, config):
         super().__init__(config)
-        longrope = getattr(config, "longrope", None)
-        if not hasattr(self.model.rotary_emb, "inv_freq"):  # Phi-3.5-MoE in 4.57: one table for all rows
-            raise ImportError(
-                f"modeling_longrope.py needs transformers 5 for {NativeForCausalLM.__name__}. Without "
-                "trust_remote_code the native code of this version runs."
-            )
-        check_longrope(longrope, 2 * self.model.rotary_emb.inv_freq.shape[-1])
-        self.switch = longrope["switch"]
-        self.model.rotary_emb = TieredRope(longrope)
+        _replace_rotary(self.model, getattr(config, "longrope", None))
+        self.switch = config.longrope["switch"]
         # Hooks, since each transformers version has another signature of forward, and reads it
         self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         self.model.register_forward_hook(self._after_forward, with_kwargs=True)
@@ -213,9 +214,7 @@ class LongRopeForCausalLM(NativeForCausalLM, GenerationMixin):
 
     def _check(self, cache, past: int, total: int, positions):
         """The tag for `total` positions, and whether the `past` ones in the cache agree with it.
-
-        positions: those of the new tokens, or of all tokens, or None for 0 ... total - 1.
-        """
+        positions: those of the new tokens, or of all tokens, or None for 0 ... total - 1."""
         lengths = [total] if positions is None else (positions.amax(-1) + 1).tolist()
         tag = self._tag(cache, total, lengths)
         if past == 0:
@@ -279,9 +278,7 @@ class LongRopeForCausalLM(NativeForCausalLM, GenerationMixin):
         self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, **kwargs
     ):
         """The native one, after emptying a cache whose keys belong to another tier.
-
-        (generate looks for a last parameter with the name `kwargs`.)
-        """
+        (generate looks for a last parameter with the name `kwargs`.)"""
         if past_key_values is not None:
             inputs_embeds = self._refill_if_crossed(input_ids, past_key_values, attention_mask, inputs_embeds, kwargs)
         # Not super(): Phi3 has its own version, which drops the cache by its own rule
@@ -296,9 +293,7 @@ class LongRopeForCausalLM(NativeForCausalLM, GenerationMixin):
 
     def _refill_if_crossed(self, input_ids, cache, mask, inputs_embeds, kwargs):
         """Where a row leaves its tier, empty the cache and change kwargs so that all tokens are run.
-
-        Returns inputs_embeds, which is longer then: the prompt's, and those of the new tokens.
-        """
+        Returns inputs_embeds, which is longer then: the prompt's, and those of the new tokens."""
         mask = mask if mask is not None and mask.ndim == 2 else None
         positions = kwargs.get("position_ids")
         embedded = 0 if inputs_embeds is None else inputs_embeds.shape[1]
@@ -334,11 +329,9 @@ class LongRopeForCausalLM(NativeForCausalLM, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
-        """Called by each generate once prompt and budget are known: fix the tier where needed.
-
-        The only private method of transformers that is replaced. Were it not called any more,
-        prefill in chunks would raise at a boundary and "upfront" would act like "reprefill".
-        """
+        """Called by each generate once prompt and budget are known: fix the tier where needed. The
+        only private method of transformers that is replaced. Were it not called any more, prefill in
+        chunks would raise at a boundary and "upfront" would act like "reprefill"."""
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
@@ -362,9 +355,25 @@ class LongRopeForCausalLM(NativeForCausalLM, GenerationMixin):
             cache.longrope_tag = cache.longrope_tag._replace(above=math.inf)
 
 
+def _replace_rotary(decoder, longrope) -> None:
+    """Put the tiers where native code rotates; in 4.57 kinds of layers may have modules of their own."""
+    kinds = getattr(decoder, "rotary_embs", None)
+    native = decoder.rotary_emb if kinds is None else kinds["full_attention"]
+    table = getattr(native, "inv_freq", getattr(native, "full_attention_inv_freq", None))
+    if table is None:  # Phi-3.5-MoE in 4.57: one table for all rows
+        name = NativeForCausalLM.__name__
+        raise ImportError(f"modeling_longrope.py needs transformers 5 for {name}; here native code alone can run it.")
+    check_longrope(longrope, 2 * table.shape[-1])
+    decoder.rotary_emb = rope = TieredRope(longrope)
+    for kind in kinds or ():
+        kinds[kind] = rope.plain.get(kind, rope)
+    if hasattr(decoder, "rotary_emb_local"):
+        decoder.rotary_emb_local = rope.plain["sliding_attention"]
+
+
 def _by_name(args: tuple, kwargs: dict) -> dict:
     names = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
-    return {**{names[i]: arg for i, arg in enumerate(args[: len(names)])}, **kwargs}
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _positions(given: dict):

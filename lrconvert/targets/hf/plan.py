@@ -81,6 +81,7 @@ def plan(
         *model.notes,
         *([] if stored is None else model.dequantised(stored.lower())),
         *([] if written is None else [_written_note(model, baked)]),
+        *([] if family.hf_oldest is None else [f"needs transformers {family.hf_oldest}: 4.57 refuses the config"]),
         *windows.notes,
         *recipe.warnings(),
         *_notes(spec, scale, texts, copies),

@@ -13,7 +13,8 @@ from typing import Any
 
 from lrconvert.checkpoint.rope_config import LONGROPE_VERSION
 from lrconvert.engines.capability import switch_length
-from lrconvert.families import Family
+from lrconvert.families import Family, ModelShape
+from lrconvert.families.layers import FULL, SLIDING
 from lrconvert.rope import RopeSpec
 
 
@@ -44,8 +45,21 @@ def native_keys(native: RopeSpec, family: Family) -> dict[str, Any]:
     }
 
 
-def own_key(spec: RopeSpec) -> dict[str, Any]:
+def plain_keys(native: RopeSpec, family: Family, shape: ModelShape) -> dict[str, Any]:
+    """The keys that say θ of the layers that slide, where they rotate by themselves. In a family without such a
+    key, 4.57 takes θ of all; 5.x a default, unless `rope_parameters`, which it reads beside `rope_scaling`, says it."""
+    theta = shape.plain_theta
+    if family.layers is None or family.layers.own_theta is None or theta is None:
+        return {}
+    if family.layers.own_theta != "rope_theta":
+        return {family.layers.own_theta: theta}
+    full = {**native_keys(native, family)["rope_scaling"], "rope_theta": native.base}
+    return {"rope_parameters": {FULL: full, SLIDING: {"rope_type": "default", "rope_theta": theta}}}
+
+
+def own_key(spec: RopeSpec, shape: ModelShape) -> dict[str, Any]:
     """The value of the `longrope` key: all that the artifact's modeling code needs."""
+    theta = shape.plain_theta
     return {
         "version": LONGROPE_VERSION,
         "rope_theta": spec.base,
@@ -61,4 +75,5 @@ def own_key(spec: RopeSpec) -> dict[str, Any]:
             }
             for tier in spec.tiers
         ],
+        **({} if theta is None else {"plain": {SLIDING: theta}}),
     }

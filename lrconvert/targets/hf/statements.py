@@ -34,8 +34,9 @@ from lrconvert.checkpoint.padding import tokens_of
 from lrconvert.checkpoint.rope_config import LONGROPE_KEY
 from lrconvert.engines.capability import native_config
 from lrconvert.errors import InputError, LrconvertError
+from lrconvert.families.layers import LOCAL_THETA
 from lrconvert.targets.hf.config import TORCH_NAMES
-from lrconvert.targets.hf.spelling import native_keys, own_key
+from lrconvert.targets.hf.spelling import native_keys, own_key, plain_keys
 
 TOKENIZER, GENERATION = "tokenizer_config.json", "generation_config.json"
 
@@ -47,6 +48,17 @@ def _native(key: str) -> Callable[[Facts], Any]:
     def wanted(facts: Facts) -> Any:
         family = facts.model.family
         return native_keys(native_config(family).fit(facts.spec)[0], family)[key]
+
+    return wanted
+
+
+def _plain(key: str) -> Callable[[Facts], Any]:
+    """Where layers that slide rotate by themselves; elsewhere `rope_parameters` says again what rope_scaling does."""
+
+    def wanted(facts: Facts) -> Any:
+        model = facts.model
+        native = native_config(model.family).fit(facts.spec)[0]
+        return plain_keys(native, model.family, model.shape).get(key, ABSENT)
 
     return wanted
 
@@ -98,8 +110,9 @@ CONFIG_SAYS: tuple[Statement, ...] = (
     Statement("original_max_position_embeddings", _native("original_max_position_embeddings"), spelling=True),
     Statement("rope_theta", _native("rope_theta"), spelling=True),
     Statement("rope_scaling", _native("rope_scaling"), spelling=True),
-    Statement("rope_parameters", lambda facts: ABSENT, "the recipe, which rope_scaling spells,", spelling=True),
-    Statement(LONGROPE_KEY, lambda facts: own_key(facts.spec), spelling=True),
+    Statement("rope_parameters", _plain("rope_parameters"), "the recipe, which rope_scaling spells,", spelling=True),
+    Statement(LOCAL_THETA, _plain(LOCAL_THETA), "the model", spelling=True),
+    Statement(LONGROPE_KEY, lambda facts: own_key(facts.spec, facts.model.shape), spelling=True),
     Statement("partial_rotary_factor", _partial, "the model"),
     Statement(
         "head_dim",

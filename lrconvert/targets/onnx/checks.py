@@ -15,7 +15,7 @@ from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.base import FLOAT_DTYPES
 from lrconvert.checkpoint.onnx_folder import GRAPH, OnnxCheckpoint
 from lrconvert.errors import require
-from lrconvert.rope import RopeSpec, Tier
+from lrconvert.rope import RopeSpec, Tier, inverse_frequencies
 from lrconvert.targets.onnx.statements import json_rows
 
 CODE = "graph"
@@ -24,7 +24,7 @@ CODE = "graph"
 def checks(artifact: Path, stored: OnnxCheckpoint, model: Model, spec: RopeSpec, record: BakeRecord) -> list[Row]:
     """What the JSON files say; the graph by onnx's own checker, and tier by tier."""
     assert stored.tiers is not None  # our own graphs have them
-    problems = tier_problems(stored.tiers, spec)
+    problems = tier_problems(stored.tiers, spec) + plain_problems(stored, model)
     dtype = stored.computing if stored.computing in FLOAT_DTYPES else "F32"
     return [
         *json_rows(Facts(artifact, model, spec, record, dtype, stored), stored),
@@ -43,6 +43,22 @@ def _well_formed(artifact: Path) -> list[Row]:
     except Exception as error:  # ValidationError, InferenceError: whatever onnx finds wrong
         return [Row(CODE, "onnx.checker, full check", "fail", reason=" ".join(str(error).split())[:300])]
     return [Row(CODE, "onnx.checker, full check", "pass")]
+
+
+def plain_problems(stored: OnnxCheckpoint, model: Model) -> list[str]:
+    """Rotations besides the recipe's: those of layers with a θ of their own, unscaled, each once."""
+    shape = model.shape
+    wanted = [inverse_frequencies(shape.rotary_dim, theta) for theta in dict.fromkeys(filter(None, shape.own_theta))]
+    found = stored.plain
+    if len(found) != len(wanted):
+        return [f"the graph has {len(found)} rotations besides the recipe's; the model's layers need {len(wanted)}"]
+    problems = []
+    for right, (frequencies, tiers) in zip(wanted, found, strict=True):
+        if frequencies.shape != right.shape or not np.allclose(frequencies, right, rtol=1e-12, atol=0):
+            problems.append("plain rotation: another θ than the model's layers have")
+        if any(set(t.factors) != {1.0} or t.attention_factor != 1.0 for t in tiers):
+            problems.append("plain rotation: it is scaled")
+    return problems
 
 
 def tier_problems(found: tuple[Tier, ...], spec: RopeSpec) -> list[str]:

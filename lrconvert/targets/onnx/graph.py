@@ -84,16 +84,16 @@ class _Decoder(Nodes):
             "Concat", places, self.constant([shape.kv_heads * shape.head_dim]), name="kv_shape", axis=0
         )
         x = self._embedded()
-        self.nodes.append(
-            rotary.call(self.spec, "position_ids", "sequence_length", self.type, double=self.choices.double)
-        )
+        self._prepare_rotations()
         self._prepare_attention()
         for layer in range(shape.layers):
             self.scope = [f"layers.{layer}"]
-            mixed = self._attention(self.norm(x, "attention_norm", layer), layer)
+            mixed = self._attention(self.normed(x, "attention_norm", layer), layer)
+            mixed = self.normed(mixed, "attention_post_norm", layer)
             x = self.op("Add", x, self.times(mixed, scales.residual, "mixed.times"), name="after_attention")
-            x_normed = self.norm(x, "ffn_norm", layer)
+            x_normed = self.normed(x, "ffn_norm", layer)
             made = self._mlp(x_normed, layer) if shape.experts is None else mixture(self, x_normed, layer)
+            made = self.normed(made, "ffn_post_norm", layer)
             x = self.op("Add", x, self.times(made, scales.residual, "made.times"), name="after_ffn")
         self.scope = []
         self._logits(x)
@@ -136,6 +136,24 @@ class _Decoder(Nodes):
         return (
             allowed if self.type == TensorProto.FLOAT else self.op("Cast", allowed, name="allowed.cast", to=self.type)
         )
+
+    def _prepare_rotations(self) -> None:
+        """cos and sin of the recipe, and those of every θ that layers have for themselves: no recipe scales them."""
+        turns = dict.fromkeys(self.shape.turn(layer) for layer in range(self.shape.layers))
+        self.tables: dict[float | None, tuple[str, str]] = {}
+        for number, turn in enumerate([None, *(turn for turn in turns if turn)]):
+            spec = self.spec if turn is None else rotary.plain(self.spec, turn)
+            self.tables[turn] = ("cos", "sin") if turn is None else (f"plain.{number}.cos", f"plain.{number}.sin")
+            self.nodes.append(
+                rotary.call(
+                    spec,
+                    "position_ids",
+                    "sequence_length",
+                    self.type,
+                    double=self.choices.double,
+                    outputs=self.tables[turn],
+                )
+            )
 
     def _prepare_attention(self) -> None:
         """What all layers share: lengths for GQA, a mask for the standard operator."""
@@ -218,16 +236,20 @@ class _Decoder(Nodes):
 
     def _rotated(self, x: str, role: str, layer: int) -> str:
         """q or k, normalised where the family does that: [B·S, heads · head_dim] → [B, S, heads · head_dim]."""
-        shape = self.shape
+        shape, turn = self.shape, self.shape.turn(layer)
         wide, heads = (self.to_queries, shape.heads) if role == "q" else (self.to_keys, shape.kv_heads)
-        if self.has(f"{role}_norm", layer):
+        if self.model.family.whole_qk_norms:
+            x = self.norm(x, f"{role}_norm", layer)
+        elif self.has(f"{role}_norm", layer):
             by_head = self.op("Reshape", x, self.constant([-1, shape.head_dim]), name=f"{role}.by_head")
             x = self.norm(by_head, f"{role}_norm", layer)
         x = self.op("Reshape", x, wide, name=f"{role}.wide")
-        partial: dict[str, Any] = (
-            {} if shape.rotary_dim == shape.head_dim else {"rotary_embedding_dim": shape.rotary_dim}
-        )
-        return self.op("RotaryEmbedding", x, "cos", "sin", name=f"{role}.rotated", num_heads=heads, **partial)
+        if turn == 0.0:
+            return x
+        more: dict[str, Any] = {"interleaved": 1} if shape.neighbours else {}
+        if shape.rotary_dim != shape.head_dim:
+            more["rotary_embedding_dim"] = shape.rotary_dim
+        return self.op("RotaryEmbedding", x, *self.tables[turn], name=f"{role}.rotated", num_heads=heads, **more)
 
     def _mlp(self, x: str, layer: int) -> str:
         if self.has("gate_up", layer):
@@ -266,6 +288,10 @@ class _Decoder(Nodes):
         if self.type != TensorProto.FLOAT:
             x = self.op("Cast", x, name="logits.wide", to=TensorProto.FLOAT)
         x = self.times(x, shape.multipliers.logits, "logits.times", TensorProto.FLOAT)
+        if shape.logits_cap:
+            cap = self.constant(shape.logits_cap, np.float32)
+            bent = self.op("Tanh", self.op("Div", x, cap, name="logits.part"), name="logits.bent")
+            x = self.op("Mul", bent, cap, name="logits.capped")
         self.op("Reshape", x, to, name="logits")
 
     # --- the outside -------------------------------------------------------------------------------------

@@ -81,13 +81,32 @@ class Nodes:
 
     def norm(self, x: str, role: str, layer: int | None) -> str:
         kind = {"rms": "RMSNormalization", "layer": "LayerNormalization"}[self.shape.norm]
-        weights = [self.weight(role, layer), *self.bias(role, layer)]
-        return self.op(kind, x, *weights, name=role, axis=-1, epsilon=self.shape.norm_eps)
+        weight = self.weight(role, layer)
+        if self.shape.norm_offset:  # a constant for what loads the graph
+            weight = self.op("Add", weight, self.offset(), name=f"{role}.weight")
+        return self.op(kind, x, weight, *self.bias(role, layer), name=role, axis=-1, epsilon=self.shape.norm_eps)
+
+    def offset(self) -> str:
+        """What norms add to their weights, in the type of the graph."""
+        found = self.constant(self.shape.norm_offset, np.float32)
+        if self.type == TensorProto.FLOAT:
+            return found
+        narrow = f"{found}.narrow"
+        if all(narrow not in node.output for node in self.nodes):
+            self.nodes.append(helper.make_node("Cast", [found], [narrow], name=narrow, to=self.type))
+        return narrow
+
+    def normed(self, x: str, role: str, layer: int) -> str:
+        """x through a norm that not every family has."""
+        return self.norm(x, role, layer) if self.has(role, layer) else x
 
     def gated(self, gate: str, up: str) -> str:
-        """silu(gate) · up."""
-        silu = self.op("Mul", gate, self.op("Sigmoid", gate, name="gate.sigmoid"), name="gate.silu")
-        return self.op("Mul", silu, up, name="gated")
+        """activation(gate) · up."""
+        if self.shape.activation == "gelu_tanh":
+            active = self.op("Gelu", gate, name="gate.gelu", approximate="tanh")
+        else:
+            active = self.op("Mul", gate, self.op("Sigmoid", gate, name="gate.sigmoid"), name="gate.silu")
+        return self.op("Mul", active, up, name="gated")
 
     def times(self, x: str, multiplier: float, name: str, kind: int | None = None) -> str:
         """x · multiplier; a narrow x (`kind`: its type, by default the graph's) is widened, so that only the result is

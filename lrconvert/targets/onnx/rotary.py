@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper, numpy_helper
 
 from lrconvert.checkpoint.onnx_folder import COS_SIN, DOMAIN, TIER_ATTRIBUTES
-from lrconvert.rope import RopeSpec, inverse_frequencies
+from lrconvert.rope import RopeSpec, Tier, inverse_frequencies
 
 VERSION = 1
 
@@ -33,14 +34,27 @@ TABLES = (*TIER_ATTRIBUTES, "coarse_cos", "coarse_sin", "fine_cos", "fine_sin", 
           "start_block", "to")  # fmt: skip
 
 
-def call(spec: RopeSpec, position_ids: str, sequence_length: str, to: int, *, double: bool) -> NodeProto:
-    """The node that calls the function; its outputs are `cos` and `sin` of the ONNX type `to`."""
+def plain(spec: RopeSpec, theta: float) -> RopeSpec:
+    """The unscaled rotation of another θ, as one tier for the whole window."""
+    tier = Tier(spec.window, (1.0,) * (spec.rotary_dim // 2))
+    return replace(spec, base=theta, original_window=spec.window, tiers=(tier,))
+
+
+def call(
+    spec: RopeSpec,
+    position_ids: str,
+    sequence_length: str,
+    to: int,
+    *,
+    double: bool,
+    outputs: tuple[str, str] = ("cos", "sin"),
+) -> NodeProto:
+    """The node that calls the function; its outputs are cos and sin of the ONNX type `to`."""
     values = _shared(spec)
     if not double:
         values |= _tables(spec)
-    node = helper.make_node(
-        COS_SIN, [position_ids, sequence_length], ["cos", "sin"], name="longrope", domain=DOMAIN, to=to
-    )
+    name = "longrope" if outputs[0] == "cos" else outputs[0].removesuffix(".cos")
+    node = helper.make_node(COS_SIN, [position_ids, sequence_length], list(outputs), name=name, domain=DOMAIN, to=to)
     for name, array in values.items():
         node.attribute.append(helper.make_attribute(name, numpy_helper.from_array(array, name)))
     return node

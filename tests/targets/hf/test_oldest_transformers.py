@@ -19,6 +19,7 @@ from support.verifying import verify
 
 from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.checkpoint import Model
+from lrconvert.families import get_family
 from lrconvert.parity import Options
 from lrconvert.runtimes import transformers
 from lrconvert.runtimes.base import Interpreter
@@ -41,7 +42,10 @@ def interpreter() -> Iterator[Interpreter]:
 @pytest.mark.parametrize(
     ("family", "changes"),
     # As Mistral 7B 0.1 leaves it; what that version makes of phimoe is below.
-    [*((family, {}) for family in FAMILIES if family != "phimoe"), ("mistral", {"head_dim": None})],
+    [
+        *((family, {}) for family in FAMILIES if family != "phimoe" and get_family(family).hf_oldest is None),
+        ("mistral", {"head_dim": None}),
+    ],
 )
 def test_artifacts_verify_there(
     pico: Callable[..., Model],
@@ -63,6 +67,18 @@ def test_artifacts_verify_there(
     report = verify(output, options=Options(threads=1, python=OLDEST))
     assert report.passed, report.summary
     assert report.runtimes["native"]["transformers"].startswith("4.57")
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if get_family(family).hf_oldest is not None])
+def test_some_are_refused_there_and_say_so(pico: Callable[..., Model], tmp_path: Path, family: str) -> None:
+    """An error, no wrong answer; and the bake has told it."""
+    model, output = pico(family), own_name(tmp_path / family)
+    planned = hf.plan(model, recipe_for(model, even=True), output)
+    assert "needs transformers 5: 4.57 refuses the config" in planned.notes
+    bake_plan(planned)
+    report = verify(output, options=Options(threads=1, python=OLDEST))
+    rows = [row for row in report.rows if row.code in ("native", "custom")]
+    assert rows and all(row.verdict == "fail" and "rope_scaling" in row.reason for row in rows)
 
 
 def test_phi_3_5_moe_needs_a_newer_one(pico: Callable[..., Model], tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ import pytest
 from conftest import Result, recipe_for
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from support.pico import FAMILIES, WINDOW, pico_tensors, write_pico
+from support.pico import FAMILIES, WINDOW, pico_tensors, v5_rope, write_pico
 
 from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.artifact.manifest import MANIFEST, Manifest
@@ -40,17 +40,8 @@ from lrconvert.targets.hf.plan import modeling_code
 from lrconvert.targets.hf.shards import PlannedTensor, header_of, plan_shards
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-V5 = {
-    "rope_theta": None,
-    "torch_dtype": None,
-    "dtype": "float32",
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-}
-V5_PARTIAL = {
-    **V5,
-    "partial_rotary_factor": None,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
-}
+DTYPE_V5 = {"torch_dtype": None, "dtype": "float32"}
+V5 = {**v5_rope("mistral"), **DTYPE_V5}
 
 
 def bake(folder: Path, output: Path, recipe: Recipe | None = None, **options: Any) -> dict[str, Any]:
@@ -72,10 +63,15 @@ def check_spelling(config: dict[str, Any], model: Model, recipe: Recipe, window:
     """What transformers 4.57 and 5.x both read right, and other engines too."""
     short, long = recipe.tiers[0], recipe.tiers[-1]
     scaling = config["rope_scaling"]
-    assert "rope_parameters" not in config
+    if model.family.name == "olmo3":  # which has no other key for θ of the layers that slide
+        kinds = {"full_attention": {**scaling, "rope_theta": model.shape.theta}}
+        kinds["sliding_attention"] = {"rope_type": "default", "rope_theta": model.shape.plain_theta}
+        assert config["rope_parameters"] == kinds
+    else:
+        assert "rope_parameters" not in config
     assert config["max_position_embeddings"] == window
     assert config["original_max_position_embeddings"] == boundary
-    assert config["rope_theta"] == 10000.0 and isinstance(config["rope_theta"], float)
+    assert config["rope_theta"] == model.shape.theta and isinstance(config["rope_theta"], float)
     for key, factors in (("short_factor", short.factors), ("long_factor", long.factors)):
         assert scaling[key] == list(factors)
         assert len(scaling[key]) == model.shape.rotary_dim // 2
@@ -101,7 +97,7 @@ def test_the_spelling_is_the_measured_one(
     family: str, source: str, pico_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     """From the spelling of either version, plain or scaled before: top-level θ and original window, floats."""
-    changes: dict[str, Any] = {"v4": {}, "v5": V5_PARTIAL if family == "phi3" else V5}.get(source) or {}
+    changes: dict[str, Any] = {} if source == "v4" else {**v5_rope(family), **DTYPE_V5}
     if source == "yarn":
         changes = {"rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": WINDOW}}
     folder = pico_folder(family, **changes)
@@ -136,6 +132,7 @@ def test_the_rest_of_the_config_stays_as_it_was(family: str, tmp_path: Path) -> 
     }
     assert [key for key in config if key in source] == list(source)
     added = {"rope_scaling", "longrope", "original_max_position_embeddings"} - set(source)
+    added |= {"rope_parameters"} if family == "olmo3" else set()  # which says θ of the layers that slide
     assert set(config) - set(source) == added
 
 
@@ -618,7 +615,7 @@ def test_transformers_loads_native_and_custom_code_without_a_complaint(
 ) -> None:
     """Every weight is found, the rotation read is the recipe's, and nothing is said about rope."""
     transformers = pytest.importorskip("transformers", reason="needs lrconvert[hf]")
-    folder = pico_folder(family, **({} if source == "v4" else V5_PARTIAL if family == "phi3" else V5))
+    folder = pico_folder(family, **({} if source == "v4" else {**v5_rope(family), **DTYPE_V5}))
     model = open_model(folder)
     recipe = recipe_for(model, even=True)
     bake_plan(hf.plan(model, recipe, tmp_path / "out"))
@@ -640,10 +637,13 @@ def test_transformers_loads_native_and_custom_code_without_a_complaint(
         assert complaints == []
         assert loaded.config.max_position_embeddings == 2 * WINDOW
         if not custom:
-            rotary = loaded.model.rotary_emb
-            plain = 10000.0 ** -(np.arange(0, model.shape.rotary_dim, 2) / model.shape.rotary_dim)
-            np.testing.assert_allclose(rotary.original_inv_freq, plain / recipe.tiers[0].factors, rtol=1e-5)
-            assert float(rotary.attention_scaling) == pytest.approx(math.sqrt(1 + math.log(2) / math.log(WINDOW)))
+            rotary, kind = loaded.model.rotary_emb, "" if model.shape.plain_theta is None else "full_attention_"
+            plain = model.shape.theta ** -(np.arange(0, model.shape.rotary_dim, 2) / model.shape.rotary_dim)
+            frequencies = getattr(rotary, f"{kind}original_inv_freq")
+            np.testing.assert_allclose(frequencies, plain / recipe.tiers[0].factors, rtol=1e-5)
+            assert float(getattr(rotary, f"{kind}attention_scaling")) == pytest.approx(
+                math.sqrt(1 + math.log(2) / math.log(WINDOW))
+            )
         stored = pico_tensors(model.checkpoint.config)
         for key, tensor in loaded.state_dict().items():
             if key in stored:

@@ -56,7 +56,8 @@ def judged(
         measures = over_rows(expected, asked.answers, ROUTED)
     noise = None
     if known is None and not tolerance.holds(measures.kl_mean, measures.kl_max):
-        noise = over_rows(expected, asked.expect(opened.reference.rounded(opened.rounding)))
+        rounded = asked.expect(opened.reference.rounded(opened.rounding))
+        noise = over_rows(expected, rounded, ROUTED if closest else 1.0)
         tolerance = with_noise(tolerance, noise, opened.rounding)
     row = case_row(code, case, length, measures, tolerance, known=known)
     row = replace(row, basis=f"{row.basis}; {CLOSEST}") if closest else row

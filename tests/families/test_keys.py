@@ -26,6 +26,7 @@ LARGER = {
 }  # fmt: skip
 # What its class reads, and lrconvert refuses unless it is neutral.
 REFUSED = {
+    "qwen2_moe": {"mlp_only_layers", "decoder_sparse_step"},
     "qwen3_moe": {"mlp_only_layers", "decoder_sparse_step"},
     "gemma3_text": {"attn_logit_softcapping", "use_bidirectional_attention"},
 }

@@ -174,8 +174,8 @@ def test_a_derived_yarn_serves_every_length_when_it_is_asked_to(
 
 
 def test_scores_of_62_layers_are_those_of_the_27b(pico: Pico, tmp_path: Path) -> None:
-    """llama.cpp knows Gemma 3 27B by its layers, and scales its scores by hidden size over heads; others of so many layers
-    are refused. Read back, the file says the same."""
+    """llama.cpp knows Gemma 3 27B by its layers, and scales its scores by hidden size over heads; others of as many are
+    refused. Read back, the file says the same."""
     many = {"num_hidden_layers": 62, "hidden_size": 32, "intermediate_size": 32, "query_pre_attn_scalar": 8}
     model = yarn_model(pico, "gemma3_text", **many)
     again = open_model(baked("gguf", model, own_recipe(model)[0], tmp_path))

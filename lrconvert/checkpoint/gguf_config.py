@@ -16,8 +16,17 @@ import numpy as np
 from lrconvert.checkpoint.gguf_header import GgufArray, GgufHeader, GgufTensor
 from lrconvert.errors import InputError, UnsupportedError
 from lrconvert.families import Family
-from lrconvert.families.base import GGUF_INTERLEAVED, GGUF_MULTIPLIERS, GGUF_STATED, GGUF_STEP35, GGUF_UNNORMALISED
+from lrconvert.families.base import (
+    GGUF_FIXED_AT,
+    GGUF_INTERLEAVED,
+    GGUF_MULTIPLIERS,
+    GGUF_SLIDING,
+    GGUF_STATED,
+    GGUF_STEP35,
+    GGUF_UNNORMALISED,
+)
 from lrconvert.families.layers import FULL, SLIDING
+from lrconvert.families.multipliers import power_of
 from lrconvert.rope import longrope_attention_factor
 
 SHORT, LONG, STATIC = "rope_factors_short.weight", "rope_factors_long.weight", "rope_freqs.weight"
@@ -112,6 +121,13 @@ def build_config(
         keys.problems.append(f"rope.dimension_count is {rotary_dim}; {family.name} rotates all {head_dim} channels")
     kv_heads = keys.get("attention.head_count_kv", int) or heads
     sliding_window = keys.get("attention.sliding_window", int, zero=True)
+    every = GGUF_SLIDING.get(architecture)
+    pattern = header.metadata.get(f"{architecture}.attention.sliding_window_pattern", every)
+    if every is not None and pattern != every:
+        raise UnsupportedError(
+            f"{header.path}: {architecture}.attention.sliding_window_pattern is {pattern!r:.60}; files in which all "
+            f"but every {every}th layer slide are read"
+        )
     needed = GGUF_STATED.get(architecture, frozenset())
     scales = {
         name: keys.get(stated.key, float, required=name in needed, zero=name not in needed)
@@ -156,7 +172,8 @@ def build_config(
         if family.experts.shared is not None:
             config[family.experts.shared] = keys.get("expert_shared_feed_forward_length", int) or ffn
     config |= _biases(family, tensors)
-    config |= _multipliers(architecture, family, scales, {"layers": layers, "hidden": hidden, "head_dim": head_dim})
+    numbers = {"layers": layers, "hidden": hidden, "head_dim": head_dim, "heads": heads}
+    config |= _multipliers(architecture, family, scales, numbers)
     keys.check()
     rope = _Keys(header, architecture)
     scaling = _rope(rope, family, tensors, read, rotary_dim, window)
@@ -212,11 +229,13 @@ def _biases(family: Family, tensors: Mapping[str, GgufTensor]) -> dict[str, bool
 def _multipliers(
     architecture: str, family: Family, scales: Mapping[str, float | None], numbers: Mapping[str, int]
 ) -> dict[str, float]:
-    """The family's own keys, from what the file's architecture states; zero and nothing are 1 in llama.cpp."""
-    found = {}
+    """The family's own keys, from what the file's architecture states; zero and nothing are 1 in llama.cpp, but where
+    its C++ multiplies by itself."""
+    found, own = {}, GGUF_FIXED_AT.get((architecture, numbers["layers"]), {})
     for name, stated in family.multipliers.items():
         value, row = scales.get(name), GGUF_MULTIPLIERS.get(architecture, {}).get(name)
-        multiplier = 1.0 if value is None or row is None else row.multiplier(value, numbers)
+        unstated = power_of(own.get(name, {}), numbers)
+        multiplier = unstated if value is None or row is None else row.multiplier(value, numbers)
         found[stated.key] = _short_decimal(stated.value(multiplier, numbers))
     return found
 

@@ -154,6 +154,9 @@ def _own_theta(reader: _Reader, family: Family) -> tuple[float | None, ...]:
                 f"config.json: separate rotary settings for {FULL}, {SLIDING}; layers of {family.name} rotate alike"
             )
         return tuple(found) if set(found) != {None} else ()
+    if own is not None and not isinstance(own, Mapping):
+        reader.problems.append(f"the rotary settings of {SLIDING} are {_short(own)}; an object is needed")
+        own = None
     if reader.config.get("rope_parameters") and not nested:
         reader.problems.append(f"rope_parameters has no {FULL}; {family.name} has settings for each kind of layer")
     theta = _plain_theta(reader, family, stated.own_theta, own or {})
@@ -163,7 +166,7 @@ def _own_theta(reader: _Reader, family: Family) -> tuple[float | None, ...]:
 def _plain_theta(reader: _Reader, family: Family, key: str, section: Mapping[str, Any]) -> float:
     """θ of layers that slide. `section`: their rotary settings, where they have some of their own."""
     odd = {name: value for name, value in section.items() if name not in ("rope_theta", "rope_type", "type")}
-    if odd or {section.get(name) for name in ("rope_type", "type")} - {None, "default"}:
+    if odd or any(section.get(name) not in (None, "default") for name in ("rope_type", "type")):
         raise UnsupportedError(
             "config.json: layers that slide have a scaled rotation of their own; lrconvert converts models in which "
             "they rotate plainly"

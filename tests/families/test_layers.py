@@ -127,6 +127,11 @@ def test_layers_without_rotation_are_read() -> None:
 
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
+    (
+        "olmo3",
+        {"rope_parameters": {FULL: {"rope_theta": 5e5}, SLIDING: [3]}},
+        "the rotary settings of sliding_attention are [3]; an object is needed",
+    ),
     ("olmo3", {"rope_theta": 1e4}, "rope_theta is 10000.0, and nothing says θ of the layers that slide"),
     (
         "olmo3",

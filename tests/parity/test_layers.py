@@ -173,6 +173,30 @@ def test_a_derived_yarn_serves_every_length_when_it_is_asked_to(
     assert any("one factor set for all lengths" in loss for loss in report.losses)
 
 
+def test_scores_of_62_layers_are_those_of_the_27b(pico: Pico, tmp_path: Path) -> None:
+    """llama.cpp knows Gemma 3 27B by its layers, and scales its scores by hidden size over heads; others of as many are
+    refused. Read back, the file says the same."""
+    many = {"num_hidden_layers": 62, "hidden_size": 32, "intermediate_size": 32, "query_pre_attn_scalar": 8}
+    model = yarn_model(pico, "gemma3_text", **many)
+    again = open_model(baked("gguf", model, own_recipe(model)[0], tmp_path))
+    assert again.checkpoint.config["query_pre_attn_scalar"] == pytest.approx(8)
+    assert again.shape.multipliers.attention == pytest.approx(2**0.5)
+    other = yarn_model(pico, "gemma3_text", **many | {"query_pre_attn_scalar": 16})
+    with pytest.raises(UnsupportedError, match="does not multiply as the model does: attention 1"):
+        baked("gguf", other, own_recipe(other)[0], tmp_path)
+
+
+def test_a_file_with_another_pattern_is_refused(pico: Pico, tmp_path: Path) -> None:
+    model = yarn_model(pico, "gemma3_text")
+    artifact = baked("gguf", model, own_recipe(model)[0], tmp_path)
+
+    def patterned(metadata: dict[str, Any], tensors: Tensors) -> None:
+        metadata["gemma3.attention.sliding_window_pattern"] = 2
+
+    with pytest.raises(UnsupportedError, match="sliding_window_pattern is 2; files in which all but every 6th"):
+        open_model(changed(artifact, tmp_path / "other.gguf", patterned))
+
+
 def _set(key: str, value: Any) -> Callable[[dict[str, Any], Tensors], None]:
     def change(metadata: dict[str, Any], tensors: Tensors) -> None:
         assert metadata[key] != value

@@ -132,7 +132,7 @@ def same(found: Any, wanted: Any) -> bool:
     if isinstance(wanted, bool) or isinstance(found, bool):
         return found is wanted
     if isinstance(wanted, int | float) and isinstance(found, int | float):
-        return found == wanted or math.isclose(found, wanted, rel_tol=1e-12)
+        return found == wanted or _close(found, wanted)
     if isinstance(wanted, Sequence) and isinstance(found, Sequence) and not isinstance(wanted, str | bytes):
         if isinstance(found, str | bytes) or len(found) != len(wanted):
             return False
@@ -140,6 +140,13 @@ def same(found: Any, wanted: Any) -> bool:
     if isinstance(wanted, Mapping) and isinstance(found, Mapping):
         return found.keys() == wanted.keys() and all(same(found[key], value) for key, value in wanted.items())
     return type(found) is type(wanted) and found == wanted
+
+
+def _close(found: float, wanted: float) -> bool:
+    try:
+        return math.isclose(found, wanted, rel_tol=1e-12)
+    except OverflowError:  # an integer beyond all floats, and not the same integer
+        return False
 
 
 def shown(value: Any) -> str:

@@ -98,7 +98,7 @@ class Task:
         """What an interrupted stage kept in a file of its folder; nothing where that is damaged."""
         try:
             return json.loads((self.folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
 
     def keep(self, name: str, values: Any) -> None:

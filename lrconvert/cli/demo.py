@@ -16,6 +16,7 @@ from lrconvert.cli._common import force_option
 from lrconvert.cli._progress import show_progress
 from lrconvert.progress import Steps
 from lrconvert.recipe import Recipe
+from lrconvert.writing import replace_file
 
 RECIPE = "demo-2048k"
 LENGTHS = (4096, 8192, 16384)
@@ -83,7 +84,7 @@ def command(ctx: click.Context, output: Path, full: bool, force: bool) -> int:
     _show_record(recipe)
     plot_before_after(results, output / "before-after.png", title=f"The embedded model, before and after {RECIPE}")
     plain = {name: [vars(row) for row in rows] for name, rows in results.items()}
-    (output / "results.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+    replace_file(output / "results.json", json.dumps(plain, indent=2) + "\n")
     out.say(f"\n{output}: {RECIPE}/ (the artifact), before-after.png, factors.png, factors.svg, results.json")
     out.say(report.summary)
     out.hint(

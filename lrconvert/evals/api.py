@@ -34,6 +34,7 @@ from lrconvert.precision import long_name
 from lrconvert.progress import Progress, Step, silent
 from lrconvert.runtimes.base import Session
 from lrconvert.training.keys import LabelledForm
+from lrconvert.writing import replace_file
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -413,7 +414,7 @@ class _Run:
         if self.output is not None:
             path = _json_of(self.output)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(evaluation.result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            replace_file(path, json.dumps(evaluation.result, indent=1, ensure_ascii=False) + "\n")
             plot(self.output.with_name(self.output.name + ".png"))
         return evaluation
 

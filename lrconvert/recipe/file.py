@@ -21,6 +21,7 @@ from lrconvert import rope
 from lrconvert.data import RECIPES
 from lrconvert.errors import EnvironmentFailure, InputError, UsageError
 from lrconvert.rope import RopeSpec, Tier
+from lrconvert.writing import replace_file
 
 SCHEMA_VERSION = 1
 RECIPE_FILE = "recipe.json"
@@ -254,9 +255,7 @@ def write_recipe(recipe: Recipe, output: Path, *, force: bool = False) -> Path:
     path = check_output(output, force=force)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(recipe.to_json(), encoding="utf-8")
-        temporary.replace(path)
+        replace_file(path, recipe.to_json())
     except OSError as error:
         raise EnvironmentFailure(f"{path}: can't be written ({error.strerror or error})") from error
     return path

@@ -78,6 +78,8 @@ def _hunt(name: str, healthy: Path, numbers: range, seed: int) -> Hunt:
 def _said(found: Hunt) -> Hunt:
     outcomes = ", ".join(f"{outcome} {count}" for outcome, count in sorted(found.outcomes.items()))
     print(f"{found.reader:<12} {found.inputs:>7} inputs  {found.seconds:6.0f} s  {outcomes}", flush=True)
+    for finding in found.findings[:3]:
+        print(f"    --input {finding.number}: {finding.kind}: {finding.where}", flush=True)
     return found
 
 

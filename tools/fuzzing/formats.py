@@ -268,6 +268,8 @@ def _gguf_array(rng: Rng, value: RawValue) -> RawValue:
     items, position = [], 16
     width = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}.get(kind)
     for _ in range(count):
+        if position >= len(value.data):  # its count lies already
+            return _gguf_value(rng)
         size = width or 8 + struct.unpack_from("<Q", value.data, position)[0]
         items.append(value.data[position : position + size])
         position += size

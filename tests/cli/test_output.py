@@ -13,6 +13,7 @@ from conftest import Result, recipe_for
 
 from lrconvert.checkpoint import open_model
 from lrconvert.cli import _output as out
+from lrconvert.cli._steps import bake_step
 from lrconvert.recipe import write_recipe
 
 Cli = Callable[..., Result]
@@ -62,3 +63,9 @@ def test_a_list_of_recipes_survives_their_names(cli: Cli, pico_folder: Callable[
     write_recipe(recipe, tmp_path / "[bold]x")
     listed = cli("recipe", "list", tmp_path)
     assert listed.code == 0 and "[bold]x" in listed.out and "[/]" in listed.out
+
+
+def test_a_model_may_be_called_anything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The next step is proposed under a name that a file can have."""
+    monkeypatch.chdir(tmp_path)
+    assert bake_step("hf", "me/model", "a" * 5000).endswith(f"-o {'a' * 80}")

@@ -261,6 +261,8 @@ OF_FOLDERS = (
     Tamper("auto_map lost", [HF], drop(CONFIG, "auto_map"), alone=True),
     Tamper("auto_map of another class", [HF], put(CONFIG, auto_map={"AutoModel": "x.Y"}), alone=True),
     Tamper("torch_dtype", FOLDERS, put(CONFIG, torch_dtype="bfloat16")),
+    Tamper("a list for a dtype", FOLDERS, put(CONFIG, torch_dtype=["float32"])),
+    Tamper("code under a name that no file has", [HF], put(CONFIG, auto_map={"AutoModel": "a" * 5000}), alone=True),
     Tamper("a second dtype", FOLDERS, put(CONFIG, dtype="float16")),
     Tamper("architectures", FOLDERS, put(CONFIG, architectures=["MistralForCausalLM"]), alone=True),
     Tamper("rms_norm_eps", FOLDERS, put(CONFIG, rms_norm_eps=1e-3)),

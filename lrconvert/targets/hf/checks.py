@@ -17,6 +17,7 @@ from lrconvert.artifact.record import BakeRecord
 from lrconvert.artifact.statements import Difference, Facts, rows_from
 from lrconvert.checkpoint import Checkpoint, Model, read_json
 from lrconvert.checkpoint.adapter import LM_HEAD
+from lrconvert.checkpoint.links import own_file
 from lrconvert.checkpoint.tensor_file import SUFFIX, TensorFile
 from lrconvert.errors import InputError
 from lrconvert.families import Family
@@ -39,7 +40,7 @@ class ConfigCheck:
 def _auto_map_file_is_missing(config: Config, folder: Path, family: Family) -> bool:
     named = config.get("auto_map")
     modules = [str(value).partition(".")[0] for value in named.values()] if isinstance(named, Mapping) else []
-    return any("--" not in module and not (folder / f"{module}.py").is_file() for module in modules)
+    return any("--" not in module and own_file(folder, f"{module}.py") is None for module in modules)
 
 
 CHECKS = (

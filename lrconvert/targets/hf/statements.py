@@ -81,7 +81,10 @@ def _dtype(key: str) -> Callable[[Facts], Any]:
         right = {stored, source.get(key)} if facts.record.stored is None else {stored}
         words = " or ".join(sorted(f'"{name}"' for name in right if name is not None))
         gone = not words or not facts.ours  # versions of transformers have two names for it
-        return Such(f"{words}, which the weights are", lambda found: found in right or (found is ABSENT and gone))
+        return Such(
+            f"{words}, which the weights are",
+            lambda found: gone if found is ABSENT else isinstance(found, str | None) and found in right,
+        )
 
     return wanted
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import Result
 
 from lrconvert.recipe import load_recipe, shipped_recipes
@@ -53,6 +55,22 @@ def test_the_readme_and_ci_run_the_same_test_command() -> None:
     assert "\n.venv/bin/python -m pytest\n" in ci
     assert "-c constraints.txt -e '.[test]'" in readme and "-c constraints.txt -e '.[test]'" in ci
     assert ".venv/bin/lrconvert demo" in readme and ".venv/bin/lrconvert demo" in ci
+
+
+def test_ci_and_releases_try_every_python_that_is_promised() -> None:
+    """The suite on the lowest and the highest, what would be released on all of them."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = [line.rpartition(" ")[2] for line in project["classifiers"] if line.startswith("Programming Language")]
+    promised = sorted((name for name in names if "." in name), key=lambda name: int(name.partition(".")[2]))
+    assert project["requires-python"] == f">={promised[0]}"
+
+    def tried(workflow: str, job: str) -> list[str]:
+        jobs = yaml.safe_load((ROOT / ".github" / "workflows" / workflow).read_text())["jobs"]
+        return jobs[job]["strategy"]["matrix"]["python"]
+
+    assert tried("ci.yml", "suite") == [promised[0], promised[-1]]
+    assert tried("ci.yml", "between") == promised[1:-1]
+    assert tried("release.yml", "try") == promised
 
 
 def test_no_file_is_too_large() -> None:

@@ -20,9 +20,10 @@ import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lrconvert.artifact.manifest import MANIFEST, Manifest, manifest_path, temporary_of
+from lrconvert.artifact.manifest import MANIFEST, Manifest, manifest_path
 from lrconvert.artifact.staging import Staging, disk_errors, sync
 from lrconvert.errors import EnvironmentFailure, InputError, UsageError
+from lrconvert.writing import temporary_of
 
 _ORDER = ".order.json"  # in the staging folder: the files' names, in the order of `names`
 

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -194,23 +192,3 @@ def manifest_path(artifact: Path) -> Path:
         return artifact / MANIFEST
     part = _PART.fullmatch(artifact.stem)
     return artifact.with_name(f"{part['stem'] if part else artifact.stem}.{MANIFEST}")
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a small file beside `path` and put it in its place; what an error leaves of it is removed."""
-    temporary = temporary_of(path)
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-
-
-def temporary_of(path: Path) -> Path:
-    """Where `replace_file` writes first. A kill leaves it there: it is nobody's file."""
-    return path.with_name(f".{path.name}.tmp")

@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lrconvert.artifact.manifest import EDITABLE, FILES, MANIFEST, FileRecord, Manifest, manifest_path, replace_file
+from lrconvert.artifact.manifest import EDITABLE, FILES, MANIFEST, FileRecord, Manifest, manifest_path
 from lrconvert.artifact.staging import Staging
 from lrconvert.errors import InputError, UsageError
+from lrconvert.writing import replace_file
 
 PATIENCE = 10  # seconds to wait for who holds the lock: another `verify` is done at once
 Stamp = tuple[int, int, int]

@@ -24,9 +24,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from lrconvert.artifact.manifest import MANIFEST, FileRecord, Manifest, temporary_of
+from lrconvert.artifact.manifest import MANIFEST, FileRecord, Manifest
 from lrconvert.checkpoint.source import COPY_BYTES
 from lrconvert.errors import EnvironmentFailure, LrconvertError, UsageError
+from lrconvert.writing import temporary_of
 
 
 def check_output(output: Path, *, force: bool) -> None:

@@ -132,14 +132,26 @@ def same(found: Any, wanted: Any) -> bool:
     if isinstance(wanted, bool) or isinstance(found, bool):
         return found is wanted
     if isinstance(wanted, int | float) and isinstance(found, int | float):
-        return found == wanted or math.isclose(found, wanted, rel_tol=1e-12)
+        return found == wanted or _close(found, wanted)
     if isinstance(wanted, Sequence) and isinstance(found, Sequence) and not isinstance(wanted, str | bytes):
         if isinstance(found, str | bytes) or len(found) != len(wanted):
             return False
-        return found == wanted or all(same(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
+        return _alike(found, wanted) or all(same(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
     if isinstance(wanted, Mapping) and isinstance(found, Mapping):
         return found.keys() == wanted.keys() and all(same(found[key], value) for key, value in wanted.items())
     return type(found) is type(wanted) and found == wanted
+
+
+def _alike(found: Sequence[Any], wanted: Sequence[Any]) -> bool:
+    """Whether two lists are spelled alike: a vocabulary's merges are many. Python alone takes true for 1."""
+    return found == wanted and json.dumps(found, default=repr) == json.dumps(wanted, default=repr)
+
+
+def _close(found: float, wanted: float) -> bool:
+    try:
+        return math.isclose(found, wanted, rel_tol=1e-12)
+    except OverflowError:  # an integer beyond all floats, and not the same integer
+        return False
 
 
 def shown(value: Any) -> str:
@@ -265,6 +277,39 @@ def _contents(
         yield Difference(name, error.message)
         return
     yield from differences(name, ours, theirs, table, facts)
+
+
+def spelling_problem(data: bytes) -> str | None:
+    """What makes programs read a JSON file differently, or not at all; None where nothing does."""
+    if data.startswith(b"\xef\xbb\xbf"):
+        return "begins with a byte order mark, which most programs don't take"
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        return "is not UTF-8"
+    twice: list[str] = []
+
+    def pairs(items: list[tuple[str, Any]]) -> None:
+        names = [name for name, _ in items]
+        if len(set(names)) != len(names):
+            twice.append(next(name for name in names if names.count(name) > 1))
+
+    try:
+        json.loads(text, object_pairs_hook=pairs)
+    except (ValueError, RecursionError):
+        return None  # said by whoever reads it
+    return f"has {shown(twice[0])} twice, and programs differ in which they take" if twice else None
+
+
+def spelling_differences(paths: Iterable[Path], source: Files) -> Iterator[Difference]:
+    """Of the JSON files that are not copies of the source's own."""
+    for path in paths:
+        data = path.read_bytes() if path.is_file() and path.stat().st_size <= MAX_TOKENIZER_BYTES else b""
+        theirs = source.get(path.name)
+        if theirs is not None and _same_bytes(path, theirs):
+            continue
+        if (problem := spelling_problem(data)) is not None:
+            yield Difference(path.name, f"{path.name}: {problem}")
 
 
 def as_json(source: Path | bytes, name: str) -> dict[str, Any]:

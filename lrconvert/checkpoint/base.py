@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 # The largest indexes, of a hundred thousand tensors, are about 10 MB; parsed, a file can be 20 times its size.
 MAX_JSON_BYTES = 32 * 2**20
 MAX_JSON_DEPTH = 64
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 MAX_TOKENIZER_BYTES = 48 * 2**20  # of a tokenizer.json: 262,000 tokens with their merges take 33 MB
 
 # Names of the dtypes as safetensors spells them, as arrays come in.
@@ -283,6 +285,8 @@ def parse_json(content: bytes, where: object) -> dict[str, Any]:
     """The JSON object in some bytes; `InputError` for anything else."""
     try:
         value = json.loads(content)
+        if _SURROGATE.search(content):  # half of a pair is no character: nothing can write it again
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise InputError(f"{where}: not JSON ({reason})") from error

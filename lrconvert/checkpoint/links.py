@@ -29,7 +29,10 @@ def is_inside(name: str) -> bool:
 def own_file(folder: Path, name: str) -> Path | None:
     """`folder / name` where that is a plain file of the folder, of no other kind and not a link that leads out."""
     path = folder / name
-    return path if is_own(folder, path) and path.is_file() else None
+    try:
+        return path if is_own(folder, path) and path.is_file() else None
+    except OSError:  # a name that is too long for a file
+        return None
 
 
 def is_own(folder: Path, path: Path) -> bool:

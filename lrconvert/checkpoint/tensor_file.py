@@ -19,6 +19,7 @@ from lrconvert.checkpoint.base import FLOAT_DTYPES, TensorInfo, numpy_dtype
 from lrconvert.checkpoint.blocks import Array, Block, row_blocks
 from lrconvert.errors import InputError
 
+SUFFIX = ".safetensors"
 # What quantisers store, as safetensors spells it, beside floats and what ml_dtypes has.
 _INTEGERS = {"U8": np.uint8, "I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64}
 _SMALL_FLOATS = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}
@@ -41,6 +42,7 @@ class TensorFile:
         self.tensors: dict[str, TensorInfo] = {}
         self._offsets: dict[str, int] = {}
         header, data = _checked_header(path)
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}  # words, as safetensors demands
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             start, stop = entry["data_offsets"]
             self.tensors[name] = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), path, stop - start)
@@ -91,7 +93,7 @@ class TensorFile:
 
 
 def _checked_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header's tensors, and where the data begins."""
+    """The header, and where the data begins."""
     import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors asks for by name)
     from safetensors import SafetensorError, safe_open
 
@@ -105,7 +107,6 @@ def _checked_header(path: Path) -> tuple[dict[str, Any], int]:
             header = json.loads(file.read(size))
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a complete safetensors file ({error})") from error
-    header.pop("__metadata__", None)
     return header, 8 + size
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from lrconvert import __version__
+from lrconvert.cli._output import hint
 from lrconvert.cli._third_parties import hush
 from lrconvert.errors import EnvironmentFailure, LrconvertError, UsageError
 
@@ -132,5 +133,5 @@ def _is_utf8(argument: str) -> bool:
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    click.echo(f"lrconvert: {' '.join(message.split())}", err=True)
+    hint(f"lrconvert: {' '.join(message.split())}")
     return code

@@ -89,14 +89,7 @@ def run(evaluate: Evaluate, table: Callable[[Evaluation], Table], *, as_json: bo
 
 
 def _show(found: Evaluation, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    from rich.table import Table
-
-    shown = Table(title=found.title)
-    for name in columns:
-        shown.add_column(name, justify="right")
-    for cells in rows:
-        shown.add_row(*cells)
-    out.console().print(shown)
+    out.table(columns, rows, title=found.title)
     out.say(found.protocol)
     info = found.result["runtime"]
     versions = ", ".join(f"{key} {value}" for key, value in info.items() if key not in ("class", "dtype", "device"))

@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Output of the commands: data on stdout, everything else on stderr."""
+"""Output of the commands: data on stdout, everything else on stderr.
+
+Names and texts of files may come from strangers, so nothing is shown that moves a terminal's cursor, turns the
+direction of its text, or can't be encoded (`visible`).
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +19,15 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lrconvert.engines.engine import Verdict
+
+
+# Control characters but tab and end of line, marks of direction, lone surrogates.
+_INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """Text as it is shown: with escapes, those of JSON, for what a terminal would act on."""
+    return _INVISIBLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 @cache
@@ -27,21 +41,34 @@ def console() -> Console:
 
 def data(value: Any) -> None:
     """JSON on stdout."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    click.echo(visible(json.dumps(value, indent=2, ensure_ascii=False)))
 
 
 def say(text: str = "") -> None:
     """A line of data on stdout."""
-    click.echo(text)
+    click.echo(visible(text))
 
 
 def hint(text: str) -> None:
     """What to do next: stderr."""
-    click.echo(text, err=True)
+    click.echo(visible(text), err=True)
 
 
 def warn(text: str) -> None:
-    click.echo(f"warning: {text}", err=True)
+    click.echo(visible(f"warning: {text}"), err=True)
+
+
+def table(columns: Iterable[str], rows: Iterable[Sequence[str]], *, title: str = "", numbers: bool = True) -> None:
+    """A table on stdout; `numbers` end at the right."""
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(title=Text(visible(title)) if title else None)
+    for name in columns:
+        shown.add_column(name, justify="right" if numbers else "left")
+    for row in rows:
+        shown.add_row(*(Text(visible(cell)) for cell in row))
+    console().print(shown)
 
 
 def count(number: int, noun: str) -> str:

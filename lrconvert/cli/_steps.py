@@ -7,11 +7,13 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
+MOST_NAME = 80  # characters of a proposed name: models may be called anything
 SUFFIXES = {"gguf": ".gguf"}  # of outputs that are files
 
 
 def free_name(stem: str, suffix: str = "", *taken: str | Path | None) -> str:
     """A name for an output: `stem`, with a number where something of that name lies here or is among `taken`."""
+    stem = stem[:MOST_NAME]
     others = {Path(name).resolve() for name in taken if name is not None}
     number, name = 1, f"{stem}{suffix}"
     while Path(name).exists() or Path(name).resolve() in others:

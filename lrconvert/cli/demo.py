@@ -16,6 +16,7 @@ from lrconvert.cli._common import force_option
 from lrconvert.cli._progress import show_progress
 from lrconvert.progress import Steps
 from lrconvert.recipe import Recipe
+from lrconvert.writing import replace_file
 
 RECIPE = "demo-2048k"
 LENGTHS = (4096, 8192, 16384)
@@ -83,7 +84,7 @@ def command(ctx: click.Context, output: Path, full: bool, force: bool) -> int:
     _show_record(recipe)
     plot_before_after(results, output / "before-after.png", title=f"The embedded model, before and after {RECIPE}")
     plain = {name: [vars(row) for row in rows] for name, rows in results.items()}
-    (output / "results.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+    replace_file(output / "results.json", json.dumps(plain, indent=2) + "\n")
     out.say(f"\n{output}: {RECIPE}/ (the artifact), before-after.png, factors.png, factors.svg, results.json")
     out.say(report.summary)
     out.hint(
@@ -124,31 +125,25 @@ def _measure(artifact: Path | None, lengths: Sequence[int], steps: Steps) -> lis
 
 
 def _show_results(results: dict[str, list[Measured]]) -> None:
-    from rich.table import Table
-
-    table = Table(title="The embedded model (window 4096), before and after")
-    for name in ("tokens", "perplexity before", "after", "keys before", "after"):
-        table.add_column(name, justify="right")
+    rows = []
     for before, after in zip(results["before"], results["after"], strict=True):
         cells = [f"{before.perplexity:.1f}", f"{after.perplexity:.1f}"]
         cells += [f"{row.keys} of {KEYS}" for row in (before, after)]
-        table.add_row(f"{before.length:,}", *cells)
-    out.console().print(table)
+        rows.append((f"{before.length:,}", *cells))
+    columns = ("tokens", "perplexity before", "after", "keys before", "after")
+    out.table(columns, rows, title="The embedded model (window 4096), before and after")
 
 
 def _show_record(recipe: Recipe) -> None:
     """What the recipe says that a GPU measured, up to its whole window."""
-    from rich.table import Table
-
     found = (recipe.evaluation or {}).get("measured", {})
     base = next(row["perplexity"]["value"] for key, row in found.items() if key.startswith("base"))
     before = f"{base:.1f} before, at {recipe.original_window:,}"
-    table = Table(title=f"From {recipe.name}'s record, measured on a GPU ({before})")
-    for name in ("tokens", "perplexity", "keys", "passkeys"):
-        table.add_column(name, justify="right")
+    lines = []
     for length in sorted({row["length"] for row in found.values()}):
         cells = [f"{found[f'perplexity@{length}']['perplexity']['value']:.1f}"]
         rows = (found[f"{kind}@{length}"] for kind in ("retrieval", "passkey"))
-        table.add_row(f"{length:,}", *cells, *(f"{row['hits']} of {row['trials']}" for row in rows))
-    out.console().print(table)
+        lines.append((f"{length:,}", *cells, *(f"{row['hits']} of {row['trials']}" for row in rows)))
+    title = f"From {recipe.name}'s record, measured on a GPU ({before})"
+    out.table(("tokens", "perplexity", "keys", "passkeys"), lines, title=title)
     out.say("perplexity: the same last 1,024 tokens of four excerpts; keys: all behind one text; passkeys: one by one")

@@ -102,20 +102,16 @@ def command(model: str, output: Path, dry_run: bool, **options: Any) -> None:
 
 
 def _stages(title: str, stages: Sequence[Estimate | Finished]) -> None:
-    from rich.table import Table
-
     memory = any(stage.memory for stage in stages)
-    table = Table(title=title)
-    for name in ("stage", "time", *(["GPU memory"] if memory else [])):
-        table.add_column(name, justify="right")
-    for stage in stages:
-        row = [
+    rows = [
+        (
             stage.name,
             out.duration(stage.seconds),
             *([out.size(stage.memory) if stage.memory else ""] if memory else []),
-        ]
-        table.add_row(*row)
-    out.console().print(table)
+        )
+        for stage in stages
+    ]
+    out.table(("stage", "time", *(["GPU memory"] if memory else [])), rows, title=title)
     out.say(f"in total {out.duration(sum(stage.seconds for stage in stages))}")
 
 

@@ -45,17 +45,12 @@ def list_recipes(folder: Path | None, as_json: bool) -> None:
     if as_json:
         out.data([{"name": name, **recipe.summary} for name, recipe in recipes])
         return
-    from rich.table import Table
-
-    table = Table()
-    for name in ("name", "family", "original window", "window", "tiers", "provenance"):
-        table.add_column(name)
+    rows = []
     for name, recipe in recipes:
         about = recipe.summary
         origin = " ".join(filter(None, (about["kind"], about["method"])))
-        cells = (str(about[key]) for key in ("family", "original_window", "window", "tiers"))
-        table.add_row(name, *cells, origin)
-    out.console().print(table)
+        rows.append((name, *(str(about[key]) for key in ("family", "original_window", "window", "tiers")), origin))
+    out.table(("name", "family", "original window", "window", "tiers", "provenance"), rows, numbers=False)
 
 
 @command.command()

@@ -205,18 +205,14 @@ def _show_cost(plan: SearchPlan, place: dict[str, Any]) -> None:
 
 
 def _summary(recipe: Recipe) -> None:
-    from rich.table import Table
-
-    table = Table(title=f"{recipe.name}: losses on the text of the search (nats per token)")
-    for name in ("set for", "length", "searched", "start", "best start's loss"):
-        table.add_column(name, justify="right")
+    rows = []
     for tier in (recipe.evaluation or {}).get("tiers", []):
         for key, loss in tier["losses"].items():
             starts = {name: losses[key] for name, losses in tier["starts"].items() if key in losses}
             best = min(starts, key=lambda name: starts[name], default="")
-            row = (f"{tier['max_length']:,}", key, f"{loss:.4f}", best, f"{starts[best]:.4f}" if best else "")
-            table.add_row(*row)
-    out.console().print(table)
+            rows.append((f"{tier['max_length']:,}", key, f"{loss:.4f}", best, f"{starts[best]:.4f}" if best else ""))
+    columns = ("set for", "length", "searched", "start", "best start's loss")
+    out.table(columns, rows, title=f"{recipe.name}: losses on the text of the search (nats per token)")
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from lrconvert.cli import _output as out
 from lrconvert.cli._common import Precision, Registered, trust_code_option
 from lrconvert.cli._progress import show_progress
 from lrconvert.runtimes import RUNTIMES, backend_choices
+from lrconvert.writing import replace_file
 
 if TYPE_CHECKING:
     from lrconvert.artifact.checks import Row
@@ -138,7 +139,7 @@ def command(
         )
     for path, text in ((junit, report.to_junit), (html, partial(page, report)), (markdown, report.to_markdown)):
         if path is not None:
-            path.write_text(text(), encoding="utf-8")
+            replace_file(path, text())
     if as_json:
         out.data(report.to_json())
     else:

@@ -12,76 +12,26 @@ Each returns an `Evaluation`: rows with figures and their 95 % intervals, and ho
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from hashlib import sha256
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
-from lrconvert import __version__
-from lrconvert.checkpoint.tokenizer import Encode, tokenizer_of
+from lrconvert.checkpoint.tokenizer import tokenizer_of
 from lrconvert.errors import InputError, UnsupportedError, UsageError, require
-from lrconvert.evals.passkey import PROTOCOL, PasskeyFormat, PasskeyRow, by_length, form_of, measure_passkey
+from lrconvert.evals.passkey import PROTOCOL, PasskeyFormat, form_of, measure_passkey
 from lrconvert.evals.perplexity import measure_perplexity
 from lrconvert.evals.protocols import EXCERPTS, Plan
 from lrconvert.evals.retrieval import PROTOCOL as RETRIEVAL_PROTOCOL
 from lrconvert.evals.retrieval import evaluation_keys, measure_retrieval
-from lrconvert.evals.subject import REFERENCE, Subject, opened
+from lrconvert.evals.run import Evaluation, Options, Run, json_of
+from lrconvert.evals.subject import REFERENCE
 from lrconvert.evals.texts import read_texts, sources_of
-from lrconvert.precision import long_name
-from lrconvert.progress import Progress, Step, silent
-from lrconvert.runtimes.base import Session
+from lrconvert.progress import Step
 from lrconvert.training.keys import LabelledForm
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from lrconvert.evals.earlier import Difference
-
-
-class Options(TypedDict, total=False):
-    """What every evaluation takes.
-
-    recipe: Evaluate a plain model under this recipe, without baking it.
-    code: Which code of the artifact runs: native, custom, or reference for our own implementation; default: its own.
-    device: cpu, cuda, cuda:1 …; default: cpu. dtype: f32 (default), bf16, f16, or by the long names.
-    threads: Threads of the runtime. library: libllama for a GGUF.
-    trust_code: Run code that a folder brings even where it is not lrconvert's.
-    seed: Of everything that is random; default: 0.
-    output: A stem: STEM.json and the picture STEM.png are written.
-    progress: Gets every step.
-    """
-
-    recipe: str | None
-    code: str | None
-    device: str
-    dtype: str
-    threads: int | None
-    library: str | None
-    trust_code: bool
-    seed: int
-    output: str | Path | None
-    progress: Progress | None
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A finished evaluation: `rows` (PerplexityRow, PasskeyRow, RulerRow or BenchmarkRow), how they were measured, and
-    `result`, all of it, as in STEM.json.
-
-    `incomparable` is why an earlier result could not be compared after all; then there are no `differences`.
-    """
-
-    kind: str
-    protocol: str
-    title: str
-    rows: tuple[Any, ...]
-    result: dict[str, Any]
-    warnings: tuple[str, ...] = ()
-    differences: tuple[Difference, ...] = ()
-    incomparable: UsageError | None = None
 
 
 def perplexity(
@@ -105,7 +55,7 @@ def perplexity(
     Raises `UsageError` for options that don't go together, `InputError` for texts that are too short or unreadable and
     for a model whose losses are not numbers, and as `Subject.of` and `opened`.
     """
-    run = _Run.of(artifact, options)
+    run = Run.of(artifact, options)
     plan = Plan(tuple(lengths), judged, excerpts, whole, step, document_tokens)
     run.check_lengths(lengths)
     sources, subject = sources_of(texts), run.subject
@@ -144,7 +94,7 @@ def passkey(
     Raises `UsageError` for a GGUF or an ONNX folder and a length beyond its window, `InputError` for a `form` that is
     damaged and a length that is too short, and as `Subject.of` and `opened`.
     """
-    run = _Run.of(artifact, options)
+    run = Run.of(artifact, options)
     run.check_lengths(lengths)
     path = form or form_of(run.subject.artifact)
     sentences = PasskeyFormat.read(path)
@@ -172,7 +122,7 @@ def retrieval(
     Raises `InputError` for a `form` that is damaged, texts that are too short and lengths without room, and as
     `Subject.of` and `opened`.
     """
-    run = _Run.of(artifact, options)
+    run = Run.of(artifact, options)
     run.check_lengths(lengths)
     subject = run.subject
     path = form or evaluation_keys(subject.artifact)
@@ -210,7 +160,7 @@ def ruler(
     a GGUF or an ONNX folder, `UnsupportedError` for the reference, which generates nothing, `EnvironmentFailure` where
     lm-eval or wonderwords is missing or a text can't be fetched, and as `Subject.of` and `opened`.
     """
-    run = _Run.of(artifact, options)
+    run = Run.of(artifact, options)
     run.check_lengths(lengths)
     if run.code == REFERENCE:
         raise UnsupportedError("the reference does not generate text, which RULER's answers are")
@@ -261,11 +211,11 @@ def benchmarks(
     reached, and as `Subject.of` and `opened`.
     """
     output = options.get("output")
-    if against is not None and output is not None and _json_of(Path(output)).resolve() == Path(against).resolve():
+    if against is not None and output is not None and json_of(Path(output)).resolve() == Path(against).resolve():
         raise UsageError(
             f"-o {output} would overwrite {against}, which --against compares with", remedy="Name another -o"
         )
-    run = _Run.of(artifact, options)  # before lm-eval is imported, which takes seconds: it may be refused
+    run = Run.of(artifact, options)  # before lm-eval is imported, which takes seconds: it may be refused
     lm_eval = require("lm_eval", "eval", "an evaluation on benchmarks")
     from lrconvert.evals.benchmarks import BATCH_TOKENS, measure_benchmarks, protocol, session_model
     from lrconvert.evals.earlier import changed_prompts, check_comparable, differences, read_earlier
@@ -304,119 +254,3 @@ def benchmarks(
 
     evaluation = run.evaluation("benchmarks", protocol(asked, limit), rows, found, changes, incomparable)
     return run.saved(evaluation, plot)
-
-
-@dataclass
-class _Run:
-    """What an evaluation is of, and how it is computed and kept."""
-
-    subject: Subject
-    code: str | None = None
-    device: str = "cpu"
-    dtype: str = "float32"
-    threads: int | None = None
-    library: str | None = None
-    trust_code: bool = False
-    seed: int = 0
-    output: Path | None = None
-    progress: Progress = silent
-    warnings: list[str] = field(default_factory=list)
-    info: dict[str, Any] = field(default_factory=dict)  # the runtime's
-
-    @classmethod
-    def of(cls, artifact: str | Path, options: Options) -> _Run:
-        given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
-        subject = Subject.of(str(artifact), given.pop("recipe", None))
-        output, dtype = given.pop("output", None), given.pop("dtype", None)
-        run = cls(subject, output=None if output is None else Path(output), **given)
-        if dtype is not None:
-            run.dtype = long_name(dtype)
-            if run.code != REFERENCE:
-                run.warnings += subject.runtime.ignored(run.dtype)
-        return run
-
-    def check_lengths(self, lengths: Sequence[int]) -> None:
-        """`UsageError` for documents beyond the window of an artifact whose window is fixed."""
-        window = self.subject.window if self.subject.runtime.fixed else None
-        if window is not None and max(lengths) > window:
-            raise UsageError(
-                f"{self.subject.reference} serves {window} tokens; documents of {max(lengths)} are beyond that",
-                remedy="Use shorter --lengths, or bake it for a longer window",
-            )
-
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
-
-    @contextlib.contextmanager
-    def session(self, *, text: bool = True) -> Iterator[tuple[Session, Encode]]:
-        """A session on the artifact and its tokenizer, which no one needs without `text`."""
-        if self.output is not None:
-            require("matplotlib", "plot", "the plot that -o writes")  # an error before anything is computed
-        with opened(
-            self.subject,
-            code=self.code,
-            device=self.device,
-            dtype=self.dtype,
-            threads=self.threads,
-            library=self.library,
-            trust_code=self.trust_code,
-            progress=self.progress,
-            text=text,
-        ) as (session, encode):
-            yield session, encode
-            self.info = session.info
-
-    def evaluation(
-        self,
-        kind: str,
-        protocol: str,
-        rows: Sequence[Any],
-        found: dict[str, Any],
-        changes: Sequence[Difference] = (),
-        incomparable: UsageError | None = None,
-    ) -> Evaluation:
-        name, recipe = Path(self.subject.reference).name, self.subject.recipe
-        under = "" if recipe is None else f" under {recipe.name}"
-        result = {
-            "lrconvert": __version__,
-            "artifact": name,
-            "recipe": None if recipe is None else recipe.name,
-            "seed": self.seed,
-            "runtime": self.info,
-            "evaluation": kind,
-            "protocol": protocol,
-            **found,
-        }
-        title = f"{name}{under}: {kind}, seed {self.seed}"
-        warnings = tuple(self.warnings)
-        return Evaluation(kind, protocol, title, tuple(rows), result, warnings, tuple(changes), incomparable)
-
-    def keys_found(self, kind: str, protocol: str, form: Path, rows: Sequence[PasskeyRow], **more: Any) -> Evaluation:
-        """An evaluation that counts keys; `form` is the file of their sentences."""
-        found = {
-            "form": {"name": form.name, "sha256": sha256(form.read_bytes()).hexdigest()},
-            **more,
-            "lengths": [total.to_json() for total in by_length(rows)],
-            "rows": [row.to_json() for row in rows],
-        }
-        evaluation = self.evaluation(kind, protocol, rows, found)
-
-        def plot(path: Path) -> None:
-            from lrconvert.evals.plotting import plot_passkey
-
-            plot_passkey(rows, path, title=evaluation.title, protocol=protocol)
-
-        return self.saved(evaluation, plot)
-
-    def saved(self, evaluation: Evaluation, plot: Callable[[Path], None]) -> Evaluation:
-        """STEM.json and STEM.png, if wanted."""
-        if self.output is not None:
-            path = _json_of(self.output)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(evaluation.result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            plot(self.output.with_name(self.output.name + ".png"))
-        return evaluation
-
-
-def _json_of(stem: Path) -> Path:
-    return stem.with_name(stem.name + ".json")

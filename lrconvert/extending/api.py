@@ -13,6 +13,7 @@ from lrconvert.artifact.sliding import lifted_note
 from lrconvert.checkpoint import open_model
 from lrconvert.checkpoint.adapter import WEIGHTS
 from lrconvert.checkpoint.base import Model
+from lrconvert.checkpoint.links import is_inside
 from lrconvert.checkpoint.source import sha256_of
 from lrconvert.checkpoint.tokenizer import tokenizer_of
 from lrconvert.engines.capability import CUSTOM_HF, SEARCHABLE
@@ -263,7 +264,7 @@ def _write(recipe: Recipe, source: Path, folder: Path, force: bool) -> Path:
     if carried is not None:
         name = _copied(source.parent / carried, folder)
     path = write_recipe(replace(recipe, adapter=name), folder, force=force)
-    if before not in (None, name) and Path(before).name == before:
+    if before not in (None, name) and is_inside(before) and (folder / before / WEIGHTS).is_file():
         shutil.rmtree(folder / before, ignore_errors=True)
     return path
 

@@ -259,8 +259,9 @@ def parse_plan(text: str, where: object) -> Plan:
 
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{where}: not TOML ({error})") from None
+    except (ValueError, RecursionError) as error:  # also of numbers with thousands of digits
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise InputError(f"{where}: not TOML ({reason})") from None
     try:
         return _adapter().validate_json(json.dumps(values, default=str))
     except ValidationError as error:

@@ -15,18 +15,19 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lrconvert import __version__
 from lrconvert.checkpoint import describe_source
 from lrconvert.checkpoint.adapter import WEIGHTS
+from lrconvert.checkpoint.links import is_inside
 from lrconvert.checkpoint.source import sha256_of
-from lrconvert.errors import EnvironmentFailure, InputError, UsageError
+from lrconvert.errors import EnvironmentFailure, InputError, UsageError, first_problem
 from lrconvert.extending.plan import Evaluate, Plan
 from lrconvert.extending.stages import STAGES, Facts
 from lrconvert.extending.task import ADAPTER, Ground, Task
-from lrconvert.recipe import RECIPE_FILE, SCHEMA_VERSION, Provenance, Recipe, load_recipe
-from lrconvert.rope import Tier, longrope_attention_factor
+from lrconvert.recipe import RECIPE_FILE, SCHEMA_VERSION, Provenance, Recipe, load_recipe, read_bounded
+from lrconvert.rope import STRICT, Tier, longrope_attention_factor
 
 RESULT, START = "result.json", "0-start"
 SPENT = "spent.json"  # what an unfinished stage took so far
@@ -38,6 +39,8 @@ FORMAT = 2  # of the digests: another one repeats all stages
 class Finished:
     """A stage's result: its digest, what it found, seconds (of all its runs), peak memory in bytes, and the sha256 of
     the files that later stages read."""
+
+    __pydantic_config__: ClassVar = STRICT
 
     name: str
     digest: str
@@ -52,15 +55,19 @@ class Finished:
 
         Raises `InputError` for files that are no longer what the stage wrote.
         """
-        try:
-            found = cls(**json.loads((folder / RESULT).read_text(encoding="utf-8")))
-        except FileNotFoundError:
+        from pydantic import TypeAdapter, ValidationError
+
+        if not (folder / RESULT).exists():
             return None
-        except (OSError, ValueError, TypeError) as error:
+        try:
+            found = TypeAdapter(cls).validate_json(read_bounded(folder / RESULT))
+            json.dumps(found.facts, allow_nan=False)  # goes into a recipe
+        except ValueError as error:
+            what = first_problem(error, "the file") if isinstance(error, ValidationError) else error
             raise InputError(
-                f"{folder / RESULT}: damaged ({error})", remedy="Delete the folder: the stage runs again"
+                f"{folder / RESULT}: damaged ({what})", remedy="Delete the folder: the stage runs again"
             ) from error
-        changed = [name for name, digest in found.files.items() if not _same(folder / name, digest)]
+        changed = [name for name, digest in found.files.items() if not _same(folder, name, digest)]
         if changed or found.digest != digest:
             raise InputError(
                 f"{folder}: {', '.join(changed) or RESULT} changed since the stage was finished",
@@ -69,8 +76,8 @@ class Finished:
         return found
 
 
-def _same(path: Path, digest: str) -> bool:
-    return path.is_file() and sha256_of(path) == digest
+def _same(folder: Path, name: str, digest: str) -> bool:
+    return is_inside(name) and (folder / name).is_file() and sha256_of(folder / name) == digest
 
 
 class Extension:

@@ -19,6 +19,7 @@ from lrconvert.progress import Progress, Step, silent
 from lrconvert.recipe import Recipe, load_recipe, recipe_folder, write_recipe
 from lrconvert.rope import Tier
 from lrconvert.training.devices import is_leading
+from lrconvert.writing import replace_file
 
 ADAPTER, JOURNAL = "adapter", "journal.jsonl"
 
@@ -126,15 +127,13 @@ class Task:
         """What an interrupted stage kept in a file of its folder; nothing where that is damaged."""
         try:
             return json.loads((self.folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
 
     def keep(self, name: str, values: Any) -> None:
         """What the stage has so far, in a file of its folder: whole or not at all."""
         if self.leading:
-            temporary = self.folder / f".{name}"
-            temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-            temporary.replace(self.folder / name)
+            replace_file(self.folder / name, json.dumps(values, indent=1) + "\n")
 
 
 def _relative(path: Path, folder: Path) -> str:

@@ -24,10 +24,10 @@ from annotated_types import Ge
 
 from lrconvert import __version__
 from lrconvert.artifact.checks import Row
-from lrconvert.artifact.manifest import replace_file
 from lrconvert.errors import InputError, UsageError, first_problem
 from lrconvert.parity.report import Report
 from lrconvert.parity.tolerances import LOCK_FLOOR, LOCK_KNOWN, LOCK_LEAST, NOISE
+from lrconvert.writing import replace_file
 
 CODE = "lock"
 LOCK_VERSION = 1

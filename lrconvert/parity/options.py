@@ -83,15 +83,27 @@ def trusted_backends(artifact: Path, backends: list[Backend], options: OpenOptio
 
     `UnsupportedError` (exit code 4) where none is left.
     """
-    if options.trust_code:
-        return backends, []
-    reasons = {backend.name: reason for backend in backends if (reason := backend.refuses(artifact)) is not None}
+    reasons = _refusals(artifact, backends, options)
     asked = [backend for backend in backends if backend.name not in reasons]
     if backends and not asked:
         told = "; ".join(f"{name} code is not run: {reason}" for name, reason in reasons.items())
         raise UnsupportedError(f"{artifact}: {told}", remedy=remedy())
-    rows = [
+    return asked, _not_run(reasons)
+
+
+def code_rows(artifact: Path, backends: list[Backend], options: OpenOptions) -> list[Row]:
+    """A `skipped` row for each that would run code of strangers."""
+    return _not_run(_refusals(artifact, backends, options))
+
+
+def _refusals(artifact: Path, backends: list[Backend], options: OpenOptions) -> dict[str, str]:
+    if options.trust_code:
+        return {}
+    return {backend.name: reason for backend in backends if (reason := backend.refuses(artifact)) is not None}
+
+
+def _not_run(reasons: dict[str, str]) -> list[Row]:
+    return [
         Row(name, "code of the folder", "skipped", reason=f"not run: {reason}. {remedy()}")
         for name, reason in reasons.items()
     ]
-    return asked, rows

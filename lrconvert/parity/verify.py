@@ -29,7 +29,7 @@ from lrconvert.errors import InputError, LrconvertError, UsageError
 from lrconvert.parity import stored as stored_rows
 from lrconvert.parity.asking import Run, ask_backend
 from lrconvert.parity.expected import Expected, exact_fold_rows, expected, lifted_rows, lost, rounding_rows
-from lrconvert.parity.options import Options, chosen_backends, trusted_backends
+from lrconvert.parity.options import Options, chosen_backends, code_rows, trusted_backends
 from lrconvert.parity.padding import padding_rows
 from lrconvert.parity.questions import Questions, at_ends
 from lrconvert.parity.reference_runner import ReferenceRunner
@@ -66,8 +66,11 @@ def verify(
     options, progress = options or Options(), progress or silent
     if not artifact.exists():
         raise InputError(f"{artifact}: no such artifact")
-    chosen_codes = [] if options.files_only else chosen_backends(artifact, target.name, options)
-    backends, unasked = trusted_backends(artifact, chosen_codes, options)
+    chosen_codes = chosen_backends(artifact, target.name, options)
+    if options.files_only:  # nothing runs, and whose code it would be is said all the same
+        backends, unasked = [], code_rows(artifact, chosen_codes, options)
+    else:
+        backends, unasked = trusted_backends(artifact, chosen_codes, options)
     for backend in backends:
         backend.check(artifact, options)
     manifest = Manifest.read(artifact) if manifest_path(artifact).is_file() or against is None else None
@@ -97,6 +100,9 @@ def verify(
     evidence = None if manifest is None else Evidence.of(artifact, manifest)
     if manifest is not None:
         report.rows += _integrity(manifest_path(artifact).parent, manifest, progress)
+        if recipe is None and len(manifest.losses) < len(wanted.dropped):
+            reason = f"it says {len(manifest.losses)} losses, and there are more: {'; '.join(wanted.dropped)}"
+            report.rows.append(Row("files", manifest_path(artifact).name, "fail", reason=reason))
     _compare(run, target, wanted, record, backends)
     if options.files_only or options.quick:
         report.notes.append(FILES_NOTE if options.files_only else QUICK_NOTE)

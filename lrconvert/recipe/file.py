@@ -21,6 +21,7 @@ from lrconvert import rope
 from lrconvert.data import RECIPES
 from lrconvert.errors import EnvironmentFailure, InputError, UsageError
 from lrconvert.rope import RopeSpec, Tier
+from lrconvert.writing import replace_file
 
 SCHEMA_VERSION = 1
 RECIPE_FILE = "recipe.json"
@@ -67,7 +68,8 @@ class Recipe:
 
     def problems(self) -> list[str]:
         """What makes the recipe unusable beyond the types of its values, each with its key."""
-        found = []
+        names = {"name": self.name, "family": self.family, "base_model": self.base_model, "adapter": self.adapter}
+        found = [f"{key} is {name!a}; no name of a file or a model" for key, name in names.items() if _is_odd(name)]
         for index, tier in enumerate(self.tiers):
             key = f"tiers[{index}]"
             if len(tier.factors) != self.rotary_dim // 2:
@@ -119,6 +121,11 @@ class Recipe:
         values = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
         values["provenance"] = {key: value for key, value in values["provenance"].items() if value not in (None, ())}
         return json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _is_odd(name: str | None) -> bool:
+    """Whether it has control characters: a NUL is in no path, and others write over a terminal."""
+    return name is not None and any(ord(letter) < 32 or ord(letter) == 127 for letter in name)
 
 
 def _listed(values: list[int], most: int = 8) -> str:
@@ -248,9 +255,7 @@ def write_recipe(recipe: Recipe, output: Path, *, force: bool = False) -> Path:
     path = check_output(output, force=force)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(recipe.to_json(), encoding="utf-8")
-        temporary.replace(path)
+        replace_file(path, recipe.to_json())
     except OSError as error:
         raise EnvironmentFailure(f"{path}: can't be written ({error.strerror or error})") from error
     return path

@@ -6,18 +6,21 @@ A source is recognised by what it holds, not by options. Several sources become 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Annotated, Any, ClassVar
+
+from annotated_types import Ge, Gt, Le
 
 from lrconvert import rope
 from lrconvert.checkpoint import GGUF_MAGIC, first_bytes, locate_config, names_hub_id, open_checkpoint, read_json
 from lrconvert.checkpoint.folder import CONFIG
 from lrconvert.checkpoint.other_configs import familiar, text_part
 from lrconvert.checkpoint.rope_config import FoundRope, read_rope
-from lrconvert.errors import InputError, UsageError
+from lrconvert.errors import InputError, UsageError, first_problem
 from lrconvert.families import Family, ModelShape, family_names, get_family, read_shape
 from lrconvert.families.parts import is_larger, language_config
 from lrconvert.recipe import (
@@ -28,12 +31,15 @@ from lrconvert.recipe import (
     Recipe,
     find_recipe,
     load_recipe,
+    parse_recipe,
     read_bounded,
     shipped_recipes,
 )
 from lrconvert.recipe.models import portable_name
 from lrconvert.rope import FACTORS, Tier
 
+_READ: Any = {"strict": True, "allow_inf_nan": False}
+MAX_DIMENSION = 65_536  # of a head in a factor file
 _LENGTH_IN_NAME = re.compile(r"^(?:ft_[a-z0-9]+_)?(\d+)k", re.IGNORECASE)
 
 
@@ -111,9 +117,10 @@ def import_recipe(
             notes=tuple(notes),
         ),
     )
-    if problems := recipe.problems():
-        raise InputError.collect(", ".join(sources), problems)
-    return recipe, notes
+    try:
+        return parse_recipe(recipe.to_json(), ", ".join(sources)), notes  # nothing that no recipe may hold
+    except ValueError as error:  # a number that JSON has no word for
+        raise InputError(f"{', '.join(sources)}: {error}") from error
 
 
 def open_recipe(reference: str | Path) -> tuple[Recipe, Path, list[str]]:
@@ -297,31 +304,71 @@ def _read_csv(path: Path, length: str) -> _Piece:
     return _Piece(Base(), 2 * len(numbers[0]), (tier,), path.name, notes=notes, formula=True)
 
 
+@dataclass(frozen=True)
+class _Origin:
+    """Where a factor file's numbers come from."""
+
+    __pydantic_config__: ClassVar = _READ
+
+    repo: str | None = None
+    ref: str | None = None
+    path: str | None = None
+    licence: str | None = None
+
+    @property
+    def described(self) -> str:
+        return " ".join(filter(None, (self.repo, self.ref, self.path)))
+
+
+@dataclass(frozen=True)
+class _FactorFile:
+    """A published set as plain data; a null is a key that is not there, and other keys are ignored. Factors are looked
+    at by who reads those of configs. `attention_factor` is a number for both sets, or an object with one for each."""
+
+    __pydantic_config__: ClassVar = _READ
+
+    rotary_dim: Annotated[int, Ge(1), Le(MAX_DIMENSION)]
+    head_dim: Annotated[int, Ge(1), Le(MAX_DIMENSION)]
+    original_max_position_embeddings: Annotated[int, Ge(1)] | None = None
+    max_position_embeddings: int | None = None
+    target_length: int | None = None
+    rope_theta: Annotated[float, Gt(0)] | None = None
+    short_factor: list[float] | None = None
+    long_factor: list[float] | None = None
+    attention_factor: float | dict[str, float] | None = None
+    start_tokens: Annotated[int, Ge(0)] | None = None
+    model: str | None = None
+    source: _Origin | None = None
+
+
 def _read_factor_file(path: Path, values: dict[str, Any], given: Base) -> _Piece:
-    """A published set as plain data: `short_factor`, `long_factor` and what its config has beside them."""
-    origin = values.get("source")
-    origin = origin if isinstance(origin, dict) else {}
-    described = " ".join(str(origin[key]) for key in ("repo", "ref", "path") if origin.get(key)) or path.name
-    theta = given.theta or values.get("rope_theta")
-    original = given.original_window or values.get("original_max_position_embeddings")
-    rotary_dim, head_dim = values.get("rotary_dim"), values.get("head_dim")
-    if not all(isinstance(value, int) and value > 0 for value in (rotary_dim, head_dim, original)):
-        raise InputError(
-            f"{path}: rotary_dim, head_dim and original_max_position_embeddings are needed as positive integers"
-        )
-    assert isinstance(rotary_dim, int) and isinstance(head_dim, int) and isinstance(original, int)
-    both = values.get("short_factor") is not None and values.get("long_factor") is not None
-    lengths = [values.get(key) for key in ("max_position_embeddings", "target_length")]
+    """`short_factor`, `long_factor` and what their config has beside them."""
+    from pydantic import TypeAdapter, ValidationError
+
+    plain = {**values, "source": values["source"] if isinstance(values.get("source"), dict) else None}
+    try:
+        read = TypeAdapter(_FactorFile).validate_json(json.dumps(plain))
+    except ValidationError as error:
+        raise InputError(f"{path}: {first_problem(error, 'the file')}") from error
+    origin = read.source or _Origin()
+    original = given.original_window or read.original_max_position_embeddings
+    if original is None:
+        raise InputError(f"{path}: original_max_position_embeddings is missing", remedy="Give --original-window")
+    theta = given.theta or read.rope_theta
+    both = read.short_factor is not None and read.long_factor is not None
+    lengths = [read.max_position_embeddings, read.target_length]
     target = next((length for length in (lengths if both else lengths[::-1]) if length is not None), None)
-    only = values.get("short_factor") or values.get("long_factor")
-    published = values.get("attention_factor")  # a number for both sets, or an object with one for each
+    if target is None:
+        raise InputError(f"{path}: neither max_position_embeddings nor target_length")
+    only = read.short_factor or read.long_factor
+    published = read.attention_factor
     scale = published if isinstance(published, dict) else {"attention_factor": published}
     config = {
         "model_type": given.family or "unknown",
-        "hidden_size": head_dim,
+        "hidden_size": read.head_dim,
         "num_attention_heads": 1,
-        "head_dim": head_dim,
-        "partial_rotary_factor": rotary_dim / head_dim,
+        "head_dim": read.head_dim,
+        "partial_rotary_factor": read.rotary_dim / read.head_dim,
         "max_position_embeddings": target,
         "rope_theta": theta or 10000.0,
         "original_max_position_embeddings": original,
@@ -330,21 +377,20 @@ def _read_factor_file(path: Path, values: dict[str, Any], given: Base) -> _Piece
         "num_hidden_layers": 1,
         "rope_scaling": {
             "rope_type": "longrope",
-            "short_factor": values.get("short_factor") or only,
-            "long_factor": values.get("long_factor") or only,
+            "short_factor": read.short_factor or only,
+            "long_factor": read.long_factor or only,
             **scale,
         },
     }
     found = _checked(path, config)
     tiers = found.tiers if both else (replace(found.tiers[-1], max_length=target),)
-    start = values.get("start_tokens") or 0
-    tiers = tuple(replace(tier, start_tokens=start) for tier in tiers)
+    tiers = tuple(replace(tier, start_tokens=read.start_tokens or 0) for tier in tiers)
     return _Piece(
-        Base(given.family, theta, original, values.get("model")),
-        rotary_dim,
+        Base(given.family, theta, original, read.model),
+        read.rotary_dim,
         tiers,
-        described,
-        licence=origin.get("licence"),
+        origin.described or path.name,
+        licence=origin.licence,
         notes=found.notes,
         formula=not both and published is None,
     )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from lrconvert.errors import require
 from lrconvert.recipe.derive import factor_set
 from lrconvert.recipe.file import Method, Recipe
+from lrconvert.writing import replace_file
 
 LOG_TICKS = 5.0  # ratio of highest to lowest above which ticks are 1, 2, 5, 10 …; below, evenly spaced numbers
 BARS = "▁▂▃▄▅▆▇█"
@@ -69,8 +71,15 @@ def save(figure: Any, path: Path) -> None:
     from matplotlib import pyplot
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    replace_file(path, _picture(figure, path.suffix))
     pyplot.close(figure)
+
+
+def _picture(figure: Any, suffix: str) -> bytes:
+    """An SVG without a date in it."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=130, format=suffix[1:], metadata={"Date": None} if suffix == ".svg" else None)
+    return drawn.getvalue()
 
 
 def plot_recipe(recipe: Recipe, stem: Path) -> list[Path]:
@@ -112,6 +121,6 @@ def save_twice(figure: Any, stem: Path) -> list[Path]:
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
     stem.parent.mkdir(parents=True, exist_ok=True)
     for path in paths:
-        figure.savefig(path, dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)
+        replace_file(path, _picture(figure, path.suffix))
     pyplot.close(figure)
     return paths

@@ -21,12 +21,15 @@ import os
 import re
 import time
 from dataclasses import dataclass, field
+from functools import cache
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
-from lrconvert.errors import EnvironmentFailure, InputError, UsageError
+from annotated_types import Ge, Gt, MinLen
+
+from lrconvert.errors import EnvironmentFailure, InputError, UsageError, first_problem
 from lrconvert.searching.protocol import Answer, Question
 from lrconvert.searching.space import Candidate
 
@@ -62,18 +65,60 @@ class Record:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Record:
-        gradient, loss = values.get("gradient"), values["loss"]
-        if loss is not None and (type(loss) not in (int, float) or not 0 <= loss < math.inf):
-            raise ValueError(f"a loss of {loss!r:.40}")
-        answer = Answer(
-            math.inf if loss is None else float(loss),
-            values["losses"],
-            None if gradient is None else tuple(gradient),
-            values.get("error"),
-            values["seconds"],
-        )
-        question = Question(Candidate.from_json(values["candidate"]), values["made"], "gradient" in values)
-        return cls(values["tier"], question, answer)
+        """Raises `ValueError` for what `to_json` never makes."""
+        from pydantic import ValidationError
+
+        try:
+            read = _line().validate_json(json.dumps(values))
+        except ValidationError as error:
+            raise ValueError(first_problem(error)) from error
+        if read.loss is None and read.error is None:
+            raise ValueError("neither a loss nor an error")
+        loss = math.inf if read.loss is None else float(read.loss)
+        gradient = None if read.gradient is None else tuple(read.gradient)
+        answer = Answer(loss, read.losses, gradient, read.error, read.seconds)
+        question = Question(Candidate.from_json(values["candidate"]), read.made, "gradient" in values)
+        return cls(read.tier, question, answer)
+
+
+# A journal may have been edited: nothing is coerced, and no number is anything else.
+_READ: Any = {"strict": True, "allow_inf_nan": False}
+_Factor = Annotated[float, Gt(0)]
+
+
+@dataclass
+class _Candidate:
+    """What is read of a candidate."""
+
+    __pydantic_config__: ClassVar = _READ
+
+    factors: Annotated[list[_Factor], MinLen(1)]
+    start_tokens: Annotated[int, Ge(0)]
+    attention_factor: _Factor
+    critical: int | None = None
+
+
+@dataclass
+class _Line:
+    """What is read of an evaluation's line."""
+
+    __pydantic_config__: ClassVar = _READ
+
+    tier: Annotated[int, Ge(1)]
+    made: str
+    loss: Annotated[float, Ge(0)] | None
+    losses: dict[str, float]
+    candidate: _Candidate
+    seconds: float
+    gradient: list[float] | None = None
+    error: str | None = None
+
+
+@cache
+def _line() -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(_Line)
 
 
 @dataclass
@@ -105,6 +150,7 @@ def read_journal(path: Path) -> Contents:
             if not line.endswith(b"\n"):
                 raise ValueError("no end of line")
             values = json.loads(line, parse_constant=_no_number)
+            json.dumps(values, ensure_ascii=False, allow_nan=False).encode()  # nothing that can't be written again
             if number == 1:
                 _check_head(path, values)
                 found.head = values
@@ -113,7 +159,7 @@ def read_journal(path: Path) -> Contents:
                 found.runs.append(values["run"])
             elif number > 1:
                 found.records.append(Record.from_json(values))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             if number == 1 and (line.endswith(b"\n") or len(lines) > 1 or not _head_start(line)):
                 raise InputError(f"{path}: not the journal of a search") from error
             if number < len(lines):
@@ -147,7 +193,7 @@ def _chained(before: str, body: bytes) -> str:
 
 
 def _check_head(path: Path, values: Any) -> None:
-    if values["journal"] != "lrconvert search":
+    if values["journal"] != "lrconvert search" or not isinstance(values["identity"], dict):
         raise ValueError
     if values["version"] != VERSION:
         raise InputError(f"{path}: a journal of version {values['version']}; this lrconvert reads version {VERSION}")

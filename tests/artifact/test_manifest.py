@@ -23,7 +23,7 @@ from lrconvert.checkpoint.links import is_inside, is_own, own_file
 from lrconvert.checkpoint.source import sha256_of
 from lrconvert.errors import InputError, LrconvertError
 from lrconvert.evals.subject import Subject
-from lrconvert.hub import publish
+from lrconvert.hub.content import check_files
 from lrconvert.parity import Options
 from lrconvert.targets import hf
 
@@ -180,7 +180,7 @@ def test_no_damage_to_a_manifest_is_a_bug_of_ours(
 
     def all_of_it() -> None:
         manifest = Manifest.read(artifact)
-        publish._check_files(artifact, manifest)
+        check_files(artifact, manifest)
         public = public_manifest(manifest)
         json.loads(public.to_json().encode())
         refreshed(card, public, text, "me/x").encode()

@@ -15,12 +15,13 @@ from support.verifying import verify
 
 from lrconvert.artifact import recording
 from lrconvert.artifact.bake import bake
-from lrconvert.artifact.manifest import MANIFEST, Manifest, manifest_path, temporary_of
+from lrconvert.artifact.manifest import MANIFEST, Manifest, manifest_path
 from lrconvert.artifact.recording import Evidence
 from lrconvert.artifact.staging import Staging
 from lrconvert.checkpoint import Model
 from lrconvert.parity import Options
 from lrconvert.targets import gguf, hf
+from lrconvert.writing import temporary_of
 
 QUICK = Options(threads=1, backends=())  # what is read off the files, no runtime
 Make = Callable[..., Path]

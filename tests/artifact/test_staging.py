@@ -19,12 +19,13 @@ from support.pico import write_pico
 from support.staging import BAKED, RUN_AS_USER, RUN_WITH_SMALL_FILES, content, linux_only
 
 from lrconvert.artifact import staging as output_module
-from lrconvert.artifact.manifest import MANIFEST, FileRecord, Manifest, replace_file
+from lrconvert.artifact.manifest import MANIFEST, FileRecord, Manifest
 from lrconvert.artifact.staging import Staging, check_output
 from lrconvert.checkpoint import open_model
 from lrconvert.checkpoint.source import sha256_of
 from lrconvert.errors import EnvironmentFailure, InputError, UsageError
 from lrconvert.recipe import write_recipe
+from lrconvert.writing import replace_file
 
 
 def manifest(**changes: object) -> Manifest:

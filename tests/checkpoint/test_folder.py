@@ -528,3 +528,14 @@ def test_an_unsupported_dtype_of_the_config_is_no_obstacle(tmp_path: Path) -> No
     """The config's dtype is what to compute in; what is stored is said by the headers alone."""
     folder = write_pico(tmp_path, torch_dtype="float8_e4m3fn")
     assert open_model(folder).dtype == "F32"
+
+
+def test_half_of_a_pair_is_no_character(tmp_path: Path) -> None:
+    """JSON can spell it, and nothing can write it again; whole pairs are characters."""
+    folder = write_pico(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "note": "\U0001f680"}))
+    assert open_model(folder).checkpoint.config["note"] == "\U0001f680"
+    (folder / "config.json").write_text(json.dumps({**config, "note": "\ud83d"}))
+    with pytest.raises(InputError, match=r"config\.json: not JSON .*surrogates not allowed"):
+        open_model(folder)

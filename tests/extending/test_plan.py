@@ -36,6 +36,8 @@ WRONG: dict[str, tuple[str, str]] = {
     "an empty list of stages": ("stage = []\n", "stage is []"),
     "a stage that is none": ("stage = [3]\n", "stage[0]"),
     "not TOML": ("[[stage\n", "not TOML"),
+    "nested without end": (f"name = {'[' * 9999}\n", "not TOML (nested too deeply)"),
+    "a number of thousands of digits": (DERIVE.replace("256", "9" * 5000), "not TOML"),
     "a text for a number": (DERIVE.replace("256", '"long"'), "stage[0].window is 'long'"),
     "a unit that nobody has": (DERIVE.replace("256", '"2g"'), "stage[0].window is '2g'"),
     "a fraction of a token": (DERIVE.replace("256", "256.5"), "stage[0].window is 256.5"),

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Faults of a Hub, met by the unmodified client: nothing half published, an exit code that says whose fault it is.
 
-Not tried, since the server here has none of it: Xet, multipart uploads, quotas as the real Hub words them.
+Not tried, since the server here has none of it: a Xet storage that takes files, quotas as the real Hub words them.
 """
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 from conftest import recipe_for
-from support.hub_server import Fault, Hub
+from support.hub_server import GITATTRIBUTES, Fault, Hub
 from support.hub_user import ID, User, ok, published
 from support.pico import write_pico
 
@@ -57,3 +58,32 @@ def test_a_hub_that_is_busy_is_waited_for(hub: Hub, user: User, artifact: Path) 
     hub.faults = [Fault("POST .*/info/lfs/objects/batch", 429, {"Retry-After": "0"})]
     ok(user("push", artifact, ID))
     assert hub.faults == [] and "lrconvert.json" in published(hub)
+
+
+def test_large_files_go_in_parts(hub: Hub, user: User, artifact: Path) -> None:
+    """As the Hub takes files of gigabytes: the parts make the file, each once."""
+    weights = (artifact / "model.safetensors").read_bytes()
+    hub.part = 100_000
+    ok(user("push", artifact, ID))
+    assert published(hub)["model.safetensors"] == weights and hub.puts == -(-len(weights) // hub.part) > 3
+
+
+def test_a_part_that_fails_publishes_nothing_and_the_next_push_does(hub: Hub, user: User, artifact: Path) -> None:
+    hub.part, hub.fail_put = 100_000, 3
+    failed = user("push", artifact, ID)
+    assert failed.code == 6 and "a bug in" not in failed.err, failed.err
+    assert published(hub) == {} and hub.objects.keys() <= {sha256(GITATTRIBUTES).hexdigest()}
+    ok(user("push", artifact, ID))
+    assert "model.safetensors" in published(hub)
+
+
+def test_a_xet_storage_that_refuses_publishes_nothing_and_the_next_push_does(
+    hub: Hub, user: User, artifact: Path
+) -> None:
+    """The client takes Xet where its library is installed, and gets an address from the Hub."""
+    pytest.importorskip("hf_xet")
+    failed = user("push", artifact, ID, HF_HUB_DISABLE_XET="0")
+    assert failed.code == 6 and "a bug in" not in failed.err, failed.err
+    assert any("/xet/" in request for request in hub.requests) and published(hub) == {}
+    ok(user("push", artifact, ID))
+    assert "model.safetensors" in published(hub)

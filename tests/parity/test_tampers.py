@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,27 @@ def test_every_tamper_is_caught(copy: Copy, format_: str, tamper: Tamper) -> Non
     tamper.edit(artifact)
     rewrite_digests(artifact)
     assert failures(artifact), tamper.name
+
+
+def test_code_that_is_not_ours_is_said_where_nothing_runs(copy: Copy) -> None:
+    """Its digest is right too: a `skipped` row, as where it would have been run. Who wrote it may vouch for it."""
+    artifact = copy(HF)
+    code = artifact / "modeling_longrope.py"
+    code.write_text(code.read_text() + "\nimport os\n")
+    rewrite_digests(artifact)
+    report = verify(artifact, options=FILES)
+    assert [row.code for row in report.rows if row.verdict == "skipped" and "byte for byte" in row.reason] == ["custom"]
+    assert not [row for row in verify(artifact, options=replace(FILES, trust_code=True)).rows if row.code == "custom"]
+
+
+def test_losses_that_are_not_said_are_found(source: Path, tmp_path: Path) -> None:
+    """A manifest, and the card that is made of it, say what the artifact can't do."""
+    model, artifact = open_model(source), tmp_path / "m.gguf"
+    recipe = recipe_for(model, start_tokens=4)
+    bake(gguf.plan(model, recipe, artifact, gguf.Options(type="f32", lossy=True)))
+    assert verify(artifact, options=FILES).passed
+    in_json(manifest_path(artifact).name, lambda value: value.update(losses=[]))(artifact.parent)
+    assert any("there are more" in reason for reason in failures(artifact))
 
 
 ALONE = [case for case in CASES if case[1].alone]

@@ -75,6 +75,8 @@ def test_every_float_survives_the_file(sets: list[list[float]], theta: float, st
         (broken(colour="red"), ["unknown key colour"]),
         (broken(schema_version=2), ["schema_version is 2"]),
         (broken(rotary_dim=3), ["rotary_dim is 3", "multiple of 2"]),
+        (broken(base_model="a\0b"), ["base_model is 'a\\x00b'"]),
+        (broken(name="\x1b[2J"), ["name is '\\x1b[2J'"]),
         (broken(tiers=[]), ["tiers is []"]),
         (broken(tiers=[{"max_length": 64, "factors": [1.0, 0.0]}]), ["tiers[0].factors[1] is 0.0", "equal to 0.001"]),
         (broken(tiers=[{"max_length": 64, "factors": [1.0, math.nan]}]), ["tiers[0].factors[1] is nan", "finite"]),

@@ -341,6 +341,47 @@ def test_options_complete_a_config(tmp_path: Path) -> None:
     assert [tier.max_length for tier in recipe.tiers] == [256, 1024]
 
 
+FACTOR_FILE: dict[str, Any] = {
+    "short_factor": [1.0] * 8,
+    "long_factor": [1.5] * 8,
+    "rotary_dim": 16,
+    "head_dim": 16,
+    "original_max_position_embeddings": 64,
+    "max_position_embeddings": 256,
+    "rope_theta": 1e4,
+    "start_tokens": 2,
+    "model": "me/model",
+    "source": {"repo": "me/model", "licence": "mit"},
+}
+ODD_FACTOR_FILES: dict[str, tuple[dict[str, Any], str]] = {
+    "start tokens in words": ({"start_tokens": "none"}, "start_tokens"),
+    "theta in a list": ({"rope_theta": [1e4]}, "rope_theta"),
+    "no number for theta": ({"rope_theta": float("inf")}, "rope_theta"),
+    "a model that is none": ({"model": True}, "model"),
+    "a licence in a list": ({"source": {"licence": ["mit"]}}, "source.licence"),
+    "a licence that is a number": ({"source": {"licence": 3}}, "source.licence"),
+    "a head of any size": ({"rotary_dim": 10**400}, "rotary_dim"),
+    "no length": ({"max_position_embeddings": None}, "max_position_embeddings"),
+    "no original window": ({"original_max_position_embeddings": None}, "original_max_position_embeddings"),
+    "a name that no file has": ({"model": "a\0b"}, "base_model"),
+}
+
+
+def test_a_factor_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "f.json").write_text(json.dumps(FACTOR_FILE))
+    recipe, _ = import_recipe([str(tmp_path / "f.json")], Base("llama"))
+    assert [(tier.max_length, tier.start_tokens) for tier in recipe.tiers] == [(64, 2), (256, 2)]
+    assert (recipe.base_model, recipe.provenance.licence) == ("me/model", "mit")
+
+
+@pytest.mark.parametrize("name", ODD_FACTOR_FILES)
+def test_a_factor_file_of_other_types_is_refused_by_its_key(tmp_path: Path, name: str) -> None:
+    changes, key = ODD_FACTOR_FILES[name]
+    (tmp_path / "f.json").write_text(json.dumps({**FACTOR_FILE, **changes}))
+    with pytest.raises(InputError, match=key):
+        import_recipe([str(tmp_path / "f.json")], Base("llama"))
+
+
 GIVEN = Base("llama", 1e4, 64)
 
 

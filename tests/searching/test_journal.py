@@ -110,6 +110,8 @@ def test_a_journal_without_evaluations_is_begun_again_by_another_search(tmp_path
         ("a text without an end", "not the journal of a search"),
         ('{"journal": "another program"}\n', "not the journal of a search"),
         ('{"journal": "lrconvert search", "version": 9, "identity": {}}\n', "a journal of version 9"),
+        ('{"journal": "lrconvert search", "version": 1}\n', "not the journal of a search"),
+        ("[" * 9999 + "\n", "not the journal of a search"),
     ],
 )
 def test_other_files_are_refused_and_left_alone(content: str, expected: str, tmp_path: Path) -> None:
@@ -126,6 +128,42 @@ def test_damage_in_the_middle_is_no_torn_line(tmp_path: Path) -> None:
     lines[3] = lines[3][:50]
     path.write_text("\n".join(lines) + "\n")
     with pytest.raises(InputError, match="line 4 is damaged"):
+        read_journal(path)
+
+
+WHOLE = {
+    "tier": 512,
+    "made": "pi",
+    "loss": 3.0,
+    "losses": {"text@512": 3.0},
+    "candidate": {"factors": [1.0, 2.0], "start_tokens": 0, "attention_factor": 1.0},
+    "cost": 1.0,
+    "seconds": 1.0,
+}
+CANDIDATE: Any = WHOLE["candidate"]
+ODD_LINES: dict[str, dict[str, Any]] = {
+    "seconds in words": {"seconds": "long"},
+    "no tier": {"tier": None},
+    "losses of another type": {"losses": [3.0]},
+    "neither loss nor error": {"loss": None},
+    "a gradient of words": {"gradient": ["up"]},
+    "start tokens in words": {"candidate": {**CANDIDATE, "start_tokens": "none"}},
+    "a factor of nothing": {"candidate": {**CANDIDATE, "factors": [0.0, 1.0]}},
+    "half of a pair": {"made": "\ud800"},
+    "no number": {"losses": {"text@512": math.inf}},
+}
+
+
+@pytest.mark.parametrize("name", ODD_LINES)
+def test_a_line_that_no_search_writes_is_damage(name: str, tmp_path: Path) -> None:
+    """In journals of earlier versions, whose lines have no digests, types and numbers are all that tells."""
+    head = {"journal": "lrconvert search", "version": 1, "identity": IDENTITY}
+    lines = [json.dumps(line) for line in (head, WHOLE, {**WHOLE, **ODD_LINES[name]}, WHOLE)]
+    path = tmp_path / "j.jsonl"
+    path.write_text("\n".join(lines[:2]) + "\n")
+    assert len(read_journal(path).records) == 1
+    path.write_text("\n".join(lines).replace("Infinity", "1e999") + "\n")
+    with pytest.raises(InputError, match="line 3 is damaged"):
         read_journal(path)
 
 

@@ -3,8 +3,9 @@
 
 Written from the client's source (huggingface_hub 2.4.0), so it proves what lrconvert asks of the client and
 what survives a failure, not how the real Hub answers: its refusals (401, 403, 404, 409, 412) are a reading
-of the client. There is no Xet (HF_HUB_DISABLE_XET=1), no pull request, no multipart upload, no paging, no
-rate limit; a file is LFS when its name ends in .safetensors, whatever .gitattributes says.
+of the client. There is no pull request, no paging, no rate limit; a file is LFS when its name ends in .safetensors,
+whatever .gitattributes says. Of Xet there is the address of a storage, which refuses everything: its protocol is that
+of hf_xet alone. Tests that are about something else switch it off (HF_HUB_DISABLE_XET=1).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -87,6 +89,10 @@ def entry(path: str, data: bytes) -> dict[str, Any]:
     return {"type": "file", "path": path, "size": len(data), "oid": git_oid(pointer), "lfs": lfs}
 
 
+def etag(data: bytes) -> str:
+    return f'"{hashlib.md5(data, usedforsecurity=False).hexdigest()}"'
+
+
 class Refusal(Exception):
     """An answer that isn't 200, with the headers by which the client knows what it means."""
 
@@ -107,7 +113,7 @@ class Fault:
 @dataclass
 class Hub:
     """The state. `fail_put`: the number of the LFS upload that fails, from 1; `fail_commit`: its status;
-    `cut`: downloads of LFS files end after so many bytes."""
+    `cut`: downloads of LFS files end after so many bytes. `part`: LFS files are uploaded in parts of so many."""
 
     url: str = ""
     tokens: dict[str, Token] = field(default_factory=dict)
@@ -119,6 +125,8 @@ class Hub:
     fail_put: int = 0
     fail_commit: int = 0
     cut: int | None = None
+    part: int | None = None
+    parts: dict[tuple[str, int], bytes] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)  # each is used up by the first request that it fits
 
     def add(self, name: str, files: dict[str, bytes], *, private: bool = False) -> Repo:
@@ -177,24 +185,56 @@ class Hub:
             answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         return {"files": answers}
 
+    def xet_token(self, token: Token | None, match: re.Match[str], body: bytes) -> Any:
+        self.writable(token, match)
+        return {"accessToken": "of no storage", "exp": int(time.time()) + 3600, "casUrl": f"{self.url}/xet"}
+
     def lfs_batch(self, token: Token | None, match: re.Match[str], body: bytes) -> Any:
         self.writable(token, match)
         answers = []
         for asked in json.loads(body)["objects"]:
             answer = {"oid": asked["oid"], "size": asked["size"]}
             if asked["oid"] not in self.objects:
-                answer["actions"] = {"upload": {"href": f"{self.url}/lfs-objects/{asked['oid']}"}}
+                answer["actions"] = {"upload": self.upload_of(asked["oid"], asked["size"])}
             answers.append(answer)
-        return {"transfer": "basic", "objects": answers}
+        return {"transfer": "basic" if self.part is None else "multipart", "objects": answers}
+
+    def upload_of(self, oid: str, size: int) -> dict[str, Any]:
+        """Where an LFS file goes: to one address, or its parts to one each, and then a list of them to another."""
+        if self.part is None:
+            return {"href": f"{self.url}/lfs-objects/{oid}"}
+        numbers = range(1, -(-size // self.part) + 1)
+        places = {str(number): f"{self.url}/lfs-parts/{oid}/{number}" for number in numbers}
+        return {"href": f"{self.url}/lfs-whole/{oid}", "header": {"chunk_size": str(self.part), **places}}
+
+    def lfs_part(self, token: Token | None, match: re.Match[str], body: bytes) -> Any:
+        self.lfs_counted()
+        self.parts[match["sha"], int(match["number"])] = body
+        return {}
+
+    def lfs_whole(self, token: Token | None, match: re.Match[str], body: bytes) -> Any:
+        """The parts that are listed, by their ETags, joined."""
+        listed = json.loads(body)["parts"]
+        parts = [self.parts.pop((match["sha"], part["partNumber"])) for part in listed]
+        if [part["etag"] for part in listed] != [etag(part) for part in parts]:
+            raise Refusal(400, "other parts than those that were uploaded")
+        self.store(match["sha"], b"".join(parts))
+        return {}
 
     def lfs_put(self, token: Token | None, match: re.Match[str], body: bytes) -> Any:
+        self.lfs_counted()
+        self.store(match["sha"], body)
+        return {}
+
+    def lfs_counted(self) -> None:
         self.puts += 1
         if self.puts == self.fail_put:
             raise Refusal(403, "Request has expired")  # what a store says; 5xx would be tried again for minutes
-        if hashlib.sha256(body).hexdigest() != match["sha"]:
+
+    def store(self, sha: str, data: bytes) -> None:
+        if hashlib.sha256(data).hexdigest() != sha:
             raise Refusal(400, "the content does not have the digest that was promised")
-        self.objects[match["sha"]] = body
-        return {}
+        self.objects[sha] = data
 
     def commit(self, token: Token | None, match: re.Match[str], body: bytes) -> Any:
         repo, branch = self.writable(token, match), match["rev"]
@@ -252,8 +292,11 @@ ROUTES = [
     ("GET", rf"/api/models/{_REPO}(?:/revision/(?P<rev>[^/]+))?", Hub.info),
     ("POST", rf"/api/models/{_REPO}/preupload/(?P<rev>[^/]+)", Hub.preupload),
     ("POST", rf"/api/models/{_REPO}/commit/(?P<rev>[^/]+)", Hub.commit),
+    ("GET", rf"/api/models/{_REPO}/xet-write-token/(?P<rev>[^/]+)", Hub.xet_token),
     ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", Hub.lfs_batch),
     ("PUT", r"/lfs-objects/(?P<sha>[0-9a-f]{64})", Hub.lfs_put),
+    ("PUT", r"/lfs-parts/(?P<sha>[0-9a-f]{64})/(?P<number>\d+)", Hub.lfs_part),
+    ("POST", r"/lfs-whole/(?P<sha>[0-9a-f]{64})", Hub.lfs_whole),
 ]
 RESOLVE = re.compile(rf"/{_REPO}/resolve/(?P<rev>[^/]+)/(?P<path>.+)")
 STORED = re.compile(r"/lfs-objects/(?P<sha>[0-9a-f]{64})")
@@ -290,7 +333,8 @@ class Handler(BaseHTTPRequestHandler):
                     return self._send(200, self.hub.objects[match["sha"]], cut=self.hub.cut)
                 for method, pattern, act in ROUTES:
                     if method == self.command and (match := re.fullmatch(pattern, path)):
-                        return self._send(200, json.dumps(act(self.hub, token, match, body)).encode())
+                        answer = json.dumps(act(self.hub, token, match, body)).encode()
+                        return self._send(200, answer, {"ETag": etag(body)} if method == "PUT" else None)
             raise Refusal(404, f"no such address: {path}")
         except Refusal as no:
             answer = {"errors": json.loads(no.message)} if no.code == "yaml" else {"error": no.message}

@@ -177,6 +177,41 @@ def data_row(folder: Path) -> None:
     place.file.write_bytes(data)
 
 
+def in_bytes(file: str, change: Callable[[bytes], bytes]) -> Edit:
+    """Of a folder's file, or of one beside a GGUF."""
+
+    def edit(artifact: Path) -> None:
+        path = artifact / file if artifact.is_dir() else artifact.with_name(file)
+        path.write_bytes(change(path.read_bytes()))
+
+    return edit
+
+
+def said_twice(file: str, key: str, value: Any) -> Edit:
+    """The key once more, in front: some programs take the first, some the last."""
+    return in_bytes(file, lambda data: data.replace(b"{", f'{{"{key}": {json.dumps(value)}, '.encode(), 1))
+
+
+def marked(data: bytes) -> bytes:
+    return b"\xef\xbb\xbf" + data
+
+
+def in_utf16(data: bytes) -> bytes:
+    return data.decode().encode("utf-16")
+
+
+def other_framework(folder: Path) -> None:
+    tensors = load_file(folder / SAVED)
+    (folder / SAVED).unlink()
+    save_file(tensors, folder / SAVED, metadata={"format": "tf"})
+
+
+def template_beside(folder: Path) -> None:
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+
+
+TABLE = "model.layers.0.self_attn.rotary_emb.inv_freq"
 CONFIG, TOKENS, SETTINGS = "config.json", "tokenizer.json", "tokenizer_config.json"
 GENERATION, GENAI = "generation_config.json", "genai_config.json"
 
@@ -226,6 +261,8 @@ OF_FOLDERS = (
     Tamper("auto_map lost", [HF], drop(CONFIG, "auto_map"), alone=True),
     Tamper("auto_map of another class", [HF], put(CONFIG, auto_map={"AutoModel": "x.Y"}), alone=True),
     Tamper("torch_dtype", FOLDERS, put(CONFIG, torch_dtype="bfloat16")),
+    Tamper("a list for a dtype", FOLDERS, put(CONFIG, torch_dtype=["float32"])),
+    Tamper("code under a name that no file has", [HF], put(CONFIG, auto_map={"AutoModel": "a" * 5000}), alone=True),
     Tamper("a second dtype", FOLDERS, put(CONFIG, dtype="float16")),
     Tamper("architectures", FOLDERS, put(CONFIG, architectures=["MistralForCausalLM"]), alone=True),
     Tamper("rms_norm_eps", FOLDERS, put(CONFIG, rms_norm_eps=1e-3)),
@@ -246,6 +283,33 @@ OF_FOLDERS = (
     Tamper("a norm lost", [HF], in_weights(lambda t: t.pop("model.norm.weight")), alone=True),
     Tamper("weights in float16", [HF], in_weights(narrowed)),
     Tamper("a row of the embedding", [ONNX], data_row),
+    Tamper("a key twice", FOLDERS, said_twice(CONFIG, "rope_theta", 5e5), alone=True),
+    Tamper("a key twice in generation settings", FOLDERS, said_twice(GENERATION, "eos_token_id", 7), alone=True),
+    Tamper("a byte order mark", FOLDERS, in_bytes(CONFIG, marked), alone=True),
+    Tamper("a byte order mark in generation settings", FOLDERS, in_bytes(GENERATION, marked), alone=True),
+    Tamper("a config in UTF-16", FOLDERS, in_bytes(CONFIG, in_utf16), alone=True),
+    Tamper("a tokenizer in UTF-16", FOLDERS, in_bytes(TOKENS, in_utf16), alone=True),
+    Tamper("true for 1 in a list", FOLDERS, put(GENERATION, eos_token_id=[True])),
+    Tamper("a tokenizer's code", FOLDERS, put(SETTINGS, auto_map={"AutoTokenizer": ["a/b--t.T", None]}), alone=True),
+    Tamper("mlx-lm's quantization", FOLDERS, put(CONFIG, quantization={"group_size": 64, "bits": 4}), alone=True),
+    Tamper("a model inside of the model", FOLDERS, put(CONFIG, text_config={"rope_theta": 5e5}), alone=True),
+    Tamper(
+        "another attention of vLLM", FOLDERS, put(CONFIG, dual_chunk_attention_config={"chunk_size": 64}), alone=True
+    ),
+    Tamper("a chat template in its folder", FOLDERS, template_beside),
+    Tamper("TensorFlow's weights", FOLDERS, write("tf_model.h5", "x"), alone=True),
+    Tamper("Flax's weights", FOLDERS, write("flax_model.msgpack", "x"), alone=True),
+    Tamper("code that servers run", FOLDERS, write("handler.py", "import os"), alone=True),
+    Tamper("packages that servers install", FOLDERS, write("requirements.txt", "x"), alone=True),
+    Tamper("code of a config", FOLDERS, write("configuration_x.py", "import os"), alone=True),
+    Tamper("weights of another framework", [HF], other_framework, alone=True),
+    Tamper("a table of frequencies", [HF], in_weights(lambda t: t.update({TABLE: np.ones(8, np.float32)}))),
+    Tamper("no number among the weights", [HF], in_weights(lambda t: t[EMBEDDING].__setitem__((800, 0), np.nan))),
+    Tamper("a second config", [ONNX], write("onnx/config.json"), alone=True),
+    Tamper("a second tokenizer", [ONNX], write("onnx/tokenizer.json"), alone=True),
+    Tamper("a graph for phones", [ONNX], write("onnx/model.ort", "x"), alone=True),
+    Tamper("genai: a key twice", [ONNX], said_twice(GENAI, "model", {"context_length": 1}), alone=True),
+    Tamper("genai: a byte order mark", [ONNX], in_bytes(GENAI, marked), alone=True),
     Tamper("transformers.js_config lost", [ONNX], drop(CONFIG, "transformers.js_config"), alone=True),
     Tamper("auto_map in an ONNX folder", [ONNX], put(CONFIG, auto_map={"AutoModelForCausalLM": "m.M"}), alone=True),
     Tamper("genai_config.json missing", [ONNX], remove(GENAI), alone=True),
@@ -367,6 +431,17 @@ OF_FILES = (
     Tamper("an unknown key", [GGUF], key("llama.unknown", 1)),
     Tamper("one row of the embedding", [GGUF], in_gguf(text_rows)),
     Tamper("a bias added", [GGUF], in_gguf(lambda m, t: t.update({"blk.0.attn_q.bias": f32(np.ones(64))})), alone=True),
+    Tamper("a number of tensors", [GGUF], key("split.tensors.count", Scalar(GGUFValueType.INT32, 50))),
+    Tamper("an unknown key of parts", [GGUF], key("split.first", "other.gguf")),
+    Tamper(
+        "a static set too", [GGUF], in_gguf(lambda m, t: t.update({"rope_freqs.weight": f32(np.ones(8))})), alone=True
+    ),
+    Tamper("pooling", [GGUF], key("llama.pooling_type", 1)),
+    Tamper("eos is added", [GGUF], key(f"{T}add_eos_token", True)),
+    Tamper("FROM with a line in it", [GGUF], in_modelfile("FROM ./m.gguf", "FROM ./m.gguf\u2028# x"), alone=True),
+    Tamper("FROM twice", [GGUF], in_modelfile("FROM ./m.gguf", "FROM ./m.gguf\nFROM ./m.gguf"), alone=True),
+    Tamper("a system prompt", [GGUF], in_bytes("m.Modelfile", lambda data: data + b'SYSTEM "x"\n'), alone=True),
+    Tamper("a hidden line", [GGUF], in_bytes("m.Modelfile", lambda data: data + b"# x\rSYSTEM x\n"), alone=True),
     Tamper("num_ctx", [GGUF], in_modelfile("num_ctx 512", "num_ctx 4096"), alone=True),
     Tamper("FROM", [GGUF], in_modelfile("FROM ./", "FROM ./other-"), alone=True),
     Tamper("a parameter", [GGUF], in_modelfile("PARAMETER", "PARAMETER temperature 0\nPARAMETER"), alone=True),

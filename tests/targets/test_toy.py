@@ -38,6 +38,7 @@ from lrconvert.checkpoint.source import snapshot
 from lrconvert.errors import UnsupportedError, UsageError
 from lrconvert.hub import publish
 from lrconvert.hub.access import Account
+from lrconvert.hub.remote import Remote
 from lrconvert.parity.mutants import RECIPE_MUTANTS
 from lrconvert.recipe import Recipe
 from lrconvert.rope import RopeSpec
@@ -234,8 +235,7 @@ def test_push_plans_it(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its files, its card with its own way to run it, its manifest without local paths."""
     lrconvert.verify(artifact)
     account = Account("me", "test")
-    monkeypatch.setattr(publish, "sign_in", lambda name: (None, account, name))
-    monkeypatch.setattr(publish, "_look", lambda *arguments: (None, False, {}))
+    monkeypatch.setattr(publish, "look", lambda name, *others, **more: Remote(name, account))
     planned = hub.plan(artifact, "me/arrays")
     assert {addition.path_in_repo for addition in planned.additions} == {path.name for path in artifact.iterdir()}
     (card,) = [addition for addition in planned.additions if addition.path_in_repo == CARD]

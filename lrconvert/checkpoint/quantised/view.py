@@ -162,7 +162,7 @@ def _dense_dtype(checkpoint: Checkpoint) -> str:
     """What dequantised weights are written as: the dtype that the config computes in, else that of the weights that
     are stored plain."""
     stated = checkpoint.config.get("torch_dtype") or checkpoint.config.get("dtype")
-    if stated in TORCH_DTYPES:
+    if isinstance(stated, str) and stated in TORCH_DTYPES:
         return TORCH_DTYPES[stated]
     plain = [info.dtype for info in checkpoint.tensors.values() if info.dtype in FLOAT_DTYPES]
     return max(sorted(set(plain)), key=plain.count) if plain else "BF16"

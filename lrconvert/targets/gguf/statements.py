@@ -8,6 +8,8 @@ found without being listed. Values of our own files are compared as bytes, types
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -46,6 +48,7 @@ DESCRIPTIVE = (
 # Of another program's file: keys that can't say the same otherwise.
 DECISIVE = frozenset({"tokenizer.ggml.merges", "tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id"})
 TOKENS = "tokenizer.ggml.tokens"
+SPLIT = frozenset({"split.no", "split.count", "split.tensors.count"})  # of a file in parts
 
 
 def metadata_differences(facts: Facts, stored: GgufCheckpoint) -> Iterator[Difference]:
@@ -71,7 +74,7 @@ def metadata_differences(facts: Facts, stored: GgufCheckpoint) -> Iterator[Diffe
     header = stored.headers[0]
     for key in dict.fromkeys([*header.metadata, *wanted]):
         described = any(fnmatchcase(key, pattern) for pattern in DESCRIPTIVE)
-        if not described and not key.startswith("split."):
+        if not described and not (key in SPLIT and len(stored.headers) > 1):
             yield from _compared(header, key, wanted.get(key), exact=facts.exact)
 
 
@@ -207,7 +210,7 @@ def modelfile_differences(facts: Facts) -> Iterator[Difference]:
     """What the Modelfile beside a file says otherwise; remarks are anybody's."""
     path = modelfile_of(facts.artifact)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = re.split(r"[\r\n]", path.read_bytes().decode())  # Ollama knows no other ends of lines
         wanted = modelfile.render([facts.artifact.name], facts.spec).splitlines()
     except (OSError, ValueError, LrconvertError) as error:
         yield Difference(path.name, f"{path.name}: {error}")
@@ -215,6 +218,6 @@ def modelfile_differences(facts: Facts) -> Iterator[Difference]:
     said, right = ([line.strip() for line in text if line.strip()[:1] not in ("", "#")] for text in (lines, wanted))
     for line in (line for line in right if line not in said):
         yield Difference(path.name, f"{path.name}: does not say {line!r}, which recipe and file need")
-    for line in (line for line in said if line not in right):
+    for line in (Counter(said) - Counter(right)).elements():
         reason = f"{path.name}: says {line!r:.80}, which contradicts or adds to what was written"
         yield Difference(path.name, reason, not facts.ours)

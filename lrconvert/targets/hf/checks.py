@@ -14,8 +14,11 @@ from typing import Any
 
 from lrconvert.artifact.checks import Row, rows_of
 from lrconvert.artifact.record import BakeRecord
-from lrconvert.artifact.statements import Facts
+from lrconvert.artifact.statements import Difference, Facts, rows_from
 from lrconvert.checkpoint import Checkpoint, Model, read_json
+from lrconvert.checkpoint.adapter import LM_HEAD
+from lrconvert.checkpoint.links import own_file
+from lrconvert.checkpoint.tensor_file import SUFFIX, TensorFile
 from lrconvert.errors import InputError
 from lrconvert.families import Family
 from lrconvert.rope import RopeSpec
@@ -37,7 +40,7 @@ class ConfigCheck:
 def _auto_map_file_is_missing(config: Config, folder: Path, family: Family) -> bool:
     named = config.get("auto_map")
     modules = [str(value).partition(".")[0] for value in named.values()] if isinstance(named, Mapping) else []
-    return any("--" not in module and not (folder / f"{module}.py").is_file() for module in modules)
+    return any("--" not in module and own_file(folder, f"{module}.py") is None for module in modules)
 
 
 CHECKS = (
@@ -82,6 +85,26 @@ def check_config(config: Config, folder: Path, family: Family) -> list[Row]:
     return rows_of("config", "read alike by transformers 4.57 to 5.x", broken)
 
 
+# What the header of a weight file says of who wrote it; transformers 4.57 reads others as TensorFlow's or not at all.
+READ_AS_OURS = (None, "pt", "mlx")
+
+
+def stored_problems(facts: Facts, opened: Checkpoint) -> list[Difference]:
+    """What weight files say beside the weights, and tensors that are nobody's: some programs read both."""
+    found = []
+    for path in opened.weight_files():
+        if path.suffix == SUFFIX and (said := TensorFile(path).metadata.get("format")) not in READ_AS_OURS:
+            reason = f"{path.name}: its header says format {said!r:.40}, so transformers does not read it as PyTorch's"
+            found.append(Difference(path.name, reason))
+    known = {tensor.name for tensor in facts.model.roles.values()} | {LM_HEAD}
+    if facts.compared:
+        extra = sorted(opened.tensors.keys() - known - facts.model.checkpoint.tensors.keys())
+        told = f"{', '.join(extra[:3])}{f' and {len(extra) - 3} more' if len(extra) > 3 else ''}"
+        reason = f"{told}: in the weights, and neither the model's nor the source's"
+        found += [Difference(extra[0], reason, known=not facts.ours)] if extra else []
+    return found
+
+
 def checks(artifact: Path, stored: Checkpoint | None, model: Model, spec: RopeSpec, record: BakeRecord) -> list[Row]:
     """What is read off the folder's files: what versions would read of config.json, and what all of them say."""
     opened = stored or open_artifact(artifact)
@@ -90,4 +113,6 @@ def checks(artifact: Path, stored: Checkpoint | None, model: Model, spec: RopeSp
     except InputError as error:
         return [Row("weights", "weight files", "fail", reason=error.message)]
     config = check_config(read_json(artifact / "config.json"), artifact, model.family)
-    return [*config, *folder_rows(Facts(artifact, model, spec, record, dtype), weights)]
+    facts = Facts(artifact, model, spec, record, dtype)
+    beside = rows_from("weights", "nothing beside the weights", stored_problems(facts, opened))
+    return [*config, *folder_rows(facts, weights), *(row for row in beside if row.verdict != "pass")]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lrconvert.artifact.checks import Row
+from lrconvert.artifact.manifest import MANIFEST
 from lrconvert.artifact.statements import (
     ABSENT,
     SOURCE,
@@ -24,12 +25,13 @@ from lrconvert.artifact.statements import (
     differences,
     file_differences,
     rows_from,
+    spelling_differences,
     unasked,
 )
 from lrconvert.checkpoint import Checkpoint, read_json
 from lrconvert.checkpoint.base import FLOAT_DTYPES
 from lrconvert.checkpoint.folder import CONFIG, SIDE_FILES, side_files_of
-from lrconvert.checkpoint.folder_code import AUTO_MAP
+from lrconvert.checkpoint.folder_code import AUTO_MAP, MODELING_FILE
 from lrconvert.checkpoint.padding import tokens_of
 from lrconvert.checkpoint.rope_config import LONGROPE_KEY
 from lrconvert.engines.capability import native_config
@@ -91,7 +93,10 @@ def _dtype(key: str) -> Callable[[Facts], Any]:
         right = {stored, source.get(key)} if facts.record.stored is None else {stored}
         words = " or ".join(sorted(f'"{name}"' for name in right if name is not None))
         gone = not words or not facts.ours  # versions of transformers have two names for it
-        return Such(f"{words}, which the weights are", lambda found: found in right or (found is ABSENT and gone))
+        return Such(
+            f"{words}, which the weights are",
+            lambda found: gone if found is ABSENT else isinstance(found, str | None) and found in right,
+        )
 
     return wanted
 
@@ -103,6 +108,11 @@ def _spelled_dtype(facts: Facts) -> Any:
         stored = TORCH_NAMES.get(facts.dtype or "")
         return Such(f'"{stored}", which the weights are', lambda found: found in (ABSENT, stored))
     return _dtype("torch_dtype")(facts)
+
+
+def _only_a_source_says(facts: Facts) -> Any:
+    """What changes all that some program computes: a source may say it, nobody else."""
+    return SOURCE if facts.compared else ABSENT
 
 
 CONFIG_SAYS: tuple[Statement, ...] = (
@@ -132,13 +142,25 @@ CONFIG_SAYS: tuple[Statement, ...] = (
     Statement("dtype", _dtype("dtype"), "the weights' dtype"),
     Statement("quantization_config", lambda facts: ABSENT, "the weights, which are plain,"),
     Statement("compression_config", lambda facts: ABSENT, "the weights, which are plain,"),
+    *(
+        Statement(key, _only_a_source_says, whose)
+        for key, whose in (
+            ("quantization", "the weights, which are plain to mlx-lm too,"),
+            ("text_config", "the model, which this config describes itself,"),
+            ("dual_chunk_attention_config", "the recipe, beside which vLLM would use it,"),
+        )
+    ),
 )
 
 # --- what lies beside it ---------------------------------------------------------------------------------
 
 SIDE_SAY: dict[str, tuple[Statement, ...]] = {
-    TOKENIZER: (Statement("model_max_length", lambda facts: facts.spec.window),),
+    TOKENIZER: (
+        Statement("model_max_length", lambda facts: facts.spec.window),
+        Statement("auto_map", _only_a_source_says, "the tokenizer, which needs no code,"),
+    ),
 }
+CONFIGS = frozenset({CONFIG, "genai_config.json"})  # what programs look for first in a folder
 VOCABULARIES = frozenset({"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json"})
 # Files beside those of the source that some loader reads: patterns, and what reads them.
 READ_BY_LOADERS: dict[str, str] = {
@@ -156,7 +178,14 @@ READ_BY_LOADERS: dict[str, str] = {
     "*.safetensors.index.json": "loaders read it for where weights lie",
     "*.gguf": "loaders read it as weights",
     "*.onnx": "programs choose among graphs by their names",
+    "*.ort": "programs choose among graphs by their names",
+    "*.h5": "loaders read it as weights",
+    "*.msgpack": "loaders read it as weights",
+    "weights*.npz": "loaders read it as weights",
     "modules.json": "sentence-transformers reads it",
+    "handler.py": "servers run it",
+    "requirements.txt": "servers install what it names",
+    "*.py": "loaders run it where a file names it",
     "*processor_config.json": "transformers takes the model for one of images or sound",
 }
 
@@ -178,7 +207,8 @@ def folder_rows(
         wanted: Files = source.side_files() if facts.compared else {}
     except LrconvertError as error:
         return [*rows, Row("config", "the files beside it", "fail", reason=error.message)]
-    beside = [*_strays(facts, weights), *_sound(found, facts)]
+    spelled = [path for path in sorted(folder.glob("*.json")) if path.name != MANIFEST]
+    beside = [*_strays(facts, weights), *_sound(found, facts), *spelling_differences(spelled, wanted)]
     if facts.compared:
         beside += file_differences(found, wanted, side, facts)
     else:
@@ -194,7 +224,12 @@ def _strays(facts: Facts, weights: Sequence[Path]) -> Iterator[Difference]:
     known = {path.name for path in weights}
     folders = {facts.artifact, *(path.parent for path in weights)}
     for path in sorted(path for folder in folders for path in folder.iterdir()):
-        if path.name in known or any(fnmatchcase(path.name.lower(), pattern) for pattern in SIDE_FILES):
+        beside = any(fnmatchcase(path.name.lower(), pattern) for pattern in SIDE_FILES)
+        if path.parent != facts.artifact and (beside or path.name in CONFIGS):
+            reason = f"{path.parent.name}/{path.name}: not part of the artifact, and who opens this folder reads it"
+            yield Difference(path.name, reason, not facts.ours)
+            continue
+        if path.name in known or path.name == MODELING_FILE or beside:
             continue
         for pattern, what in READ_BY_LOADERS.items():
             if fnmatchcase(path.name.lower(), pattern):

@@ -339,6 +339,12 @@ def test_a_group_larger_than_a_row_is_the_row(layout: str, changes: dict[str, An
     assert np.array_equal(found, meant[f"{Q}.weight"].astype(np.float32))
 
 
+def test_a_dtype_that_is_none_is_taken_from_the_weights(tmp_path: Path) -> None:
+    """As one that nobody has is."""
+    write_quantised(tmp_path, "fp8-tensor", torch_dtype=["float32"])
+    assert open_model(tmp_path).checkpoint.dense_dtype == "F32"
+
+
 @pytest.mark.parametrize("value", ["gptq", [], 4])
 def test_a_section_of_another_type(value: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="a section is needed"):

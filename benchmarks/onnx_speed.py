@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from _common import RESULTS, lrconvert, median, run, save, scratch_folder
+from _common import RESULTS, Figure, lrconvert, median, report, run, save, scratch_folder
 from safetensors.numpy import save_file
 
 from lrconvert.checkpoint import locate
@@ -172,6 +172,23 @@ def missed(results: dict[str, dict[str, Any]]) -> list[str]:
     ]
 
 
+def figures(results: dict[str, dict[str, Any]]) -> list[Figure]:
+    """Ours and the builder's, in milliseconds."""
+    return [
+        Figure(
+            f"ONNX {kind} on a CPU: {what}",
+            median(values["ms"][OURS]),
+            "ms" if what.startswith("read") else "ms/token",
+            THEIRS,
+            median(values["ms"][THEIRS]),
+            limit=ALLOWED[what.split()[0]],
+        )
+        for kind, measures in results.items()
+        for what, values in measures.items()
+        if "ratio" in values
+    ]
+
+
 def keep(results: dict[str, dict[str, Any]], facts: dict[str, Any]) -> None:
     broken = missed(results)
     save("onnx-speed", {**facts, "types": results, "allowed": ALLOWED, "missed": broken})
@@ -217,6 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for kind in chosen.types:
             results[kind] = measured(kind, source, chosen, scratch)
             print(json.dumps({kind: results[kind]}, indent=1), flush=True)
+    report(*figures(results))
     if chosen.layers == SHAPE["num_hidden_layers"]:
         code = "from importlib.metadata import version; print(version('onnxruntime-genai'))"
         builder = subprocess.run([chosen.genai, "-c", code], capture_output=True, text=True, check=True).stdout.strip()

@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO
 
 from lrconvert.artifact.file_staging import FileStaging, check_files, replaced_files
+from lrconvert.artifact.hashing_file import HashingFile
 from lrconvert.artifact.manifest import FILES, Manifest
 from lrconvert.artifact.plan import Plan, Stream
 from lrconvert.artifact.prefetch import Job, prefetch
 from lrconvert.artifact.redaction import source_record
-from lrconvert.artifact.staging import HashingFile, Staging, check_output
+from lrconvert.artifact.staging import Staging, check_output
 from lrconvert.checkpoint.source import check_unchanged
 from lrconvert.data import DATA
 from lrconvert.errors import UsageError
@@ -104,9 +104,7 @@ def _jobs(streams: list[Stream]) -> Iterator[Job]:
             yield from tensor.jobs()
 
 
-def _write(
-    file: HashingFile | IO[bytes], blocks: Iterator[memoryview], nbytes: int, done: Callable[[int], None]
-) -> None:
+def _write(file: HashingFile, blocks: Iterator[memoryview], nbytes: int, done: Callable[[int], None]) -> None:
     left = nbytes
     while left:
         block = next(blocks)

@@ -127,8 +127,10 @@ def lrconvert(*arguments: str | Path) -> list[str | Path]:
 
 def copy_with_fsync(source: Path, target: Path) -> float:
     """Seconds for a plain copy of a folder's files that ends when they are on the disk."""
-    target.mkdir(parents=True)
-    return sum(copy_file_with_fsync(path, target / path.name) for path in sorted(source.iterdir()))
+    paths = sorted(path for path in source.rglob("*") if path.is_file())
+    for path in paths:
+        (target / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+    return sum(copy_file_with_fsync(path, target / path.relative_to(source)) for path in paths)
 
 
 def copy_file_with_fsync(source: Path, target: Path) -> float:

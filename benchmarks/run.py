@@ -62,6 +62,7 @@ OPTIMUM = named("LRCONVERT_OPTIMUM_PYTHON", "optimum-onnx")
 MLX = named("LRCONVERT_MLX_PYTHON", "mlx")
 CONVERTER = named("LRCONVERT_CONVERTER_PYTHON", "llama.cpp's converter")
 SMOLLM2 = named("LRCONVERT_SMOLLM2_GGUF", "SmolLM2-135M as GGUF")
+QUANTISE = named("LRCONVERT_LLAMA_QUANTISE_LIBRARY", "llama_model_quantize")
 LLAMA = Need("llama.cpp's library", lambda: "" if find_spec("xllamacpp") or find_spec("llama_cpp") else None)
 TORCH = Need("PyTorch and transformers", lambda: "" if find_spec("torch") and find_spec("transformers") else None)
 GPU = Need("a GPU", has_gpu)
@@ -99,6 +100,9 @@ class Benchmark:
 SMALL = ("--shape", "0.1 GB", "--rounds", "1", "--scratch", "SCRATCH")
 BENCHMARKS = (
     Benchmark("startup", 1, "startup.py"),
+    Benchmark("scale", 90, "scale.py", ("--scratch", "SCRATCH"),
+              ("--shape", "0.1 GB", "--rounds", "0", "--large-shards", "0", "--scratch", "SCRATCH"),
+              (LLAMA,), {"--quantise": QUANTISE}),
     Benchmark("hf-bake", 2, "hf_bake.py", ("--scratch", "SCRATCH"), SMALL),
     Benchmark("adapter-merge", 2, "adapter_merge.py", ("--scratch", "SCRATCH"), SMALL),
     Benchmark("quantised-sources", 3, "quantised_sources.py", ("--scratch", "SCRATCH"), SMALL[2:]),
@@ -130,13 +134,13 @@ BENCHMARKS = (
 
 # The rows of README.md: what starts with these words, against that peer.
 HEADLINES: tuple[tuple[str, str], ...] = (
-    ("HF folder, 2.8 GB", "a copy"),
+    ("GGUF bf16, 14 GB", "a copy"),
+    ("GGUF q4_k_m, 14 GB", "llama-quantize"),
+    ("HF with an adapter, 14 GB", "a copy"),
     ("GGUF bf16, 2.8 GB", "llama.cpp's converter"),
-    ("ONNX f16, 2.8 GB", "genai builder"),
     ("GGUF files that pass verify", "llama.cpp's converter"),
     ("angle at 2097151, lrconvert, modeling_longrope.py", "transformers"),
     ("ONNX int4 on a CPU: write after 512", "genai builder"),
-    ("decoding, demo", "native class"),
     ("verify, SmolLM2-135M, Q4_1 GGUF, full", ""),
 )
 

@@ -34,7 +34,7 @@ MAX_FILE_BYTES = 2 * 10**9
 DATA_FILE = "model.onnx_data"
 # Quantised at once: they are turned around for ONNX Runtime's function, which takes several times as long for what
 # isn't in the processor's cache.
-QUANTISED_VALUES = 2**18
+QUANTISED_VALUES = 2**16
 
 
 @dataclass(frozen=True)

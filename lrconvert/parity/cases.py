@@ -36,7 +36,7 @@ class Budget:
     decode: int
     sides: bool = False
     alone: int = SPREAD_TOKENS
-    prompt: int = 2048
+    prompt: int = 1024
 
     def most(self, accepts: Accepts) -> int:
         """Tokens of the longest prompt. What can't be spread is read whole, also where only sides are asked."""

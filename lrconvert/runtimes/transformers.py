@@ -13,7 +13,7 @@ import numpy as np
 
 from lrconvert.checkpoint.folder_code import check_trusted, refuses_custom, refuses_native, stage
 from lrconvert.engines.capability import CUSTOM_HF, native_hf
-from lrconvert.runtimes.backend import Backend, OpenOptions, Runtime
+from lrconvert.runtimes.backend import Backend, OpenOptions, Runtime, computed_bytes
 from lrconvert.runtimes.base import Interpreter, Scores, WorkerSession
 from lrconvert.runtimes.tolerances import ANY, F16, Tolerance, float32_angles
 
@@ -110,7 +110,15 @@ RUNTIME = Runtime(
     name="transformers",
     runs=("hf",),
     backends=(
-        Backend("native", native_hf, _open(custom=False), NATIVE_TOLERANCES, refuses=refuses_native, angles="product"),
+        Backend(
+            name="native",
+            capability=native_hf,
+            open=_open(custom=False),
+            tolerances=NATIVE_TOLERANCES,
+            refuses=refuses_native,
+            angles="product",
+            memory=computed_bytes,
+        ),
         Backend(
             name="custom",
             capability=lambda family: CUSTOM_HF,
@@ -118,6 +126,7 @@ RUNTIME = Runtime(
             tolerances=CUSTOM_TOLERANCES,
             refuses=refuses_custom,
             needs_key="auto_map",
+            memory=computed_bytes,
         ),
     ),
     needs=(("torch", "hf"), ("transformers", "hf")),

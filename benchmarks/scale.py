@@ -108,13 +108,18 @@ class Bench:
 
     def convert(self, conversion: Conversion) -> tuple[Cost, Path]:
         """What it cost, and where the artifact lies."""
+        command, output = self.command(conversion)
+        return run(command), output
+
+    def command(self, conversion: Conversion) -> tuple[list[str | Path], Path]:
+        """How to convert, and where the artifact will lie."""
         output = self.folder / f"made{conversion.suffix}"
         remove(output)
         source, recipe = self.source, self.recipes[0]
         if conversion.name == REBAKE:
             source, recipe = self.bf16, self.recipes[1]
         options = [*conversion.options, *([self.adapter] if "--adapter" in conversion.options else [])]
-        return run(lrconvert(conversion.command, source, "--recipe", recipe, *options, "-o", output)), output
+        return lrconvert(conversion.command, source, "--recipe", recipe, *options, "-o", output), output
 
     def keep_bf16(self) -> None:
         if not self.bf16.exists():

@@ -170,9 +170,9 @@ def test_q_k_and_v_as_one_product_answer_bit_for_bit(
     counts = [[node.op_type for node in graph_of(folder).graph.node].count("MatMulNBits") for folder in (one, three)]
     assert counts[1] - counts[0] == 2 * model.shape.layers
     tokens = np.arange(2 * 40).reshape(2, 40) % model.shape.vocab
-    answers = [answered(folder, model, tokens) for folder in (one, three)]
-    np.testing.assert_array_equal(*answers)
-    assert np.isfinite(answers[0]).all()
+    joined, apart = (answered(folder, model, tokens) for folder in (one, three))
+    np.testing.assert_array_equal(joined, apart)
+    assert np.isfinite(joined).all()
 
 
 def answered(folder: Path, model: Model, tokens: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import date
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -29,11 +29,28 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
 import make_shape
 from make_shape import normal_blocks, planned, shape_config, spread_of, stored_tensors
 
-RESULTS = Path(__file__).parent / "results"
+# `run.py` names another folder for a quick try, and a file that takes the figures of its table.
+RESULTS_FOLDER, FIGURES_FILE = "LRCONVERT_BENCH_RESULTS", "LRCONVERT_BENCH_FIGURES"
+RESULTS = Path(os.environ.get(RESULTS_FOLDER) or Path(__file__).parent / "results")
 CHUNK = 64 * 2**20
 
-# 2.8 GB in bf16 (1.4 B parameters), and the shape of a 7B model (13.5 GB).
+# Of Llamas in bf16, in place of what the 7B shape has: small ones to try a script and to see whether memory grows with
+# the model, 1.4 B parameters, and the 7B itself (13.5 GB).
 SHAPES = {
+    "0.1 GB": {
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    },
+    "0.3 GB": {
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 7,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+    },
     "2.8 GB": {
         "hidden_size": 2048,
         "intermediate_size": 5632,
@@ -99,7 +116,7 @@ def run(command: Sequence[str | Path]) -> Cost:
     done = subprocess.run(launched, capture_output=True, text=True, check=True)
     code, wall, cpu, peak = json.loads(done.stdout)
     if code:
-        raise RuntimeError(f"{command} failed: {done.stderr[-500:]}")
+        raise RuntimeError(f"{' '.join(Path(word).name for word in command)}: {done.stderr[-500:].strip()}")
     return Cost(wall, cpu, peak * 1024)
 
 
@@ -110,8 +127,10 @@ def lrconvert(*arguments: str | Path) -> list[str | Path]:
 
 def copy_with_fsync(source: Path, target: Path) -> float:
     """Seconds for a plain copy of a folder's files that ends when they are on the disk."""
-    target.mkdir(parents=True)
-    return sum(copy_file_with_fsync(path, target / path.name) for path in sorted(source.iterdir()))
+    paths = sorted(path for path in source.rglob("*") if path.is_file())
+    for path in paths:
+        (target / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+    return sum(copy_file_with_fsync(path, target / path.relative_to(source)) for path in paths)
 
 
 def copy_file_with_fsync(source: Path, target: Path) -> float:
@@ -125,20 +144,22 @@ def copy_file_with_fsync(source: Path, target: Path) -> float:
     return time.perf_counter() - started
 
 
-def in_scratch(measure: Callable[[Path, int], None], *, rounds: int) -> None:
-    """Run `measure(folder, rounds)` in `--scratch`, or in a temporary folder."""
+def in_scratch(measure: Callable[[Path, str, int], None], *, rounds: int) -> None:
+    """Run `measure(folder, shape, rounds)` in `--scratch`, or in a temporary folder."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--scratch", type=Path, help="where to work; default: a temporary folder")
+    parser.add_argument("--shape", choices=SHAPES, default="2.8 GB", help="of the checkpoint")
     parser.add_argument("--rounds", type=int, default=rounds)
     arguments = parser.parse_args()
     with scratch_folder(arguments.scratch) as scratch:
-        measure(scratch, arguments.rounds)
+        measure(scratch, arguments.shape, arguments.rounds)
 
 
 @contextlib.contextmanager
 def scratch_folder(chosen: Path | None) -> Iterator[Path]:
     """The folder that was chosen, or a temporary one that vanishes."""
     if chosen is not None:
+        chosen.mkdir(parents=True, exist_ok=True)
         yield chosen
         return
     with tempfile.TemporaryDirectory(prefix="lrconvert-bench-") as folder:
@@ -153,6 +174,43 @@ def repeat(times: int, measure: Callable[[], Any]) -> list[Any]:
     return [measure() for _ in range(times)]
 
 
+@dataclass(frozen=True)
+class Figure:
+    """One line of `run.py`'s table: what was measured, ours and a peer's, in the same run.
+
+    `limit`: of ours / theirs where there is a peer, else of ours. `least`: that is a lower limit.
+    """
+
+    what: str
+    ours: float
+    unit: str
+    peer: str = ""
+    theirs: float | None = None
+    limit: float | None = None
+    least: bool = False
+    memory_mb: float | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """Ours / theirs."""
+        return self.ours / self.theirs if self.theirs else None
+
+    @property
+    def missed(self) -> bool:
+        """Whether the limit isn't met."""
+        judged = self.ours if self.theirs is None else self.ratio
+        if self.limit is None or judged is None:
+            return False
+        return judged < self.limit if self.least else judged > self.limit
+
+
+def report(*figures: Figure) -> None:
+    """Hand a benchmark's figures to `run.py`, if it started this process."""
+    if name := os.environ.get(FIGURES_FILE):
+        with Path(name).open("a") as file:
+            file.writelines(json.dumps(asdict(figure)) + "\n" for figure in figures)
+
+
 def _version(package: str) -> str:
     """Its version; where lrconvert runs from a checkout, its own word."""
     try:
@@ -161,11 +219,11 @@ def _version(package: str) -> str:
         return str(import_module(package).__version__)
 
 
-def save(name: str, numbers: dict[str, Any]) -> Path:
-    """Print and keep a result: date, command, versions, machine (cores and memory alone), numbers. Its file."""
+def facts() -> dict[str, Any]:
+    """Date, command, versions and machine (cores and memory alone) of this process."""
     options = ["…" if "/" in argument else argument for argument in sys.argv[1:]]  # no paths of this machine
     pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    result = {
+    return {
         "date": date.today().isoformat(),
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *options]),
         "versions": {
@@ -173,8 +231,12 @@ def save(name: str, numbers: dict[str, Any]) -> Path:
             **{package: _version(package) for package in ("lrconvert", "numpy", "safetensors")},
         },
         "machine": {"cores": os.cpu_count(), "memory_gib": round(pages * page / 2**30)},
-        **numbers,
     }
+
+
+def save(name: str, numbers: dict[str, Any]) -> Path:
+    """Print and keep a result: the facts of the run and its numbers. Its file."""
+    result = {**facts(), **numbers}
     RESULTS.mkdir(exist_ok=True)
     text = json.dumps(result, indent=2)
     path = RESULTS / f"{name}.json"

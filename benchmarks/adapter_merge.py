@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lrconvert hf --adapter` on a sharded 2.8 GB checkpoint against a plain copy with fsync, in turns.
+"""`lrconvert hf --adapter` on a sharded checkpoint (2.8 GB) against a plain copy with fsync, in turns.
 
-    python benchmarks/adapter_merge.py [--scratch DIR] [--rounds N]
+    python benchmarks/adapter_merge.py [--scratch DIR] [--shape SHAPE] [--rounds N]
 
 The adapter has a pair of rank 16 on every linear layer of every block, so every shard is written anew.
 """
@@ -13,7 +13,18 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from _common import RESULTS, copy_with_fsync, in_scratch, lrconvert, median, run, save, write_checkpoint
+from _common import (
+    RESULTS,
+    Figure,
+    copy_with_fsync,
+    in_scratch,
+    lrconvert,
+    median,
+    report,
+    run,
+    save,
+    write_checkpoint,
+)
 from safetensors.numpy import save_file
 
 from lrconvert.checkpoint import open_model
@@ -38,8 +49,8 @@ def write_adapter(folder: Path, source: Path) -> Path:
     return folder
 
 
-def measure(scratch: Path, rounds: int) -> None:
-    source = write_checkpoint(scratch / "source", "2.8 GB")
+def measure(scratch: Path, shape: str, rounds: int) -> None:
+    source = write_checkpoint(scratch / "source", shape)
     adapter = write_adapter(scratch / "adapter", source)
     recipe = scratch / "recipe"
     run(lrconvert("recipe", "derive", source, "--method", "yarn", "--factor", "8", "-o", recipe, "--force"))
@@ -53,13 +64,15 @@ def measure(scratch: Path, rounds: int) -> None:
         if index:
             merges.append(merge)
             copies.append(copy)
+    ours, copied, peak = median([m.wall for m in merges]), median(copies), max(merge.rss for merge in merges) / 1e6
+    report(Figure(f"HF folder with an adapter, {shape}", ours, "s", "a copy", copied, RATIO_ALLOWED, memory_mb=peak))
     numbers = {
         "merge_seconds": [round(merge.wall, 2) for merge in merges],
         "merge_cpu_seconds": [round(merge.cpu, 2) for merge in merges],
         "copy_seconds": [round(copy, 2) for copy in copies],
-        "ratio_median": round(median([m.wall for m in merges]) / median(copies), 3),
+        "ratio_median": round(ours / copied, 3),
         "ratio_allowed": RATIO_ALLOWED,
-        "peak_rss_mb": round(max(merge.rss for merge in merges) / 1e6, 1),
+        "peak_rss_mb": round(peak, 1),
         "peak_rss_mb_allowed": RSS_ALLOWED_MB,
     }
     save("adapter-merge", numbers)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _common import RESULTS, save, write_random
+from _common import RESULTS, Figure, report, save, write_random
 
 from lrconvert.api.baking import onnx as bake_onnx
 from lrconvert.recipe import load_recipe
@@ -78,6 +78,10 @@ def main() -> None:
         if python:
             sides[f"{name} {installed(python, name)}"] = lambda tier, python=python, code=code: run(python, code, tier)
     found = {name: errors(side(tier), tier) for name, side in sides.items()}
+    far, (code, graph, *peers) = str(POSITIONS[-1]), found
+    for name in peers:
+        for ours in (code, graph):
+            report(Figure(f"angle at {far}, {ours}", found[ours][far], "rad", name, found[name][far]))
     save("angles", {"recipe": RECIPE, "head": HEAD, "theta": THETA, "errors": found})
     (RESULTS / "angles.md").write_text(page(found))
     print(page(found))

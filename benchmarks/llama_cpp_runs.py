@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _common import RESULTS, lrconvert, run, save, scratch_folder
+from _common import RESULTS, Figure, lrconvert, report, run, save, scratch_folder
 from _llama_cpp_tables import DROPPED, JUDGED, MORE, READ, SECTIONS, WINDOW, WINDOW_JUDGED, markdown
 from tokenizers import Tokenizer
 
@@ -356,6 +356,12 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
         "tensors": {kind: _types(subject.gguf(kind)) for kind in types},
         **found,
     }
+    right = {row["runtime"]: 0 for row in found.get("passkey", ())}
+    for row in found.get("passkey", ()):
+        right[row["runtime"]] += sum(row["right"])
+    peer = right.popitem() if right else ("", 0)
+    unit = f"of {trials * len(arguments.passkey)}"
+    report(*(Figure(f"passkeys in {runtime}", count, unit, *peer) for runtime, count in right.items()))
     save(f"llama-cpp-runs-{name}".lower(), numbers)
     every = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("llama-cpp-runs-*.json"))]
     (RESULTS / "llama-cpp-runs.md").write_text(markdown(every))

@@ -36,9 +36,11 @@ import onnxruntime
 from _common import (
     RESULTS,
     SHAPES,
+    Figure,
     copy_with_fsync,
     lrconvert,
     median,
+    report,
     save,
     scratch_folder,
     write_checkpoint,
@@ -46,7 +48,7 @@ from _common import (
 )
 from _exporters import Command, tools, versions
 from _memory import Cost, needed, watched
-from _onnx_tables import ABOUT, cost_table, is_right, missed, refusals, table
+from _onnx_tables import ABOUT, COPY_ALLOWED, SPEEDUP_NEEDED, cost_table, is_right, missed, refusals, table
 
 from lrconvert.checkpoint import Model, locate, open_model
 from lrconvert.families import get_family
@@ -59,14 +61,6 @@ from lrconvert.rope import Tier, longrope_attention_factor, yarn_factors
 WIDEN = 2.0  # q and k of fresh weights attend almost evenly, which hides rotations; 3 amplifies every rounding
 RATIO = 8
 COMPARED = 128  # last positions of every length
-SMALL = "0.1 GB"  # for trying the script
-SHAPES[SMALL] = {
-    "hidden_size": 512,
-    "intermediate_size": 1408,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
-}
 
 # No width of a layer equals the vocabulary: the builder of onnxruntime-genai would take it for lm_head.
 COMMON: dict[str, Any] = {
@@ -364,6 +358,22 @@ def keep(
     (RESULTS / "onnx-baseline.md").write_text("\n".join(text))
 
 
+def figures(results: dict[str, dict[str, dict[str, Any]]], cost: dict[str, Any]) -> list[Figure]:
+    """Checkpoints that each tool has right; what exporting costs beside a copy and the fastest right tool."""
+    found, unit = [], f"of {len(results)}"
+    right = {tool: sum(is_right(made[tool]) for made in results.values()) for tool in next(iter(results.values()))}
+    ours = right.pop("lrconvert")
+    found += [Figure("ONNX graphs that are right", ours, unit, tool, count) for tool, count in right.items()]
+    if cost:
+        tools_cost = {name: (median(made["seconds"]), made["anonymous_mb"]) for name, made in cost["tools"].items()}
+        seconds, memory = tools_cost.pop("lrconvert")
+        what = f"ONNX f16, {cost['shape']}"
+        found.append(Figure(what, seconds, "s", "a copy", median(cost["copy_seconds"]), COPY_ALLOWED, memory_mb=memory))
+        for name, (theirs, _) in tools_cost.items():
+            found.append(Figure(what, seconds, "s", name, theirs, 1 / SPEEDUP_NEEDED, memory_mb=memory))
+    return found
+
+
 def earlier() -> tuple[dict[str, Any], dict[str, Any]]:
     """Part 2 as it was kept, with its date."""
     saved = json.loads((RESULTS / "onnx-baseline.json").read_text())
@@ -395,6 +405,7 @@ def main() -> None:
             cost = {"shape": arguments.size, **rounds_of(arguments.size, scratch, right, arguments.rounds)}
             print(json.dumps(cost, indent=1), flush=True)
         large = at_14_gb(scratch) if arguments.large else {}
+    report(*figures(results, cost))
     if cost:
         cost["date"] = date.today().isoformat()
     elif arguments.skip_size:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _common import RESULTS, scratch_folder
+from _common import RESULTS, Figure, report, scratch_folder
 
 from lrconvert import parity
 from lrconvert.artifact.bake import bake
@@ -79,6 +79,12 @@ def main() -> None:
             if asked.mistakes:
                 found["mistakes"] = dict(mistakes(model, recipe, folder, dtype, scratch))
             known[f"{asked.name}, {dtype}"] = found
+            costs = found["weights"]
+            what, after, before = (
+                f"perplexity in ONNX {dtype}, {asked.name}",
+                *(costs[key] for key in ("perplexity", "perplexity_f32")),
+            )
+            report(Figure(what, after, "", "f32", before))
             path.write_text(json.dumps(known, indent=1) + "\n")
     text = table(known)
     (RESULTS / f"{NAME}.md").write_text(text)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _common import RESULTS, lrconvert, run, scratch_folder
+from _common import RESULTS, Figure, lrconvert, report, run, scratch_folder
 
 from lrconvert.checkpoint import locate, open_model
 from lrconvert.checkpoint.tokenizer import tokenizer_of
@@ -58,6 +58,10 @@ def main() -> None:
             key = f"{name}, {dtype}, {arguments.device}"
             known[key] = {"date": date.today().isoformat(), **measure(arguments, folder, dtype)}
             path.write_text(json.dumps(known, indent=1) + "\n")
+            keys = {runtime: known[key][f"passkeys, {runtime}"] for runtime in ("onnxruntime", "transformers")}
+            ours, theirs = (sum(found.values()) for found in keys.values())
+            unit = f"of {arguments.trials * len(arguments.lengths)}"
+            report(Figure(f"passkeys in ONNX Runtime, {dtype}", ours, unit, "transformers", theirs))
             print(key, json.dumps(known[key])[:600], flush=True)
     (RESULTS / "onnx-runs.md").write_text(table(known))
 

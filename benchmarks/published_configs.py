@@ -29,7 +29,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from _common import RESULTS, save, scratch_folder, write_random
+from _common import RESULTS, Figure, report, save, scratch_folder, write_random
 
 from lrconvert import parity
 from lrconvert.artifact.bake import bake
@@ -236,6 +236,11 @@ def main() -> None:
         with multiprocessing.get_context("spawn").Pool(options.jobs, maxtasksperchild=1) as pool:
             rows = list(pool.imap(measured, tasks))
     print("\n".join(table(rows)))
+    passed, caught = sum(row["passed"] for row in rows), [bool(hit) for row in rows for hit in row["caught"].values()]
+    report(
+        Figure("published sets that pass verify", passed, f"of {len(rows)}", limit=len(rows), least=True),
+        Figure("mistakes in them that are caught", sum(caught), f"of {len(caught)}", limit=len(caught), least=True),
+    )
     if options.print:
         return
     if options.add:

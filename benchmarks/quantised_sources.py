@@ -9,6 +9,7 @@ file each. Also the peak memory at half as many layers: it must not grow with th
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from _common import RESULTS, copy_with_fsync, in_scratch, lrconvert, median, run, save
+from _common import RESULTS, Figure, copy_with_fsync, lrconvert, median, report, run, save, scratch_folder
 from safetensors.numpy import save_file
 
 from lrconvert.families import expected_tensors, get_family, read_shape
@@ -101,8 +102,16 @@ def measured(scratch: Path, name: str, rounds: int) -> dict[str, Any]:
     }
 
 
-def measure(scratch: Path, rounds: int) -> None:
-    numbers = {name: measured(scratch, name, rounds) for name in FORMATS}
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--scratch", type=Path, help="where to work; default: a temporary folder")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    with scratch_folder(arguments.scratch) as scratch:
+        numbers = {name: measured(scratch, name, arguments.rounds) for name in FORMATS}
+    for name, values in numbers.items():
+        ours, copied = median(values["seconds"]), median(values["copy_seconds"])
+        report(Figure(f"HF folder from {name}, 1.1 GB", ours, "s", "a copy", copied, memory_mb=values["peak_rss_mb"]))
     save("quantised-sources", {**numbers, "peak_rss_mb_allowed": RSS_ALLOWED_MB})
     result = json.loads((RESULTS / "quantised-sources.json").read_text())
     about = [", ".join(json.dumps(result[key]).strip('"') for key in ("date", "command", "versions", "machine"))]
@@ -112,4 +121,4 @@ def measure(scratch: Path, rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    in_scratch(measure, rounds=3)
+    main()

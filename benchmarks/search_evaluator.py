@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _common import median, save
+from _common import Figure, median, report, save
 from torch.nn import functional
 
 from lrconvert.checkpoint import open_model
@@ -113,6 +113,7 @@ def measure(
         ours.append(timed(evaluator, options.rounds, lambda: evaluator.answer(objective, [question])))
         theirs.append(timed(evaluator, options.rounds, bare.run))
     seconds, least = median(ours), median(theirs)
+    report(Figure(f"one evaluation of {length} tokens", seconds, "s", "bare loop", least, limit=1 / 0.85))
     found = {
         "tokens": length,
         "seconds": seconds,

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _common import save
+from _common import Figure, report, save
 
 from lrconvert.checkpoint import open_model
 from lrconvert.cli._common import TOKENS
@@ -186,6 +186,10 @@ def main() -> None:
     for side in sides.values():
         if "seconds" in side:
             side["tokens_per_second"] = round(options.length / statistics.median(side["seconds"][UNTIMED:]))
+    (_, rate), *peers = ((name, side.get("tokens_per_second")) for name, side in sides.items())
+    for name, theirs in peers:
+        if rate and theirs:
+            report(Figure(f"tuning at {options.length} tokens", rate, "tokens/s", name, theirs, limit=1.5, least=True))
     gpu = torch.cuda.get_device_name() if options.device == "cuda" else None
     ran = {"gpu": gpu, **{package: version(package) for package in ("torch", "transformers", "peft")}}
     save(f"tuning-step-{options.name}", {"ran": ran, "length": options.length, "rank": options.rank, "sides": sides})

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from _common import Cost, lrconvert, median, run, save, scratch_folder
+from _common import Cost, Figure, lrconvert, median, report, run, save, scratch_folder
 
 PROFILES = ("full", "quick")
 TOP = 8
@@ -109,6 +109,10 @@ def measure(scratch: Path, asked: argparse.Namespace) -> dict[str, Any]:
         walls, cpus = (
             {p: median([getattr(cost, what) for cost in costs[name, p]]) for p in PROFILES} for what in ("wall", "cpu")
         )
+        for p in PROFILES:
+            peak = max(cost.rss for cost in costs[name, p]) / 1e6
+            limit = GOALS.get(name) if p == "full" else None
+            report(Figure(f"verify, {name}, {p}", walls[p], "s", limit=limit, memory_mb=peak))
         rows[name] = {
             **{f"{p}_wall_seconds": [round(cost.wall, 1) for cost in costs[name, p]] for p in PROFILES},
             **{f"{p}_cpu_seconds": [round(cost.cpu, 1) for cost in costs[name, p]] for p in PROFILES},

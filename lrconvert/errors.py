@@ -6,7 +6,7 @@
     ├── InputError            3   the input is off: a file, a key, a tensor
     ├── UnsupportedError      4   the input is fine, the target can't express it
     ├── ParityError           5   the artifact does not compute what its recipe says
-    └── EnvironmentFailure    6   the machine: a missing extra, no network, a full disk
+    └── EnvironmentFailure    6   the machine: a missing extra, no network, too little disk or memory
 
 A message says what was found, what is needed, where, and what to do. Several problems in one input are
 reported together (`InputError.collect`).
@@ -71,7 +71,7 @@ class ParityError(LrconvertError):
 
 
 class EnvironmentFailure(LrconvertError):
-    """The machine lacks something: an extra, the network, room on the disk."""
+    """The machine lacks something: an extra, the network, room on the disk or in memory."""
 
     exit_code = 6
 

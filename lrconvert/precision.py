@@ -19,3 +19,6 @@ def long_name(name: str, option: str = "dtype") -> str:
     if (found := LONG.get(short_name(name))) is None:
         raise UsageError(f"{option} {name!r} is none of {', '.join((*LONG, *_SHORT))}")
     return found
+
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

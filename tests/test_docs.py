@@ -87,8 +87,9 @@ def test_a_command_that_does_not_exist_is_found(command: str, unknown: list[str]
 
 OPTION = re.compile(r"`(--[a-z][a-z-]*)")
 # Of llama-server, torchrun, vLLM and the scripts in benchmarks/ and tools/.
-FOREIGN = {"--cache-reuse", "--context-shift", "--fit", "--help", "--kv-unified", "--layers", "--max-model-len",
-           "--max-restarts", "--seconds", "--slot-save-path"}  # fmt: skip
+FOREIGN = {"--cache-reuse", "--context-shift", "--fit", "--help", "--kv-unified", "--layers", "--list",
+           "--max-model-len", "--max-restarts", "--only", "--quick", "--readme", "--seconds",
+           "--slot-save-path"}  # fmt: skip
 
 
 def all_options(command: click.Command = lrconvert_cli) -> set[str]:

@@ -34,6 +34,7 @@ from lrconvert.checkpoint.base import numpy_dtype
 from lrconvert.data import DATA
 from lrconvert.errors import EnvironmentFailure, LrconvertError, UsageError
 from lrconvert.families import ExpectedTensor, expected_tensors, get_family, read_shape
+from lrconvert.machine import check_disk
 from lrconvert.targets.hf.shards import PlannedTensor, header_of, plan_shards
 
 SEED = 7
@@ -272,22 +273,16 @@ def _starts_with(path: Path, header: bytes) -> bool:
 
 def check_space(folder: Path, name: str, needed: int) -> None:
     """Refuse a shape that the disk has no room for, and say how many layers it has room for (exit code 6)."""
-    place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(place).free
-    if needed <= free:
-        return
-    most = SHAPES[name]["num_hidden_layers"]
-    sizes = [(count, total_bytes(shape_config(name, count))) for count in (1, 2)]
-    base, layer = 2 * sizes[0][1] - sizes[1][1], sizes[1][1] - sizes[0][1]
-    # Headers grow with the digits of their numbers: the count is tried, not only calculated.
-    fitting = next(
-        (n for n in range(min(most, (free - base) // layer), 0, -1) if total_bytes(shape_config(name, n)) <= free), 0
-    )
-    fits = f"--layers {fitting} fits" if fitting else "not even one layer fits"
-    raise EnvironmentFailure(
-        f"{folder}: {name} needs {needed:,} more bytes, {free:,} are free; {fits}",
-        remedy="Make room, or choose another disk",
-    )
+
+    def fits(free: int) -> str:
+        most = SHAPES[name]["num_hidden_layers"]
+        one, two = (total_bytes(shape_config(name, count)) for count in (1, 2))
+        # Headers grow with the digits of their numbers: the count is tried, not only calculated.
+        counts = range(min(most, (free - 2 * one + two) // (two - one)), 0, -1)
+        fitting = next((count for count in counts if total_bytes(shape_config(name, count)) <= free), 0)
+        return f"--layers {fitting} fits" if fitting else "not even one layer fits"
+
+    check_disk(folder, needed, name, fits=fits)
 
 
 def total_bytes(config: Mapping[str, Any]) -> int:

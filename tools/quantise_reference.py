@@ -203,11 +203,16 @@ class Quantiser:
             raise SystemExit(f"{folder}: llama_model_quantize_params has another layout than this script knows")
 
     def __call__(
-        self, source: Path, target: Path, file_type: int, matrix: Mapping[str, np.ndarray[Any, Any]] | None = None
+        self,
+        source: Path,
+        target: Path,
+        file_type: int,
+        matrix: Mapping[str, np.ndarray[Any, Any]] | None = None,
+        threads: int = 1,
     ) -> bool:
-        """Quantise a file on one thread; False where llama.cpp refuses (`messages` says why)."""
+        """Quantise a file; False where llama.cpp refuses (`messages` says why)."""
         parameters = self._functions.llama_model_quantize_default_params()
-        parameters.nthread, parameters.ftype = 1, file_type
+        parameters.nthread, parameters.ftype = threads, file_type
         self.messages.clear()
         if matrix is not None:
             rows = [_Importance(name.encode(), row.ctypes.data, row.size) for name, row in matrix.items()]

@@ -7,21 +7,23 @@ it was read makes the bake fail.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO
 
 from lrconvert.artifact.file_staging import FileStaging, check_files, replaced_files
+from lrconvert.artifact.hashing_file import HashingFile
 from lrconvert.artifact.manifest import FILES, Manifest
 from lrconvert.artifact.plan import Plan, Stream
 from lrconvert.artifact.prefetch import Job, prefetch
 from lrconvert.artifact.redaction import source_record
-from lrconvert.artifact.staging import HashingFile, Staging, check_output
+from lrconvert.artifact.staging import Staging, check_output
 from lrconvert.checkpoint.source import check_unchanged
 from lrconvert.data import DATA
-from lrconvert.errors import UsageError
+from lrconvert.errors import LrconvertError, UsageError
+from lrconvert.machine import check_disk, size
 from lrconvert.progress import BYTES, Progress, Step, silent
 
 
@@ -42,16 +44,43 @@ def check_place(plan: Plan, *, force: bool) -> None:
     check_files(plan.output, plan.names, force=force)
 
 
+def check_room(plan: Plan, *, link: bool | None = None) -> None:
+    """Refuse what the disk has no room for, and say what it has room for (exit code 6). An artifact that is replaced
+    goes away last."""
+    place = plan.output.absolute().parent
+    linked = 0 if link is False else sum(size for name, size in plan.sizes.items() if _may_link(plan, name, place))
+
+    def fits(free: int) -> str:
+        found = [f"{option} takes {size(nbytes)}" for option, nbytes in _lighter(plan) if nbytes <= free]
+        return found[0] if found else ""
+
+    check_disk(place, sum(plan.sizes.values()) - linked, plan.output.name, fits=fits)
+
+
+def _may_link(plan: Plan, name: str, place: Path) -> bool:
+    """Whether a file can be a hard link to its source: weights of one file system."""
+    path = plan.copies.get(name)
+    there = next(parent for parent in (place, *place.parents) if parent.exists())
+    return path is not None and name.endswith(".safetensors") and path.stat().st_dev == there.stat().st_dev
+
+
+def _lighter(plan: Plan) -> Iterator[tuple[str, int]]:
+    for option, planned in plan.lighter.items():
+        with contextlib.suppress(LrconvertError):  # what this model or machine can't be written as
+            yield option, sum(planned().sizes.values())
+
+
 def bake(plan: Plan, *, force: bool = False, link: bool | None = None, progress: Progress | None = None) -> Manifest:
     """Write the artifact and its manifest.
 
     `link`: True demands hard links for weights that stay as they are, False copies them, None links where that works,
     except to the embedded model. Raises `UsageError` for an output that may not be replaced, `InputError` for a source
-    that changed meanwhile, and `EnvironmentFailure` for what the disk refuses.
+    that changed meanwhile, and `EnvironmentFailure` for what the disk has no room for or refuses.
     """
     check_place(plan, force=force)
     if link is None and plan.model.checkpoint.path.is_relative_to(DATA):
         link = False  # the installed package's own: editing the artifact would edit it
+    check_room(plan, link=link)
     report = _Report(plan, progress)
     with _staging(plan, force, link) as staging:
         for name, data in sorted(plan.texts.items()):
@@ -104,9 +133,7 @@ def _jobs(streams: list[Stream]) -> Iterator[Job]:
             yield from tensor.jobs()
 
 
-def _write(
-    file: HashingFile | IO[bytes], blocks: Iterator[memoryview], nbytes: int, done: Callable[[int], None]
-) -> None:
+def _write(file: HashingFile, blocks: Iterator[memoryview], nbytes: int, done: Callable[[int], None]) -> None:
     left = nbytes
     while left:
         block = next(blocks)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -84,6 +84,8 @@ class Plan:
     options: dict[str, Any] = field(default_factory=dict)  # what else the user asked for: recorded, never read back
     place: Literal["folder", "files"] = "folder"
     stamps: dict[Path, tuple[int, int]] = field(default_factory=dict, repr=False)  # of the sources: `check_unchanged`
+    # The same with options that take less room, by what they are called: for a disk that is too small.
+    lighter: Mapping[str, Callable[[], Plan]] = field(default_factory=dict, repr=False)
 
     @property
     def names(self) -> list[str]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 import os
 import shutil
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from lrconvert.artifact.hashing_file import HashingFile
 from lrconvert.artifact.manifest import MANIFEST, FileRecord, Manifest
 from lrconvert.checkpoint.source import COPY_BYTES
 from lrconvert.errors import EnvironmentFailure, LrconvertError, UsageError
@@ -152,11 +152,9 @@ class Staging(contextlib.AbstractContextManager["Staging"]):
     @contextlib.contextmanager
     def create(self, name: str) -> Iterator[HashingFile]:
         """A file to stream into; hashed on the way, on disk when the block ends."""
-        with self._path(name).open("wb") as raw:
-            file = HashingFile(raw)
+        with self._path(name).open("wb") as raw, HashingFile(raw) as file:
             yield file
-            raw.flush()
-            os.fsync(raw.fileno())
+            file.finish()
         self.files[name] = FileRecord(file.size, file.sha256.hexdigest())
 
     def link_or_copy(self, source: Path, name: str, done: Callable[[int], None] | None = None) -> None:
@@ -200,18 +198,6 @@ class Staging(contextlib.AbstractContextManager["Staging"]):
         for place in (path, self.folder):
             sync(place)
         self.check()  # another process may have written there meanwhile
-
-
-class HashingFile:
-    """A writer that counts and hashes what goes through it."""
-
-    def __init__(self, raw: IO[bytes]) -> None:
-        self._raw, self.size, self.sha256 = raw, 0, hashlib.sha256()
-
-    def write(self, data: bytes | memoryview) -> None:
-        self._raw.write(data)
-        self.sha256.update(data)
-        self.size += len(data)
 
 
 def sync(path: Path) -> None:

@@ -45,13 +45,31 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     return np.dtype({"F64": np.float64, "F32": np.float32, "F16": np.float16}[name])
 
 
+CACHED_VALUES = 65_536  # looked at together: what is in a processor's cache is looked at ten times as fast
+
+
+def all_finite(values: Array) -> bool:
+    """Whether no value is infinite or NaN. F16 and BF16 are looked at by their bits, several times as fast as by NumPy
+    and ml_dtypes."""
+    if values.dtype.itemsize > 2:
+        return bool(np.isfinite(values).all())
+    infinity = 0x7C00 if values.dtype.kind == "f" else 0x7F80
+    return all(int((piece & 0x7FFF).max()) < infinity for piece in bit_pieces(values))
+
+
+def bit_pieces(values: Array) -> Iterator[np.ndarray[Any, np.dtype[np.uint16]]]:
+    """The bits of 16-bit floats, in pieces that stay in the processor's cache."""
+    bits = np.ascontiguousarray(values).reshape(-1).view(np.uint16)
+    return (bits[start : start + CACHED_VALUES] for start in range(0, bits.size, CACHED_VALUES))
+
+
 def cast_block(values: Array, dtype: str, name: str, source: Path) -> Array:
     """A block in another dtype (safetensors name). What float16 can't hold is an error: `InputError` for values that
     are not finite, `UnsupportedError` for those beyond its range."""
     with np.errstate(over="ignore"):
         cast = values.astype(numpy_dtype(dtype), copy=False)
-    if dtype == "F16" and values.dtype != cast.dtype and not np.isfinite(cast).all():
-        if not np.isfinite(values.astype(np.float32)).all():
+    if dtype == "F16" and values.dtype != cast.dtype and not all_finite(cast):
+        if not all_finite(values):
             raise InputError(f"{source}: {name} holds values that are not finite")
         raise UnsupportedError(f"{name} holds values beyond float16's range", remedy="Use --dtype bf16 or f32")
     return np.ascontiguousarray(cast)

@@ -238,11 +238,14 @@ class OnnxCheckpoint(Checkpoint):
     def _blocks(self) -> dict[str, tuple[int, int, int]]:
         """Of quantised tensors: bits, values a block, and values a row."""
         found: dict[str, tuple[int, int, int]] = {}
+        joined = {node.output[0]: node.input for node in self.graph.graph.node
+                  if node.op_type == "Concat" and node.output}  # fmt: skip
         for node in self.graph.graph.node:
             values = {a.name: a.i for a in node.attribute}
             if node.op_type == "MatMulNBits" and len(node.input) > 2:
-                name = node.input[1].removesuffix(PACKED)
-                found[name] = (values.get("bits", 4), values.get("block_size", 32), values.get("K", 0))
+                of_all = (values.get("bits", 4), values.get("block_size", 32), values.get("K", 0))
+                parts = joined.get(node.input[1], [node.input[1]])  # of one product, or of several that are one
+                found |= {part.removesuffix(PACKED): of_all for part in parts}
             if node.op_type == "GatherBlockQuantized" and len(node.input) > 2:
                 name = node.input[0].removesuffix(ROWS).removesuffix(PACKED)
                 block, packed = values.get("block_size", 128), self._external.get(name + PACKED)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lrconvert.machine import size as size
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -85,16 +87,6 @@ def engines(verdicts: Sequence[Verdict], *, detailed: bool) -> None:
         )
     if not detailed:
         hint("details: --verbose and docs/engines.md")
-
-
-def size(count: int) -> str:
-    """Bytes for people."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
 
 
 def duration(seconds: float) -> str:

@@ -188,6 +188,7 @@ def opened(
                 progress(Step("dequantising"))
                 artifact = stack.enter_context(dequantised(subject))
             backend = _backend_of(subject, artifact, runtime, code)
+            backend.check_memory(artifact, options)
             session = stack.enter_context(closing(backend.open(artifact, options)))
         yield session, encode
 

@@ -6,34 +6,34 @@ What a stage takes is more than this. A stage that is refused here would fail fo
 
 from __future__ import annotations
 
-import math
 import os
 from typing import TYPE_CHECKING, Any
 
-from lrconvert.errors import InputError
+from lrconvert.errors import EnvironmentFailure
 from lrconvert.extending.plan import Derive, Evaluate, Plan, Recover, Search, Stage, Tune
+from lrconvert.precision import ITEM_BYTES
+from lrconvert.training.costs import token_bytes, weight_count
 from lrconvert.training.devices import default_dtype, device_memory, process_device
 
 if TYPE_CHECKING:
     from lrconvert.extending.task import Task
     from lrconvert.families import ModelShape
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 OPTIMIZER = 16  # bytes for each number that trains, whatever the model's dtype: float32 copy, its gradient, two moments
 GIB = 2**30
 
 
 def check_memory(plan: Plan, task: Task) -> None:
-    """Raises `InputError` for stages that need more memory than the device has, each with its key and what would fit.
+    """`EnvironmentFailure` for stages that need more memory than the device has, each with its key and what fits.
 
     Nothing is loaded. Processes of torchrun share rows and weights as `task.machine` says.
     """
     device = process_device(task.machine.get("device"), "an extension")
     has, shape = device_memory(device), task.model.shape
-    size = BYTES[task.machine.get("dtype") or default_dtype(device.type, "an extension")]
+    size = ITEM_BYTES[task.machine.get("dtype") or default_dtype(device.type, "an extension")]
     team = task.machine.get("context_parallel") or 1
     shared = int(os.environ.get("WORLD_SIZE", "1")) if task.machine.get("shard_weights") else 1
-    weights = sum(math.prod(info.shape) for info in task.model.checkpoint.tensors.values())
+    weights = weight_count(task.model)
     problems = []
     for number, stage in enumerate(plan.stage):
         full = isinstance(stage, Tune) and stage.method == "full"
@@ -49,13 +49,12 @@ def check_memory(plan: Plan, task: Task) -> None:
                 )
     if problems:
         remedy = "Use shorter lengths, --shard-weights, or a device with more memory"
-        raise InputError(f"plan {plan.name}: " + "; ".join(problems), remedy=remedy)
+        raise EnvironmentFailure(f"plan {plan.name}: " + "; ".join(problems), remedy=remedy)
 
 
 def lengths(stage: Stage, shape: ModelShape, size: int) -> dict[str, tuple[int, float]]:
     """Of each key that holds lengths: the longest one in tokens, and the least bytes that a token takes."""
-    # In a forward pass: hidden states before and after a layer, and both inner states of its MLP.
-    forward = 2.0 * (shape.hidden + shape.ffn) * size
+    forward = token_bytes(shape, size)
     kept = float(shape.layers * shape.hidden * size)  # for a backward pass that computes all else again
     cache = 2.0 * shape.layers * shape.kv_heads * shape.head_dim * size
     match stage:

@@ -22,6 +22,7 @@ from lrconvert.parity.measures import divergences
 from lrconvert.parity.opened import Opened
 from lrconvert.parity.options import Options
 from lrconvert.parity.questions import LOADING, Questions, case_cost, reference_cost
+from lrconvert.parity.readings import Readings, shares
 from lrconvert.parity.reference_runner import ReferenceRunner, kept_of_batch
 from lrconvert.parity.report import Report
 from lrconvert.parity.tokens import token_rows
@@ -63,7 +64,9 @@ def ask_backend(run: Run, questions: Questions, reference: ReferenceRunner) -> N
     with closing(session):
         report.runtimes[backend.name] = session.info
         rounding = backend.rounding(run.artifact, options, questions.dtype)
-        opened = Opened(run.artifact, backend, session, questions.spec, reference, questions.dtype, rounding)
+        step = backend.capability(reference.model.family).context_step or 1
+        readings = Readings(step, questions.cases)
+        opened = Opened(run.artifact, backend, session, questions.spec, reference, questions.dtype, rounding, readings)
         _ask(run, questions, opened)
         report.notes += rounding_notes((row for row in report.rows if row.code == backend.name), opened)
     report.losses += questions.dropped
@@ -133,14 +136,21 @@ def _ask_forward(case: Case, opened: Opened) -> Asked:
 
 def _forward(case: Case, opened: Opened) -> np.ndarray:
     """What the artifact answers to a forward case."""
+    if shares(case):
+
+        def ask(length: int, context: int, indices: np.ndarray) -> np.ndarray:
+            tokens = stream(opened.vocabulary, length).tolist()
+            return _logits(opened, tokens, keep=indices.tolist(), context=context)
+
+        return opened.readings.logits(case, ask)
     positions = case.positions() if case.spread else None
     tokens = stream(opened.vocabulary, case.length if positions is None else len(positions))
-    (answer,) = opened.session.logits(
-        [tokens.tolist()],
-        positions=None if positions is None else positions.tolist(),
-        keep=kept(len(tokens)).tolist(),
-        **_context(case),
-    )
+    where = {"positions": None if positions is None else positions.tolist()}
+    return _logits(opened, tokens.tolist(), keep=kept(len(tokens)).tolist(), **where, **_context(case))
+
+
+def _logits(opened: Opened, tokens: list[int], **how: Any) -> np.ndarray:
+    (answer,) = opened.session.logits([tokens], **how)
     return answer
 
 

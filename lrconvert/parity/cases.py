@@ -36,7 +36,7 @@ class Budget:
     decode: int
     sides: bool = False
     alone: int = SPREAD_TOKENS
-    prompt: int = 2048
+    prompt: int = 1024
 
     def at_most(self, tokens: int) -> Budget:
         """The same with no longer sequences; a spread one always fits."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lrconvert.parity.readings import Readings
 from lrconvert.parity.reference_runner import ReferenceRunner
 from lrconvert.rope import RopeSpec
 from lrconvert.runtimes.backend import Backend, Rounding
@@ -16,7 +17,7 @@ from lrconvert.runtimes.base import Session
 @dataclass(frozen=True)
 class Opened:
     """`spec` is what the backend can express of the recipe; `dtype` is what its products are computed in, as its
-    tolerances call it; `rounding` is what else it rounds."""
+    tolerances call it; `rounding` is what else it rounds; `readings` are prompts that it has answered."""
 
     artifact: Path
     backend: Backend
@@ -25,6 +26,7 @@ class Opened:
     reference: ReferenceRunner
     dtype: str
     rounding: Rounding
+    readings: Readings
 
     @property
     def name(self) -> str:

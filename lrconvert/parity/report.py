@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 from xml.etree import ElementTree
 
 from lrconvert.artifact.checks import Row, Verdict
@@ -33,6 +34,17 @@ def case_row(
     return Row(code, case, verdict, length=length, bound=bound, basis=basis, reason=reason, **vars(measures))
 
 
+class Aside(Protocol):
+    """A check that runs beside others (`parity.integrity`)."""
+
+    @property
+    def done(self) -> bool: ...
+
+    def rows(self) -> list[Row]: ...
+
+    def stop(self) -> None: ...
+
+
 class Rows(list[Row]):
     """Rows that are shown to `watch` when they are known. `seconds`: how long each took, from the row before it or the
     beginning. A check that finds several rows at once counts in the first of them."""
@@ -42,14 +54,39 @@ class Rows(list[Row]):
         self._watch = watch
         self.seconds: list[float] = []
         self._last = time.perf_counter()
+        self._aside: Aside | None = None
+        self._place = 0  # of the rows that come from aside
 
     def append(self, row: Row) -> None:
-        super().append(row)
+        if self._aside is not None and self._aside.done:
+            self._take()
+        self._put(len(self), row)
+
+    def _put(self, place: int, row: Row) -> None:
+        super().insert(place, row)
         now = time.perf_counter()
-        self.seconds.append(now - self._last)
+        self.seconds.insert(place, now - self._last)
         self._last = now
         if self._watch is not None:
             self._watch(row)
+
+    @contextlib.contextmanager
+    def beside(self, check: Aside) -> Iterator[None]:
+        """Its rows too: shown with the first row after they are known, or at the end, and kept here, where it began."""
+        self._aside, self._place = check, len(self)
+        if check.done:
+            self._take()
+        try:
+            yield
+            if self._aside is not None:
+                self._take()
+        finally:
+            check.stop()
+
+    def _take(self) -> None:
+        aside, self._aside = self._aside, None
+        for place, row in enumerate([] if aside is None else aside.rows(), self._place):
+            self._put(place, row)
 
     def extend(self, rows: Iterable[Row]) -> None:
         for row in rows:

@@ -7,6 +7,7 @@ whether the reference computes with the weights in the artifact (they round) or 
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -15,26 +16,25 @@ from pathlib import Path
 from typing import Any
 
 from lrconvert.artifact.checks import Row
-from lrconvert.artifact.manifest import EDITABLE, MANIFEST, Manifest, manifest_path
+from lrconvert.artifact.manifest import Manifest, manifest_path
 from lrconvert.artifact.record import BakeRecord
 from lrconvert.artifact.recording import Evidence
 from lrconvert.artifact.target import Target
 from lrconvert.checkpoint import Checkpoint, Model, build_model, describe_source, open_model
 from lrconvert.checkpoint.adapter import Adapter, merged, open_adapter
 from lrconvert.checkpoint.fold import folded
-from lrconvert.checkpoint.links import is_own
-from lrconvert.checkpoint.source import sha256_of
 from lrconvert.engines.capability import static
 from lrconvert.errors import InputError, LrconvertError, UsageError
 from lrconvert.parity import stored as stored_rows
 from lrconvert.parity.asking import Run, ask_backend
 from lrconvert.parity.expected import Expected, exact_fold_rows, expected, lifted_rows, lost, rounding_rows
+from lrconvert.parity.integrity import Integrity
 from lrconvert.parity.options import Options, chosen_backends, code_rows, trusted_backends
 from lrconvert.parity.padding import padding_rows
 from lrconvert.parity.questions import Questions, at_ends
 from lrconvert.parity.reference_runner import ReferenceRunner
 from lrconvert.parity.report import Report, Rows
-from lrconvert.progress import BYTES, Progress, Step, Steps, silent
+from lrconvert.progress import Progress, Steps, silent
 from lrconvert.recipe import Recipe, load_recipe, parse_recipe
 from lrconvert.runtimes.backend import Backend
 
@@ -73,6 +73,7 @@ def verify(
         backends, unasked = trusted_backends(artifact, chosen_codes, options)
     for backend in backends:
         backend.check(artifact, options)
+        backend.check_memory(artifact, options)
     manifest = Manifest.read(artifact) if manifest_path(artifact).is_file() or against is None else None
     if manifest is None and recipe is None:
         raise UsageError("--against needs --recipe where the artifact has no manifest")
@@ -98,12 +99,14 @@ def verify(
     report.rows += unasked
     run = Run(artifact, options, report, progress, Steps("checks", progress))
     evidence = None if manifest is None else Evidence.of(artifact, manifest)
-    if manifest is not None:
-        report.rows += _integrity(manifest_path(artifact).parent, manifest, progress)
-        if recipe is None and len(manifest.losses) < len(wanted.dropped):
-            reason = f"it says {len(manifest.losses)} losses, and there are more: {'; '.join(wanted.dropped)}"
-            report.rows.append(Row("files", manifest_path(artifact).name, "fail", reason=reason))
-    _compare(run, target, wanted, record, backends)
+    with contextlib.ExitStack() as stack:
+        if manifest is not None:
+            checked = Integrity(manifest_path(artifact).parent, manifest, progress)
+            stack.enter_context(report.rows.beside(checked))
+            if recipe is None and len(manifest.losses) < len(wanted.dropped):
+                reason = f"it says {len(manifest.losses)} losses, and there are more: {'; '.join(wanted.dropped)}"
+                report.rows.append(Row("files", manifest_path(artifact).name, "fail", reason=reason))
+        _compare(run, target, wanted, record, backends)
     if options.files_only or options.quick:
         report.notes.append(FILES_NOTE if options.files_only else QUICK_NOTE)
     if manifest is not None and evidence is not None:
@@ -342,52 +345,3 @@ def _recipe(artifact: Path, manifest: Manifest | None, recipe: str | Path | Reci
         return load_recipe(recipe)
     assert manifest is not None
     return parse_recipe(json.dumps(manifest.recipe), manifest_path(artifact).name)
-
-
-def _integrity(folder: Path, manifest: Manifest, progress: Progress) -> list[Row]:
-    """Every file of the manifest: there, as long as it was, the same bytes. Completes missing digests, and takes
-    over those of files that people may edit."""
-    rows = []
-    total, done, name = sum(record.size for record in manifest.files.values()), 0, ""
-
-    def read(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(Step("checksums", name, done, total, BYTES))
-
-    for name, record in sorted(manifest.files.items()):
-        path = folder / name
-        if not is_own(folder, path):
-            rows.append(Row("files", name, "fail", reason=f"{name} is a link that leads out of the folder"))
-        elif not path.is_file():
-            rows.append(Row("files", name, "fail", reason=f"{name} is missing"))
-        elif record.sha256 is None and _edited(path, folder):
-            reason = f"{name} has changed since it was linked, and the source that it is a hard link of with it"
-            rows.append(Row("files", name, "fail", reason=reason))
-        elif name in EDITABLE:
-            record.size, record.sha256 = path.stat().st_size, sha256_of(path, read)
-        elif path.stat().st_size != record.size:
-            reason = f"{name} has {path.stat().st_size} bytes; the manifest says {record.size}"
-            rows.append(Row("files", name, "fail", reason=reason))
-        elif (digest := sha256_of(path, read)) != (record.sha256 or digest):
-            rows.append(Row("files", name, "fail", reason=f"{name} has changed since it was written{_shared(path)}"))
-        else:
-            record.sha256 = digest
-    if not rows:
-        rows.append(Row("files", _counted(len(manifest.files)), "pass"))
-    return rows
-
-
-def _edited(path: Path, folder: Path) -> bool:
-    """Whether a hard link that nobody has read yet was edited in place: no digest says so, but the manifest was written
-    after it was linked. Copies of the folder are no links, and their times mean nothing."""
-    status = path.stat()
-    return status.st_nlink > 1 and status.st_mtime_ns > (folder / MANIFEST).stat().st_mtime_ns
-
-
-def _shared(path: Path) -> str:
-    return ", and so has every other hard link to it" if path.stat().st_nlink > 1 else ""
-
-
-def _counted(files: int) -> str:
-    return f"{files} file{'' if files == 1 else 's'}, sha256"

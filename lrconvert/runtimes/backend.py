@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from lrconvert.checkpoint import open_checkpoint
 from lrconvert.checkpoint.base import read_json
 from lrconvert.engines.capability import Capability
-from lrconvert.errors import UsageError, require
+from lrconvert.errors import LrconvertError, UsageError, require
 from lrconvert.families import Family
-from lrconvert.precision import short_name
+from lrconvert.machine import check_memory, size
+from lrconvert.precision import ITEM_BYTES, short_name
 from lrconvert.runtimes.base import Interpreter, Session
 from lrconvert.runtimes.tolerances import Tolerance, tolerance_for
 
@@ -95,7 +98,8 @@ class Backend:
     first that fits counts; each bound is chosen against the mistakes that it has to catch. `angles`: how it makes them,
     "float64" or a name of `reference.rotation.ROUNDED`; `cached`: whether `OpenOptions.kv` is the type of its cache;
     `activations`: how many channels share a scale where an artifact's products round them to 8 bits; `narrow`: whether
-    every result has the compute type. What these cost, a case may be off beyond its row.
+    every result has the compute type. What these cost, a case may be off beyond its row. `memory`: the least bytes that
+    loading takes, 0 where files are mapped.
     """
 
     name: str
@@ -111,6 +115,18 @@ class Backend:
     cached: bool = False
     activations: Callable[[Path, OpenOptions], int] = lambda artifact, options: 0
     narrow: bool = False
+    memory: Callable[[Path, OpenOptions], int] = lambda artifact, options: 0
+
+    def check_memory(self, artifact: Path, options: OpenOptions) -> None:
+        """`EnvironmentFailure` for an artifact whose weights don't fit the main memory, before anything is loaded."""
+        if options.device != "cpu":
+            return  # the program that loads it says what a GPU lacks
+
+        def fits(has: int) -> str:
+            narrow = self.memory(artifact, replace(options, dtype="bfloat16"))
+            return f"--dtype bfloat16 takes {size(narrow)}" if narrow <= has and options.dtype != "bfloat16" else ""
+
+        check_memory(self.memory(artifact, options), f"{artifact.name} in {self.name} code", fits=fits)
 
     def is_exact(self, dtype: str) -> bool:
         """Whether rounding in this compute type hides no mistake from a bound."""
@@ -125,6 +141,15 @@ class Backend:
     def tolerance(self, dtype: str, length: int) -> Tolerance:
         """How far from the reference a case of `length` tokens may be. `KeyError` for a type without a row."""
         return tolerance_for(self.tolerances, dtype, length, name=self.name)
+
+
+def computed_bytes(artifact: Path, options: OpenOptions) -> int:
+    """Of a folder's weights in the type that they are computed in. 0 for what can't be read: opening it says why."""
+    try:
+        tensors = open_checkpoint(artifact, tolerant=True).tensors.values()
+    except LrconvertError:
+        return 0
+    return sum(math.prod(info.shape) for info in tensors) * ITEM_BYTES.get(options.dtype, 4)
 
 
 @dataclass(frozen=True)

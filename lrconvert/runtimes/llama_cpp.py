@@ -7,7 +7,6 @@ not by the tokens that it holds: `context` asks for one side of the original win
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 
 from lrconvert.engines.capability import LLAMA_CPP
 from lrconvert.errors import EnvironmentFailure
+from lrconvert.machine import usable_cores
 from lrconvert.runtimes.backend import Accepts, Backend, OpenOptions, Runtime
 from lrconvert.runtimes.base import Interpreter, Scores, WorkerSession, score_in_groups
 from lrconvert.runtimes.llama_library import REMEDY, LlamaLibrary, find_library
@@ -149,7 +149,7 @@ def open_session(
 def usable_threads(wanted: int | None = None) -> int:
     """As many as were asked for, never more than this process has cores: ggml's threads wait for each other by
     spinning, and eight on two cores are thousands of times slower than two."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     return max(1, min(wanted or MOST_THREADS, cores))
 
 

@@ -172,6 +172,12 @@ TOLERANCES = (
     Tolerance("INT4", ANY, 2e-2, 1.0, _QUANTISED),
 )
 
+
+def _memory(artifact: Path, options: OpenOptions) -> int:
+    """Of the weight files: ONNX Runtime packs matrices anew for its products."""
+    return sum(path.stat().st_size for path in (artifact / "onnx").glob("model.onnx_data*"))
+
+
 RUNTIME = Runtime(
     name="onnxruntime",
     runs=("onnx",),
@@ -187,6 +193,7 @@ RUNTIME = Runtime(
             tolerances=TOLERANCES,
             activations=_activations,
             narrow=True,
+            memory=_memory,
         ),
     ),
     needs=(("onnx", "onnx"), ("onnxruntime", "onnx")),

@@ -13,7 +13,7 @@ import numpy as np
 
 from lrconvert.checkpoint.folder_code import check_trusted, refuses_custom, refuses_native, stage
 from lrconvert.engines.capability import CUSTOM_HF, native_hf
-from lrconvert.runtimes.backend import Backend, OpenOptions, Runtime
+from lrconvert.runtimes.backend import Backend, OpenOptions, Runtime, computed_bytes
 from lrconvert.runtimes.base import Interpreter, Scores, WorkerSession
 from lrconvert.runtimes.tolerances import ANY, F16, Tolerance, float32_angles
 
@@ -118,6 +118,7 @@ RUNTIME = Runtime(
             refuses=refuses_native,
             angles="product",
             narrow=True,
+            memory=computed_bytes,
         ),
         Backend(
             name="custom",
@@ -127,6 +128,7 @@ RUNTIME = Runtime(
             refuses=refuses_custom,
             needs_key="auto_map",
             narrow=True,
+            memory=computed_bytes,
         ),
     ),
     needs=(("torch", "hf"), ("transformers", "hf")),

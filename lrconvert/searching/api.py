@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Literal
 from lrconvert.errors import UsageError, require
 from lrconvert.evals.texts import Text
 from lrconvert.recipe import Recipe, check_output, find_recipe, load_recipe, write_recipe
+from lrconvert.searching.estimate import check_fits
 from lrconvert.searching.journal import Contents, Journal, differences, digest, journal_path, read_journal
 from lrconvert.searching.objective import JumpingRows
 from lrconvert.searching.objective import Kind as ObjectiveKind
@@ -235,6 +237,8 @@ class _Run:
                 self._note_found(path, journal.found)
             for module in ("torch", "transformers"):
                 require(module, "search", "a search")
+            processes = int(os.environ.get("WORLD_SIZE", "1")) if self.shard_weights else 1
+            check_fits(self.plan, self.device, team=self.context_parallel, processes=processes)
             from lrconvert.searching.evaluator import TransformersEvaluator
 
             stack.enter_context(computing_threads(self.threads))

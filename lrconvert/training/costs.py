@@ -7,6 +7,7 @@ measured on short rows, and carried over to the lengths that are asked for.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from lrconvert.checkpoint import Model
+    from lrconvert.families import ModelShape
     from lrconvert.training.loaded import LoadedModel
 
 PROBES = {"cpu": (512, 2048), "cuda": (8192, 32768)}  # tokens of the two rows that are measured
@@ -61,6 +64,17 @@ def fitted(
         return Cost(linear, square)
     each = max((memory[1] - memory[0]) / (two - one), 0.0)
     return Cost(linear, square, memory[0] - each * one, each)
+
+
+def weight_count(model: Model) -> int:
+    """How many numbers a model has."""
+    return sum(math.prod(info.shape) for info in model.checkpoint.tensors.values())
+
+
+def token_bytes(shape: ModelShape, size: int) -> float:
+    """The least that a token of a forward pass takes, in a dtype of `size` bytes: hidden states before and after a
+    layer, and both inner states of its MLP."""
+    return 2.0 * (shape.hidden + shape.ffn) * size
 
 
 def forward_cost(model: LoadedModel) -> Cost:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lrconvert.errors import EnvironmentFailure, UsageError, require
+from lrconvert.machine import total_memory
 
 
 def is_leading() -> bool:
@@ -76,7 +77,7 @@ def device_memory(device: Any) -> int:
     torch = require("torch", "search", "computing with PyTorch")
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return total_memory()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from support.extending import VOCAB, prose, write_wordy
 
-from lrconvert.errors import InputError
+from lrconvert.errors import EnvironmentFailure
 from lrconvert.extending import fitting
 from lrconvert.extending.api import estimate_extension, extend
 from lrconvert.extending.fitting import lengths
@@ -70,7 +70,7 @@ def test_every_key_is_named_with_what_would_fit(run: Any, tmp_path: Path, monkey
     given = {"texts": [tmp_path / "text.txt"], "held_out": [tmp_path / "held-out.npy"], "output": tmp_path / "out"}
     monkeypatch.setattr(fitting, "device_memory", lambda device: 3 * 2**20)
     started: list[Step] = []
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(EnvironmentFailure) as caught:
         run(tmp_path / "wordy", plan=PLAN, device="cpu", progress=started.append, **given)
     message = str(caught.value)
     for key in ("stage[2].decide is 4096", "stage[4].perplexity is 8192", "stage[4].retrieval is 8192"):
@@ -93,7 +93,7 @@ def test_what_fits_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         asked = {**task.machine, **machine}
         try:
             fitting.check_memory(Plan((stage,)), SimpleNamespace(model=model, machine=asked))  # type: ignore[arg-type]
-        except InputError as error:
+        except EnvironmentFailure as error:
             return str(error)
         return ""
 

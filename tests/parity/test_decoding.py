@@ -80,12 +80,12 @@ def test_only_far_boundaries_have_short_prompts(pico: Pico) -> None:
         for name, code in codes.items()
     }
     assert starts["custom"] == {4092: 0, 8188: 0}
-    assert starts["onnxruntime"] == {4092: 0, 8188: 8188 - 2048}
+    assert starts["onnxruntime"] == {4092: 0, 8188: 8188 - 1024}
     assert starts["llama.cpp"].items() <= starts["onnxruntime"].items()
     for code in codes.values():
         assert all(case.start == 0 for case in decodes(model, *code, UNLIMITED))
         assert all(case.skipped for case in decodes(model, *code, CPU) if case.length > far)
-    assert all(case.tokens == 2048 + 8 for case in decodes(model, *codes["onnxruntime"], CPU) if case.start)
+    assert all(case.tokens == 1024 + 8 for case in decodes(model, *codes["onnxruntime"], CPU) if case.start)
 
 
 @pytest.mark.parametrize("kind", WORKERS)

@@ -17,8 +17,9 @@ from support.verifying import verify
 from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.errors import UnsupportedError
-from lrconvert.parity import Options, Report, Row
+from lrconvert.parity import Options, Report, Row, hypotheses
 from lrconvert.parity.mutants import RECIPE_MUTANTS, unpermuted_qk
+from lrconvert.parity.reference_runner import ReferenceRunner
 from lrconvert.recipe import Recipe, write_recipe
 from lrconvert.runtimes.base import Interpreter
 from lrconvert.runtimes.llama_cpp import WORKER
@@ -194,6 +195,38 @@ def test_a_wrong_rope_does_not_hide_behind_quantisation(
         artifact = bake(model, wrong, tmp_path / f"{name}.gguf", type=kind)
         report = verify(artifact, against=model.reference, recipe=right, options=options)
         assert [row for row in report.failed if row.code == "llama.cpp"], f"{name} in {kind}"
+
+
+def test_half_a_prompt_decides_where_it_is_clear_and_changes_no_verdict(
+    pico: Pico, tmp_path: Path, options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a right file and of wrong ones the rows are those of whole prompts, and the reference reads fewer tokens."""
+    model = model_of(pico, "llama", **WIDE)
+    right, read = recipe_for(model, even=True), []
+    answer = ReferenceRunner.answer
+
+    def counted(self: ReferenceRunner, spec: Any, tokens: Any, *more: Any, **how: Any) -> np.ndarray:
+        read.append(len(tokens))
+        return answer(self, spec, tokens, *more, **how)
+
+    monkeypatch.setattr(ReferenceRunner, "answer", counted)
+
+    def verdicts(wrong: Recipe, clear: float) -> tuple[dict[str, str], int]:
+        monkeypatch.setattr(hypotheses, "CLEARLY_FARTHER", clear)
+        artifact = bake(model, wrong, tmp_path / f"{len(list(tmp_path.iterdir()))}.gguf", type="q8_0")
+        read.clear()
+        report = verify(artifact, against=model.reference, recipe=right, options=options)
+        return {c: row.verdict for c, row in rows_of(report).items() if c.startswith("closest")}, sum(read)
+
+    for name in (None, *MUTANTS):
+        wrong = right if name is None else RECIPE_MUTANTS[name](right)
+        assert wrong is not None
+        halves, fewer = verdicts(wrong, hypotheses.CLEARLY_FARTHER)
+        wholes, more = verdicts(wrong, np.inf)
+        assert halves == wholes, name
+        assert len(halves) == 2
+        if name is None:
+            assert fewer < more
 
 
 @pytest.mark.parametrize("family", FAMILIES)

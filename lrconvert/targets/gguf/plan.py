@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,9 @@ SUFFIX = ".gguf"
 _OWN_TYPE = {"F64": "f32", "F32": "f32", "F16": "f16", "BF16": "bf16"}
 
 
+LIGHTER = ("q8_0", "q6_k", "q4_k_m", "q3_k_m", "q2_k")  # types to name where the disk is too small, the best first
+
+
 @dataclass(frozen=True)
 class Options:
     """What a user may ask of a GGUF. `type`: a scheme's name, None keeps what is stored; `static`: the long set
@@ -100,7 +103,7 @@ def plan(
     Raises `UnsupportedError` for factors that the family's C++ ignores and for what the recipe asks beyond llama.cpp
     (unless `lossy`), and what `Model.resolve`, `merged`, `get_scheme` and `vocabulary` raise.
     """
-    options = options or Options()
+    options, source = options or Options(), model
     _check_name(output)
     spec = model.resolve(recipe, options.window)
     architecture = architecture_for(model.family, spec, static=options.static, asked=options.architecture)
@@ -168,6 +171,10 @@ def plan(
         notes=[*notes, *_window_notes(written, options.static)],
         options=_recorded(options, architecture, imatrix),
         place="files",
+        lighter={
+            f"--type {name}": partial(plan, source, recipe, output, replace(options, type=name), adapter=adapter)
+            for name in LIGHTER
+        },
         stamps=snapshot([*model.checkpoint.weight_files(), *used]),
     )
 

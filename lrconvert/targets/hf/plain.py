@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lrconvert.artifact.prefetch import prefetch
 from lrconvert.checkpoint import Model
+from lrconvert.machine import check_disk
 from lrconvert.targets.hf.config import TORCH_NAMES, json_bytes
 from lrconvert.targets.hf.shards import plan_shards
 from lrconvert.targets.hf.weights import lay_out, stream
@@ -19,6 +20,8 @@ def write_plain(model: Model, folder: Path) -> None:
     checkpoint = model.checkpoint
     dtype = checkpoint.dense_dtype or model.dtype
     _, shards, texts = lay_out(model, dtype, plan_shards)
+    nbytes = sum(tensor.nbytes for _, tensors in shards for tensor in tensors)
+    check_disk(folder, nbytes, f"{model.reference} with plain weights", remedy="Make room, or name another TMPDIR")
     config = {**checkpoint.config, "torch_dtype": TORCH_NAMES[dtype], "tie_word_embeddings": model.shape.tied}
     for key in ("dtype", "auto_map"):  # the code that auto_map names does not come along
         config.pop(key, None)

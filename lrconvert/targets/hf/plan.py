@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from lrconvert.artifact.card import CARD, render, source_card
@@ -28,6 +29,7 @@ from lrconvert.targets.hf.portable import make_portable
 from lrconvert.targets.hf.shards import plan_shards
 from lrconvert.targets.hf.weights import lay_out, stream
 
+LIGHTER = ("bf16",)  # to name where the disk is too small
 DTYPES = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
 NATIVE_IMPORT = re.compile(r"^from transformers import (\w+) as NativeForCausalLM\b", re.MULTILINE)
 
@@ -52,7 +54,7 @@ def plan(
 
     Raises what `Model.resolve`, `merged` and `make_portable` raise.
     """
-    options = options or Options()
+    options, source = options or Options(), model
     family, written = model.family, model.family.hf_written
     spec = model.resolve(recipe, options.window)
     windows = settle_windows(model, spec.window, lift=options.lift, keeps=True, target="hf")
@@ -115,6 +117,10 @@ def plan(
         dropped=dropped,
         losses=losses,
         notes=notes,
+        lighter={
+            f"--dtype {name}": partial(plan, source, recipe, output, replace(options, dtype=name), adapter=adapter)
+            for name in LIGHTER
+        },
         stamps=snapshot([*model.checkpoint.weight_files(), *copies.values(), *added]),
     )
 

@@ -3,7 +3,9 @@
 
 Weights are initializers that point into a file which is written later; they keep their Hugging Face names, and
 their [out, in] layout (`Gemm` with transB: as fast as `MatMul` over transposed weights in ONNX Runtime, and a tied
-lm_head shares the embedding's bytes). The residual stream is [B·S, hidden]; only attention sees [B, S, …].
+lm_head shares the embedding's bytes). The residual stream is [B·S, hidden]; only attention sees [B, S, …]. Where all
+products are quantised it is [B, S, hidden] throughout, q, k and v are one product, and with GroupQueryAttention a sum
+and the norm after it are one operator: a token's step is so short there that every operator shows.
 
 Inputs: input_ids [B, S], attention_mask [B, past + S], position_ids [B, S], past_key_values.N.key|value
 [B, kv_heads, past, head_dim]. Outputs: logits [B, S, vocab] in float32, present.N.key|value.
@@ -71,32 +73,59 @@ class _Decoder(Nodes):
     def __init__(self, model: Model, spec: RopeSpec, stored: Sequence[Stored], choices: Choices) -> None:
         super().__init__(model, stored, choices.computing)
         self.spec, self.choices = spec, choices
+        # [B, S, hidden], not [B·S, hidden]: MatMulNBits takes any rank; Gemm doesn't, nor do experts.
+        self.deep = model.shape.experts is None and any(tensor.bits for tensor in stored)
+        plain = model.shape.norm == "rms" and not model.shape.norm_offset
+        before = self.has("attention_norm", 0) and self.has("ffn_norm", 0)
+        self.fused = self.deep and choices.attention == "gqa" and plain and before
 
     # --- the graph ---------------------------------------------------------------------------------------
 
     def write(self) -> None:
         shape, scales = self.shape, self.shape.multipliers
-        places = self.op("Shape", "input_ids", name="batch_and_length")
-        self.to_queries = self.op(
-            "Concat", places, self.constant([shape.heads * shape.head_dim]), name="q_shape", axis=0
-        )
-        self.to_keys = self.op(
-            "Concat", places, self.constant([shape.kv_heads * shape.head_dim]), name="kv_shape", axis=0
-        )
+        if not self.deep or self.has("q_norm", 0):
+            places = self.op("Shape", "input_ids", name="batch_and_length")
+            self.to_queries = self.op(
+                "Concat", places, self.constant([shape.heads * shape.head_dim]), name="q_shape", axis=0
+            )
+            self.to_keys = self.op(
+                "Concat", places, self.constant([shape.kv_heads * shape.head_dim]), name="kv_shape", axis=0
+            )
         x = self._embedded()
         self._prepare_rotations()
         self._prepare_attention()
+        self.scope = ["layers.0"]
+        normed = self.normed(x, "attention_norm", 0)
         for layer in range(shape.layers):
             self.scope = [f"layers.{layer}"]
-            mixed = self._attention(self.normed(x, "attention_norm", layer), layer)
-            mixed = self.normed(mixed, "attention_post_norm", layer)
-            x = self.op("Add", x, self.times(mixed, scales.residual, "mixed.times"), name="after_attention")
-            x_normed = self.normed(x, "ffn_norm", layer)
-            made = self._mlp(x_normed, layer) if shape.experts is None else mixture(self, x_normed, layer)
-            made = self.normed(made, "ffn_post_norm", layer)
-            x = self.op("Add", x, self.times(made, scales.residual, "made.times"), name="after_ffn")
+            mixed = self.normed(self._attention(normed, layer), "attention_post_norm", layer)
+            mixed = self.times(mixed, scales.residual, "mixed.times")
+            x, normed = self._added(x, mixed, "after_attention", "ffn_norm", layer)
+            made = self._mlp(normed, layer) if shape.experts is None else mixture(self, normed, layer)
+            made = self.times(self.normed(made, "ffn_post_norm", layer), scales.residual, "made.times")
+            if layer + 1 < shape.layers:
+                x, normed = self._added(x, made, "after_ffn", "attention_norm", layer + 1)
+            else:
+                x = self.op("Add", x, made, name="after_ffn")
         self.scope = []
         self._logits(x)
+
+    def _added(self, x: str, made: str, name: str, norm: str, layer: int) -> tuple[str, str]:
+        """x + made, and the norm of it that a layer begins a part with."""
+        if not self.fused:
+            total = self.op("Add", x, made, name=name)
+            self.scope = [f"layers.{layer}"]
+            return total, self.normed(total, norm, layer)
+        total, normed = ".".join([*self.scope, name]), f"layers.{layer}.{norm}"
+        self.scope = [f"layers.{layer}"]
+        self.op(
+            "SkipSimplifiedLayerNormalization", x, made, self.weight(norm, layer), name=norm, domain=MICROSOFT,
+            outputs=[normed, "", "", total], epsilon=self.shape.norm_eps,
+        )  # fmt: skip
+        # Shape inference knows nothing of that operator.
+        dims = ["batch_size", "length", self.shape.hidden]
+        self.between += [helper.make_tensor_value_info(each, self.type, dims) for each in (normed, total)]
+        return total, normed
 
     def _embedded(self) -> str:
         """[B·S, hidden]; with GQA, divided by zero where a batch is padded on the left."""
@@ -107,7 +136,7 @@ class _Decoder(Nodes):
         x = self.times(x, self.shape.multipliers.embedding, "embedded.times")
         if self.choices.attention == "gqa":
             x = self.op("Div", x, self._refusal(), name="embedded.allowed")
-        return self.op("Reshape", x, self.constant([-1, self.shape.hidden]), name="embedded.flat")
+        return x if self.deep else self.op("Reshape", x, self.constant([-1, self.shape.hidden]), name="embedded.flat")
 
     def _looked_up(self, table: Stored) -> str:
         """[B, S, hidden]."""
@@ -198,21 +227,22 @@ class _Decoder(Nodes):
 
     def _attention(self, x: str, layer: int) -> str:
         shape, widths = self.shape, (self.shape.heads * self.shape.head_dim, self.shape.kv_heads * self.shape.head_dim)
-        if self.has("qkv", layer):
+        if self.has("qkv", layer) or self.can_join("qkv", layer):
             q, k, v = (f"layers.{layer}.{part}" for part in "qkv")
-            joined = self.linear(x, "qkv", layer)
+            whole = self.has("qkv", layer)
+            joined = self.linear(x, "qkv", layer) if whole else self.joined(x, "qkv", layer, "qkv")
             self.op(
                 "Split",
                 joined,
                 self.constant([widths[0], widths[1], widths[1]]),
                 name="qkv.split",
                 outputs=(q, k, v),
-                axis=1,
+                axis=-1 if self.deep else 1,
             )
         else:
             q, k, v = (self.linear(x, role, layer) for role in "qkv")
         q, k = (self._rotated(part, role, layer) for part, role in ((q, "q"), (k, "k")))
-        v = self.op("Reshape", v, self.to_keys, name="v.wide")
+        v = v if self.deep else self.op("Reshape", v, self.to_keys, name="v.wide")
         past = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
         present = [f"present.{layer}.{part}" for part in ("key", "value")]
         factor = shape.multipliers.attention
@@ -231,19 +261,21 @@ class _Decoder(Nodes):
                 "Attention", q, k, v, self.masks[reach], *past, name="attention", outputs=[mixed, *present],
                 q_num_heads=shape.heads, kv_num_heads=shape.kv_heads, **scale,
             )  # fmt: skip
-        flat = self.op("Reshape", mixed, self.constant([-1, widths[0]]), name="mixed.flat")
-        return self.linear(flat, "o", layer)
+        if not self.deep:
+            mixed = self.op("Reshape", mixed, self.constant([-1, widths[0]]), name="mixed.flat")
+        return self.linear(mixed, "o", layer)
 
     def _rotated(self, x: str, role: str, layer: int) -> str:
         """q or k, normalised where the family does that: [B·S, heads · head_dim] → [B, S, heads · head_dim]."""
         shape, turn = self.shape, self.shape.turn(layer)
-        wide, heads = (self.to_queries, shape.heads) if role == "q" else (self.to_keys, shape.kv_heads)
-        if self.model.family.whole_qk_norms:
-            x = self.norm(x, f"{role}_norm", layer)
-        elif self.has(f"{role}_norm", layer):
-            by_head = self.op("Reshape", x, self.constant([-1, shape.head_dim]), name=f"{role}.by_head")
-            x = self.norm(by_head, f"{role}_norm", layer)
-        x = self.op("Reshape", x, wide, name=f"{role}.wide")
+        heads = shape.heads if role == "q" else shape.kv_heads
+        by_head = self.has(f"{role}_norm", layer) and not self.model.family.whole_qk_norms
+        if by_head:
+            x = self.op("Reshape", x, self.constant([-1, shape.head_dim]), name=f"{role}.by_head")
+        x = self.normed(x, f"{role}_norm", layer)
+        if by_head or not self.deep:
+            wide = self.to_queries if role == "q" else self.to_keys
+            x = self.op("Reshape", x, wide, name=f"{role}.wide")
         if turn == 0.0:
             return x
         more: dict[str, Any] = {"interleaved": 1} if shape.neighbours else {}
@@ -259,7 +291,7 @@ class _Decoder(Nodes):
                 self.linear(x, "gate_up", layer),
                 name="gate_up.split",
                 outputs=(gate, up),
-                axis=1,
+                axis=-1 if self.deep else 1,
                 num_outputs=2,
             )
         else:
@@ -270,18 +302,20 @@ class _Decoder(Nodes):
         """Of the last `num_logits_to_keep` tokens; −0 is 0, so that 0 keeps all."""
         shape = self.shape
         whole = self.op("Shape", "input_ids", name="batch", start=0, end=1)
-        x = self.op(
-            "Reshape",
-            x,
-            self.op("Concat", whole, self.constant([-1, shape.hidden]), name="hidden_shape", axis=0),
-            name="hidden",
-        )
+        if not self.deep:
+            x = self.op(
+                "Reshape",
+                x,
+                self.op("Concat", whole, self.constant([-1, shape.hidden]), name="hidden_shape", axis=0),
+                name="hidden",
+            )
         begin = self.op(
             "Reshape", self.op("Neg", "num_logits_to_keep", name="kept.from_end"), self.constant([1]), name="kept.begin"
         )
         x = self.op("Slice", x, begin, self.constant([2**63 - 1]), self.constant([1]), name="hidden.kept")
         x = self.norm(x, "final_norm", None)
-        x = self.op("Reshape", x, self.constant([-1, shape.hidden]), name="final.flat")
+        if not self.deep:
+            x = self.op("Reshape", x, self.constant([-1, shape.hidden]), name="final.flat")
         tied = TIED_HEAD if TIED_HEAD in self.stored else self.weight("embedding")
         x = self.product(x, tied if shape.tied else self.weight("lm_head"), self.bias("lm_head", None), "lm_head")
         to = self.op("Concat", whole, self.constant([-1, shape.vocab]), name="logits_shape", axis=0)

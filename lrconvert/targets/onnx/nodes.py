@@ -64,13 +64,36 @@ class Nodes:
         tensor = self.stored[name]
         if tensor.bits is None:
             return self.op("Gemm", x, name, *bias, name=label, transB=1)
-        rows, columns = tensor.shape
-        out = self.op(
-            "MatMulNBits", x, tensor.packed, self.scales(tensor), name=label if not bias else f"{label}.product",
-            domain=MICROSOFT, K=columns, N=rows, bits=tensor.bits, block_size=tensor.block,
-            accuracy_level=ACCURACY,
-        )  # fmt: skip
+        named, scales = f"{label}.product" if bias else label, self.scales(tensor)
+        out = self._quantised_product(x, tensor, tensor.packed, scales, named, rows=tensor.shape[0])
         return self.op("Add", out, *bias, name=label) if bias else out
+
+    def joined(self, x: str, roles: Sequence[str], layer: int, label: str) -> str:
+        """x [n, in] → [n, out of all roles]: quantised weights as one, which rounds the activations once. What loads
+        the graph joins them; in the file each has its own place and name."""
+        tensors = [self.stored[self.weight(role, layer)] for role in roles]
+        packed = self.op("Concat", *(tensor.packed for tensor in tensors), name=f"{label}.packed", axis=0)
+        scales = self.op("Concat", *(tensor.scales for tensor in tensors), name=f"{label}.scales", axis=0)
+        wide = self.op("Cast", scales, name=f"{label}.scales.wide", to=self.type)
+        biases = [bias for role in roles for bias in self.bias(role, layer)]
+        out = self._quantised_product(x, tensors[0], packed, wide, f"{label}.product" if biases else label,
+                                      rows=sum(tensor.shape[0] for tensor in tensors))  # fmt: skip
+        if not biases:
+            return out
+        return self.op("Add", out, self.op("Concat", *biases, name=f"{label}.bias", axis=0), name=label)
+
+    def can_join(self, roles: Sequence[str], layer: int) -> bool:
+        """Whether their weights are quantised alike, and all or none have a bias."""
+        tensors = [self.stored[self.weight(role, layer)] for role in roles if self.has(role, layer)]
+        alike = {(tensor.bits, tensor.block, tensor.shape[1]) for tensor in tensors}
+        biased = {bool(self.bias(role, layer)) for role in roles}
+        return len(tensors) == len(roles) and len(alike) == len(biased) == 1 and tensors[0].bits is not None
+
+    def _quantised_product(self, x: str, tensor: Stored, packed: str, scales: str, name: str, *, rows: int) -> str:
+        return self.op(
+            "MatMulNBits", x, packed, scales, name=name, domain=MICROSOFT, K=tensor.shape[1], N=rows, bits=tensor.bits,
+            block_size=tensor.block, accuracy_level=ACCURACY,
+        )  # fmt: skip
 
     def scales(self, tensor: Stored) -> str:
         """In the type of activations: what loads the graph computes this once."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,6 +38,7 @@ DTYPES: dict[str, tuple[str, int | None]] = {
     "int4": ("F32", 4),
 }
 OPSETS = range(23, 26)
+LIGHTER = ("f16", "int8", "int4")  # types to name where the disk is too small, the best first
 MAX_GRAPH_BYTES = 2**31 - 1  # of a protobuf message
 
 
@@ -64,7 +65,7 @@ def plan(
     Raises `UnsupportedError` for heads that GroupQueryAttention doesn't take, `UsageError` for options that exclude
     each other, and what `Model.resolve` and `merged` raise.
     """
-    options = options or Options()
+    options, source = options or Options(), model
     require("onnx", "onnx", "ONNX")
     from lrconvert.targets.onnx.graph import Choices, build
     from lrconvert.targets.onnx.tensors import files_of, lay_out
@@ -116,6 +117,10 @@ def plan(
         dropped=dropped,
         notes=notes,
         options={key: value for key, value in asdict(options).items() if key not in ("window", "dtype", "lift", "pad")},
+        lighter={
+            f"--dtype {name}": partial(plan, source, recipe, output, replace(options, dtype=name), adapter=adapter)
+            for name in LIGHTER
+        },
         stamps=snapshot([*model.checkpoint.weight_files(), *copies.values(), *added]),
     )
 

@@ -21,7 +21,7 @@ from lrconvert.checkpoint import Model, open_model
 from lrconvert.checkpoint.onnx_folder import OnnxCheckpoint
 from lrconvert.targets import onnx as target
 from lrconvert.targets.onnx import tensors
-from lrconvert.targets.onnx.nodes import ACCURACY
+from lrconvert.targets.onnx.nodes import ACCURACY, Nodes
 from lrconvert.targets.onnx.tensors import BLOCK, quantise
 
 SHAPES = [(64, 64), (96, 64), (7, 33), (5, 1), (101, 200), (1, 32)]
@@ -149,12 +149,41 @@ def test_what_is_quantised_and_what_is_not(pico: Callable[..., Model], tmp_path:
     ]
     kinds = [node.op_type for node in narrow.graph.node]
     assert "Gemm" not in kinds and kinds.count("GatherBlockQuantized") == 1
-    assert kinds.count("MatMulNBits") == [n.op_type for n in wide.graph.node].count("Gemm")
+    saved = 0 if family == "phi3" else 2 * model.shape.layers  # q, k and v are one product
+    assert kinds.count("MatMulNBits") + saved == [n.op_type for n in wide.graph.node].count("Gemm")
     for node in narrow.graph.node:
         if node.op_type == "MatMulNBits":
             found: dict[str, Any] = {a.name: a.i for a in node.attribute}
             assert found["accuracy_level"] == ACCURACY and found["block_size"] == BLOCK
     assert open_model(folder).family.name == family
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_q_k_and_v_as_one_product_answer_bit_for_bit(
+    pico: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """Without biases, with them, and with norms of heads; also where activations are rounded to 8 bits."""
+    model = pico(family)
+    one = export(model, recipe_for(model), tmp_path / "one", dtype="int4")
+    monkeypatch.setattr(Nodes, "can_join", lambda self, roles, layer: False)
+    three = export(model, recipe_for(model), tmp_path / "three", dtype="int4")
+    counts = [[node.op_type for node in graph_of(folder).graph.node].count("MatMulNBits") for folder in (one, three)]
+    assert counts[1] - counts[0] == 2 * model.shape.layers
+    tokens = np.arange(2 * 40).reshape(2, 40) % model.shape.vocab
+    joined, apart = (answered(folder, model, tokens) for folder in (one, three))
+    np.testing.assert_array_equal(joined, apart)
+    assert np.isfinite(joined).all()
+
+
+def answered(folder: Path, model: Model, tokens: np.ndarray) -> np.ndarray:
+    """Logits of rows of tokens with empty caches."""
+    shape = model.shape
+    session = onnxruntime.InferenceSession(folder / "onnx/model.onnx", providers=["CPUExecutionProvider"])
+    empty = np.zeros((len(tokens), shape.kv_heads, 0, shape.head_dim), np.float32)
+    feed = {value.name: empty for value in session.get_inputs() if value.name.startswith("past")}
+    positions = np.tile(np.arange(tokens.shape[1]), (len(tokens), 1))
+    feed |= {"input_ids": tokens, "attention_mask": np.ones_like(tokens), "position_ids": positions}
+    return np.asarray(session.run(["logits"], feed)[0])
 
 
 def test_blocks_of_rows_do_not_show(

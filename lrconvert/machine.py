@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this process may use of the machine, and refusals of what is too large for it before any work is done.
+
+    check_disk(output.parent, nbytes, "llama.gguf", fits=lambda free: "--type q4_k_m takes 4.1 GB")
+    check_memory(nbytes, "the weights in float32")
+
+Both raise `EnvironmentFailure` (exit code 6) with what is needed, what there is, and what would fit.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from lrconvert.errors import EnvironmentFailure
+
+MEMINFO = Path("/proc/meminfo")  # Linux
+CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # of a container
+
+Fits = Callable[[int], str]  # from the bytes that there are to words on what would fit them, "" for none
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: of a container or a job, not of the machine."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def free_disk(place: Path) -> int:
+    """Bytes that this user may still write at `place`, which need not exist yet."""
+    there = next(parent for parent in (place.absolute(), *place.absolute().parents) if parent.exists())
+    return shutil.disk_usage(there).free
+
+
+def total_memory() -> int:
+    """Bytes of main memory that this process may have, used or not."""
+    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_limits()])
+
+
+def usable_memory() -> int:
+    """Bytes of main memory that this process may have now: what others use is taken off where the system says it.
+    Swap counts, and what the kernel caches."""
+    try:
+        lines = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
+        free = sum(int(lines[key].split()[0]) * 1024 for key in ("MemAvailable", "SwapFree"))
+    except (OSError, KeyError, ValueError):
+        return total_memory()
+    return min([free, *_limits()])
+
+
+def _limits() -> list[int]:
+    found = []
+    for path in CGROUPS:
+        try:
+            found.append(int(path.read_text()))
+        except (OSError, ValueError):  # none, or "max"
+            continue
+    return found
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def check_disk(place: Path, needed: int, what: str, *, fits: Fits | None = None, remedy: str | None = None) -> None:
+    """Refuse what `place` has no room for."""
+    if needed > (free := free_disk(place)):
+        _refuse(f"{place}: {what} takes {needed:,} bytes, {free:,} are free", fits, free,
+                remedy or "Make room, or choose another disk")  # fmt: skip
+
+
+def check_memory(
+    needed: float, what: str, *, has: int | None = None, fits: Fits | None = None, remedy: str | None = None
+) -> None:
+    """Refuse what takes more memory than there is: `has` of a device, by default `usable_memory`."""
+    has = usable_memory() if has is None else has
+    if needed > has:
+        _refuse(f"{what} takes {size(needed)} of memory or more, {size(has)} are there", fits, has,
+                remedy or "Use a machine with more memory")  # fmt: skip
+
+
+def _refuse(text: str, fits: Fits | None, has: int, remedy: str) -> None:
+    would = fits(has) if fits is not None else ""
+    raise EnvironmentFailure(f"{text}; {would}" if would else text, remedy=remedy)

@@ -305,6 +305,8 @@ def parse_json(content: bytes, where: object) -> dict[str, Any]:
         value = json.loads(content)
         if _SURROGATE.search(content):  # half of a pair is no character: nothing can write it again
             json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: not usable JSON (a string with half a surrogate pair)") from error
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise InputError(f"{where}: not JSON ({reason})") from error

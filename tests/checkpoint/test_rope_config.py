@@ -181,5 +181,5 @@ def test_settings_for_each_kind_of_layer_count_where_they_are_the_same() -> None
     config = pico_config("llama", rope_theta=None, rope_parameters={"full_attention": one, "sliding_attention": one})
     assert read(config).kind == "linear" and read_shape(config, get_family("llama")).theta == 5e5
     config["rope_parameters"]["sliding_attention"] = {**one, "factor": 2.0}
-    with pytest.raises(UnsupportedError, match="separate settings for full_attention, sliding_attention"):
+    with pytest.raises(UnsupportedError, match="separate rotary settings for full_attention, sliding_attention"):
         read(config)

@@ -127,7 +127,8 @@ def test_it_says_what_it_is_worth(name: str) -> None:
     window = recipe.original_window
     before = measured(recipe, "base perplexity")[window]["perplexity"]["value"]
     after = {length: row["perplexity"]["value"] for length, row in measured(recipe, "perplexity").items()}
-    assert after[window] < 1.01 * before and after.get(2**18, 0) < 1.05 * before
+    most = 1.05 if name.endswith("-any") else 1.01  # one attention factor for all lengths has its price
+    assert after[window] < most * before and after.get(2**18, 0) < 1.05 * before
     passkeys = measured(recipe, "passkey")
     assert all(share(row) == 1 for row in passkeys.values())
     keys = measured(recipe, "retrieval")

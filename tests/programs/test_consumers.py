@@ -70,8 +70,12 @@ class Subject:
         return self.recipe.tiers[0].max_length
 
 
+# Of prompts, where those of the usual seed end early or go on alike with the sets exchanged.
+SEEDS = {"glm4": 14, "olmo3": 12}
+
+
 def pico_subject(model: Model) -> Subject:
-    rng = np.random.default_rng(11)
+    rng = np.random.default_rng(SEEDS.get(model.family.name, 11))
     lengths = {"below": 30, "crossing": 54, "beyond": 90}
     prompts = {name: rng.integers(3, model.shape.vocab, length).tolist() for name, length in lengths.items()}
     return Subject(model, recipe_for(model), prompts)

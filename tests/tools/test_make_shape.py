@@ -108,8 +108,8 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
     make_shape.main([tiny, "-o", str(tmp_path / "whole")])
     original = make_shape.normal_blocks
 
-    def failing(config: dict[str, object]) -> make_shape.Blocks:
-        blocks = original(config)
+    def failing(config: dict[str, object], widen: float) -> make_shape.Blocks:
+        blocks = original(config, widen)
 
         def broken(name: str, nbytes: int) -> Iterator[bytes]:
             if name == "model.norm.weight":

@@ -47,7 +47,7 @@ DAMAGE: list[tuple[Any, str]] = [
     (put("model", "vocab", "a")("x"), r"model.vocab\['a'\] is 'x'"),
     (put("model", "vocab", "a")(2**70), "but the embedding has"),
     (put("model", "vocab", "new")(7), r"model.vocab has 7 twice"),
-    (put("model", "vocab", "\ud800")(950), "a token is not text"),
+    (put("model", "vocab", "\ud800")(950), "half a surrogate pair"),
     (put("model", "merges")({}), "model.merges is"),
     (put("model", "merges", 0)(["a"]), r"model.merges\[0\] is \['a'\]; two tokens"),
     (put("model", "merges", 3)(["a", 5]), r"model.merges\[3\]"),

@@ -189,7 +189,7 @@ def test_what_json_can_not_say_is_refused(text: str, tmp_path: Path) -> None:
     folder = write_pico(tmp_path / "model")
     path = folder / "config.json"
     path.write_text(path.read_text().replace('"bos_token_id": 1', f'"bos_token_id": {text}'))
-    with pytest.raises(InputError, match=r"config\.json: holds what JSON can't express"):
+    with pytest.raises(InputError, match=r"config\.json: (holds what JSON can't express|.*half a surrogate pair)"):
         bake(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

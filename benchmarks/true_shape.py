@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,7 +76,9 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     """The row of one artifact."""
     model, recipe = open_model(str(options.model)), load_recipe(options.recipe)
     machine: dict[str, Any] = {"device": options.device, "dtype": long_name(options.dtype), "library": options.library}
-    with scratch_folder(options.scratch) as scratch:
+    # A folder of its own: what one call left must not stop the next.
+    with scratch_folder(options.scratch) as kept, tempfile.TemporaryDirectory(dir=kept) as made:
+        scratch = Path(made)
         output = scratch / f"artifact{SUFFIX.get(options.to, '')}"
         started = time.monotonic()
         bake(plan(options, model, recipe, output))
@@ -165,7 +168,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def collect(folder: Path) -> None:
+def collect(folder: Path, note: str) -> None:
     rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     result = json.loads(save(NAME, {"rows": rows}).read_text())
     devices = sorted({info["device"] for row in rows for info in row["runtimes"].values()})
@@ -173,6 +176,7 @@ def collect(folder: Path) -> None:
         f"Models of published shapes, random weights with q and k widened, on {', '.join(devices)}. {result['date']}.",
         "Command: `python benchmarks/true_shape.py` with the options of each row.",
         "",
+        *([note, ""] if note else []),
     ]
     (RESULTS / f"{NAME}.md").write_text("\n".join([*head, *table(rows)]) + "\n")
 
@@ -181,6 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--collect", type=Path)
+    parser.add_argument("--note", default="", help="of --collect: a paragraph above the table")
     parser.add_argument("--recipe")
     parser.add_argument("--window", type=int)
     parser.add_argument("--to", choices=("hf", "gguf", "onnx"), default="hf")
@@ -194,7 +199,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.collect:
-        collect(options.collect)
+        collect(options.collect, options.note)
         return
     row = {**measured(options), "dense": options.dense}
     if options.out:

@@ -114,6 +114,25 @@ def test_the_noise_of_a_float16_cache_is_predicted(pico: Pico, tmp_path: Path, w
         assert max((row.kl_mean or 0) / (row.bound or 1) for row in bad.failed if row.code == "llama.cpp") > 100
 
 
+@pytest.mark.parametrize("code", ["native", "custom"])
+def test_the_noise_of_bfloat16_is_predicted(pico: Pico, tmp_path: Path, code: str, workers: dict[str, Options]) -> None:
+    """A model that attends sharply is off by more than its row, and by no more than rounding every result of the
+    reference predicts, within a factor of eight; no mistake of the rotation hides in that."""
+    shape = {**SHAPE, "num_hidden_layers": 2}
+    model = pico("llama", max_position_embeddings=SHORT, widen=3.0, **shape)
+    right, options = recipe_of(model), replace(workers["hf"], dtype="bfloat16", backends=(code,))
+    report = verify(baked("hf", model, right, tmp_path), options=options)
+    assert report.passed, report.summary
+    noisy = [row for row in rows_of(report, code).values() if row.noise and "bfloat16" in row.basis]
+    assert noisy and all(row.kl_mean is not None and row.noise is not None for row in noisy)
+    assert max((row.kl_mean or 0) / (row.noise or 1) for row in noisy) < NOISE
+    for mutant in ("no attention factor", "swapped sets"):
+        wrong = RECIPE_MUTANTS[mutant](right)
+        assert wrong is not None
+        bad = verify(baked("hf", model, wrong, tmp_path), against=model.reference, recipe=right, options=options)
+        assert any(row.code == code and row.kl_mean is not None for row in bad.failed), mutant
+
+
 CHOSEN = [
     *(("gguf", name, widen) for name in RECIPE_MUTANTS for widen in (2.0, 6.0)),
     *((kind, name, 6.0) for kind in ("hf", "onnx") for name in ("no attention factor", "boundary one early")),

@@ -127,8 +127,9 @@ def test_it_says_what_it_is_worth(name: str) -> None:
     window = recipe.original_window
     before = measured(recipe, "base perplexity")[window]["perplexity"]["value"]
     after = {length: row["perplexity"]["value"] for length, row in measured(recipe, "perplexity").items()}
-    most = 1.05 if name.endswith("-any") else 1.01  # one attention factor for all lengths has its price
-    assert after[window] < most * before and after.get(2**18, 0) < 1.05 * before
+    # One attention factor for all lengths has its price, and so has one long set.
+    most, far = (1.05, 1.06) if name.endswith("-any") else (1.01, 1.02)
+    assert after[window] < most * before and after.get(2**18, 0) < far * before
     passkeys = measured(recipe, "passkey")
     assert all(share(row) == 1 for row in passkeys.values())
     keys = measured(recipe, "retrieval")

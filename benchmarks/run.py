@@ -197,6 +197,10 @@ def cells(figure: Figure) -> list[str]:
     return [figure.what, shown(figure.ours, figure.unit), figure.peer, theirs, ratio, limit, memory]
 
 
+LEAD = (
+    "Speed, memory and correctness beside other tools, on the same machine in the same run "
+    "([benchmarks](benchmarks/README.md)):"
+)
 HEAD = ("what", "ours", "peer", "peer's", "ratio", "limit", "MB")
 ALIGNED = ("---", "---:", "---", "---:", "---:", "---", "---:")
 
@@ -219,7 +223,7 @@ def saved(results: Sequence[Ran], path: Path) -> None:
 def block(record: dict[str, Any]) -> str:
     """The lines of README.md."""
     figures = [Figure(**figure) for result in record["benchmarks"] for figure in result["figures"]]
-    lines = [f"| {' | '.join(HEAD)} |", f"|{'|'.join(ALIGNED)}|"]
+    lines = [LEAD, "", f"| {' | '.join(HEAD)} |", f"|{'|'.join(ALIGNED)}|"]
     for what, peer in HEADLINES:
         found = [one for one in figures if one.what.startswith(what) and one.peer.startswith(peer)]
         lines += [f"| {' | '.join(cells(one))} |" for one in found[:1]] or [

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 
+from lrconvert.checkpoint.padding import MAX_ADDED
 from lrconvert.recipe import Recipe
 from lrconvert.rope import STRICT
 
@@ -37,7 +38,7 @@ class BakeRecord:
     capability: str | None = None
     static: bool = False
     lifted: bool = False
-    padded: Annotated[int, Ge(0)] = 0
+    padded: Annotated[int, Ge(0), Le(MAX_ADDED)] = 0
     written_as: str | None = None
 
     def recipe_for(self, family: str, recipe: Recipe) -> Recipe:

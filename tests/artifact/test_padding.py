@@ -17,7 +17,7 @@ from support.verifying import verify
 from support.vocabularies import STYLES
 
 import lrconvert
-from lrconvert.artifact.manifest import Manifest
+from lrconvert.artifact.manifest import MANIFEST, Manifest
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.checkpoint.adapter import CONFIG, EMBEDDING, LM_HEAD, WEIGHTS
 from lrconvert.checkpoint.padding import padded, tokens_of
@@ -69,6 +69,15 @@ def test_a_padded_model_verifies_in_every_format(small: Path, target: str, tmp_p
     if artifact.path.is_dir():
         assert "each the mean of the others" in (artifact.path / "README.md").read_text()
         assert json.loads((artifact.path / "config.json").read_text())["vocab_size"] == model.shape.vocab + MISSING
+
+
+def test_no_manifest_says_that_more_rows_were_added_than_can_be(small: Path, tmp_path: Path) -> None:
+    """A number of rows that no memory holds is refused where the manifest is read."""
+    artifact = lrconvert.hf(small, recipe_for(open_model(small), even=True), tmp_path / "out", pad=True)
+    path = artifact.path / MANIFEST
+    path.write_text(path.read_text().replace(f'"padded": {MISSING}', f'"padded": {10**18}'))
+    with pytest.raises(InputError, match="padded"):
+        Manifest.read(artifact.path)
 
 
 def test_logits_of_old_tokens_stay_and_new_ones_never_win(small: Path) -> None:

@@ -12,7 +12,7 @@ from importlib import import_module
 from lrconvert.engines.capability import native_hf
 from lrconvert.engines.table import assess
 from lrconvert.families import Family, family_names, get_family
-from lrconvert.families.base import GGUF_STEP35
+from lrconvert.families.base import GGUF_STEP35, NOT_READ
 from lrconvert.families.parts import PARTS
 from lrconvert.rope import RopeSpec, Tier, longrope_attention_factor
 
@@ -39,6 +39,12 @@ are.
 | model | converted as | left out |
 | --- | --- | --- |
 """
+NOT_READ_LIST = """
+## Not read
+
+The description of a decoder can't say what these do:
+
+"""
 MATRIX = """
 ## What programs make of a portable artifact
 
@@ -57,7 +63,18 @@ def page() -> str:
         for family in families
     ]
     lines = [f"| {' | '.join(cells)} |" for cells in rows]
-    return PAGE + "\n".join([*lines, *_parts()]) + "\n" + MATRIX + "\n".join(_matrix(families)) + "\n"
+    not_read = "\n".join(f"- {name} {why}" for name, why in NOT_READ.items())
+    return (
+        PAGE
+        + "\n".join([*lines, *_parts()])
+        + "\n"
+        + NOT_READ_LIST
+        + not_read
+        + "\n"
+        + MATRIX
+        + "\n".join(_matrix(families))
+        + "\n"
+    )
 
 
 def _parts() -> Iterator[str]:

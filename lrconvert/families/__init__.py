@@ -9,6 +9,7 @@ from importlib import import_module
 
 from lrconvert.errors import UnsupportedError
 from lrconvert.families.base import (
+    NOT_READ,
     ExpectedTensor,
     Family,
     Key,
@@ -50,8 +51,9 @@ def _names_in(*folders: str) -> tuple[str, ...]:
 def get_family(model_type: object) -> Family:
     """The family of a config's `model_type`; `UnsupportedError` (exit code 4) lists those that exist."""
     if model_type not in family_names():
+        why = f": it {NOT_READ[model_type]}" if isinstance(model_type, str) and model_type in NOT_READ else ""
         raise UnsupportedError(
-            f"model_type {model_type!r} is not a family that lrconvert reads",
+            f"model_type {model_type!r} is not a family that lrconvert reads{why}",
             remedy=f"Families: {', '.join(family_names())}",
         )
     return import_module(f"{__name__}.{model_type}").FAMILY

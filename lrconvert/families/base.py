@@ -74,6 +74,14 @@ class TensorRow:
     optional: bool = False
 
 
+# Decoders that people look for here and the description can't say, by `model_type`: what each does.
+NOT_READ: Mapping[str, str] = {
+    "minicpm3": "has latent attention: keys and values are made of one narrow state, and what rotates of a head is no "
+    "part of it",
+    "ministral3": "multiplies queries with a scale that grows with the position (llama_4_scaling_beta)",
+}
+
+
 @dataclass(frozen=True)
 class Family:
     """A model architecture that can be read, and how the targets call it."""

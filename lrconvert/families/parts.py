@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lrconvert.errors import InputError, UnsupportedError
+from lrconvert.families.base import NOT_READ
 
 FLAG = "--text-only"
 
@@ -62,7 +63,7 @@ PARTS: Mapping[str, LanguagePart] = {
             for front in ("", "model.")
             for name in ("vision_tower", "multi_modal_projector")
         },
-        refused={"ministral3": "multiplies queries with a scale that grows with the position (llama_4_scaling_beta)"},
+        refused={"ministral3": NOT_READ["ministral3"]},
     ),
 }
 # Keys of the top level that hold of the section as well.

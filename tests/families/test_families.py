@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from lrconvert.checkpoint import open_model
 from lrconvert.engines.families_page import page
 from lrconvert.errors import InputError, UnsupportedError
 from lrconvert.families import Family, ModelShape, expected_tensors, family_names, get_family, read_shape
+from lrconvert.families.base import NOT_READ
 from lrconvert.recipe import write_recipe
 
 transformers = pytest.importorskip("transformers", reason="needs lrconvert[hf]")
@@ -260,3 +262,9 @@ def test_shapes_are_plain_numbers() -> None:
     assert isinstance(shape, ModelShape)
     assert shape.symbols == {"hidden": 64, "head_dim": 16, "q": 64, "kv": 32, "qkv": 128, "ffn": 96, "2ffn": 192,
                              "vocab": 101}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOT_READ)
+def test_a_decoder_that_the_description_can_not_say_is_refused_with_the_reason(name: str) -> None:
+    with pytest.raises(UnsupportedError, match=re.escape(NOT_READ[name])):
+        get_family(name)

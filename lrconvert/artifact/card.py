@@ -75,7 +75,7 @@ def source_card(model: Model) -> SourceCard:
     if not folder.is_dir():
         header = model.checkpoint.gguf.metadata if model.checkpoint.gguf is not None else {}
         keys = {"license": "general.license", "license_name": "general.license.name", "language": "general.languages"}
-        return SourceCard(_carried({key: header.get(name) for key, name in keys.items()}))
+        return SourceCard(carried({key: header.get(name) for key, name in keys.items()}))
     path = folder / CARD
     check_links(folder, [path] if path.is_symlink() else [])
     if path.is_file() and path.stat().st_size > MAX_CARD_BYTES:
@@ -89,7 +89,7 @@ def source_card(model: Model) -> SourceCard:
         except Exception as error:  # whatever a YAML reader raises over somebody else's text
             loaded = None
             notes.append(f"the source's {CARD}: its metadata can't be read ({' '.join(str(error).split())[:200]})")
-        metadata = _carried(loaded or {})
+        metadata = carried(loaded or {})
     if "license" not in metadata:
         files = [name for name in sorted(folder.iterdir()) if name.name.lower().startswith(("license", "licence"))]
         check_links(folder, files[:1])
@@ -98,7 +98,7 @@ def source_card(model: Model) -> SourceCard:
     return SourceCard(metadata, text, tuple(notes))
 
 
-def _carried(found: Mapping[str, Any]) -> dict[str, Any]:
+def carried(found: Mapping[str, Any]) -> dict[str, Any]:
     """Licence, languages and base model, where they are texts or lists of texts; a base model is a Hub id."""
     kept = {}
     for key in ("license", "license_name", "license_link", "language", "base_model"):

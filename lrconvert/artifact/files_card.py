@@ -11,6 +11,7 @@ from typing import Any
 
 from lrconvert.artifact.card import (
     CardText,
+    carried,
     facts_table,
     front_matter,
     model_index,
@@ -53,13 +54,14 @@ def rendered_files(every: Sequence[Quantised], metadata: Mapping[str, Any], repo
     recipe = _recipe(first.manifest)
     title = repo.rpartition("/")[2]
     named = {"license": "license", "license_name": "license.name", "license_link": "license.link"}
-    values: dict[str, Any] = {key: metadata.get(f"general.{name}") for key, name in named.items()}
+    values: dict[str, Any] = carried({key: metadata.get(f"general.{name}") for key, name in named.items()})
     if isinstance(metadata.get("general.base_model.0.repo_url"), str):
         values["base_model"] = str(metadata["general.base_model.0.repo_url"]).removeprefix("https://huggingface.co/")
         values["base_model_relation"] = "quantized"
     values |= model_index(recipe, title)
     licence = values.get("license_name") or values.get("license")
-    source = str(metadata.get("general.name") or title)
+    stated = metadata.get("general.name")
+    source = stated if isinstance(stated, str) and stated else title
     text = CardText("gguf", TAGS, lambda repo: [], lambda family, dropped, losses: [])
     parts = [
         front_matter(values, text),

@@ -15,11 +15,12 @@ from huggingface_hub import ModelCard
 from support.pico import write_pico
 
 from lrconvert.artifact.bake import bake as bake_plan
-from lrconvert.artifact.card import CARD, MAX_CARD_BYTES, SourceCard, refreshed, render, source_card
+from lrconvert.artifact.card import CARD, MAX_CARD_BYTES, SourceCard, carried, refreshed, render, source_card
 from lrconvert.artifact.manifest import MANIFEST, FileRecord, Manifest
 from lrconvert.artifact.redaction import hub_revision, local_name, public_manifest, without_paths
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.checkpoint.base import CheckpointView
+from lrconvert.checkpoint.gguf_header import GgufArray
 from lrconvert.recipe import Provenance, Recipe
 from lrconvert.targets import hf
 from lrconvert.targets.hf.card import CARD_TEXT
@@ -325,3 +326,10 @@ def test_the_public_manifest_has_names_only() -> None:
     hub = {"model": "owner/name", "revision": "a" * 40, "adapter": {"reference": "o/n"}, "adapter_revision": "b" * 40}
     assert public_manifest(Manifest("hf", hub, {}, {}, [])).source == hub
     assert MANIFEST not in public.files
+
+
+def test_only_texts_are_carried_from_a_header() -> None:
+    """A GGUF may hold arrays and numbers where a licence is expected."""
+    assert carried({"license": GgufArray(8, 2, 0, 16), "license_name": 5, "license_link": "https://example.org/x"}) == {
+        "license_link": "https://example.org/x"
+    }

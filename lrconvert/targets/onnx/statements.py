@@ -54,7 +54,7 @@ def _window(facts: Facts) -> int:
 
 def _type(facts: Facts) -> Such:
     kinds = {"llama", *(GENAI_REWINDS[edge] for edge in boundaries(facts.spec) if edge in GENAI_REWINDS)}
-    return Such(" or ".join(sorted(kinds)), lambda found: found in kinds)
+    return Such(" or ".join(sorted(kinds)), lambda found: isinstance(found, str) and found in kinds)
 
 
 def boundaries(spec: RopeSpec) -> tuple[int, ...]:

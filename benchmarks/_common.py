@@ -125,6 +125,15 @@ def lrconvert(*arguments: str | Path) -> list[str | Path]:
     return [Path(sys.executable).with_name("lrconvert"), *arguments]
 
 
+def bounds_away(report: Any) -> dict[str, float]:
+    """What failed of a verification, by code, and how many bounds away it is (0: not by its logits)."""
+    found: dict[str, float] = {}
+    for row in report.failed:
+        times = 0.0 if row.kl_mean is None or not row.bound else row.kl_mean / row.bound
+        found[row.code] = max(found.get(row.code, 0.0), float(f"{times:.2g}"))
+    return found
+
+
 def copy_with_fsync(source: Path, target: Path) -> float:
     """Seconds for a plain copy of a folder's files that ends when they are on the disk."""
     paths = sorted(path for path in source.rglob("*") if path.is_file())

@@ -61,11 +61,6 @@ class Asked:
         logits[np.arange(new_tokens), preferred] = 1.0
         return tokens.tolist(), logits
 
-    def logits(self, *_: Any, **__: Any) -> list[np.ndarray]:
-        raise NotImplementedError
-
-    def close(self) -> None: ...
-
 
 def digest(calls: Sequence[Call]) -> str:
     return hashlib.sha256(json.dumps(calls).encode()).hexdigest()

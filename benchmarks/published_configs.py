@@ -29,7 +29,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from _common import RESULTS, Figure, report, save, scratch_folder, write_random
+from _common import RESULTS, Figure, bounds_away, report, save, scratch_folder, write_random
 
 from lrconvert import parity
 from lrconvert.artifact.bake import bake
@@ -185,11 +185,7 @@ def caught(
     artifact = baked(kind, source, wrong, folder / f"{kind}-{mutant.replace(' ', '-')}")
     against = {"against": model.reference, "recipe": right}
     report = parity.verify(artifact, target_of(artifact), options=options, **against)
-    found: dict[str, float] = {}
-    for row in report.failed:
-        times = 0.0 if row.kl_mean is None or not row.bound else row.kl_mean / row.bound
-        found[row.code] = max(found.get(row.code, 0.0), float(f"{times:.2g}"))
-    return found
+    return bounds_away(report)
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:

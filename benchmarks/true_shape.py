@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from _common import RESULTS, save, scratch_folder
+from _common import RESULTS, bounds_away, save, scratch_folder
 
 from lrconvert import parity
 from lrconvert.artifact.bake import bake
@@ -131,11 +131,7 @@ def mistake(
     against = {"against": str(options.model), "recipe": right}
     report = parity.verify(output, target_of(output), options=Quick(**machine), **against)
     shutil.rmtree(output) if output.is_dir() else output.unlink()
-    found: dict[str, float] = {}
-    for row in report.failed:
-        times = 0.0 if row.kl_mean is None or not row.bound else row.kl_mean / row.bound
-        found[row.code] = max(found.get(row.code, 0.0), float(f"{times:.2g}"))
-    return found
+    return bounds_away(report)
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,9 +46,17 @@ def replace_file(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[IO[bytes]]:
-    """The file at `path`, open for writing, and locked where the platform has locks."""
+    """The file at `path`, open for writing, and locked where the platform has locks.
+
+    The folder may be a stranger's: a link there, to any file of this machine, is removed and not followed.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
     while True:
-        with path.open("ab") as file:
+        with contextlib.suppress(FileNotFoundError):
+            there = path.lstat()
+            if not stat.S_ISREG(there.st_mode) or there.st_nlink > 1:
+                path.unlink()
+        with os.fdopen(os.open(path, flags, 0o666), "ab") as file:
             if sys.platform != "win32":
                 import fcntl
 

@@ -71,3 +71,22 @@ def test_a_pipe_is_written_to(tmp_path: Path) -> None:
     replace_file(pipe, "report")
     reader.join()
     assert read == ["report"] and pipe.is_fifo()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
+@pytest.mark.parametrize("kind", ["link", "hard link", "pipe"])
+def test_what_stands_where_it_writes_first_is_not_followed(kind: str, tmp_path: Path) -> None:
+    """A folder of strangers may hold a link of that name to any file of this machine, or a pipe that nobody reads."""
+    outside, folder = tmp_path / "outside", tmp_path / "folder"
+    outside.write_text("mine")
+    folder.mkdir()
+    planted = temporary_of(folder / "file.json")
+    if kind == "link":
+        planted.symlink_to(outside)
+    elif kind == "hard link":
+        planted.hardlink_to(outside)
+    else:
+        os.mkfifo(planted)
+    replace_file(folder / "file.json", "new")
+    assert outside.read_text() == "mine"
+    assert (folder / "file.json").read_text() == "new" and not planted.exists()

@@ -40,7 +40,8 @@ PIPED_SECONDS = 30.0  # between two lines of progress where no terminal shows a 
 @click.option("-o", "--output", type=OutputName(), required=True, metavar="RECIPE",
               help="Folder for the recipe and its adapter.")  # fmt: skip
 @click.option("--plan", default="small", show_default=True, metavar="PLAN",
-              help="The stages: a .toml file, or a built-in plan (paper, small, demo).")  # fmt: skip
+              help="The stages: a .toml file, or a built-in plan (paper, small, demo; with --on also small-far, "
+              "small-any).")  # fmt: skip
 @click.option("--target", type=TOKENS, help="The window to reach, where it is less than the plan's: 512k.")
 @click.option("--on", metavar="RECIPE",
               help="Begin with the sets and adapter of this recipe, not with the model as it is.")  # fmt: skip

@@ -63,18 +63,9 @@ def page() -> str:
         for family in families
     ]
     lines = [f"| {' | '.join(cells)} |" for cells in rows]
-    not_read = "\n".join(f"- {name} {why}" for name, why in NOT_READ.items())
-    return (
-        PAGE
-        + "\n".join([*lines, *_parts()])
-        + "\n"
-        + NOT_READ_LIST
-        + not_read
-        + "\n"
-        + MATRIX
-        + "\n".join(_matrix(families))
-        + "\n"
-    )
+    not_read = [f"- {name} {why}" for name, why in NOT_READ.items()]
+    after = [(PAGE, [*lines, *_parts()]), (NOT_READ_LIST, not_read), (MATRIX, _matrix(families))]
+    return "".join(head + "\n".join(found) + "\n" for head, found in after)
 
 
 def _parts() -> Iterator[str]:

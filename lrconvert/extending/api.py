@@ -231,7 +231,8 @@ def _check(model: Model, plan: Plan, on: Ground | None) -> None:
         raise InputError(
             f"{model.reference} already carries {found.kind} scaling", remedy="Extend the model it was made from"
         )
-    plan.check(found.original_window, f"plan {plan.name}", None if on is None else on.recipe.tiers[-1].max_length)
+    begun = () if on is None else (on.window, on.rank)
+    plan.check(found.original_window, f"plan {plan.name}", *begun)
 
 
 def _texts(

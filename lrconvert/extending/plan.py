@@ -196,9 +196,9 @@ class Plan:
                 kept.append(replace(stage, window=reach, **cut))
         return replace(self, stage=tuple(kept))
 
-    def problems(self, window: int, reach: int | None = None) -> list[str]:
-        """What can't be carried out on a model with an original `window`, each with its key. `reach`: the window of the
-        sets that it has already, with `--on`."""
+    def problems(self, window: int, reach: int | None = None, rank: int | None = None) -> list[str]:
+        """What can't be carried out on a model with an original `window`, each with its key. With `--on`, `reach` is
+        the window of the sets that it has already, and `rank` its adapter's."""
         found, reach = [], reach or window
         trained: Tune | None = None
         for number, stage in enumerate(self.stage):
@@ -219,6 +219,10 @@ class Plan:
                         value, has = getattr(stage, name), getattr(trained, name)
                         if trained.method == "lora" and value != has:
                             found.append(f"{key}.{name} is {value!r}; the adapter that it trains on has {has!r}")
+                if trained is None and rank not in (None, stage.rank) and stage.method == "lora":
+                    found.append(
+                        f"{key}.rank is {stage.rank}; the adapter that it trains on has rank {rank}, not {stage.rank}"
+                    )
                 trained = stage
             if isinstance(stage, Recover) and reach <= window:
                 found.append(f"{key} has nothing to recover from: no stage before it goes beyond {window}")
@@ -235,9 +239,9 @@ class Plan:
                     found.append(f"{key} measures at {max(lengths)}; the sets before it reach {reach}")
         return found
 
-    def check(self, window: int, where: object, reach: int | None = None) -> None:
+    def check(self, window: int, where: object, reach: int | None = None, rank: int | None = None) -> None:
         """Raises `InputError` with all `problems`."""
-        if problems := self.problems(window, reach):
+        if problems := self.problems(window, reach, rank):
             raise InputError.collect(where, problems)
 
 

@@ -147,6 +147,7 @@ class Extension:
         """The recipe before all stages: the model as it is, or the recipe that it begins with."""
         model, shape, on = self.task.model, self.task.model.shape, self.task.on
         window = model.rotation.original_window
+        plain = Tier(window, (1.0,) * (shape.rotary_dim // 2), 0, self._attention(window))
         recipe = Recipe(
             schema_version=SCHEMA_VERSION,
             name=self.plan.name,
@@ -155,9 +156,7 @@ class Extension:
             original_window=window,
             rope_theta=shape.theta,
             rotary_dim=shape.rotary_dim,
-            tiers=(Tier(window, (1.0,) * (shape.rotary_dim // 2), 0, self._attention(window)),)
-            if on is None
-            else on.recipe.tiers,
+            tiers=(plain,) if on is None else on.recipe.tiers,
             provenance=Provenance(kind="extended", method=self.plan.name),
         )
         if self.task.leading:

@@ -26,7 +26,9 @@ from lrconvert.training.keys import KeyMaker, training_form
 from lrconvert.training.rows import RowOptions, StepRows, make_row
 
 Facts = dict[str, Any]
-MOST_WINDOWS = 64  # that an evaluation of the original window's set reads
+# That an evaluation of the original window's set reads, as rows of it: as many as 256k holds of 4k. A form for any
+# runtime goes to 2048k at once, and would read 256 of 8k for every set that it tries.
+MOST_WINDOWS = 64
 
 
 # --- derive ----------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lrconvert.checkpoint import Model
-from lrconvert.checkpoint.adapter import choose_adapter, merged, open_adapter
+from lrconvert.checkpoint.adapter import CONFIG, choose_adapter, merged, open_adapter
+from lrconvert.checkpoint.base import read_json
 from lrconvert.checkpoint.tokenizer import Encode, tokenizer_of
 from lrconvert.engines.capability import CUSTOM_HF, Capability
 from lrconvert.errors import InputError
@@ -31,6 +32,15 @@ class Ground:
     recipe: Recipe
     adapter: Path | None
     dropped: tuple[str, ...] = ()  # what the runtime can't express, in words
+
+    @property
+    def window(self) -> int:
+        return self.recipe.tiers[-1].max_length
+
+    @property
+    def rank(self) -> int | None:
+        """Of the adapter: training goes on with pairs of this rank."""
+        return None if self.adapter is None else read_json(self.adapter / CONFIG).get("r")
 
     @classmethod
     def of(cls, reference: str, model: Model, able: Capability) -> Ground:

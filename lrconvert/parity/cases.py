@@ -219,7 +219,7 @@ def _decodes(boundary: int, capability: Capability, budget: Budget, accepts: Acc
     known = None if capability.switches else "keys cached before the boundary keep the short set"
     skipped = None
     if boundary > budget.decode:
-        skipped = f"a prompt of {boundary} tokens is beyond this device's budget; use --device cuda or --full"
+        skipped = f"a prompt of {boundary} tokens is beyond this device's budget; use a GPU with more memory, or --full"
     prompt, name = (boundary - AROUND,), f"decode across {boundary}"
     start = max(0, prompt[0] - budget.prompt) if accepts.decodes_anywhere and boundary > budget.dense else 0
     if not accepts.cached_keys:

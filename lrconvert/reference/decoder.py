@@ -31,7 +31,8 @@ Tables = tuple[torch.Tensor, torch.Tensor]  # cos and sin, [n, rotated channels 
 MAX_SCORES = {"cpu": 2**22, "cuda": 2**27}
 MAX_LOGITS = 2**26
 MAX_SCORED = 2**24  # logits held at once where only losses are wanted
-# What may be kept between passes: weights, and keys and values of sequences. On a GPU, parts of its memory.
+# What may be kept between passes: weights, and keys and values of sequences. On a GPU, parts of its memory: a 7B in
+# bfloat16 takes a tenth of an H200's, and another in the program that is compared, which needs room for its cache too.
 KEEP_BYTES, PREFIX_BYTES = 6 * 2**30, 2**30
 KEEP_PART, PREFIX_PART = 1 / 3, 1 / 4
 

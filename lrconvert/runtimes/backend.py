@@ -124,7 +124,7 @@ class Backend:
 
         def fits(has: int) -> str:
             narrow = self.memory(artifact, replace(options, dtype="bfloat16"))
-            return f"--dtype bfloat16 takes {size(narrow)}" if narrow <= has and options.dtype != "bfloat16" else ""
+            return f"--dtype bf16 takes {size(narrow)}" if narrow <= has and options.dtype != "bfloat16" else ""
 
         check_memory(self.memory(artifact, options), f"{artifact.name} in {self.name} code", fits=fits)
 

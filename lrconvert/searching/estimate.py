@@ -44,7 +44,7 @@ def check_fits(plan: SearchPlan, device: str | None, *, team: int = 1, processes
         f"a search on documents of {tokens} tokens on {target}",
         has=has,
         fits=fits,
-        remedy="Search for a shorter --target, with --dtype bfloat16 or --shard-weights, or on a larger device",
+        remedy="Search for a shorter --target, with --dtype bf16 or --shard-weights, or on a larger device",
     )
 
 

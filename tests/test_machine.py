@@ -161,7 +161,7 @@ def test_verify_names_a_dtype_that_fits(model: Path, recipe: Path, tmp_path: Pat
     memory(int(weights(model) * 0.8))
     said = cli("verify", tmp_path / "artifact")
     assert said.code == 6
-    assert "--dtype bfloat16 takes" in said.err
+    assert "--dtype bf16 takes" in said.err
 
 
 def test_search_refuses_documents_that_memory_can_not_hold(

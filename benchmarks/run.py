@@ -6,8 +6,9 @@
     python benchmarks/run.py --readme [--check]
 
 Peers live in environments of their own, which variables name (benchmarks/README.md): what is absent is a row that says
-so. A whole run keeps every script's own results, and its table with date and versions in results/run.json, which
-`--readme` makes the table of README.md of. `--quick` and a script that lacks a peer keep nothing of the script's own.
+so. What ran whole is kept: the script's own results, and its rows with date and versions in results/run.json, in place
+of its earlier ones. `--readme` makes the table of README.md of them. So a run that takes too long for one quiet evening
+is made in parts, with `--only`. `--quick` keeps nothing, and a script that lacks a peer keeps nothing of its own.
 """
 
 from __future__ import annotations
@@ -154,6 +155,10 @@ class Ran:
     seconds: float = 0.0
     note: str = ""
 
+    @property
+    def failed(self) -> bool:
+        return self.note.startswith("failed")
+
 
 def ran(benchmark: Benchmark, scratch: Path, *, quick: bool) -> Ran:
     """Run a script in a process of its own, and read its figures."""
@@ -217,20 +222,31 @@ def table(results: Sequence[Ran]) -> Iterator[str]:
 
 
 def saved(results: Sequence[Ran], path: Path) -> None:
-    path.write_text(json.dumps({**facts(), "benchmarks": [asdict(result) for result in results]}, indent=1) + "\n")
+    """Keep what has figures and didn't fail, each with its own facts, in the order of `BENCHMARKS`."""
+    kept = {row["name"]: row for row in _record(path)}
+    kept |= {result.name: {**asdict(result), **facts()} for result in results if result.figures and not result.failed}
+    order = [benchmark.name for benchmark in BENCHMARKS]
+    rows = sorted(kept.values(), key=lambda row: order.index(row["name"]) if row["name"] in order else len(order))
+    path.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def block(record: dict[str, Any]) -> str:
-    """The lines of README.md."""
-    figures = [Figure(**figure) for result in record["benchmarks"] for figure in result["figures"]]
+def _record(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def block(record: Sequence[dict[str, Any]]) -> str:
+    """The lines of README.md, from the rows of results/run.json."""
+    figures = [Figure(**figure) for row in record for figure in row["figures"]]
     lines = [LEAD, "", f"| {' | '.join(HEAD)} |", f"|{'|'.join(ALIGNED)}|"]
     for what, peer in HEADLINES:
         found = [one for one in figures if one.what.startswith(what) and one.peer.startswith(peer)]
         lines += [f"| {' | '.join(cells(one))} |" for one in found[:1]] or [
             f"| {what} | not measured{' |' * len(HEAD)}"
         ]
-    machine = record["machine"]
-    lines += ["", f"{record['date']}, {machine['cores']} cores, {machine['memory_gib']} GiB; `{record['command']}`, "
+    dates = sorted({row["date"] for row in record})
+    machine = record[0]["machine"]
+    lines += ["", f"{' to '.join(dict.fromkeys([dates[0], dates[-1]]))}, {machine['cores']} cores, "
+              f"{machine['memory_gib']} GiB; `python benchmarks/run.py`, "
               "[all figures and their versions](benchmarks/results/run.json)."]  # fmt: skip
     return "\n".join([BEGIN, *lines, END])
 
@@ -246,7 +262,8 @@ def with_block(readme: str, made: str) -> str:
 
 def write_readme(*, check: bool) -> int:
     now = README.read_text(encoding="utf-8")
-    made = block(json.loads(SAVED.read_text(encoding="utf-8"))) if SAVED.exists() else f"{BEGIN}\n{END}"
+    record = _record(SAVED)
+    made = block(record) if record else f"{BEGIN}\n{END}"
     new = with_block(now, made)
     if check and now != new:
         print("README.md: its table isn't that of results/run.json; python benchmarks/run.py --readme", file=sys.stderr)
@@ -278,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="small shapes, one round: whether everything works")
     parser.add_argument("--scratch", type=Path, help="where to work; default: a temporary folder")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the table there too")
-    parser.add_argument("--readme", action="store_true", help="write README.md's table from the last whole run")
+    parser.add_argument("--readme", action="store_true", help="write README.md's table from what was kept")
     parser.add_argument("--check", action="store_true", help="with --readme: only say whether it is up to date")
     asked = parser.parse_args(arguments)
     if asked.readme:
@@ -292,12 +309,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for benchmark in chosen:
             print(f"{benchmark.name} …", file=sys.stderr, flush=True)
             results.append(ran(benchmark, Path(scratch), quick=asked.quick))
+            for path in [*([asked.json] if asked.json else []), *([] if asked.quick else [SAVED])]:
+                saved(results[-1:], path)  # at once: hours of a run that is stopped are not lost
     print("\n".join(table(results)))
-    for path in [asked.json] if asked.json else []:
-        saved(results, path)
-    if not asked.quick and not asked.only:
-        saved(results, SAVED)
-    return int(any(result.note.startswith("failed") for result in results))
+    return int(any(result.failed for result in results))
 
 
 if __name__ == "__main__":

@@ -92,7 +92,21 @@ def test_every_script_hands_its_figures_over() -> None:
         assert {"report", "Figure"} <= called, benchmark.script
 
 
-def test_the_readme_has_the_headlines_of_the_last_whole_run(tmp_path: Path) -> None:
+def test_a_run_replaces_what_it_measured_and_keeps_the_rest(tmp_path: Path) -> None:
+    """What failed, or could not run, leaves the figures of the run before."""
+    path = tmp_path / "run.json"
+    first, second = benchmarks.BENCHMARKS[0].name, benchmarks.BENCHMARKS[1].name
+    benchmarks.saved([benchmarks.Ran(second, [Figure("a", 1.0, "s")])], path)
+    benchmarks.saved([benchmarks.Ran(first, [Figure("b", 2.0, "s")])], path)
+    benchmarks.saved([benchmarks.Ran(second, [Figure("a", 3.0, "s")])], path)
+    benchmarks.saved([benchmarks.Ran(second, [Figure("a", 9.0, "s")], note="failed: full")], path)
+    benchmarks.saved([benchmarks.Ran(second, [], note="not run: needs a peer")], path)
+    rows = json.loads(path.read_text())
+    assert [(row["name"], row["figures"][0]["ours"]) for row in rows] == [(first, 2.0), (second, 3.0)]
+    assert all(row["date"] and row["versions"] for row in rows)
+
+
+def test_the_readme_has_the_headlines_of_what_was_kept(tmp_path: Path) -> None:
     what, peer = benchmarks.HEADLINES[0]
     figures = [Figure(what, 0.25, "s", peer, 5.0, limit=0.05, memory_mb=50), Figure("else", 1.0, "s")]
     path = tmp_path / "run.json"

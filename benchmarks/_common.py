@@ -62,7 +62,9 @@ SHAPES = {
 }
 
 
-def write_checkpoint(folder: Path, shape: str, *, shards: int = 7, sparse: bool = False) -> Path:
+def write_checkpoint(
+    folder: Path, shape: str, *, shards: int = 7, sparse: bool = False, widen: float = make_shape.WIDEN
+) -> Path:
     """A sharded bf16 Llama of a shape, random weights; `sparse`: holes instead of weights, for what never
     reads them. Kept if it is there already."""
     config = {**shape_config("llama2-7b"), **SHAPES[shape]}
@@ -73,7 +75,7 @@ def write_checkpoint(folder: Path, shape: str, *, shards: int = 7, sparse: bool 
         for index, (start, end) in enumerate(itertools.pairwise(ends), 1)
     ]
     if not (folder / "config.json").exists():
-        make_shape.write_checkpoint(folder, config, groups, None if sparse else normal_blocks(config))
+        make_shape.write_checkpoint(folder, config, groups, None if sparse else normal_blocks(config, widen))
     return folder
 
 

@@ -6,7 +6,8 @@
     python benchmarks/away.py count asked.npz answers.npz ARTIFACT … -o extension-benchmarks-NAME.json
 
 `ask` runs lm-eval's own code over a session that answers nothing and writes down what it was asked; `count` runs it
-again over one that gives the answers. The questions, the seed and the scores are those of `lrconvert eval benchmarks`
+again over one that gives the answers. `answer` keeps what it has after `--seconds` and ends with exit code 75; the same
+command goes on from there. The questions, the seed and the scores are those of `lrconvert eval benchmarks`
 and `lrconvert eval ruler`. `count` takes the options of `ask`, and refuses answers to other questions.
 """
 
@@ -29,6 +30,7 @@ from lrconvert.precision import long_name
 from lrconvert.runtimes.base import Scores, Session
 
 TASKS = ("arc_challenge", "hellaswag", "truthfulqa_mc2")
+Pair = tuple[np.ndarray, np.ndarray]  # losses and preferred tokens, or new tokens and preferred ones
 Call = tuple[str, list[list[int]], list[int]]  # "score" or "generate"; rows; judged tokens of each, or how many are new
 
 
@@ -116,28 +118,50 @@ def _unpacked(path: Path) -> list[Call]:
 
 def answer(options: argparse.Namespace) -> None:
     calls = _unpacked(options.asked)
-    found: list[tuple[np.ndarray, np.ndarray]] = []
+    found, before = _answered(options.output, digest(calls))
     started = time.monotonic()
     machine = {"device": options.device, "dtype": long_name(options.dtype)}
     with opened(Subject.of(str(options.artifact)), text=False, **machine) as (session, _):
-        for number, (kind, rows, counts) in enumerate(calls, 1):
-            found += _answers(session, kind, rows, counts)
-            if number % 50 == 0:
-                print(f"{number} of {len(calls)}, {time.monotonic() - started:.0f} s", flush=True)
-        info = json.dumps({**session.info, "seconds": round(time.monotonic() - started, 1)})
-    parts = {"first": [first for first, _ in found], "second": [second for _, second in found]}
+        for number, (kind, rows, counts) in enumerate(calls[len(found) :], len(found) + 1):
+            found.append(list(_answers(session, kind, rows, counts)))
+            spent = time.monotonic() - started
+            if number % 50 == 0 or number == len(calls) or spent > options.seconds:
+                info = {**session.info, "seconds": round(before + spent, 1)}
+                _keep(options.output, found, digest(calls), info)
+                print(f"{number} of {len(calls)}, {spent:.0f} s", flush=True)
+            if spent > options.seconds and number < len(calls):
+                sys.exit(75)
+
+
+def _keep(path: Path, found: Sequence[Sequence[Pair]], asked: str, info: dict[str, Any]) -> None:
+    """Answers so far, whole or not at all."""
+    pairs = [pair for call in found for pair in call]
     arrays: dict[str, Any] = {
-        "lengths": np.array([len(first) for first in parts["first"]]),
-        "asked": np.array(digest(calls)),
-        "info": np.array(info),
-        **{name: np.concatenate(values).astype(np.float64) for name, values in parts.items()},
+        "rows": np.array([len(call) for call in found]),
+        "lengths": np.array([len(first) for first, _ in pairs]),
+        "asked": np.array(asked),
+        "info": np.array(json.dumps(info)),
+        "first": np.concatenate([first for first, _ in pairs]).astype(np.float64),
+        "second": np.concatenate([second for _, second in pairs]).astype(np.float64),
     }
-    np.savez_compressed(options.output, **arrays)
+    with path.with_suffix(".part").open("wb") as file:
+        np.savez_compressed(file, **arrays)
+    path.with_suffix(".part").replace(path)
 
 
-def _answers(
-    session: Session, kind: str, rows: list[list[int]], counts: list[int]
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _answered(path: Path, asked: str) -> tuple[list[list[Pair]], float]:
+    """What an answer that was stopped left: its calls' answers and the seconds that they took."""
+    if not path.exists():
+        return [], 0.0
+    with np.load(path, allow_pickle=False) as held:
+        if str(held["asked"]) != asked:
+            sys.exit(f"{path} answers other questions than these")
+        ends = np.cumsum(held["lengths"])[:-1]
+        pairs = iter(zip(np.split(held["first"], ends), np.split(held["second"], ends), strict=True))
+        return [[next(pairs) for _ in range(rows)] for rows in held["rows"]], json.loads(str(held["info"]))["seconds"]
+
+
+def _answers(session: Session, kind: str, rows: list[list[int]], counts: list[int]) -> Iterator[Pair]:
     """For each row two arrays: losses and preferred of judged tokens, or new tokens and the preferred ones."""
     if kind == "score":
         yield from ((scores.losses, scores.preferred) for scores in session.score(rows, counts))
@@ -187,6 +211,7 @@ def main() -> None:
         if verb is answer:
             one.add_argument("--device", default="cuda")
             one.add_argument("--dtype", default="bf16")
+            one.add_argument("--seconds", type=float, default=float("inf"), help="keep what there is then, and stop")
         else:
             one.add_argument("--data", type=Path)
             one.add_argument("--limit", type=int, default=300)

@@ -119,7 +119,7 @@ BENCHMARKS = (
     Benchmark("onnx-runs", 10, "onnx_runs.py", (), ("--lengths", "2048", "--trials", "2"), (TORCH,)),
     Benchmark("angles", 1, "angles.py", (), None, (TORCH, LLAMA), {"--genai": GENAI, "--mlx": MLX}),
     Benchmark("decode-speed", 2, "decode_speed.py", (), ("--pairs", "3", "--tokens", "32"), (TORCH,)),
-    Benchmark("verify-profile", 9, "verify_profile.py", (), ("--rounds", "1"), (TORCH, LLAMA),
+    Benchmark("verify-profile", 15, "verify_profile.py", ("--large",), ("--rounds", "1"), (TORCH, LLAMA),
               {"--smollm2": SMOLLM2}),
     Benchmark("llama-cpp-runs", 20, "llama_cpp_runs.py", (),
               ("--types", "q8_0", "--only", "passkey", "--passkey", "6144", "--trials", "1"), (LLAMA, TORCH)),
@@ -143,6 +143,7 @@ HEADLINES: tuple[tuple[str, str], ...] = (
     ("angle at 2097151, lrconvert, modeling_longrope.py", "transformers"),
     ("ONNX int4 on a CPU: write after 512", "genai builder"),
     ("verify, SmolLM2-135M, Q4_1 GGUF, full", ""),
+    ("verify, 1.4 B, q4_k_m GGUF, quick", ""),
 )
 
 

@@ -139,7 +139,7 @@ def _to_know(family: Family) -> Iterator[str]:
     if family.hf_oldest is not None:
         yield f"a folder needs transformers {family.hf_oldest}: 4.57 refuses its config"
     if family.layers is not None and family.layers.own_theta is not None:
-        yield "sliding layers keep their window and rotation, also in `search` and `extend`, without `--context-parallel`"
+        yield "sliding layers keep window and rotation, also in `search` and `extend`, without `--context-parallel`"
     if native_hf(family).first_only:
         yield "transformers 5's native code never uses the long set; the folder's own code (for transformers 5) does"
     if family.hf_written is not None:

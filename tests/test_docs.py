@@ -89,7 +89,7 @@ OPTION = re.compile(r"`(--[a-z][a-z-]*)")
 # Of llama-server, torchrun, vLLM and the scripts in benchmarks/ and tools/.
 FOREIGN = {"--cache-reuse", "--context-shift", "--fit", "--help", "--kv-unified", "--layers", "--list",
            "--max-model-len", "--max-restarts", "--only", "--quick", "--readme", "--seconds",
-           "--slot-save-path"}  # fmt: skip
+           "--slot-save-path", "--widen"}  # fmt: skip
 
 
 def all_options(command: click.Command = lrconvert_cli) -> set[str]:

@@ -41,7 +41,7 @@ def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--pad-embedding", "pad", is_flag=True, help="Add rows to an embedding that is smaller than the tokenizer."
         ),
         click.option(
-            "--text-only", is_flag=True, help="Of a model that reads images or sound too: its language model."
+            "--text-only", is_flag=True, help="Convert only the language model of one that reads images or sound too."
         ),
         click.option("--dry-run", is_flag=True, help="Print what would be written; write nothing."),
         click.option("--verify", "verify_too", is_flag=True, help="Run `lrconvert verify` on the artifact."),

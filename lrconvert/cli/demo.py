@@ -35,8 +35,9 @@ class Measured:
 
 @click.command(name="demo", short_help="Run the whole path on the embedded model, in about a minute.")
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), default=Path("lrconvert-demo"), show_default=True, metavar="DIR"
-)
+    "-o", "--output", type=click.Path(path_type=Path), default=Path("lrconvert-demo"), show_default=True, metavar="DIR",
+    help="Folder for the results.",
+)  # fmt: skip
 @click.option("--full", is_flag=True, help="Verify every case, and measure up to 32k: a few minutes.")
 @force_option
 @click.pass_context

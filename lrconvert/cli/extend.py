@@ -41,8 +41,8 @@ PIPED_SECONDS = 30.0  # between two lines of progress where no terminal shows a 
               help="Folder for the recipe and its adapter.")  # fmt: skip
 @click.option("--plan", default="small", show_default=True, metavar="PLAN",
               help="The stages: a .toml file, or a built-in plan (paper, small, demo; with --on also small-far, "
-              "small-any).")  # fmt: skip
-@click.option("--target", type=TOKENS, help="The window to reach, where it is less than the plan's: 512k.")
+              "small-any, demo-far, demo-any).")  # fmt: skip
+@click.option("--target", type=TOKENS, help="Stop at this window instead of the plan's last one: 512k.")
 @click.option("--on", metavar="RECIPE",
               help="Begin with the sets and adapter of this recipe, not with the model as it is.")  # fmt: skip
 @click.option("--held-out", multiple=True, metavar="TEXT",
@@ -51,9 +51,9 @@ PIPED_SECONDS = 30.0  # between two lines of progress where no terminal shows a 
               help="Only sets that this runtime can express; any: all can. Default: what Hugging Face folders and ONNX "
               "can.")  # fmt: skip
 @click.option("--until", metavar="STAGE", help="Stop after this stage: 2-tune.")
-@click.option("--from", "again", metavar="STAGE", help="Carry out this stage and all later ones anew.")
+@click.option("--from", "again", metavar="STAGE", help="Repeat this stage and all later ones.")
 @click.option("--work", type=click.Path(path_type=Path), metavar="DIR",
-              help="Folder for what the stages leave; default: RECIPE.work.")  # fmt: skip
+              help="Folder for the results of the stages; default: RECIPE.work.")  # fmt: skip
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of everything random.")
 @click.option("--name", help="The recipe's name; default: the output's.")
 @click.option("--device", help="cpu, cuda, cuda:1 …; default: a GPU if there is one.")

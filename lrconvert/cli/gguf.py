@@ -38,8 +38,8 @@ class Bytes(click.ParamType):
 @click.option("--fold-attention-factor", "fold", is_flag=True, help="Fold the attention factor into q and k: exact, "
               "also after context shifts.")  # fmt: skip
 @click.option("--static-long", "static", is_flag=True, help="Use the long factors only, at every length.")
-@click.option("--architecture", metavar="NAME", help="Another architecture of llama.cpp: step35 takes any two sets of "
-              "Qwen3.")  # fmt: skip
+@click.option("--architecture", metavar="NAME", help="Write as another architecture of llama.cpp; for Qwen3, "
+              "step35 takes any two sets.")  # fmt: skip
 @click.option("--imatrix", type=click.Path(path_type=Path), metavar="FILE", help="Importance matrix (GGUF format).")
 @click.option(
     "--llama-library", "library", metavar="PATH", help="libllama to quantise with; default: an installed one."

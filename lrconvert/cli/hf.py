@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 def command(
     dtype: str | None, portable: bool, lossy: bool, copy: bool | None, name: str | None, private: bool, **shared: Any
 ) -> int | None:
-    """Bake RECIPE into MODEL: a Hugging Face folder that runs anywhere.
+    """Bake RECIPE into MODEL: a Hugging Face folder that runs without lrconvert.
 
-    Native code runs it without remote code where two tiers suffice; with trust_remote_code=True its own
+    transformers' native code runs it, with up to two tiers. With trust_remote_code=True the folder's own
     modeling_longrope.py computes the recipe exactly, and generate() stays right across a tier boundary.
 
     \b

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @click.command(name="inspect", short_help="Show what a model is, its RoPE, and what it can be converted to.")
 @model_argument
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--verbose", is_flag=True, help="Show everything known about each engine.")
 @revision_option
 def command(model: str, as_json: bool, verbose: bool, revision: str | None) -> None:

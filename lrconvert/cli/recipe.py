@@ -105,7 +105,7 @@ def check(recipe: str, model: str | None) -> None:
 @click.option("--attention-factor", type=Number(0), help="Attention factor; default: the method's own.")
 @click.option("--uniform", is_flag=True, help="Give both tiers one attention factor, for runtimes with one factor.")
 @click.option("--original-window", type=TOKENS, help="Override the window that the model's config says it serves.")
-@click.option("--from-plain", is_flag=True, help="Of a scaled model, start from the plain rotation and its original "
+@click.option("--from-plain", is_flag=True, help="For a scaled model: start from the plain rotation and the original "
               "window; default: from its own factors and its own window.")  # fmt: skip
 @click.option("--name", help="The recipe's name.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="RECIPE", help="Folder or .json file.")

@@ -98,12 +98,12 @@ class TierLength(click.ParamType):
               "can.")  # fmt: skip
 @click.option("--on", metavar="RECIPE",
               help="Search on top of this recipe, which the model has already, with its adapter.")  # fmt: skip
-@click.option("--from-plain", is_flag=True, help="Of a scaled model, start from the plain rotation and its original "
+@click.option("--from-plain", is_flag=True, help="For a scaled model: start from the plain rotation and the original "
               "window; default: from its own factors and its own window.")  # fmt: skip
 @click.option(
     "--row-length",
     type=TOKENS,
-    help="Evaluate rows of this many tokens whose positions jump over the target. For models trained so.",
+    help="Evaluate rows of this many tokens whose positions jump over the target; for models trained on such rows.",
 )
 @click.option("--journal", type=click.Path(path_type=Path), metavar="FILE",
               help="Where to record every evaluation; default: RECIPE.journal.jsonl.")  # fmt: skip

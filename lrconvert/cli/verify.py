@@ -78,7 +78,7 @@ if TYPE_CHECKING:
     help="Record the measured values there, or fail where one drifted since.",
 )
 @click.option("--junit", type=click.Path(path_type=Path), metavar="FILE", help="Also write JUnit XML.")
-@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Also write a page to look at.")
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Also write an HTML page.")
 @click.option("--markdown", type=click.Path(path_type=Path), metavar="FILE", help="Also write a Markdown summary.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(

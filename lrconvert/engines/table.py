@@ -42,11 +42,11 @@ BY_FORWARD = Rule(
 )
 BY_FORWARD_ANEW = replace(
     BY_FORWARD,
-    chooses=f"{BY_FORWARD.chooses}; `generate` reads the sequence anew where it grows past {{boundary}}",
+    chooses=f"{BY_FORWARD.chooses}; `generate` reads the sequence again when it grows past {{boundary}}",
     limits=BY_FORWARD.limits[1:],
 )
 BY_FORWARD_EXPORTED = replace(
-    BY_FORWARD, limits=(*BY_FORWARD.limits, "the model that was exported stays at the short set in memory")
+    BY_FORWARD, limits=(*BY_FORWARD.limits, "the exported model itself stays at the short set in memory")
 )
 BY_BATCH = Rule(
     "every forward pass, by any position above {boundary} in the batch",

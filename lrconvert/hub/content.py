@@ -19,6 +19,7 @@ from lrconvert.artifact.redaction import (
     is_text,
     public_json,
     public_manifest,
+    secrets_beside,
     secrets_in,
     without_paths,
 )
@@ -100,8 +101,11 @@ def operations(
 
 
 def _public_data(path: Path, name: str, problems: list[str]) -> bytes | None:
-    """A JSON file as it is published, where that is not as it lies there; tokens and keys in a text are `problems`."""
-    if not is_text(name) or path.stat().st_size > MAX_TEXT_BYTES:
+    """A JSON file as it is published, where that is not as it lies there; tokens and keys in a file are `problems`."""
+    if not is_text(name):
+        problems += [f"{name} holds what looks like {what}" for what in secrets_beside(path)]
+        return None
+    if path.stat().st_size > MAX_TEXT_BYTES:
         return None
     data = path.read_bytes()
     problems += [f"{name} holds what looks like {what}" for what in secrets_in(data)]

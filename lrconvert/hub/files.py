@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from lrconvert.artifact.card import CARD
 from lrconvert.artifact.files_card import Quantised, refreshed_files, rendered_files
 from lrconvert.artifact.manifest import MANIFEST, FileRecord, Manifest, manifest_path
-from lrconvert.artifact.redaction import public_manifest, secrets_in
+from lrconvert.artifact.redaction import public_manifest, secrets_beside, secrets_in
 from lrconvert.checkpoint.gguf_header import read_header
 from lrconvert.checkpoint.source import sha256_of
 from lrconvert.errors import InputError, UsageError
@@ -103,6 +103,7 @@ def operations(
                 additions[published] = CommitOperationAdd(published, data)
                 files[published] = FileRecord(len(data), hashlib.sha256(data).hexdigest())
                 continue
+            problems += [f"{name} holds what looks like {what}" for what in secrets_beside(path)]
             additions[published] = CommitOperationAdd(published, path)
             digest = additions[published].upload_info.sha256.hex()
             if record.sha256 not in (None, digest):

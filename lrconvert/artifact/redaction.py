@@ -111,6 +111,15 @@ def secrets_beside(path: Path) -> list[str]:
         return _found_in(file.read(min(end, MAX_TEXT_BYTES)), _SECRET_INSIDE)
 
 
+_HOME = re.compile(rb"(?<![\w.:/])(?:file://)?(?:/home|/Users|/root|[A-Za-z]:\\{1,2}Users)[/\\][^\s\"',]+")
+
+
+def home_in(data: bytes) -> str | None:
+    """A path of somebody's home in a text, which stays where no key is known to hold one."""
+    found = _HOME.search(_ESCAPED.sub(_unescaped, data) if b"\\/" in data else data)
+    return found[0].decode(errors="replace")[:80] if found else None
+
+
 def public_json(data: bytes) -> bytes:
     """A JSON file without what only the machine that wrote it can use; the same bytes where there is nothing of it."""
     try:

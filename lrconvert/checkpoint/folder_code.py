@@ -63,8 +63,8 @@ def refuses_custom(folder: Path) -> str | None:
 
 
 def refuses_native(folder: Path) -> str | None:
-    """The same of what transformers runs or loads without `trust_remote_code`: kernels that a config names, another model
-    in place of this one."""
+    """The same of what transformers does without `trust_remote_code`: it runs kernels that a config names, and loads
+    another model in place of this one."""
     if os.path.lexists(folder / _ADAPTER):
         return f"{_ADAPTER} is in the folder: transformers loads the model that it names"
     config = read_json(folder / _CONFIG)

@@ -476,6 +476,13 @@ def test_what_looks_like_a_token_is_refused(hub: Hub, user: User, artifact: Path
     assert token not in result.err + result.out
 
 
+def test_a_path_under_a_key_that_nobody_knows_is_said(hub: Hub, user: User, tmp_path: Path) -> None:
+    """It may mean something there, so it stays; whoever publishes it should know."""
+    new = bake(tmp_path / "new", notes={"data": ["/home/me/corpus"]}, card="https://host/home/x")
+    assert "config.json says /home/me/corpus, and is published with it" in ok(user("push", new, ID, "--dry-run")).err
+    assert "is published with it" not in ok(user("push", bake(tmp_path / "plain"), "me/plain", "--dry-run")).err
+
+
 def test_a_token_in_the_header_of_weights_is_refused(hub: Hub, user: User, artifact: Path) -> None:
     """Trainers write their settings there."""
     weights, *_ = sorted(artifact.glob("*.safetensors"))

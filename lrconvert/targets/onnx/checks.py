@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,7 @@ def operator_problems(stored: OnnxCheckpoint, model: Model) -> list[str]:
     return problems
 
 
-def _attributes(kind: str, name: str, shape: ModelShape, layer: int) -> dict[str, float] | None:
+def _attributes(kind: str, name: str, shape: ModelShape, layer: int) -> Mapping[str, float] | None:
     """Of an operator, those that the model decides; None where it decides nothing."""
     if kind == "RotaryEmbedding":
         heads = {"num_heads": shape.kv_heads if name.endswith("k.rotated") else shape.heads}
@@ -78,9 +79,8 @@ def _attributes(kind: str, name: str, shape: ModelShape, layer: int) -> dict[str
         return {"q_num_heads": shape.heads, "kv_num_heads": shape.kv_heads} | scale
     if kind == "GroupQueryAttention":
         reach = shape.sliding[layer] if layer < len(shape.sliding) else 0
-        return {
-            "num_heads": shape.heads, "kv_num_heads": shape.kv_heads, "local_window_size": reach or -1
-        } | scale  # fmt: skip
+        heads = {"num_heads": shape.heads, "kv_num_heads": shape.kv_heads}
+        return heads | {"local_window_size": reach or -1} | scale
     return None
 
 

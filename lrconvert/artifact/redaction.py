@@ -6,13 +6,14 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lrconvert.artifact.manifest import Manifest
 from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.adapter import describe
+from lrconvert.checkpoint.gguf_header import read_header
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NAME = r"[^\s\\/:*?\"'<>|,;()\[\]{}`]+"
@@ -70,6 +71,8 @@ _SECRETS = {
     "a password in an address": r"\bhttps?://[^\s/:@]+:[^\s/@]+@",
 }
 _SECRET = {what: re.compile(pattern.encode()) for what, pattern in _SECRETS.items()}
+_SECRET_INSIDE = {what: re.compile(pattern.removeprefix(r"\b").encode()) for what, pattern in _SECRETS.items()}
+_ESCAPED = re.compile(rb"\\(?:u(?P<code>[0-9a-fA-F]{4})|(?P<slash>/)|[bfnrt])")  # in a text of JSON
 
 
 def is_text(name: str) -> bool:
@@ -79,7 +82,42 @@ def is_text(name: str) -> bool:
 
 def secrets_in(data: bytes) -> list[str]:
     """What in a text looks like a token or a key: the kinds, never the thing itself."""
-    return [what for what, pattern in _SECRET.items() if pattern.search(data)]
+    read = _ESCAPED.sub(_unescaped, data)
+    return list(dict.fromkeys([*_found_in(data, _SECRET), *_found_in(read, _SECRET)]))
+
+
+def _unescaped(found: re.Match[bytes]) -> bytes:
+    """The character of an escape where tokens have such, else a space, which ends a word as well."""
+    code = int(found["code"] or b"20", 16)
+    return found["slash"] or bytes([code if code < 128 else 32])
+
+
+def _found_in(data: bytes, patterns: Mapping[str, re.Pattern[bytes]]) -> list[str]:
+    return [what for what, pattern in patterns.items() if pattern.search(data)]
+
+
+def secrets_beside(path: Path) -> list[str]:
+    """The same of what a binary file says beside its numbers: the header of weights, a graph. `InputError` for a GGUF
+    that is damaged."""
+    with path.open("rb") as file:
+        if path.suffix == ".safetensors":
+            end = 8 + int.from_bytes(file.read(8), "little")
+        elif path.suffix == ".gguf":
+            end = max((stop for _, stop in read_header(path).spans.values()), default=0)
+        else:
+            end = path.stat().st_size
+        file.seek(0)
+        # The length of a text stands before it, and may look like a letter.
+        return _found_in(file.read(min(end, MAX_TEXT_BYTES)), _SECRET_INSIDE)
+
+
+_HOME = re.compile(rb"(?<![\w.:/])(?:file://)?(?:/home|/Users|/root|[A-Za-z]:\\{1,2}Users)[/\\][^\s\"',]+")
+
+
+def home_in(data: bytes) -> str | None:
+    """A path of somebody's home in a text, which stays where no key is known to hold one."""
+    found = _HOME.search(_ESCAPED.sub(_unescaped, data) if b"\\/" in data else data)
+    return found[0].decode(errors="replace")[:80] if found else None
 
 
 def public_json(data: bytes) -> bytes:

@@ -208,9 +208,14 @@ def differences(
                 continue
             reason = f"{file}: {key} is {shown(value)}; neither the source nor the recipe says so"
             yield Difference(f"{file}: {key}", reason, known=not facts.exact and value is not None)
-        elif not same(value, right):
+        elif not same(value, right) or (facts.exact and _no_count(value, right, whose[key])):
             lenient = not facts.exact and whose[key] == "the source" and ABSENT in (value, right)
             yield Difference(f"{file}: {key}", f"{file}: {key} {_apart(value, right, whose[key])}", known=lenient)
+
+
+def _no_count(found: Any, wanted: Any, whose: str) -> bool:
+    """Whether a number of layers or a token is 2.0, which transformers refuses. Of a recipe's numbers 1 is as good."""
+    return whose in ("the source", "the model", "the window") and type(wanted) is int and type(found) is float
 
 
 def _within(key: str, outer: str) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import stat
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -28,11 +29,8 @@ OPTION = "--trust-code"
 
 _CONFIG = "config.json"
 _MOST_CODE = 2**20  # bytes; ours has some 18,000
-# What transformers loads without a word beside the code that config.json names.
-_BESIDE = {
-    "custom_generate": "transformers runs its generate.py",
-    "adapter_config.json": "transformers loads the model that it names, with that folder's code",
-}
+# What transformers loads without a word of config.json: with its code, and always.
+_GENERATE, _ADAPTER = "custom_generate", "adapter_config.json"
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "generation_config.json")
 
 
@@ -53,9 +51,8 @@ def refuses_custom(folder: Path) -> str | None:
     if any(value not in AUTO_MAP.values() for value in values):
         other = next(value for value in values if value not in AUTO_MAP.values())
         return f"auto_map names {_quoted(other)}, which is not code of lrconvert"
-    for name, reason in _BESIDE.items():
-        if (folder / name).exists() or (folder / name).is_symlink():
-            return f"{name} is in the folder: {reason}"
+    if os.path.lexists(folder / _GENERATE):
+        return f"{_GENERATE} is in the folder: transformers runs its generate.py"
     if not (folder / MODELING_FILE).exists():  # nothing is there to run, and loading says so
         return refuses_native(folder)
     if (code := _code(folder / MODELING_FILE)) is None:
@@ -66,7 +63,10 @@ def refuses_custom(folder: Path) -> str | None:
 
 
 def refuses_native(folder: Path) -> str | None:
-    """The same of what transformers runs without `trust_remote_code`: kernels that a config names."""
+    """The same of what transformers does without `trust_remote_code`: it runs kernels that a config names, and loads
+    another model in place of this one."""
+    if os.path.lexists(folder / _ADAPTER):
+        return f"{_ADAPTER} is in the folder: transformers loads the model that it names"
     config = read_json(folder / _CONFIG)
     for key in ("attn_implementation", "_attn_implementation", "experts_implementation"):
         if "/" in (value := str(config.get(key) or "")):

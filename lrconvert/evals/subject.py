@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from lrconvert.runtimes.backend import Backend, OpenOptions, Runtime
 from lrconvert.runtimes.base import Session
 from lrconvert.targets import hf, target_of
 from lrconvert.targets.hf.plain import write_plain
+from lrconvert.temporary import temporary_folder
 from lrconvert.training.devices import torch_device
 
 REFERENCE = "reference"  # not code of an artifact: our implementation over its weights
@@ -209,9 +209,9 @@ def baked(subject: Subject) -> Iterator[Path]:
     Weights are hard links where the temporary folder (TMPDIR) is on their file system, copies elsewhere.
     """
     assert subject.recipe is not None
-    with tempfile.TemporaryDirectory(prefix="lrconvert-eval-") as folder:
+    with temporary_folder() as folder:
         model = open_model(subject.artifact)
-        planned = hf.plan(model, subject.recipe, Path(folder) / "model", adapter=subject.adapter)
+        planned = hf.plan(model, subject.recipe, folder / "model", adapter=subject.adapter)
         bake(planned)
         yield planned.output
 
@@ -219,9 +219,9 @@ def baked(subject: Subject) -> Iterator[Path]:
 @contextmanager
 def dequantised(subject: Subject) -> Iterator[Path]:
     """A quantised model with plain weights, in a folder that goes away again."""
-    with tempfile.TemporaryDirectory(prefix="lrconvert-eval-") as folder:
-        write_plain(open_model(subject.artifact), Path(folder))
-        yield Path(folder)
+    with temporary_folder() as folder:
+        write_plain(open_model(subject.artifact), folder)
+        yield folder
 
 
 def _no_text(piece: str) -> list[int]:

@@ -16,9 +16,11 @@ from lrconvert.artifact.card import CARD, refreshed
 from lrconvert.artifact.manifest import MANIFEST, FileRecord, Manifest
 from lrconvert.artifact.redaction import (
     MAX_TEXT_BYTES,
+    home_in,
     is_text,
     public_json,
     public_manifest,
+    secrets_beside,
     secrets_in,
     without_paths,
 )
@@ -100,8 +102,11 @@ def operations(
 
 
 def _public_data(path: Path, name: str, problems: list[str]) -> bytes | None:
-    """A JSON file as it is published, where that is not as it lies there; tokens and keys in a text are `problems`."""
-    if not is_text(name) or path.stat().st_size > MAX_TEXT_BYTES:
+    """A JSON file as it is published, where that is not as it lies there; tokens and keys in a file are `problems`."""
+    if not is_text(name):
+        problems += [f"{name} holds what looks like {what}" for what in secrets_beside(path)]
+        return None
+    if path.stat().st_size > MAX_TEXT_BYTES:
         return None
     data = path.read_bytes()
     problems += [f"{name} holds what looks like {what}" for what in secrets_in(data)]
@@ -132,6 +137,11 @@ def warnings(artifact: Path, local: Manifest, names: set[str]) -> list[str]:
         found.append("failed its last verification, and its card says so")
     if CARD not in local.files:
         found.append(f"no {CARD} in it, so no model card: convert again to get one")
+    for name in sorted(name for name in names - {CARD, MANIFEST} if name.endswith(".json")):
+        path = artifact / name
+        small = path.is_file() and path.stat().st_size <= MAX_TEXT_BYTES
+        if small and (home := home_in(public_json(path.read_bytes()))) is not None:
+            found.append(f"{name} says {home}, and is published with it")
     present = {path.relative_to(artifact).as_posix() for path in artifact.rglob("*") if path.is_file()}
     if extra := sorted(present - names):
         found.append(f"not published, since lrconvert did not write them: {', '.join(extra)}")

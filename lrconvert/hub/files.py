@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,12 @@ from typing import TYPE_CHECKING
 from lrconvert.artifact.card import CARD
 from lrconvert.artifact.files_card import Quantised, refreshed_files, rendered_files
 from lrconvert.artifact.manifest import MANIFEST, FileRecord, Manifest, manifest_path
-from lrconvert.artifact.redaction import public_manifest, secrets_in
+from lrconvert.artifact.redaction import public_manifest, secrets_beside, secrets_in
 from lrconvert.checkpoint.gguf_header import read_header
 from lrconvert.checkpoint.source import sha256_of
 from lrconvert.errors import InputError, UsageError
 from lrconvert.progress import BYTES, Progress, Step
+from lrconvert.temporary import temporary_folder
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -103,6 +103,7 @@ def operations(
                 additions[published] = CommitOperationAdd(published, data)
                 files[published] = FileRecord(len(data), hashlib.sha256(data).hexdigest())
                 continue
+            problems += [f"{name} holds what looks like {what}" for what in secrets_beside(path)]
             additions[published] = CommitOperationAdd(published, path)
             digest = additions[published].upload_info.sha256.hex()
             if record.sha256 not in (None, digest):
@@ -144,10 +145,10 @@ def remote_manifests(api: HfApi, repo: str, head: str, remote: Mapping[str, Repo
     """The manifests of the files in a repository, by the stem of their names; what isn't one is left out."""
     found = {}
     for name in sorted(name for name in remote if name.endswith(SUFFIX)):
-        with tempfile.TemporaryDirectory() as folder:
+        with temporary_folder() as folder:
             api.hf_hub_download(repo, name, revision=head, local_dir=folder)
             try:
-                manifest = Manifest.read(Path(folder) / f"{name.removesuffix(SUFFIX)}.gguf")
+                manifest = Manifest.read(folder / f"{name.removesuffix(SUFFIX)}.gguf")
             except InputError:
                 continue
             if manifest.target == "gguf":
@@ -159,7 +160,7 @@ def remote_card(api: HfApi, repo: str, head: str, remote: Mapping[str, RepoFile]
     """The README of a repository, where it is one of ours."""
     if CARD not in remote:
         return None
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         text = Path(api.hf_hub_download(repo, CARD, revision=head, local_dir=folder)).read_bytes()
     decoded = text.decode("utf-8", errors="replace")
     return decoded if "<!-- lrconvert: " in decoded else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from lrconvert.artifact.manifest import MANIFEST, Manifest
 from lrconvert.errors import EnvironmentFailure, InputError, UsageError
 from lrconvert.hub.access import Account, hub_errors, sign_in
 from lrconvert.progress import Progress, Step
+from lrconvert.temporary import temporary_folder
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -40,10 +40,10 @@ class Remote:
         """The manifest of the folder that is there; None where that isn't one."""
         if self.api is None or self.head is None or MANIFEST not in self.files:
             return None
-        with hub_errors(f"reading {self.repo}", self.account), tempfile.TemporaryDirectory() as folder:
+        with hub_errors(f"reading {self.repo}", self.account), temporary_folder() as folder:
             self.api.hf_hub_download(self.repo, MANIFEST, revision=self.head, local_dir=folder)
             with contextlib.suppress(InputError):
-                return Manifest.read(Path(folder))
+                return Manifest.read(folder)
         return None
 
     def foreign(self, theirs: Manifest | None, ours: Manifest, names: set[str]) -> list[str]:
@@ -68,7 +68,7 @@ class Remote:
 
     def _digest_of_card(self) -> str:
         assert self.api is not None
-        with hub_errors(f"reading {self.repo}", self.account), tempfile.TemporaryDirectory() as folder:
+        with hub_errors(f"reading {self.repo}", self.account), temporary_folder() as folder:
             path = Path(self.api.hf_hub_download(self.repo, CARD, revision=self.head, local_dir=folder))
             return hashlib.sha256(path.read_bytes()).hexdigest()
 

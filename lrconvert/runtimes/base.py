@@ -12,7 +12,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lrconvert.errors import EnvironmentFailure, InputError
+from lrconvert.temporary import temporary_folder
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,8 @@ class Interpreter:
     """
 
     def __init__(self, script: Path, *, python: str | None = None) -> None:
-        self._temporary = tempfile.TemporaryDirectory(prefix="lrconvert-runtime-")
-        self.folder = Path(self._temporary.name)
+        self._temporary = contextlib.ExitStack()
+        self.folder = self._temporary.enter_context(temporary_folder())
         self._log = (self.folder / "log").open("w+")
         home = self.folder / "home"
         home.mkdir()
@@ -161,8 +161,9 @@ class Interpreter:
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
-            if self._process.stdin is not None:
-                self._process.stdin.close()
+            assert self._process.stdin is not None
+            with self._process.stdin as stdin:
+                stdin.write('{"do": "end"}\n')  # a pipe that just closes means that this process is gone
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
@@ -171,7 +172,7 @@ class Interpreter:
         if self._process.stdout is not None:
             self._process.stdout.close()
         self._log.close()
-        self._temporary.cleanup()
+        self._temporary.close()
 
 
 class WorkerSession(contextlib.AbstractContextManager["WorkerSession"]):

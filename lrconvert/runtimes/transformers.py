@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from lrconvert.engines.capability import CUSTOM_HF, native_hf
 from lrconvert.runtimes.backend import Backend, OpenOptions, Runtime, computed_bytes
 from lrconvert.runtimes.base import Interpreter, Scores, WorkerSession
 from lrconvert.runtimes.tolerances import ANY, F16, Tolerance, float32_angles
+from lrconvert.temporary import temporary_folder
 
 WORKER = Path(__file__).with_name("transformers_worker.py")
 
@@ -67,8 +67,7 @@ def open_session(
     options = {"custom": custom, "device": device, "dtype": dtype, "threads": threads}
     with contextlib.ExitStack() as stack:  # what is staged goes away too where loading fails
         if custom and not trust_code:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="lrconvert-artifact-"))
-            artifact = stage(artifact, Path(folder))
+            artifact = stage(artifact, stack.enter_context(temporary_folder()))
         options["artifact"] = str(artifact.resolve())
         session = TransformersSession(WORKER, options, python=python, interpreter=interpreter)
         session.staged = stack.pop_all()

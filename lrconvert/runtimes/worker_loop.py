@@ -5,9 +5,15 @@ Workers load this file by its path and import nothing of lrconvert: what they co
 computes. (Their folder must not come on sys.path: `transformers.py` in it would be imported as the library.)
 """
 
+import contextlib
+import importlib.util
 import json
 import os
+import queue
 import sys
+import threading
+import time
+from pathlib import Path
 from typing import Any
 
 ANSWERS = os.fdopen(os.dup(1), "w")
@@ -22,8 +28,10 @@ def serve(open_worker, remedy):
     """Answer `open`, and every other method of the worker (`logits`, `generate`); `remedy` is what to install
     where a module is missing."""
     worker: Any = None
-    for line in sys.stdin:
-        request = json.loads(line)
+    requests: Any = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(requests, Path.cwd().parent), daemon=True).start()
+    while True:
+        request = requests.get()
         try:
             if request["do"] == "open":
                 worker = open_worker(request)
@@ -37,8 +45,34 @@ def serve(open_worker, remedy):
         except Exception as error:  # the parent reports it and ends the session
             lines = str(error).strip().splitlines() or [""]
             answer = {"error": f"{type(error).__name__}: {lines[0]}"}
-        ANSWERS.write(json.dumps(answer) + "\n")
-        ANSWERS.flush()
+        with contextlib.suppress(BrokenPipeError):  # the parent is gone, and `_read` ends this process
+            ANSWERS.write(json.dumps(answer) + "\n")
+            ANSWERS.flush()
+
+
+def _read(requests, folder):
+    """Pass requests on until the parent says that it needs no more, or is gone: then this process ends at once,
+    whatever it computes. `folder` is what the parent made for it."""
+    with os.fdopen(os.dup(0)) as lines:  # not sys.stdin: Python can't end while a thread reads that
+        for line in lines:
+            request = json.loads(line)
+            if request["do"] == "end":
+                break
+            requests.put(request)
+        else:
+            _remove_folders_of_parent(folder)
     # Nobody waits for anything any more: libraries would take seconds to take themselves apart.
     sys.stderr.flush()
     os._exit(0)
+
+
+def _remove_folders_of_parent(folder):
+    """What a parent that was killed could not remove. Its locks end with it, a moment after its pipes."""
+    spec: Any = importlib.util.spec_from_file_location("temporary", Path(__file__).parents[1] / "temporary.py")
+    temporary = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(temporary)
+    for _ in range(20):
+        time.sleep(0.1)
+        temporary.remove_abandoned(folder.parent)
+        if not folder.exists():
+            break

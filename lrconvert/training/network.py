@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from lrconvert.checkpoint.folder_code import refuses_native
 from lrconvert.errors import UnsupportedError
 from lrconvert.families.layers import FULL, SLIDING
 
@@ -46,6 +47,8 @@ def load_network(model: Model, dtype: torch.dtype) -> Any:
     if model.shape.experts is not None and dtype == torch.float64:
         given["experts_implementation"] = "eager"  # one by one: the fused products take no float64
     if checkpoint.native and not checkpoint.touched:
+        if (reason := refuses_native(checkpoint.path)) is not None:
+            raise UnsupportedError(f"{model.reference}: {reason}", remedy="Take that out of the folder")
         return kind.from_pretrained(str(checkpoint.path), **given)
     weights = {
         name: torch.from_numpy(checkpoint.read(name).astype(np.float32)).to(dtype) for name in checkpoint.tensors

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import recipe_for
+from safetensors.numpy import load_file, save_file
 from support.hub_server import Hub
 from support.hub_user import User, ok, published, refused
 from support.pico import write_pico
@@ -473,6 +474,25 @@ def test_what_looks_like_a_token_is_refused(hub: Hub, user: User, artifact: Path
     result = user("push", artifact, ID, "--dry-run", HF_HUB_OFFLINE="1")
     refused(result, 3, "README.md holds what looks like a")
     assert token not in result.err + result.out
+
+
+def test_a_path_under_a_key_that_nobody_knows_is_said(hub: Hub, user: User, tmp_path: Path) -> None:
+    """It may mean something there, so it stays; whoever publishes it should know."""
+    new = bake(tmp_path / "new", notes={"data": ["/home/me/corpus"]}, card="https://host/home/x")
+    assert "config.json says /home/me/corpus, and is published with it" in ok(user("push", new, ID, "--dry-run")).err
+    assert "is published with it" not in ok(user("push", bake(tmp_path / "plain"), "me/plain", "--dry-run")).err
+
+
+def test_a_token_in_the_header_of_weights_is_refused(hub: Hub, user: User, artifact: Path) -> None:
+    """Trainers write their settings there."""
+    weights, *_ = sorted(artifact.glob("*.safetensors"))
+    tensors = load_file(weights)
+    weights.unlink()
+    save_file(tensors, weights, metadata={"format": "pt", "settings": json.dumps({"key": TOKENS[0]})})
+    manifest = json.loads((artifact / MANIFEST).read_text())
+    manifest["files"][weights.name] = {"size": weights.stat().st_size, "sha256": None}
+    (artifact / MANIFEST).write_text(json.dumps(manifest))
+    refused(user("push", artifact, ID, "--dry-run"), 3, f"{weights.name} holds what looks like a Hugging Face token")
 
 
 def test_metadata_that_the_hub_refuses(hub: Hub, user: User, artifact: Path) -> None:

@@ -104,7 +104,9 @@ def test_code_that_nobody_names_is_refused_too(artifact: Path) -> None:
     assert "custom_generate" in (refuses_custom(artifact) or "")
     (artifact / "custom_generate").rmdir()
     (artifact / "adapter_config.json").write_text("{}")
-    assert "adapter_config.json" in (refuses_custom(artifact) or "")
+    assert "adapter_config.json" in (refuses_custom(artifact) or "") and "adapter_config.json" in (
+        refuses_native(artifact) or ""
+    )
     (artifact / "adapter_config.json").unlink()
     edit_config(artifact, attn_implementation="you/kernel", model_file="model.py")
     assert "kernels" in (refuses_native(artifact) or "") and "kernels" in (refuses_custom(artifact) or "")

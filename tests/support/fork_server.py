@@ -18,6 +18,7 @@ import runpy
 import select
 import socket
 import sys
+import tempfile
 import traceback
 
 
@@ -30,6 +31,7 @@ def run(request, streams):
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
+    tempfile.tempdir = None  # what this process found is not what a fresh one finds
     # transformers reads it when it is imported; every session has one of its own.
     modules = request["environment"].get("HF_MODULES_CACHE")
     for name, module in list(sys.modules.items()):
@@ -59,7 +61,8 @@ def watch(process, report):
     """Say the process's id, then how it ended."""
     os.write(report, b"%d\n" % process)
     _, status = os.waitpid(process, 0)
-    os.write(report, b"%d\n" % os.waitstatus_to_exitcode(status))
+    with contextlib.suppress(BrokenPipeError):  # who wanted to know was killed
+        os.write(report, b"%d\n" % os.waitstatus_to_exitcode(status))
     os._exit(0)
 
 

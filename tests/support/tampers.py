@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf.constants import GGUFValueType
+from gguf.constants import GGMLQuantizationType, GGUFValueType
 from safetensors.numpy import load_file, save_file
 from support import gguf_files
 from support.gguf_files import Tensors, f32
@@ -211,6 +211,31 @@ def template_beside(folder: Path) -> None:
     (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
 
 
+def inside_folder(file: str) -> Edit:
+    def edit(folder: Path) -> None:
+        (folder / file).parent.mkdir()
+        (folder / file).write_text("x")
+
+    return edit
+
+
+def in_operators(kind: str, **attributes: float) -> Edit:
+    """Every operator of that kind in the graph, with attributes that it had not, or others."""
+
+    def edit(folder: Path) -> None:
+        import onnx
+
+        path = folder / "onnx" / "model.onnx"
+        graph = onnx.load(str(path), load_external_data=False)
+        for node in (node for node in graph.graph.node if node.op_type == kind):
+            kept = [each for each in node.attribute if each.name not in attributes]
+            del node.attribute[:]
+            node.attribute.extend(kept + [onnx.helper.make_attribute(*each) for each in attributes.items()])
+        path.write_bytes(graph.SerializeToString())
+
+    return edit
+
+
 TABLE = "model.layers.0.self_attn.rotary_emb.inv_freq"
 CONFIG, TOKENS, SETTINGS = "config.json", "tokenizer.json", "tokenizer_config.json"
 GENERATION, GENAI = "generation_config.json", "genai_config.json"
@@ -310,6 +335,21 @@ OF_FOLDERS = (
     Tamper("a graph for phones", [ONNX], write("onnx/model.ort", "x"), alone=True),
     Tamper("genai: a key twice", [ONNX], said_twice(GENAI, "model", {"context_length": 1}), alone=True),
     Tamper("genai: a byte order mark", [ONNX], in_bytes(GENAI, marked), alone=True),
+    Tamper("a graph beside the weights", [HF], inside_folder("onnx/model.onnx"), alone=True),
+    Tamper("a graph at the top", [ONNX], write("model.onnx", "x"), alone=True),
+    Tamper("OpenVINO's graph", FOLDERS, write("openvino_model.xml", "x"), alone=True),
+    Tamper("weights as they were before", FOLDERS, inside_folder("original/consolidated.00.pth"), alone=True),
+    Tamper("another pickle", FOLDERS, write("model.pkl", "x"), alone=True),
+    Tamper("code in the folder that servers run", FOLDERS, inside_folder("code/inference.py"), alone=True),
+    Tamper("another tokenizer's file", FOLDERS, write("tiktoken.model", "x"), alone=True),
+    Tamper("2.0 layers", FOLDERS, put(CONFIG, num_hidden_layers=2.0)),
+    Tamper("a window of 512.0", FOLDERS, put(CONFIG, max_position_embeddings=512.0)),
+    Tamper("an eos of 1.0", FOLDERS, put(CONFIG, eos_token_id=1.0)),
+    Tamper("a window in the graph", [ONNX], in_operators("GroupQueryAttention", local_window_size=400), alone=True),
+    Tamper("a cap in the graph", [ONNX], in_operators("GroupQueryAttention", softcap=30.0), alone=True),
+    Tamper("a scale in the graph", [ONNX], in_operators("GroupQueryAttention", scale=0.26), alone=True),
+    Tamper("a smooth softmax", [ONNX], in_operators("GroupQueryAttention", smooth_softmax=1), alone=True),
+    Tamper("another rotation", [ONNX], in_operators("RotaryEmbedding", interleaved=1), alone=True),
     Tamper("transformers.js_config lost", [ONNX], drop(CONFIG, "transformers.js_config"), alone=True),
     Tamper("auto_map in an ONNX folder", [ONNX], put(CONFIG, auto_map={"AutoModelForCausalLM": "m.M"}), alone=True),
     Tamper("genai_config.json missing", [ONNX], remove(GENAI), alone=True),
@@ -377,6 +417,12 @@ def text_rows(metadata: Json, tensors: Tensors) -> None:
     tensors["token_embd.weight"] = kind, shape, b"".join(rows)
 
 
+def half_norm(metadata: Json, tensors: Tensors) -> None:
+    _, shape, data = tensors["output_norm.weight"]
+    halves = np.frombuffer(data, np.float32).astype(np.float16)
+    tensors["output_norm.weight"] = GGMLQuantizationType.F16, shape, halves.tobytes()
+
+
 def in_modelfile(old: str, new: str) -> Edit:
     def edit(path: Path) -> None:
         modelfile = path.with_suffix(".Modelfile")
@@ -436,6 +482,7 @@ OF_FILES = (
     Tamper(
         "a static set too", [GGUF], in_gguf(lambda m, t: t.update({"rope_freqs.weight": f32(np.ones(8))})), alone=True
     ),
+    Tamper("a norm in float16", [GGUF], in_gguf(half_norm), alone=True),
     Tamper("pooling", [GGUF], key("llama.pooling_type", 1)),
     Tamper("eos is added", [GGUF], key(f"{T}add_eos_token", True)),
     Tamper("FROM with a line in it", [GGUF], in_modelfile("FROM ./m.gguf", "FROM ./m.gguf\u2028# x"), alone=True),

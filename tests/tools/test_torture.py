@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 from support.forks import ForkedCommands
 from support.staging import linux_only
+from torturing import trials
 from torturing.scenarios import NEW, NOTHING, OLD, SCENARIOS, Mixed, whole
 from torturing.trials import kills, races, trial
 
@@ -35,3 +37,18 @@ def test_a_few_kills_and_a_race_lose_nothing_and_what_is_left_behind_is_found(
         tried.listing.discard("out/config.json")
         (finding,) = kills(tried, 1).findings
         assert "['out/config.json'] left behind" in finding
+
+
+@linux_only
+def test_folders_and_processes_that_a_kill_leaves_are_found(
+    tmp_path: Path, commands: ForkedCommands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trials, "WORKER_ENDS", 0.1)
+    with trial(SCENARIOS["hf"], tmp_path, commands) as tried:
+        (tried.temporary / "lrconvert-run-abandons").mkdir()
+        (finding,) = kills(tried, 1).findings
+        assert "left in the folder for temporary files" in finding
+        with subprocess.Popen(["sleep", "60"], cwd=tried.temporary / "lrconvert-run-abandons") as living:
+            (finding,) = kills(tried, 1).findings
+            assert f"[{living.pid}] live on" in finding
+            living.kill()

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from support.pico import FAMILIES
+from support.pico import FAMILIES, write_pico
 
-from lrconvert.checkpoint import Model
+from lrconvert.checkpoint import Model, open_model
+from lrconvert.errors import UnsupportedError
 from lrconvert.training.network import _FusedNorm, fuse_norms, load_network
 
 
@@ -30,3 +33,12 @@ def test_norms_are_fused_and_strange_ones_left_alone(family: str, pico: Callable
     strange.forward = lambda hidden, real=strange.forward: real(hidden) * (1 + strange.weight)
     assert fuse_norms(network) == len(norms) - 1
     assert not isinstance(strange.forward, _FusedNorm) and isinstance(norms[1].forward, _FusedNorm)
+
+
+def test_a_folder_that_names_another_model_is_refused(tmp_path: Path) -> None:
+    """transformers would load that model, from wherever it is, and not this folder's weights."""
+    write_pico(tmp_path / "other", seed=99)
+    folder = write_pico(tmp_path / "model")
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "other")}))
+    with pytest.raises(UnsupportedError, match=r"adapter_config\.json is in the folder"):
+        load_network(open_model(folder), torch.float32)

@@ -18,8 +18,11 @@ from typing import Any
 
 from support.forks import MAIN, MAIN_FORKING, ForkedCommands
 from support.hub_server import Hub
+from support.processes import holds_within, processes_in
 
 from torturing.scenarios import OLD, Contents, Mixed, Scenario, contents, hub, published
+
+WORKER_ENDS = 30.0  # seconds, on a busy machine; an idle one needs a tenth of one
 
 
 @dataclass
@@ -44,7 +47,9 @@ class Trial:
 
     def __post_init__(self) -> None:
         self.template, self.work = self.root / "template", self.root / "work"
-        self.template.mkdir(parents=True)
+        self.temporary = self.root / "temporary"  # the system's folder for temporary files, as commands see it
+        for folder in (self.template, self.temporary):
+            folder.mkdir(parents=True)
         with contextlib.chdir(self.template):
             self.scenario.make()
         self.fresh()
@@ -79,6 +84,7 @@ class Trial:
 
     def environment(self) -> Mapping[str, str]:
         kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        kept["TMPDIR"] = str(self.temporary)
         if self.hub is None:
             return {**kept, "HF_HUB_OFFLINE": "1"}
         home = str(self.root / "home")
@@ -102,6 +108,13 @@ class Trial:
             raise Mixed(f"{what}: {sorted(left)} left behind")
         if missing := self.listing - there:
             raise Mixed(f"{what}: {sorted(missing)} missing")
+        if left := {path.name for path in self.temporary.iterdir()}:
+            raise Mixed(f"{what}: {sorted(left)} left in the folder for temporary files")
+
+    def check_nobody_works_on(self) -> None:
+        """After a kill: the processes that the command had started end too."""
+        if not holds_within(WORKER_ENDS, lambda: not processes_in(self.temporary)):
+            raise Mixed(f"processes {processes_in(self.temporary)} live on")
 
 
 @contextlib.contextmanager
@@ -140,6 +153,7 @@ def kills(tried: Trial, count: int) -> Found:
             process.kill()
             process.communicate()
             killed = process.wait() == -signal.SIGKILL
+            tried.check_nobody_works_on()
             state = tried.state()
             again = tried.scenario.again or tried.scenario.command
             code, said = tried.run(again)
@@ -188,7 +202,8 @@ def full_disks(tried: Trial, count: int) -> Found:
             if code not in (0, 6):
                 raise Mixed(f"exit code {code}: {said[-400:]}")
             line = said.strip().splitlines()[-1]
-            if code == 6 and not (line.startswith("lrconvert: ") and ("space" in line or "quota" in line)):
+            says_so = any(word in line for word in ("space", "quota", "free"))
+            if code == 6 and not (line.startswith("lrconvert: ") and says_so):
                 raise Mixed(f"says {line}")
             state = tried.state()
             if code == 6:

@@ -30,7 +30,8 @@ def checks(artifact: Path, stored: GgufCheckpoint, model: Model, spec: RopeSpec,
     """A row for everything in the file that contradicts `spec`; one `pass` where nothing does."""
     formula = by_formula(model.family, stored.architecture)
     rope = _formula(stored, spec) if formula else _rope(stored, spec, record.static)
-    problems = [*stored.rope_problems, *_numbers(stored, model, spec.window if record.lifted else None), *rope]
+    numbers = _numbers(stored, model, spec.window if record.lifted else None)
+    problems = [*stored.rope_problems, *numbers, *rope, *_vectors(stored)]
     good = "rope and shape are the recipe's and the model's"
     rows = rows_of("metadata", good, [(problem.partition(":")[0][:60], problem) for problem in problems])
     facts = Facts(artifact, model, spec, record)
@@ -40,6 +41,14 @@ def checks(artifact: Path, stored: GgufCheckpoint, model: Model, spec: RopeSpec,
     if modelfile_of(artifact).is_file():
         rows += rows_from("metadata", "the Modelfile", modelfile_differences(facts))
     return rows + unasked(facts, "the vocabulary, the chat template, other metadata, weights")
+
+
+def _vectors(stored: GgufCheckpoint) -> Iterator[str]:
+    """Norms, biases and factors: llama.cpp ends with an assertion where one is not float32."""
+    for header in stored.headers:
+        for tensor in header.tensors.values():
+            if len(tensor.shape) == 1 and tensor.type.name != "F32":
+                yield f"{tensor.name}: is {tensor.type.name}; llama.cpp computes with vectors in F32 alone"
 
 
 def _numbers(stored: GgufCheckpoint, model: Model, lifted: int | None) -> Iterator[str]:

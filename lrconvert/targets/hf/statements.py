@@ -30,7 +30,7 @@ from lrconvert.artifact.statements import (
 )
 from lrconvert.checkpoint import Checkpoint, read_json
 from lrconvert.checkpoint.base import FLOAT_DTYPES
-from lrconvert.checkpoint.folder import CONFIG, SIDE_FILES, side_files_of
+from lrconvert.checkpoint.folder import CONFIG, PICKLES, SIDE_FILES, side_files_of
 from lrconvert.checkpoint.folder_code import AUTO_MAP, MODELING_FILE
 from lrconvert.checkpoint.padding import tokens_of
 from lrconvert.checkpoint.rope_config import LONGROPE_KEY
@@ -116,7 +116,7 @@ def _only_a_source_says(facts: Facts) -> Any:
 
 
 CONFIG_SAYS: tuple[Statement, ...] = (
-    Statement("max_position_embeddings", _native("max_position_embeddings")),
+    Statement("max_position_embeddings", _native("max_position_embeddings"), "the window"),
     Statement("original_max_position_embeddings", _native("original_max_position_embeddings"), spelling=True),
     Statement("rope_theta", _native("rope_theta"), spelling=True),
     Statement("rope_scaling", _native("rope_scaling"), spelling=True),
@@ -171,9 +171,6 @@ READ_BY_LOADERS: dict[str, str] = {
     "custom_generate": "transformers runs its generate.py",
     "params.json": "engines read it in place of config.json",
     "consolidated*": "engines read it in place of the weights",
-    "*.bin": "loaders read it as weights",
-    "*.pt": "loaders read it as weights",
-    "*.pth": "loaders read it as weights",
     "*.safetensors": "engines read every such file as weights",
     "*.safetensors.index.json": "loaders read it for where weights lie",
     "*.gguf": "loaders read it as weights",
@@ -182,6 +179,13 @@ READ_BY_LOADERS: dict[str, str] = {
     "*.h5": "loaders read it as weights",
     "*.msgpack": "loaders read it as weights",
     "weights*.npz": "loaders read it as weights",
+    **dict.fromkeys(PICKLES, "loaders read it as weights"),
+    "onnx": "programs read the graph in it in place of the weights",
+    "openvino_*": "programs read it in place of the weights",
+    "original": "programs read what is in it in place of the weights",
+    "spiece.model": "loaders read a tokenizer from it",
+    "tiktoken.model": "loaders read a tokenizer from it",
+    "code": "servers run its inference.py",
     "modules.json": "sentence-transformers reads it",
     "handler.py": "servers run it",
     "requirements.txt": "servers install what it names",
@@ -221,15 +225,15 @@ def folder_rows(
 
 def _strays(facts: Facts, weights: Sequence[Path]) -> Iterator[Difference]:
     """Files that lrconvert did not write and some loader reads."""
-    known = {path.name for path in weights}
     folders = {facts.artifact, *(path.parent for path in weights)}
+    known = {*weights, *folders}
     for path in sorted(path for folder in folders for path in folder.iterdir()):
         beside = any(fnmatchcase(path.name.lower(), pattern) for pattern in SIDE_FILES)
         if path.parent != facts.artifact and (beside or path.name in CONFIGS):
             reason = f"{path.parent.name}/{path.name}: not part of the artifact, and who opens this folder reads it"
             yield Difference(path.name, reason, not facts.ours)
             continue
-        if path.name in known or path.name == MODELING_FILE or beside:
+        if path in known or path.name == MODELING_FILE or beside:
             continue
         for pattern, what in READ_BY_LOADERS.items():
             if fnmatchcase(path.name.lower(), pattern):

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.base import FLOAT_DTYPES
 from lrconvert.checkpoint.onnx_folder import GRAPH, OnnxCheckpoint
 from lrconvert.errors import require
+from lrconvert.families import ModelShape
 from lrconvert.rope import RopeSpec, Tier, inverse_frequencies
 from lrconvert.targets.onnx.statements import json_rows
 
@@ -30,7 +33,55 @@ def checks(artifact: Path, stored: OnnxCheckpoint, model: Model, spec: RopeSpec,
         *json_rows(Facts(artifact, model, spec, record, dtype, stored), stored),
         *_well_formed(artifact),
         *rows_of(CODE, "tiers are the recipe's", [(problem.partition(":")[0], problem) for problem in problems]),
+        *rows_of(
+            CODE,
+            "attention and rotation are the model's",
+            [(problem.partition(":")[0][:60], problem) for problem in operator_problems(stored, model)],
+        ),
     ]
+
+
+# What an attribute is where an operator does not say it.
+_DEFAULTS = {
+    "local_window_size": -1, "softcap": 0.0, "smooth_softmax": 0, "do_rotary": 0, "rotary_interleaved": 0, "scale": 0.0,
+    "qk_output": 0, "is_causal": 0, "qk_matmul_output_mode": 0, "interleaved": 0, "rotary_embedding_dim": 0,
+}  # fmt: skip
+_LAYER = re.compile(r"layers\.(\d+)\.")
+
+
+def operator_problems(stored: OnnxCheckpoint, model: Model) -> list[str]:
+    """Attributes of attention and rotation that are not the model's. Some show in no short prompt: a window does where
+    a prompt is longer than it."""
+    problems = []
+    for node in stored.graph.graph.node:
+        found = {each.name: getattr(each, "f" if each.type == each.FLOAT else "i") for each in node.attribute}
+        layer = _LAYER.match(node.name)
+        wanted = _attributes(node.op_type, node.name, model.shape, int(layer[1]) if layer else 0)
+        if wanted is None:
+            continue
+        for key in sorted(found.keys() | wanted.keys()):
+            value, right = (each.get(key, _DEFAULTS.get(key)) for each in (found, wanted))
+            if value is None or right is None or not math.isclose(value, right, rel_tol=1e-6):
+                told = "has none" if right is None else f"needs {right:g}"
+                problems.append(f"{node.name}: {key} is {value!r:.20}; the model {told}")
+    return problems
+
+
+def _attributes(kind: str, name: str, shape: ModelShape, layer: int) -> Mapping[str, float] | None:
+    """Of an operator, those that the model decides; None where it decides nothing."""
+    if kind == "RotaryEmbedding":
+        heads = {"num_heads": shape.kv_heads if name.endswith("k.rotated") else shape.heads}
+        part = {"rotary_embedding_dim": shape.rotary_dim} if shape.rotary_dim != shape.head_dim else {}
+        return heads | part | {"interleaved": int(shape.neighbours)}
+    factor = shape.multipliers.attention
+    scale = {} if factor == 1.0 else {"scale": factor / shape.head_dim**0.5}
+    if kind == "Attention":
+        return {"q_num_heads": shape.heads, "kv_num_heads": shape.kv_heads} | scale
+    if kind == "GroupQueryAttention":
+        reach = shape.sliding[layer] if layer < len(shape.sliding) else 0
+        heads = {"num_heads": shape.heads, "kv_num_heads": shape.kv_heads}
+        return heads | {"local_window_size": reach or -1} | scale
+    return None
 
 
 def _well_formed(artifact: Path) -> list[Row]:

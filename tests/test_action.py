@@ -118,7 +118,9 @@ def test_the_install_step_installs_this_version(tmp_path: Path) -> None:
     own = f"-c {ROOT}/constraints.txt {ROOT}[hf,llama,onnx]"
     for given, expected in (("", own), ("lrconvert==1 x", "lrconvert==1 x")):
         environment = {"PATH": f"{fake.parent}:{os.environ['PATH']}", "GITHUB_ACTION_PATH": str(ROOT), "INSTALL": given}
-        done = subprocess.run(["bash", "-eo", "pipefail", "-c", install], env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            ["bash", "-eo", "pipefail", "-c", install], env=environment, capture_output=True, text=True
+        )
         assert done.stdout.strip() == f"-m pip install {expected}", done.stderr
 
 

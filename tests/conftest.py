@@ -124,6 +124,17 @@ def training() -> Iterator[ForkedCommands]:
     started.close()
 
 
+@pytest.fixture(scope="module")
+def remembered() -> Iterator[None]:
+    """What the reference answered to one test of a module, it need not compute for the next."""
+    pytest.importorskip("torch", reason="needs lrconvert[hf]")
+    from support.remembered import remember
+
+    with pytest.MonkeyPatch.context() as patch:
+        remember(patch)
+        yield
+
+
 @pytest.fixture(scope="session")
 def pico_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Folder of a pico model of a family; built once for each set of arguments."""

@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 from conftest import Result
+from support.forks import ForkedCommands
 
 from lrconvert.cli.hook import artifacts_of, main
 
@@ -24,7 +25,20 @@ ACTION = yaml.safe_load((ROOT / "action.yml").read_text())
 STEPS: dict[str, dict[str, Any]] = {step["name"]: step for step in ACTION["runs"]["steps"]}
 
 
-def run_step(name: str, folder: Path, **inputs: str) -> tuple[subprocess.CompletedProcess[str], str, str]:
+Step = Callable[..., tuple[subprocess.CompletedProcess[str], str, str]]
+
+
+@pytest.fixture
+def step(tmp_path: Path, commands: ForkedCommands, main_forking: str) -> Step:
+    """A step in `tmp_path`, with an `lrconvert` that need not import everything anew."""
+    (tmp_path / "programs").mkdir()
+    program = commands.program(tmp_path / "programs" / "lrconvert", main_forking)
+    return lambda name, **inputs: run_step(name, tmp_path, program.parent, **inputs)
+
+
+def run_step(
+    name: str, folder: Path, programs: Path, **inputs: str
+) -> tuple[subprocess.CompletedProcess[str], str, str]:
     """A step as the runner runs it: expressions filled in, bash with -eo pipefail, files for output and summary."""
     values = {key: str(entry.get("default", "")) for key, entry in ACTION["inputs"].items()} | inputs
     step = STEPS[name]
@@ -37,8 +51,7 @@ def run_step(name: str, folder: Path, **inputs: str) -> tuple[subprocess.Complet
         file.write_text("")
     environment = {
         **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
+        "PATH": os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]]),
         "GITHUB_ACTION_PATH": str(ROOT),
         **{key: str(file) for key, file in files.items()},
         **own,
@@ -55,32 +68,34 @@ def artifact(cli: Callable[..., Result], plain: tuple[Path, Path], tmp_path: Pat
     return tmp_path / "made"
 
 
-def test_the_verify_step_passes_and_fails_as_ci_would_see_it(artifact: Path, tmp_path: Path) -> None:
+def test_the_verify_step_passes_and_fails_as_ci_would_see_it(step: Step, artifact: Path, tmp_path: Path) -> None:
     """Reports, output and summary are there in both cases; the exit code is that of verify."""
-    done, output, summary = run_step("Verify", tmp_path, artifact="made", profile="files", output="out")
+    done, output, summary = step("Verify", artifact="made", profile="files", output="out")
     assert done.returncode == 0, done.stderr
     assert output == "passed=true\n" and summary.startswith("## ✅ made")
     suite = ElementTree.parse(tmp_path / "out" / "verify.xml").getroot()
     assert suite.tag in ("testsuite", "testsuites") and not list(suite.iter("failure"))
     assert "</html>" in (tmp_path / "out" / "verify.html").read_text()
     (artifact / "config.json").write_text((artifact / "config.json").read_text().replace("10000", "20000"))
-    done, output, summary = run_step("Verify", tmp_path, artifact="made", profile="files", output="out")
+    done, output, summary = step("Verify", artifact="made", profile="files", output="out")
     assert done.returncode == 5 and output == "passed=false\n"
     assert summary.startswith("## ❌ made") and "rope\\_theta is 20000" in summary
 
 
-def test_the_verify_step_takes_every_input(artifact: Path, plain: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_verify_step_takes_every_input(
+    step: Step, artifact: Path, plain: tuple[Path, Path], tmp_path: Path
+) -> None:
     """--against, --recipe, the profile and the lock arrive, names with spaces too."""
     folder, recipe = plain
     inputs = {"artifact": "made", "against": str(folder), "recipe": str(recipe), "lock": "my lock", "output": "my out"}
-    done, _, _ = run_step("Verify", tmp_path, profile="quick", **inputs)
+    done, _, _ = step("Verify", profile="quick", **inputs)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "my lock").is_file() and (tmp_path / "my out" / "verify.md").is_file()
     assert "quick profile" in done.stdout
 
 
-def test_an_artifact_that_is_not_there_is_said(tmp_path: Path) -> None:
-    done, output, summary = run_step("Verify", tmp_path, artifact="nowhere")
+def test_an_artifact_that_is_not_there_is_said(step: Step) -> None:
+    done, output, summary = step("Verify", artifact="nowhere")
     assert done.returncode == 3 and output == "passed=false\n" and "exit code 3" in summary
 
 
@@ -99,11 +114,13 @@ def test_the_install_step_installs_this_version(tmp_path: Path) -> None:
     fake.parent.mkdir()
     fake.write_text('#!/bin/sh\necho "$@"\n')
     fake.chmod(0o755)
-    step = STEPS["Install"]["run"]
+    install = STEPS["Install"]["run"]
     own = f"-c {ROOT}/constraints.txt {ROOT}[hf,llama,onnx]"
     for given, expected in (("", own), ("lrconvert==1 x", "lrconvert==1 x")):
         environment = {"PATH": f"{fake.parent}:{os.environ['PATH']}", "GITHUB_ACTION_PATH": str(ROOT), "INSTALL": given}
-        done = subprocess.run(["bash", "-eo", "pipefail", "-c", step], env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            ["bash", "-eo", "pipefail", "-c", install], env=environment, capture_output=True, text=True
+        )
         assert done.stdout.strip() == f"-m pip install {expected}", done.stderr
 
 

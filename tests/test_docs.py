@@ -25,11 +25,11 @@ COMMANDS = re.compile(r"^(?:torchrun .*? --no-python )?lrconvert ((?:--debug )?[
 
 
 def test_the_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Result]) -> None:
-    """Top to bottom, in one namespace, on the embedded model with a window of one llama.cpp context in place of `demo`,
-    doubled by the recipe."""
+    """Top to bottom, in one namespace, on two layers of the embedded model with a window of one llama.cpp context in
+    place of `demo`, doubled by the recipe."""
     if missing := [verb for verb in ("evaluate", "search") if not hasattr(lrconvert, verb)]:
         pytest.skip(f"lrconvert has no {' and no '.join(missing)} yet")
-    model = short_demo(tmp_path / "short-demo", window=256)
+    model = short_demo(tmp_path / "short-demo", window=256, layers=2)
     monkeypatch.chdir(tmp_path)
     shutil.copy(locate("demo") / "heldout.txt", "book.txt")
     made = cli("recipe", "derive", model, "--method", "yarn", "--factor", "2", "--uniform", "-o", "my-recipe")

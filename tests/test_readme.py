@@ -54,10 +54,10 @@ def programs(tmp_path: Path, commands: ForkedCommands, main_forking: str) -> Pat
 
 
 def test_the_commands_run_top_to_bottom(tmp_path: Path, programs: Path) -> None:
-    """On the embedded model with a short window in place of `demo`."""
+    """On two layers of the embedded model with a short window in place of `demo`."""
     text = script()
     assert text.count("MODEL=demo\n") == 1
-    model = short_demo(tmp_path / "short-demo", window=64)
+    model = short_demo(tmp_path / "short-demo", window=64, layers=2)
     done = run(text.replace("MODEL=demo\n", f"MODEL={model}\n"), tmp_path, programs)
     assert done.returncode == 0, done.stdout + done.stderr
     for name in ("my-recipe/recipe.json", "my-model/lrconvert.json", "my-model.gguf", "my-onnx/lrconvert.json"):

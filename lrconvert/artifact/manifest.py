@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -80,13 +81,13 @@ class Manifest:
                 f"{artifact}: no {path.name}, so not an lrconvert artifact",
                 remedy="To verify an artifact of another program, give model and recipe: --against MODEL --recipe R",
             )
-        from pydantic import TypeAdapter, ValidationError
+        from pydantic import ValidationError
 
         try:
             if path.stat().st_size > MAX_MANIFEST_BYTES:
                 raise InputError(f"{path}: {path.stat().st_size} bytes; at most {MAX_MANIFEST_BYTES} are read")
-            found = TypeAdapter(cls).validate_json(text := path.read_bytes())
-            TypeAdapter(_Parts).validate_json(text)
+            found = _reader(cls).validate_json(text := path.read_bytes())
+            _reader(_Parts).validate_json(text)
         except OSError as error:
             raise InputError(f"{path}: can't be read ({error.strerror or error})") from error
         except ValidationError as error:
@@ -167,15 +168,23 @@ class _Parts:
     parity: _Report | None = None
 
 
+@cache
+def _reader(kind: type) -> Any:
+    """What checks JSON against a type. Making one takes longer than reading a manifest."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
+
+
 def _record(path: Path, manifest: Manifest) -> BakeRecord:
     """The manifest's record; that of version 1 is made from its options."""
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     values: Any = vars(manifest.bake)
     if manifest.manifest_version < 2:
         values = options_of_version_1(manifest.target, manifest.options, _last_window(manifest.recipe))
     try:
-        return TypeAdapter(BakeRecord).validate_json(json.dumps(values))
+        return _reader(BakeRecord).validate_json(json.dumps(values))
     except ValidationError as error:
         raise InputError(f"{path}: not a manifest (bake.{first_problem(error)})") from error
 

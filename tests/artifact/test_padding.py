@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 from conftest import Result, recipe_for
 from safetensors.numpy import save_file
 from support.pico import write_pico
-from support.verifying import verify
+from support.verifying import options_by_target, verify
 from support.vocabularies import STYLES
 
 import lrconvert
@@ -22,6 +22,7 @@ from lrconvert.checkpoint import Model, open_model
 from lrconvert.checkpoint.adapter import CONFIG, EMBEDDING, LM_HEAD, WEIGHTS
 from lrconvert.checkpoint.padding import padded, tokens_of
 from lrconvert.errors import InputError, UnsupportedError
+from lrconvert.parity import Options
 from lrconvert.parity.padding import padding_rows
 from lrconvert.parity.reference_runner import ReferenceRunner
 from lrconvert.recipe import write_recipe
@@ -49,8 +50,17 @@ def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return folder
 
 
+@pytest.fixture(scope="module")
+def options_for() -> Iterator[Callable[[str], Options]]:
+    """One interpreter for all artifacts of a target."""
+    with options_by_target() as get:
+        yield get
+
+
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_padded_model_verifies_in_every_format(small: Path, target: str, tmp_path: Path) -> None:
+def test_a_padded_model_verifies_in_every_format(
+    small: Path, target: str, tmp_path: Path, options_for: Callable[[str], Options]
+) -> None:
     """With a record of what was added, rows that are the mean of the others, and a note on the card."""
     pytest.importorskip("torch", reason="needs lrconvert[hf]")
     model = open_model(small)
@@ -62,7 +72,7 @@ def test_a_padded_model_verifies_in_every_format(small: Path, target: str, tmp_p
     manifest = Manifest.read(artifact.path)
     assert manifest.bake.padded == MISSING
     assert any(f"{MISSING} were added, each the mean" in note for note in manifest.notes)
-    report = verify(artifact.path)
+    report = verify(artifact.path, options=options_for(target.split()[0]))
     assert report.passed, report.summary
     looked_at = [row.case for row in report.rows if row.code == "padding" and row.verdict == "pass"]
     assert len(looked_at) >= (1 if model.shape.tied else 2), looked_at

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import Result, recipe_for
 from support.pico import pico_config, write_pico
-from support.verifying import verify
+from support.verifying import options_by_target, verify
 
 import lrconvert
 from lrconvert.artifact.manifest import Manifest
@@ -22,9 +23,12 @@ from lrconvert.evals.texts import Text
 from lrconvert.extending.api import extend as lrconvert_extend
 from lrconvert.extending.plan import parse_plan
 from lrconvert.families import get_family, read_shape
+from lrconvert.parity import Options
 from lrconvert.parity.reference_runner import ReferenceRunner
 from lrconvert.searching.plan import plan_search
 from lrconvert.searching.request import SearchRequest
+
+pytestmark = pytest.mark.usefixtures("remembered")
 
 WINDOW = 256
 # Family: what its configs say, and how many tokens each of two layers attends to.
@@ -59,6 +63,13 @@ def config_of(family: str, changes: dict[str, Any]) -> dict[str, Any]:
 def limited(request: pytest.FixtureRequest, pico_folder: Callable[..., Path]) -> Path:
     family, changes, _ = LIMITED[request.param]
     return pico_folder(family, max_position_embeddings=WINDOW, **changes)
+
+
+@pytest.fixture(scope="module")
+def options_for() -> Iterator[Callable[[str], Options]]:
+    """One interpreter for all artifacts of a target."""
+    with options_by_target() as get:
+        yield get
 
 
 @pytest.mark.parametrize("name", LIMITED)
@@ -121,14 +132,21 @@ def lrconvert_own(folder: Path) -> Any:
     ids=["hf", "gqa", "standard"],
 )
 def test_targets_that_can_keep_it(
-    target: str, name: str, program: str, options: dict[str, Any], limited: Path, tmp_path: Path
+    target: str,
+    name: str,
+    program: str,
+    options: dict[str, Any],
+    limited: Path,
+    tmp_path: Path,
+    options_for: Callable[[str], Options],
 ) -> None:
-    """Under an extension too, in a note; verified; and an artifact that lost it fails."""
+    """Under an extension too, in a note; verified; and an artifact that lost it fails, however little is asked."""
     pytest.importorskip("torch", reason="needs lrconvert[hf]")
     pytest.importorskip(program)
     recipe = recipe_for(open_model(limited), even=True)
     artifact = getattr(lrconvert, target)(limited, recipe, tmp_path / name, **options)
-    report = verify(artifact.path)
+    how = options_for(target)
+    report = verify(artifact.path, options=how)
     assert report.passed, [row for row in report.rows if row.verdict == "fail"]
     assert artifact.manifest.bake.lifted is False
     config = json.loads((artifact.path / "config.json").read_text())
@@ -138,7 +156,7 @@ def test_targets_that_can_keep_it(
     manifest = json.loads(edited.to_json())
     manifest["bake"]["lifted"] = False
     (lost / "lrconvert.json").write_text(json.dumps(manifest))
-    assert not verify(lost).passed
+    assert not verify(lost, options=replace(how, profile="quick")).passed
 
 
 def test_what_cannot_keep_it_asks_for_the_flag(

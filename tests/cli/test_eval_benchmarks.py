@@ -119,8 +119,19 @@ def test_bad_input(cli: Run, data: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert said.code == 6 and "pip install 'lrconvert[eval]'" in said.err
 
 
-def test_without_the_hub_local_data_are_named(cli: Run) -> None:
-    """lm-eval's own tasks: one that it does not have, and one whose questions can't be had."""
+@pytest.mark.parametrize("index", ["truthfulqa", pytest.param("all", marks=pytest.mark.slow)])
+def test_without_the_hub_local_data_are_named(cli: Run, monkeypatch: pytest.MonkeyPatch, index: str) -> None:
+    """lm-eval's own tasks: one that it does not have, and one whose questions can't be had. Its index of all its tasks
+    takes seconds to make; that of one folder does the same for this one."""
+    pytest.importorskip("lm_eval", reason="the extra eval brings lm-eval")
+    from lm_eval.tasks import TaskManager
+
+    from lrconvert.evals import tasks
+
+    if index != "all":
+        folder = Path(sys.modules["lm_eval.tasks"].__path__[0], index)
+        manager = TaskManager(include_path=folder, include_defaults=False)
+        monkeypatch.setattr(tasks, "_manager", lambda: manager)
     said = cli("eval", "benchmarks", "demo", "--tasks", "truthfulqa_mc2,no_such_task")
     assert said.code == 2 and "\nlrconvert: no_such_task: lm-eval has no such task" in f"\n{said.err}"
     said = cli("eval", "benchmarks", "demo", "--tasks", "truthfulqa_mc2")

@@ -23,7 +23,6 @@ from lrconvert.extending.deciding import ranking
 from lrconvert.extending.plan import load_plan
 from lrconvert.extending.task import with_tier
 from lrconvert.parity import Options
-from lrconvert.parity.cases import SPREAD_TOKENS, Budget
 from lrconvert.recipe import Recipe, load_recipe, recipe_folder
 from lrconvert.rope import RopeSpec, Tier, compose, serving
 from lrconvert.searching.journal import digest, read_journal
@@ -39,14 +38,6 @@ PLANS = {
 }
 MIB = 2**20
 each = pytest.mark.parametrize("name", PLANS)
-
-
-class Short(Options):
-    """Every length in 512 tokens, nothing decoded."""
-
-    @property
-    def budget(self) -> Budget:
-        return Budget(dense=SPREAD_TOKENS, decode=0)
 
 
 def stages(recipe: Recipe) -> tuple[dict[str, Any], ...]:
@@ -153,7 +144,7 @@ def test_one_command_bakes_it_and_the_artifact_computes_it(tmp_path: Path, cli: 
     done = cli("hf", "demo", "--recipe", "demo-2048k", "-o", tmp_path / "baked")
     assert done.code == 0, done.err
     assert "was trained on" not in done.err
-    options = Short(backends=("custom",))
+    options = Options(backends=("custom",), profile="quick")
     report = verify(tmp_path / "baked", options=options)
     assert report.passed, report.to_json()
     assert {4096, 4097, 262144, 262145, 2097152} <= {row.length for row in report.rows if row.verdict == "pass"}
@@ -179,4 +170,4 @@ def test_the_demo_form_goes_into_every_format(tmp_path: Path, cli: Cli) -> None:
         options = ["--portable"] if command == "hf" else []
         done = cli(command, "demo", "--recipe", "demo-2048k-any", *options, "-o", tmp_path / output)
         assert done.code == 0 and "drop" not in done.err, done.err
-    assert verify(tmp_path / "file.gguf", options=Short()).passed
+    assert verify(tmp_path / "file.gguf", options=Options(profile="quick")).passed

@@ -37,6 +37,8 @@ from lrconvert.runtimes import llama_cpp
 from lrconvert.targets import gguf, hf, onnx
 from lrconvert.targets.gguf.schemes import SCHEMES, MixFacts, tensor_type
 
+pytestmark = pytest.mark.usefixtures("remembered")
+
 pytest.importorskip("torch", reason="needs lrconvert[hf]")
 pytest.importorskip("transformers", reason="needs lrconvert[hf]")
 

@@ -36,6 +36,8 @@ from lrconvert.runtimes.base import Interpreter
 from lrconvert.runtimes.transformers import WORKER
 from lrconvert.targets import hf
 
+pytestmark = pytest.mark.usefixtures("remembered")
+
 torch = pytest.importorskip("torch", reason="needs lrconvert[hf]")
 transformers = pytest.importorskip("transformers", reason="needs lrconvert[hf]")
 

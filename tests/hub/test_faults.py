@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Faults of a Hub, met by the unmodified client: nothing half published, an exit code that says whose fault it is.
+Where a request is tried again and again, the client doesn't wait in between.
 
 Not tried, since the server here has none of it: a Xet storage that takes files, quotas as the real Hub words them.
 """
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import recipe_for
 from support.hub_server import GITATTRIBUTES, Fault, Hub
-from support.hub_user import ID, User, ok, published
+from support.hub_user import ID, MAIN_HURRIED, User, ok, published
 from support.pico import write_pico
 
 from lrconvert.artifact.bake import bake
@@ -44,7 +45,7 @@ def artifact(tmp_path: Path) -> Path:
 def test_a_fault_publishes_nothing_and_the_next_push_does(hub: Hub, user: User, artifact: Path, name: str) -> None:
     """The branch stays as it was, no bug of ours is reported, and the same command works afterwards."""
     hub.faults = [FAULTS[name]] * 8  # the client tries some requests again
-    failed = user("push", artifact, ID)
+    failed = user.python(MAIN_HURRIED, "push", artifact, ID)
     assert failed.code in (2, 6), (failed.code, failed.err)
     assert failed.err.splitlines()[-1].startswith("lrconvert: ") and "a bug in" not in failed.err
     assert ID not in hub.repos or published(hub) == {}

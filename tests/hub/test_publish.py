@@ -17,7 +17,7 @@ import pytest
 from conftest import recipe_for
 from safetensors.numpy import load_file, save_file
 from support.hub_server import Hub
-from support.hub_user import User, ok, published, refused
+from support.hub_user import MAIN_HURRIED, User, ok, published, refused
 from support.pico import write_pico
 
 from lrconvert.artifact.bake import bake as bake_plan
@@ -586,6 +586,6 @@ def test_a_download_that_breaks_off_is_no_model(hub: Hub, user: User, artifact: 
     """Exit code 6; nothing that looks whole is left in the cache, and the next try succeeds."""
     ok(user("push", artifact, ID))
     hub.cut = 1000
-    refused(user("inspect", ID), 6, "the Hub did not answer")
+    refused(user.python(MAIN_HURRIED, "inspect", ID), 6, "the Hub did not answer")
     hub.cut = None
     ok(user("inspect", ID))

@@ -205,6 +205,20 @@ class ForkedSessions:
         if CAN_FORK:
             self._server(sys.executable, base.worker_environment(os.environ, Path(tempfile.gettempdir()))).connect()
 
+    def run(
+        self, python: str, code: str, *arguments: object, path: Iterable[Path], environment: Mapping[str, str]
+    ) -> subprocess.CompletedProcess[str]:
+        """`python -c CODE ARGUMENTS…`, forked from what sessions with that interpreter are; `path`: where it imports
+        from, besides what is installed."""
+        if not CAN_FORK:
+            there = {"PYTHONPATH": os.pathsep.join(map(str, path))}
+            command = [python, "-c", code, *map(str, arguments)]
+            return subprocess.run(command, capture_output=True, text=True, env={**environment, **there}, check=False)
+        server = self._server(python, base.worker_environment(os.environ, Path(tempfile.gettempdir())))
+        process = _started(server, code, arguments, environment, [str(each) for each in path])
+        out, error = process.communicate()
+        return subprocess.CompletedProcess([code, *map(str, arguments)], process.wait(), out, error)
+
     def _server(self, python: str, environment: Mapping[str, str]) -> ForkServer:
         key = (python, *_read_early(environment))
         if key not in self._servers:
@@ -217,6 +231,27 @@ class ForkedSessions:
 
 
 # --- commands ---------------------------------------------------------------------------------------------
+
+
+def _started(
+    server: ForkServer, code: str, arguments: Iterable[object], environment: Mapping[str, str], path: list[str]
+) -> Process:
+    """Code in a process of a server, whose output can be read as it comes."""
+    out, their_out = os.pipe()
+    error, their_error = os.pipe()
+    with Path(os.devnull).open() as nothing:
+        pid, status = server.start(
+            nothing.fileno(),
+            their_out,
+            their_error,
+            code=code,
+            arguments=[str(argument) for argument in arguments],
+            environment=dict(environment),
+            path=path,
+        )
+    os.close(their_out)
+    os.close(their_error)
+    return Process(pid, status, stdout=os.fdopen(out), stderr=os.fdopen(error))
 
 
 MAIN = "from lrconvert.cli import main; main()"
@@ -242,21 +277,7 @@ class ForkedCommands:
 
     def start(self, code: str, *arguments: object, environment: Mapping[str, str] | None = None) -> Process:
         """The process, whose output can be read as it comes."""
-        out, their_out = os.pipe()
-        error, their_error = os.pipe()
-        with Path(os.devnull).open() as nothing:
-            pid, status = self._server.start(
-                nothing.fileno(),
-                their_out,
-                their_error,
-                code=code,
-                arguments=[str(argument) for argument in arguments],
-                environment=dict(os.environ if environment is None else environment),
-                path=self._path,
-            )
-        os.close(their_out)
-        os.close(their_error)
-        return Process(pid, status, stdout=os.fdopen(out), stderr=os.fdopen(error))
+        return _started(self._server, code, arguments, os.environ if environment is None else environment, self._path)
 
     def run(
         self, code: str, *arguments: object, environment: Mapping[str, str] | None = None

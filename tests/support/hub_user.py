@@ -16,6 +16,14 @@ from support.hub_server import Hub, Token, serve
 ID = "me/artifact"
 
 
+# The client waits 1, 2, 4, 8 and 8 seconds between its tries of a request; here it tries as often and does not wait.
+MAIN_HURRIED = f"""
+import time
+time.sleep = lambda seconds: None
+{MAIN}
+"""
+
+
 @dataclass
 class User:
     """Somebody at a command line, with a token and a cache of their own."""

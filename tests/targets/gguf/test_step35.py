@@ -22,6 +22,8 @@ from lrconvert.runtimes.base import Interpreter
 from lrconvert.runtimes.llama_cpp import WORKER
 from lrconvert.targets import gguf
 
+pytestmark = pytest.mark.usefixtures("remembered")
+
 WINDOW = 256
 FAR = 100
 Pico = Callable[..., Model]

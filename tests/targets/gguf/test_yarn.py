@@ -25,6 +25,8 @@ from lrconvert.runtimes.base import Interpreter
 from lrconvert.runtimes.llama_cpp import WORKER
 from lrconvert.targets import gguf
 
+pytestmark = pytest.mark.usefixtures("remembered")
+
 SHORT, WINDOW = 256, 1024
 YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": SHORT}
 Pico = Callable[..., Model]

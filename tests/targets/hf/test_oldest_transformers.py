@@ -7,13 +7,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import own_name, recipe_for
+from support.forks import ForkedSessions
 from support.pico import FAMILIES
 from support.verifying import verify
 
@@ -94,14 +94,15 @@ def test_phi_3_5_moe_needs_a_newer_one(pico: Callable[..., Model], tmp_path: Pat
 
 
 @pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_the_modeling_code_passes_its_own_tests_there(chosen: str) -> None:
+def test_the_modeling_code_passes_its_own_tests_there(
+    chosen: str, forked_sessions: ForkedSessions, tmp_path: Path
+) -> None:
     """All that the newest version is asked, without the rest of the suite, which that environment lacks."""
     assert OLDEST is not None
-    command = [OLDEST, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--noconftest", "-c", os.devnull]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
+    options = ["-q", "-x", "-p", "no:cacheprovider", "--noconftest", "-c", os.devnull, "-m", chosen]
     files = sorted(HERE.glob("test_modeling*.py"))
-    done = subprocess.run(
-        [*command, "-m", chosen, *files], capture_output=True, text=True, check=False, env=environment
-    )
+    code = "import pytest, sys; sys.exit(pytest.main(sys.argv[1:]))"
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = forked_sessions.run(OLDEST, code, *options, *files, path=(ROOT, ROOT / "tests"), environment=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert " passed" in done.stdout

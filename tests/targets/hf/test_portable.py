@@ -31,6 +31,8 @@ from lrconvert.runtimes.base import Interpreter
 from lrconvert.runtimes.transformers import WORKER
 from lrconvert.targets import hf
 
+pytestmark = pytest.mark.usefixtures("remembered")
+
 FORMULA = longrope_attention_factor(2.0, 64)
 ATTENTION = 1.35
 

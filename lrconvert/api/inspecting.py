@@ -157,7 +157,7 @@ def _engines(model: Model, rotation: FoundRope) -> list[Verdict]:
     spec = RopeSpec(model.family.name, shape.rotary_dim, shape.theta, rotation.original_window, window, rotation.tiers)
     readable = rotation.kind in LONGROPE_KINDS and model.checkpoint.gguf is None
     config = model.checkpoint.config if readable else None
-    return assess(spec, model.family.name, config)
+    return assess(spec, model.family.name, config, shape)
 
 
 def _origin(checkpoint: Checkpoint) -> Origin | None:

@@ -20,10 +20,12 @@ from lrconvert.families.base import (
     GGUF_FIXED_AT,
     GGUF_INTERLEAVED,
     GGUF_MULTIPLIERS,
+    GGUF_QUERY_SCALE,
     GGUF_SLIDING,
     GGUF_STATED,
     GGUF_STEP35,
     GGUF_UNNORMALISED,
+    GGUF_YARN_DIVIDED,
 )
 from lrconvert.families.layers import FULL, SLIDING
 from lrconvert.families.multipliers import power_of
@@ -177,7 +179,8 @@ def build_config(
     keys.check()
     rope = _Keys(header, architecture)
     scaling = _rope(rope, family, tensors, read, rotary_dim, window)
-    return (config if rope.problems else config | scaling), rope.problems
+    config = config if rope.problems else config | scaling
+    return config | _query_scale(keys, family, config), rope.problems
 
 
 def _plain_rotation(family: Family, stated: float | None, theta: float) -> dict[str, Any]:
@@ -190,6 +193,24 @@ def _plain_rotation(family: Family, stated: float | None, theta: float) -> dict[
         return {key: family.defaults[key] if stated is None else _short_decimal(stated)}
     kinds = {FULL: theta, SLIDING: theta if stated is None else _short_decimal(stated)}
     return {"rope_parameters": {kind: {"rope_type": "default", "rope_theta": own} for kind, own in kinds.items()}}
+
+
+def _query_scale(keys: _Keys, family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary settings with a scale of queries that grows, and the window that it grows from: in llama.cpp one key
+    with that of the rotation, as in the family's configs."""
+    stated = GGUF_QUERY_SCALE.get(keys.prefix.removesuffix("."))
+    if family.query_scale is None:
+        return {}
+    growth = None if stated is None else keys.get(stated, float, zero=True)
+    window = keys.get("rope.scaling.original_context_length", int, zero=True) or config["max_position_embeddings"]
+    keys.check()
+    section = config.get("rope_scaling", {"rope_type": "default", "rope_theta": config["rope_theta"]})
+    scale = {
+        family.query_scale: 0.0 if growth is None else _short_decimal(growth),
+        "original_max_position_embeddings": window,
+    }
+    outside = {key: window for key in ("original_max_position_embeddings",) if key in config}
+    return {"rope_scaling": {**section, **scale}, **outside}
 
 
 def _short_decimal(value: float) -> float:
@@ -279,7 +300,9 @@ def _rope(
             keys.problems.append(f"incomplete longrope: {', '.join(incomplete)} missing")
         if STATIC in there:
             keys.problems.append(f"{STATIC} contradicts longrope's two factor sets")
-        if original and window < original:
+        # Where queries grow, the key says from where on, and sets that are equal don't change there.
+        alike = keys.prefix.removesuffix(".") in GGUF_QUERY_SCALE and factors.get(SHORT) == factors.get(LONG)
+        if original and window < original and not alike:
             keys.problems.append(
                 f"context_length {window} is less than rope.scaling.original_context_length {original}"
             )
@@ -342,10 +365,16 @@ def _yarn(keys: _Keys, ratio: float, original: int, attention: float) -> dict[st
     for ours in ("beta_fast", "beta_slow"):
         if value := keys.get(f"rope.scaling.yarn_{ours}", float):
             scaling[ours] = value
+    own = 0.1 * math.log(ratio) + 1.0
+    divided = keys.prefix.removesuffix(".") in GGUF_YARN_DIVIDED
+    divisor = keys.get("rope.scaling.yarn_log_multiplier", float, zero=True) if divided else None
+    if divisor is not None:
+        scaling |= {"mscale": 1.0, "mscale_all_dim": _short_decimal(divisor)}
+        own /= 0.1 * divisor * math.log(ratio) + 1.0
     if attention != 1.0:  # llama.cpp multiplies it by YaRN's own, transformers replaces that
-        scaling["attention_factor"] = attention * (0.1 * math.log(ratio) + 1.0)
+        scaling["attention_factor"] = attention * own
     for name, plain in (("ext_factor", 1.0), ("attn_factor", 1.0), ("log_multiplier", 0.0)):
         value = keys.header.metadata.get(f"{keys.prefix}rope.scaling.yarn_{name}", plain)
-        if value != plain:
+        if value != plain and not (divided and name == "log_multiplier"):
             keys.problems.append(f"rope.scaling.yarn_{name} is {value!r:.60}; no Hugging Face config can express that")
     return {"rope_scaling": scaling}

@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 
 from lrconvert import rope
 from lrconvert.errors import InputError, UsageError
-from lrconvert.families import ModelShape, family_names, get_family, rope_section
+from lrconvert.families import ModelShape, family_names, get_family, rope_section, with_defaults
 from lrconvert.recipe import SCHEMA_VERSION, parse_recipe
 from lrconvert.rope import Tier
 
@@ -64,8 +64,8 @@ class _Section:
     def __init__(self, config: Mapping[str, Any], shape: ModelShape, stated: int | None = None) -> None:
         name = config.get("model_type")
         self.family = get_family(name) if name in family_names() else None
-        self.config = {**(self.family.defaults if self.family else {}), **config}
-        self.shape, self.values, self.stated = shape, rope_section(config), stated
+        self.config = with_defaults(config, self.family) if self.family else dict(config)
+        self.shape, self.values, self.stated = shape, rope_section(self.config), stated
         self.notes: list[str] = []
         self.question = ""
 

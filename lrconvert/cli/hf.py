@@ -77,4 +77,5 @@ def _engines(plan: Plan, detailed: bool) -> None:
     """Which engines run the artifact right."""
     from lrconvert.engines.table import assess
 
-    out.engines(assess(plan.spec, plan.record.written_as or plan.spec.family), detailed=detailed)
+    family = plan.record.written_as or plan.spec.family
+    out.engines(assess(plan.spec, family, shape=plan.model.shape), detailed=detailed)

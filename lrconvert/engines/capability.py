@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lrconvert.families import Family
+from lrconvert.families import Family, ModelShape
 from lrconvert.rope import RopeSpec, Tier, longrope_attention_factor
 
 # Attention factors closer than this are the same: both were rounded once, from the same formula.
@@ -30,6 +30,8 @@ class Capability:
     `first_only`: it is always the first one; the attention factor is that of the sequence's tier all the same.
     `context_step`: it is chosen for a context when that is made, by its length, which is a multiple of this many
     tokens; 0: not so.
+    `boundary`: the one length after which the set can change, since the key that says it says something else of the
+    model too; None: any.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Capability:
     once: bool = False
     first_only: bool = False
     context_step: int = 0
+    boundary: int | None = None
 
     def fit(self, spec: RopeSpec) -> tuple[RopeSpec, list[str]]:
         """The closest spec that this code can express, and what was dropped, in words."""
@@ -49,7 +52,8 @@ class Capability:
         for step in (*sets, self._fix_attention):
             tiers, words = step(spec, tiers)
             dropped += words
-        return replace(spec, tiers=tiers), dropped
+        alone = self.boundary is not None and len(tiers) == 1  # its key has to be stated all the same
+        return replace(spec, tiers=tiers, **({"original_window": self.boundary} if alone else {})), dropped
 
     def round_boundaries(self, spec: RopeSpec) -> RopeSpec:
         """The spec that code with a `context_step` computes. A tier serves the contexts of its length, and a sequence
@@ -82,13 +86,14 @@ class Capability:
         return tuple(replace(tier, start_tokens=0) for tier in tiers), words
 
     def _choose_once(self, spec: RopeSpec, tiers: Tiers) -> tuple[Tiers, list[str]]:
-        if not self.once or len(tiers) == 1:
-            return tiers, []
         first, last = tiers[0], tiers[-1]
-        words = (
-            f"{self.name} chooses one factor set for all lengths: sequences of up to "
-            f"{first.max_length} tokens use the factors of {last.max_length}"
-        )
+        fixed = self.boundary is not None and first.max_length != self.boundary
+        if not (self.once or fixed) or len(tiers) == 1:
+            return tiers, []
+        rule = "chooses one factor set for all lengths"
+        if not self.once:
+            rule = f"changes sets after {self.boundary} tokens alone, from where on the model's queries grow"
+        words = f"{self.name} {rule}: sequences of up to {first.max_length} tokens use the factors of {last.max_length}"
         return (last,), [words] if first.factors != last.factors else []
 
     def _keep_first(self, spec: RopeSpec, tiers: Tiers) -> tuple[Tiers, list[str]]:
@@ -127,14 +132,21 @@ NATIVE_HF_MSCALES = Capability(
 _NATIVE = {"full": NATIVE_HF, "three keys": NATIVE_HF_FORMULA, "mscales": NATIVE_HF_MSCALES}
 
 
-def native_hf(family: Family) -> Capability:
-    """What native code can do with a config that every version of transformers loads."""
-    return _NATIVE[family.hf_scaling]
+def native_hf(family: Family, shape: ModelShape | None = None) -> Capability:
+    """What native code can do with a config that every version of transformers loads; of models of this `shape`."""
+    return of_model(_NATIVE[family.hf_scaling], shape)
 
 
-def native_config(family: Family) -> Capability:
+def native_config(family: Family, shape: ModelShape) -> Capability:
     """What such a config can say, whether native code makes use of it or not: other programs read it too."""
-    return replace(native_hf(family), first_only=False)
+    return replace(native_hf(family, shape), first_only=False)
+
+
+def of_model(capability: Capability, shape: ModelShape | None) -> Capability:
+    """What code can do of a model. Where queries grow, code of two sets reads from where on, and where the sets change,
+    from one key; code of any number has keys of its own for sets."""
+    scale = None if shape is None else shape.query_scale
+    return capability if scale is None or capability.tiers is None else replace(capability, boundary=scale.window)
 
 
 # Both read the keys of native code, and serve the whole window (`engines` has the sources).

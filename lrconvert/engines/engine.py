@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from lrconvert.engines.capability import SAME, Capability, formula_attention_factor, switch_length
+from lrconvert.engines.capability import SAME, Capability, formula_attention_factor, of_model, switch_length
+from lrconvert.families import ModelShape
 from lrconvert.rope import RopeSpec, Yarn, as_yarn
 
 BRIEF = 70  # characters of a reason beside its engine
@@ -154,9 +155,15 @@ class Verdict:
         return asdict(self)
 
 
-def verdict(rows: Sequence[Engine], spec: RopeSpec, family: str, config: Mapping[str, Any] | None = None) -> Verdict:
+def verdict(
+    rows: Sequence[Engine],
+    spec: RopeSpec,
+    family: str,
+    config: Mapping[str, Any] | None = None,
+    shape: ModelShape | None = None,
+) -> Verdict:
     """Whether a program computes a recipe; it may have a row for each family. Without a `config` the keys that it needs
-    are assumed to be there."""
+    are assumed to be there, without a `shape` a model that adds nothing to the recipe."""
     engine = next((row for row in rows if row.families is None or family in row.families), None)
     if engine is None:
         return Verdict(rows[0].name, rows[0].version, "unknown", (f"{family} was not examined there",))
@@ -172,7 +179,7 @@ def verdict(rows: Sequence[Engine], spec: RopeSpec, family: str, config: Mapping
     why = [rule.breaks.format(**values)] if rule.breaks and matters else []
     why += [need.lacking for need in missing]
     if not rule.always:  # what a program can't express is no news where it expresses nothing
-        why += replace(engine.capability, name="it", once=False).fit(spec)[1]
+        why += replace(of_model(engine.capability, shape), name="it", once=False).fit(spec)[1]
     limits = tuple(text.format(**values) for text in rule.limits) if matters else ()
     return Verdict(engine.name, engine.version, "differs" if why else "right", tuple(why), limits)
 

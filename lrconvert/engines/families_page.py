@@ -81,8 +81,7 @@ def _parts() -> Iterator[str]:
     yield PART_TABLE.rstrip("\n")
     for name, part in PARTS.items():
         left_out = ", ".join(f"`{pattern}`" for pattern in part.left_out)
-        refused = "".join(f"; {other} is refused, which {why}" for other, why in part.refused.items())
-        yield f"| {name} | {part.family or f'its `{part.section}`{refused}'} | {left_out} |"
+        yield f"| {name} | {part.family or f'its `{part.section}`'} | {left_out} |"
 
 
 def _models(family: Family) -> str:
@@ -110,6 +109,7 @@ def _decoder(family: Family) -> str:
     found += ["a soft cap on logits, if the config has one"] if family.logits_cap is not None else []
     if multipliers := [*family.fixed, *family.multipliers]:
         found.append(f"multipliers ({', '.join(multipliers)})")
+    found += ["a scale of queries that grows with the position"] if family.query_scale is not None else []
     found += ["fused q, k and v; fused gate and up"] if "qkv" in roles else []
     always = [row for row in family.rows if row.role == "q_bias" and row.when is None]
     if "q_bias" in roles:

@@ -31,6 +31,7 @@ from lrconvert.engines.engine import (
     where,
     within,
 )
+from lrconvert.families import ModelShape
 from lrconvert.rope import RopeSpec
 
 # --- how programs choose ---------------------------------------------------------------------------------
@@ -115,6 +116,7 @@ _OLD_NEEDS = (
     named("longrope"),
 )
 _NEW_NEEDS = (_SECTION, has(_TOP, *_INNER), named("longrope"))
+_GROWTH = has("rope_scaling.llama_4_scaling_beta", "rope_parameters.llama_4_scaling_beta", otherwise="refuses")
 _HEAD_SIZE = within("rope_scaling", has("head_dim", otherwise="refuses"))
 _NEW_HEAD_SIZE = has("head_dim", otherwise="refuses")
 _NEW_TYPE = within("rope_scaling", has("rope_scaling.rope_type", otherwise="refuses"))
@@ -179,6 +181,14 @@ ENGINES: tuple[Engine, ...] = (
         (_OLD_SECTION,),
     ),
     Engine(
+        replace(NATIVE_HF, name=_OLD),
+        "4.57.6",
+        TESTED,
+        "models/, where there is no such model",
+        Rule("not at all", refuses="it knows no model of this type"),
+        _families("ministral3"),
+    ),
+    Engine(
         replace(NATIVE_HF_FORMULA, name=_OLD),
         "4.57.6",
         TESTED,
@@ -215,6 +225,15 @@ ENGINES: tuple[Engine, ...] = (
         BY_FORWARD,
         _families("olmo3", "gemma3_text"),
         _KINDS_NEEDS,
+    ),
+    Engine(
+        replace(NATIVE_HF, name=_NEW),
+        "5.23.0",
+        TESTED,
+        "modeling_ministral3.py: queries grow from the window after which the set changes",
+        BY_FORWARD,
+        _families("ministral3"),
+        (*_NEW_NEEDS, _GROWTH),
     ),
     Engine(
         replace(NATIVE_HF, name=_NEW),
@@ -351,6 +370,14 @@ ENGINES: tuple[Engine, ...] = (
     ),
     Engine(
         replace(LLAMA_CPP, name=_BAKED_GGUF),
+        "0.6.0-dev",
+        TESTED,
+        "`lrconvert verify`; src/models/mistral3.cpp: queries grow from the window that chooses (0.5.0 was not run)",
+        ONCE_PADDED,
+        _families("ministral3"),
+    ),
+    Engine(
+        replace(LLAMA_CPP, name=_BAKED_GGUF),
         "0.4.0-dev to 0.6.0-dev; step35 since PR 19283",
         TESTED,
         "`lrconvert verify`; llama-context.cpp; the C++ of qwen3 and step35; the oldest that ran is in xllamacpp "
@@ -479,10 +506,12 @@ ENGINES: tuple[Engine, ...] = (
 # --- a recipe against the table --------------------------------------------------------------------------
 
 
-def assess(spec: RopeSpec, family: str, config: Mapping[str, Any] | None = None) -> list[Verdict]:
+def assess(
+    spec: RopeSpec, family: str, config: Mapping[str, Any] | None = None, shape: ModelShape | None = None
+) -> list[Verdict]:
     """A verdict on every engine. With a `config` its keys are checked too; without one, those that `lrconvert hf`
-    writes are assumed."""
-    return [verdict(rows, spec, family, config) for rows in _by_name().values()]
+    writes are assumed. `shape`: of the model, where it is known."""
+    return [verdict(rows, spec, family, config, shape) for rows in _by_name().values()]
 
 
 def _by_name() -> dict[str, list[Engine]]:

@@ -17,7 +17,7 @@ from lrconvert.families.base import (
     TensorRow,
     expected_tensors,
 )
-from lrconvert.families.reading import read_shape, rope_section
+from lrconvert.families.reading import read_shape, rope_section, with_defaults
 
 __all__ = [
     "ExpectedTensor",
@@ -31,10 +31,12 @@ __all__ = [
     "longrope_architecture",
     "read_shape",
     "rope_section",
+    "with_defaults",
 ]
 
 
-HELPERS = ("base", "experts", "keys", "layers", "multipliers", "parts", "reading")  # modules here that are no family
+# Modules here that are no family.
+HELPERS = ("base", "experts", "keys", "layers", "multipliers", "parts", "query_scale", "reading")
 
 
 def family_names() -> list[str]:

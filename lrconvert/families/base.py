@@ -15,10 +15,11 @@ from typing import Any, Literal
 from lrconvert.families.experts import Experts, StatedExperts
 from lrconvert.families.layers import StatedLayers
 from lrconvert.families.multipliers import Multipliers, Stated
+from lrconvert.families.query_scale import QueryScale
 
 LAYER, EXPERT = "{layer}", "{expert}"
 # Architectures of GGUF files whose q and k rows are permuted: llama.cpp rotates pairs (2i, 2i+1) there.
-GGUF_INTERLEAVED = frozenset({"llama", "granite", "minicpm", "smollm3"})
+GGUF_INTERLEAVED = frozenset({"llama", "granite", "minicpm", "smollm3", "mistral3"})
 # Layers that an architecture's C++ takes for other kinds: every n-th doesn't rotate; all but every n-th slide, where a
 # file states a window, and rotate plainly.
 GGUF_UNROTATED: Mapping[str, int] = {"smollm3": 4}
@@ -50,6 +51,11 @@ GGUF_FIXED_AT: Mapping[tuple[str, int], Mapping[str, Mapping[str, float]]] = {
 }
 # Those that a file has to state: granite isn't loaded without its own, and minicpm has defaults that aren't 1.
 GGUF_STATED = {"granite": frozenset({"logits"}), "minicpm": frozenset(_SCALES)}
+# What states how a scale of queries grows, where an architecture's C++ has one: from `original_context_length` on,
+# which is also where the short set ends.
+GGUF_QUERY_SCALE: Mapping[str, str] = {"mistral3": "attention.temperature_scale"}
+# Whose YaRN divides its attention factor by another one's, of a logarithm times `yarn_log_multiplier`.
+GGUF_YARN_DIVIDED = frozenset({"mistral3"})
 
 
 # What a gate passes through, and how configs call it.
@@ -78,7 +84,6 @@ class TensorRow:
 NOT_READ: Mapping[str, str] = {
     "minicpm3": "has latent attention: keys and values are made of one narrow state, and what rotates of a head is no "
     "part of it",
-    "ministral3": "multiplies queries with a scale that grows with the position (llama_4_scaling_beta)",
 }
 
 
@@ -108,6 +113,7 @@ class Family:
     fixed: Mapping[str, Mapping[str, float]] = field(
         default_factory=dict
     )  # those that no key states, as `Stated.times`
+    query_scale: str | None = None  # the rotary setting that states how a scale of queries grows with the position
     experts: StatedExperts | None = None  # how configs state experts; None: one MLP for all tokens
     norm: Literal["rms", "layer"] = "rms"  # what norms divide by: the root of the mean square, or the deviation
     norm_offset: float = 0.0  # what norms add to their weights
@@ -166,6 +172,7 @@ class ModelShape:
     # Of each layer: None where the recipe rotates it; else θ of its own plain rotation, 0 for none. Empty: all None.
     own_theta: tuple[float | None, ...] = ()
     multipliers: Multipliers = field(default_factory=Multipliers)
+    query_scale: QueryScale | None = None
     experts: Experts | None = None
     norm: Literal["rms", "layer"] = "rms"
     norm_offset: float = 0.0

@@ -83,7 +83,7 @@ ROPE_CHANGES: dict[str, tuple[Any, ...]] = {
     "finetuned": (True, False),  # a remark of YaRN's authors
     "attn_factor": ONE,  # YaRN's authors' multipliers
     "extrapolation_factor": ONE,
-    "llama_4_scaling_beta": NO,  # an attention scale that grows with the position
+    "llama_4_scaling_beta": NO,  # an attention scale that grows with the position, in families that lack one
     "mrope_interleaved": NO,
 }
 TELLING = re.compile(
@@ -93,11 +93,18 @@ TELLING = re.compile(
 )
 
 
-def check_keys(config: Mapping[str, Any], section: Mapping[str, Any], name: str, read: Collection[str] = ()) -> None:
+def check_keys(
+    config: Mapping[str, Any],
+    section: Mapping[str, Any],
+    name: str,
+    read: Collection[str] = (),
+    settings: Collection[str] = (),
+) -> None:
     """Raise `UnsupportedError` (exit code 4) that names every key which changes what the model computes and which
     lrconvert doesn't compute. `section`: the rotary settings; `name`: the family's, "" for one that is not converted,
-    whose config counts only as far as its rotation goes; `read`: keys that this family has beyond those of all."""
-    odd = [*(_odd(config, read) if name else ()), *_odd_settings(section)]
+    whose config counts only as far as its rotation goes; `read` and `settings`: keys and rotary settings that this
+    family has beyond those of all."""
+    odd = [*(_odd(config, read) if name else ()), *_odd_settings(section, settings)]
     if odd:
         raise UnsupportedError(
             f"config.json: {', '.join(odd)}: {'a key that changes' if len(odd) == 1 else 'keys that change'} what the "
@@ -117,7 +124,7 @@ def _odd(config: Mapping[str, Any], read: Collection[str]) -> Iterator[str]:
             yield f"{key} {value!r:.40}"
 
 
-def _odd_settings(section: Mapping[str, Any]) -> Iterator[str]:
+def _odd_settings(section: Mapping[str, Any], read: Collection[str]) -> Iterator[str]:
     for key, value in section.items():
-        if value is not None and key not in ROPE_READ and value not in ROPE_CHANGES.get(key, ()):
+        if value is not None and key not in ROPE_READ and key not in read and value not in ROPE_CHANGES.get(key, ()):
             yield f"{key} {value!r:.40} in the rotary settings"

@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lrconvert.errors import InputError, UnsupportedError
-from lrconvert.families.base import NOT_READ
+from lrconvert.errors import InputError
 
 FLAG = "--text-only"
 
@@ -30,7 +29,6 @@ class LanguagePart:
     # What is left out: patterns of `fnmatch`, and what such tensors belong to.
     left_out: Mapping[str, str] = field(default_factory=dict)
     infix: str = ""  # in names of weights that stand beside an adapter's
-    refused: Mapping[str, str] = field(default_factory=dict)  # model types of the section, and why they are
 
 
 _PHI3V = ("embd_layer", "img_processor")
@@ -63,7 +61,6 @@ PARTS: Mapping[str, LanguagePart] = {
             for front in ("", "model.")
             for name in ("vision_tower", "multi_modal_projector")
         },
-        refused={"ministral3": NOT_READ["ministral3"]},
     ),
 }
 # Keys of the top level that hold of the section as well.
@@ -78,7 +75,7 @@ def is_larger(config: Mapping[str, Any]) -> bool:
 def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of the language model inside of a larger one; of any other model a copy.
 
-    Raises `InputError` where its section is missing, `UnsupportedError` for a language model that isn't converted.
+    Raises `InputError` where its section is missing.
     """
     if not is_larger(config):
         return dict(config)
@@ -92,7 +89,5 @@ def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
             f"config.json: {part.section} is {section!r:.40}; the settings of {name}'s language model are needed"
         )
     family = part.family or section.get("model_type")
-    if (why := part.refused.get(str(family))) is not None:
-        raise UnsupportedError(f"config.json: the language model of {name} is a {family}, which {why}")
     shared = {key: config[key] for key in _SHARED if config.get(key) is not None}
     return {**section, **shared, "model_type": family}

@@ -14,6 +14,7 @@ from lrconvert.families.experts import SPARSEMIXER_USED, Experts, StatedExperts
 from lrconvert.families.keys import check_keys
 from lrconvert.families.layers import FULL, LAYER_KINDS, SLIDING
 from lrconvert.families.multipliers import Multipliers, power_of
+from lrconvert.families.query_scale import QueryScale
 
 # Counts beyond these are damage or malice, not a model; they also bound the time and memory of the checks.
 MAX_LAYERS = MAX_EXPERTS = 4096
@@ -45,16 +46,24 @@ def rope_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {}
 
 
+def with_defaults(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """A config with what it leaves out. Null is not a missing key (transformers computes a value then), but for the
+    rotary settings."""
+    stated = {key: value for key, value in config.items() if value is not None or key not in ROPE_KEYS}
+    return {**family.defaults, **stated}
+
+
 class _Reader:
     """Reads checked values from a config; remembers all problems."""
 
     def __init__(self, config: Mapping[str, Any], family: Family) -> None:
         self.config = config
-        self.values = {**family.defaults, **config}  # null is not a missing key: transformers computes a value then
+        self.values = with_defaults(config, family)
         self.problems: list[str] = []
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.values.get(key)
+    def integer(self, key: str, default: int | None = None, at: Mapping[str, Any] | None = None) -> int:
+        value = (at or {}).get(key)
+        value = self.values.get(key) if value is None else value
         value = default if value is None else value
         most = MAX_COUNT.get(key, MAX_COUNT["default"])
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
@@ -209,6 +218,22 @@ def _multipliers(reader: _Reader, family: Family, shape: ModelShape) -> Multipli
     return Multipliers(**found)
 
 
+def _query_scale(reader: _Reader, family: Family, section: Mapping[str, Any]) -> QueryScale | None:
+    """From the rotary settings, where transformers reads growth and window. Both have to be there: what it takes for a
+    window that isn't depends on the kind of rotation."""
+    key, window = family.query_scale, "original_max_position_embeddings"
+    growth = None if key is None else section.get(key)
+    if key is None or growth is None or (growth == 0 and not isinstance(growth, bool)):
+        return None
+    inside, outside = section.get(window), reader.config.get(window)
+    if None not in (inside, outside) and inside != outside:
+        reader.problems.append(
+            f"{window} is {_short(outside)} at the top level and {_short(inside)} in the rotary settings; {key} counts "
+            "from one of them"
+        )
+    return QueryScale(reader.number(key, at=section), reader.integer(window, at=section))
+
+
 def _experts(reader: _Reader, stated: StatedExperts) -> Experts:
     """How many there are, and how a token's are chosen."""
     count, used = reader.integer(stated.count), reader.integer(stated.used)
@@ -241,8 +266,10 @@ def read_shape(config: Mapping[str, Any], family: Family) -> ModelShape:
     """The checked numbers of a Hugging Face config. Raises `InputError` listing every bad key, and `UnsupportedError`
     naming those that change what the model computes and aren't understood."""
     reader = _Reader(config, family)
-    section = rope_section(config)
-    check_keys(config, section, family.name if family.rows else "", family.own_keys)
+    section = rope_section(reader.values)
+    # Of the latter only a copy stands there, which nobody reads.
+    settings = () if family.query_scale is None else (family.query_scale, "max_position_embeddings")
+    check_keys(config, section, family.name if family.rows else "", family.own_keys, settings)
     hidden, heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
     kv_heads = reader.integer("num_key_value_heads", heads)
     head_dim = reader.integer("head_dim", max(hidden // heads, 1))
@@ -279,6 +306,7 @@ def read_shape(config: Mapping[str, Any], family: Family) -> ModelShape:
         mlp_bias=reader.flag("mlp_bias"),
         sliding=_sliding(reader, family),
         own_theta=_own_theta(reader, family),
+        query_scale=_query_scale(reader, family, section),
         experts=None if family.experts is None else _experts(reader, family.experts),
         norm=family.norm,
         norm_offset=family.norm_offset,

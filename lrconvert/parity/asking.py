@@ -64,7 +64,7 @@ def ask_backend(run: Run, questions: Questions, reference: ReferenceRunner) -> N
     with closing(session):
         report.runtimes[backend.name] = session.info
         rounding = backend.rounding(run.artifact, options, questions.dtype)
-        step = backend.capability(reference.model.family).context_step or 1
+        step = backend.capability(reference.model).context_step or 1
         readings = Readings(step, questions.cases)
         opened = Opened(run.artifact, backend, session, questions.spec, reference, questions.dtype, rounding, readings)
         _ask(run, questions, opened)

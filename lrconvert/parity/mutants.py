@@ -16,6 +16,7 @@ from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.base import CheckpointView
 from lrconvert.checkpoint.blocks import Array, Block
 from lrconvert.families.layers import FULL
+from lrconvert.families.query_scale import QueryScale
 from lrconvert.recipe import Recipe
 from lrconvert.rope import Tier
 
@@ -129,6 +130,14 @@ def layers_alike(model: Model) -> Model | None:
     if stated.rotates is not None:
         view.config[stated.rotates] = [1] * shape.layers
     return replace(model, checkpoint=view, shape=replace(shape, sliding=(), own_theta=()))
+
+
+def query_scale_as(model: Model, scale: QueryScale | None) -> Model | None:
+    """The model as a converter leaves it that forgets how queries grow with their positions (None), or takes another
+    growth or window for it. None where they don't grow, or that is how they do."""
+    if model.shape.query_scale in (None, scale):
+        return None
+    return replace(model, shape=replace(model.shape, query_scale=scale))
 
 
 def without_multiplier(model: Model, name: str) -> Model | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lrconvert.families.base import Family
+from lrconvert.checkpoint import Model
 from lrconvert.parity.cases import Budget, Case, build_cases
 from lrconvert.parity.expected import changed_tiers, end_case
 from lrconvert.parity.hypotheses import TOKENS
@@ -37,8 +37,8 @@ class Questions:
     budget: Budget
 
     @classmethod
-    def of(cls, backend: Backend, recipe: RopeSpec, family: Family, dtype: str, budget: Budget) -> Questions:
-        capability = backend.capability(family)
+    def of(cls, backend: Backend, recipe: RopeSpec, model: Model, dtype: str, budget: Budget) -> Questions:
+        capability = backend.capability(model)
         fitted, dropped = capability.fit(recipe)
         fitted = capability.round_boundaries(fitted)
         boundaries = recipe.boundaries[:1] if capability.once else None

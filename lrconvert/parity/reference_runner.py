@@ -150,7 +150,7 @@ class ReferenceRunner:
 
     def shifted(self, spec: RopeSpec, case: Case) -> np.ndarray:
         """Logits after each of the `DECODED` tokens that follow when the oldest are forgotten. Only distances
-        matter to a rotation, so nothing has to move: later tokens just don't see the forgotten ones."""
+        matter to a rotation, so no key has to move: later tokens just don't see the forgotten ones."""
         read = case.lengths[0]
         self._rotate_like(spec)
         tokens = stream(self.model.shape.vocab, read + DECODED)

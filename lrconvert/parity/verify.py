@@ -157,13 +157,13 @@ def _compare(run: Run, target: Target[Any], wanted: Expected, record: BakeRecord
     for backend in backends:
         if record.static:
             own = backend.capability
-            backend = replace(backend, capability=lambda family, own=own: static(own(family)))
+            backend = replace(backend, capability=lambda model, own=own: static(own(model)))
         if stored is not None and not stored.takes_padding:
             backend = replace(backend, accepts=replace(backend.accepts, padded=False))
         if stored is not None and not stored.takes_shift:
             backend = replace(backend, accepts=replace(backend.accepts, shifts=False))
         dtype = references.computing or options.dtype
-        questions = Questions.of(backend, wanted.spec, wanted.model.family, dtype, options.budget)
+        questions = Questions.of(backend, wanted.spec, wanted.model, dtype, options.budget)
         questions.expect(run.steps)
         backend_questions.append(questions)
     baked = _bake_checks(run, target, wanted, record, references)

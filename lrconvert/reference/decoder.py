@@ -141,8 +141,8 @@ class Reference:
         `positions` default to 0 … n−1; `length` is the sequence length that chooses the factor set, by
         default the last position plus one, or one length for every token (keys that were cached earlier, when the
         sequence was shorter); `keep` are the indices whose logits are wanted, by default all;
-        `forgotten` (count, since): tokens from index `since` on don't see the first `count` ones; `remember`: other
-        sequences will begin as this one does.
+        `forgotten` (count, since): tokens from index `since` on don't see the first `count` ones, and are so much
+        nearer to the start, which changes no distance; `remember`: other sequences will begin as this one does.
         """
         wanted = np.arange(len(tokens)) if keep is None else np.asarray(keep, dtype=np.int64)
         x = self._hidden(tokens, wanted, positions, length, forgotten, remember=remember)
@@ -189,13 +189,14 @@ class Reference:
             past = min(past, int(wanted.min(initial=len(ids))))
         turns = {self.shape.turn(layer) for layer in range(self.shape.layers)}
         tables = {turn: self._tables(turn, where[past:], lengths[past:]) for turn in turns}
-        times = self.shape.multipliers
+        nearer = where if forgotten is None else where - forgotten[0] * (np.arange(len(ids)) >= forgotten[1])
+        times, grown = self.shape.multipliers, self._query_scale(nearer[past:])
         x = self._weight("embedding")[torch.as_tensor(ids[past:], device=self.device)] * times.embedding
         for layer in range(self.shape.layers):
             before = (layers[layer][0][:, :past], layers[layer][1][:, :past]) if past else None
             normed, cos_sin = self._normed(x, "attention_norm", layer), tables[self.shape.turn(layer)]
             asked = torch.as_tensor(wanted - past, device=self.device) if layer == self.shape.layers - 1 else None
-            mixed, seen = self._attention(normed, layer, cos_sin, forgotten, before, asked)
+            mixed, seen = self._attention(normed, layer, cos_sin, forgotten, before, asked, grown)
             added = self._normed(mixed, "attention_post_norm", layer)
             x = self._made((x if asked is None else x[asked]) + times.residual * added)
             if remember and past < len(ids) // 2:  # most of it is new
@@ -239,6 +240,15 @@ class Reference:
             at = torch.as_tensor(where, device=self.device)[rows]
             cos[rows], sin[rows] = rotation.tables(at, factor_set, self.dtype)
         return self._made(cos), self._made(sin)
+
+    def _query_scale(self, where: np.ndarray) -> torch.Tensor | None:
+        """What the query at each position is multiplied with, [n, 1]: 1 + β ln(1 + ⌊p / L⌋). None where all are 1."""
+        scale = self.shape.query_scale
+        if scale is None:
+            return None
+        windows = torch.as_tensor(where // scale.window, dtype=torch.float64)
+        found = 1.0 + scale.growth * torch.log1p(windows)
+        return self._made(found.to(device=self.device, dtype=self.dtype)[:, None])
 
     def _normed(self, x: torch.Tensor, role: str, layer: int) -> torch.Tensor:
         """x through a norm that not every family has."""
@@ -292,9 +302,10 @@ class Reference:
         forgotten: tuple[int, int] | None,
         before: Layer | None,
         asked: torch.Tensor | None,
+        grown: torch.Tensor | None,
     ) -> tuple[torch.Tensor, Layer]:
         """What tokens [n, c] take from those `before` and each other, and keys and values of all of them. `asked`:
-        indices of the tokens that take something, all of them by default."""
+        indices of the tokens that take something, all of them by default. `grown`: what queries are multiplied with."""
         shape, n = self.shape, len(x)
         q_width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         if ("qkv", layer) in self.model.roles:
@@ -311,6 +322,8 @@ class Reference:
             q, k = self._normed(q, "q_norm", layer), self._normed(k, "k_norm", layer)
         if cos_sin is not None:
             q, k = (self.rotation.rotate(part, *cos_sin, neighbours=shape.neighbours) for part in (q, k))
+        if grown is not None:
+            q = self._made(q * grown)
         q, k, v = self._as_cached(q), self._as_cached(k), self._as_cached(v)
         asked = torch.arange(n, device=self.device) if asked is None else asked
         own, q = asked, q[:, asked]

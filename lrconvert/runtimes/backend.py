@@ -9,11 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from lrconvert.checkpoint import open_checkpoint
+from lrconvert.checkpoint import Model, open_checkpoint
 from lrconvert.checkpoint.base import read_json
 from lrconvert.engines.capability import Capability
 from lrconvert.errors import LrconvertError, UsageError, require
-from lrconvert.families import Family
 from lrconvert.machine import check_memory, size
 from lrconvert.precision import ITEM_BYTES, short_name
 from lrconvert.runtimes.base import Interpreter, Session
@@ -103,7 +102,7 @@ class Backend:
     """
 
     name: str
-    capability: Callable[[Family], Capability]
+    capability: Callable[[Model], Capability]
     open: Callable[[Path, OpenOptions], Session]
     tolerances: tuple[Tolerance, ...]
     accepts: Accepts = ANYTHING

@@ -203,7 +203,7 @@ RUNTIME = Runtime(
     backends=(
         Backend(
             name="llama.cpp",
-            capability=lambda family: LLAMA_CPP,
+            capability=lambda model: LLAMA_CPP,
             open=_open,
             accepts=Accepts("consecutive", decodes_anywhere=True),
             exact_types=("F32",),

@@ -33,7 +33,7 @@ RUNTIME = Runtime(
     backends=(
         Backend(
             name="mlx",
-            capability=lambda family: MLX,
+            capability=lambda model: MLX,
             open=_open,
             refuses=refuses_mlx,
             accepts=Accepts("none"),

@@ -185,7 +185,7 @@ RUNTIME = Runtime(
     backends=(
         Backend(
             name="onnxruntime",
-            capability=lambda family: ONNX,
+            capability=lambda model: ONNX,
             open=_open,
             check=_check,
             accepts=Accepts(cached_keys=True, decodes_anywhere=True),

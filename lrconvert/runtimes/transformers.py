@@ -111,7 +111,7 @@ RUNTIME = Runtime(
     backends=(
         Backend(
             name="native",
-            capability=native_hf,
+            capability=lambda model: native_hf(model.family, model.shape),
             open=_open(custom=False),
             tolerances=NATIVE_TOLERANCES,
             refuses=refuses_native,
@@ -121,7 +121,7 @@ RUNTIME = Runtime(
         ),
         Backend(
             name="custom",
-            capability=lambda family: CUSTOM_HF,
+            capability=lambda model: CUSTOM_HF,
             open=_open(custom=True),
             tolerances=CUSTOM_TOLERANCES,
             refuses=refuses_custom,

@@ -45,7 +45,7 @@ RUNTIME = Runtime(
     backends=(
         Backend(
             name="vllm",
-            capability=lambda family: VLLM,
+            capability=lambda model: VLLM,
             open=_open,
             accepts=Accepts("none", reserved=1),  # it serves no prompt that leaves no room for one more token
             tolerances=engine_tolerances("4e-11 on pico models, 1.6e-9 on the embedded model at 4k", BF16_ENGINE),

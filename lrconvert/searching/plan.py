@@ -144,7 +144,7 @@ def plan_search(request: SearchRequest) -> SearchPlan:
     start = load_recipe(request.start_from) if request.start_from else None
     if start is not None:
         model.resolve(start)
-    check_sets(request, base)
+    check_sets(request, base, model.shape)
     # Where the model has sets already, they stay as they are unless a tier is named.
     tiers = request.tiers or (("long",) if base.tiers else ())
     lengths = tier_lengths(tiers, request.lengths or (), base.original_window, request.target)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Literal
 
 from lrconvert.checkpoint import Model
-from lrconvert.engines.capability import SEARCHABLE
+from lrconvert.engines.capability import SEARCHABLE, of_model
 from lrconvert.errors import UsageError
 from lrconvert.evals.texts import Text
+from lrconvert.families import ModelShape
 from lrconvert.recipe import Recipe
 from lrconvert.recipe.models import ground_of
 from lrconvert.rope import Tier, longrope_attention_factor, serving
@@ -105,8 +106,8 @@ def limited(request: SearchRequest) -> SearchRequest:
     return replace(request, uniform=request.uniform or able.attention != "per tier")
 
 
-def check_sets(request: SearchRequest, base: Base) -> None:
-    """Raises `UsageError` for more factor sets than the runtime knows."""
+def check_sets(request: SearchRequest, base: Base, shape: ModelShape) -> None:
+    """Raises `UsageError` for more factor sets than the runtime knows, and for sets that change where it can't."""
     if request.runtime is None or (most := SEARCHABLE[request.runtime].tiers) is None:
         return
     named = {"short": base.original_window, "long": request.target}
@@ -116,6 +117,13 @@ def check_sets(request: SearchRequest, base: Base) -> None:
         raise UsageError(
             f"the recipe would have sets for {', '.join(map(str, sorted(lengths)))} tokens; "
             f"{SEARCHABLE[request.runtime].name} knows {most}"
+        )
+    able = of_model(SEARCHABLE[request.runtime], shape)
+    if able.boundary not in (None, min(lengths)):
+        raise UsageError(
+            f"the recipe's sets would change after {min(lengths)} tokens; {able.name} changes them after "
+            f"{able.boundary} alone, from where on the model's queries grow",
+            remedy="Omit --for; one set for every length can be baked for it (`lrconvert gguf --static-long`)",
         )
 
 

@@ -18,10 +18,10 @@ from torch.nn import functional
 from lrconvert.checkpoint.folder_code import refuses_native
 from lrconvert.errors import UnsupportedError
 from lrconvert.families.layers import FULL, SLIDING
+from lrconvert.families.query_scale import QueryScale
 
 if TYPE_CHECKING:
     from lrconvert.checkpoint import Model
-    from lrconvert.families import ModelShape
 
 
 ENDLESS = 2**31 - 1  # tokens: a window that no sequence goes beyond
@@ -38,7 +38,7 @@ def load_network(model: Model, dtype: torch.dtype) -> Any:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     checkpoint = model.checkpoint
-    config = transformers.AutoConfig.for_model(**_plain_rope(checkpoint.config, model.shape))
+    config = transformers.AutoConfig.for_model(**_plain_rope(model))
     config.attention_dropout = 0.0
     if model.shape.plain_theta is None:
         config = _full_attention(config)
@@ -68,8 +68,9 @@ def load_network(model: Model, dtype: torch.dtype) -> Any:
     return network
 
 
-def _plain_rope(config: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
+def _plain_rope(model: Model) -> dict[str, Any]:
     """A config without scaling: it is replaced anyway, and a broken one would stop transformers from loading."""
+    config, shape = model.checkpoint.config, model.shape
     kept = {key: value for key, value in config.items() if key not in ("rope_scaling", "auto_map")}
     if shape.plain_theta is not None:
         kinds = {FULL: shape.theta, SLIDING: shape.plain_theta}
@@ -84,6 +85,9 @@ def _plain_rope(config: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
         parameters["partial_rotary_factor"] = kept["partial_rotary_factor"] = partial
     if theta:
         kept["rope_theta"] = theta
+    if model.family.query_scale is not None:
+        scale = shape.query_scale or QueryScale(0.0, shape.window)
+        parameters |= {model.family.query_scale: scale.growth, "original_max_position_embeddings": scale.window}
     return {**kept, "rope_parameters": parameters}
 
 

@@ -235,7 +235,7 @@ def test_unsupported_types_are_named(tmp_path: Path) -> None:
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
         step()
     writer.close()
-    known = "Architectures: gemma3, glm4, granite, llama, minicpm, olmo2, phi3, phimoe, qwen2"
+    known = "Architectures: gemma3, glm4, granite, llama, minicpm, mistral3, olmo2, phi3, phimoe, qwen2"
     refused(tmp_path / "arch.gguf", f"'mamba', which lrconvert doesn't read. {known}", error=UnsupportedError)
     experts = make_pico(tmp_path / "moe.gguf", edit=lambda writer: writer.add_expert_count(8))
     refused(experts.path, "a mixture of experts", error=UnsupportedError)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import own_name
 from support.cases import case
-from support.float64 import EXACT, TOKENS, by_reference, in_float64
+from support.float64 import EXACT, TOKENS, by_reference, divided_in_float64, in_float64
 from support.larger import CLASSES, LAYERS, published, saved
 from support.pico import write_pico
 from support.verifying import options_by_target, verify
@@ -26,6 +26,7 @@ from lrconvert.checkpoint import open_model
 from lrconvert.cli import run
 from lrconvert.errors import InputError, LrconvertError, UnsupportedError, UsageError
 from lrconvert.families.parts import PARTS
+from lrconvert.families.query_scale import QueryScale
 from lrconvert.parity import Options
 from lrconvert.recipe.importing import import_recipe
 from lrconvert.recipe.models import derive_for
@@ -51,7 +52,7 @@ def natively(folder: Path) -> np.ndarray:
     network = loader.from_pretrained(folder, dtype=torch.float64, attn_implementation="sdpa").eval()
     shape = open_model(folder, text_only=True).shape
     network = in_float64(network, shape.theta, shape.rotary_dim)
-    with torch.no_grad():
+    with torch.no_grad(), divided_in_float64():
         return network(input_ids=torch.as_tensor(TOKENS)[None]).logits[0].numpy()
 
 
@@ -61,10 +62,22 @@ def test_logits_are_those_of_the_whole_model(kind: str, tied: bool, tmp_path: Pa
     """Of text. The random heads differ, so that a wrong one would show."""
     folder = saved(tmp_path / kind, kind, tie_word_embeddings=tied)
     model = open_model(folder, text_only=True)
-    assert model.shape.tied is tied and model.family.name in ("phi3", "mistral")
+    assert model.shape.tied is tied and model.family.name in ("phi3", "mistral", "ministral3")
     expected = natively(folder)
     assert float(np.abs(by_reference(model) - expected).max()) <= EXACT
     assert float(np.abs(expected).max()) > 1e-3
+
+
+def test_a_scale_of_queries_stays_in_the_language_model(tmp_path: Path, options: Callable[[str], Options]) -> None:
+    """A newer Mistral 3, in every format."""
+    source = saved(tmp_path / "mistral3", "mistral3 of ministral3")
+    for target in ("hf", "onnx", "gguf"):
+        artifact = own_name(tmp_path / "a")
+        artifact = artifact.with_suffix(".gguf") if target == "gguf" else artifact
+        bake(plan_bake(target, source, None, artifact, text_only=True))
+        assert open_model(artifact).shape.query_scale == QueryScale(0.5, 13)
+        report = verify(artifact, options=options(target))
+        assert report.passed, report.summary
 
 
 @pytest.mark.parametrize("kind", ["phi3_v", "phi4mm"])
@@ -159,9 +172,9 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], type[LrconvertE
     "no section": (lambda _: {"model_type": "mistral3"}, InputError, "text_config is None; the settings of mistral3's"),
     "a list for a section": (lambda _: _mistral3_config() | {"text_config": []}, InputError, r"text_config is \[\]"),
     "a scale that grows": (
-        lambda _: _mistral3_config(model_type="ministral3"),
+        lambda _: _mistral3_config(rope_parameters={"rope_type": "default", "llama_4_scaling_beta": 0.1}),
         UnsupportedError,
-        r"a ministral3, which multiplies queries .* \(llama_4_scaling_beta\)",
+        r"llama_4_scaling_beta 0\.1 in the rotary settings: a key that changes what .* mistral",
     ),
     "a family that isn't read": (
         lambda _: _mistral3_config(model_type="gpt9"),

@@ -105,13 +105,19 @@ def test_a_config_may_leave_out_what_transformers_knows(family: str, tmp_path: P
     wanted = get_family(family).defaults
     sliding = {"use_sliding_window": True} if family.startswith("qwen") else {}
     defaults = transformers.AutoConfig.for_model(family, **sliding)
-    theta = defaults.default_theta
+    rotation = wanted.get("rope_parameters", {})
+    theta = rotation.get("rope_theta", defaults.default_theta)
     theta = theta if isinstance(theta, dict) else {"global": theta}
     elsewhere = {
         "rope_theta": theta["global"],
         "rope_local_base_freq": theta.get("local"),
         "sliding_window_pattern": 6,
         "partial_rotary_factor": 0.5,
+        "rope_parameters": {
+            "rope_type" if key == "type" else key: value
+            for key, value in (defaults.to_dict().get("rope_parameters") or {}).items()
+            if key not in ("max_position_embeddings", "rope_type")
+        },
     }
     assert wanted == {key: elsewhere[key] if key in elsewhere else getattr(defaults, key) for key in wanted}
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")

@@ -22,7 +22,6 @@ from lrconvert.checkpoint import Model
 from lrconvert.cli.eval import perplexity
 from lrconvert.cli.verify import command as verify
 from lrconvert.errors import UnsupportedError, UsageError
-from lrconvert.families import get_family
 from lrconvert.parity.asking import ASKED, CHECKS
 from lrconvert.parity.mutants import RECIPE_MUTANTS
 from lrconvert.recipe import write_recipe
@@ -54,7 +53,7 @@ def choices(command: click.Command, name: str) -> list[str]:
 # --- the rows --------------------------------------------------------------------------------------------
 
 
-def test_every_row_is_complete() -> None:
+def test_every_row_is_complete(pico: Callable[..., Model]) -> None:
     """A name of its own, something to run, backends with bounds; what it needs is an extra of ours."""
     for name in RUNTIMES:
         runtime = get_runtime(name)
@@ -63,7 +62,7 @@ def test_every_row_is_complete() -> None:
         assert runtime.backends, name
         assert all(extra in ("hf", "onnx", "llama") for _, extra in runtime.needs), name
         for backend in runtime.backends:
-            assert backend.capability(get_family("llama")).name, backend.name
+            assert backend.capability(pico("llama")).name, backend.name
             assert backend.tolerances, backend.name
             assert set(backend.exact_types or ()) <= {row.dtype for row in backend.tolerances}, backend.name
     names = [backend.name for name in RUNTIMES for backend in get_runtime(name).backends]

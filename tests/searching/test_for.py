@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.pico import query_scale
 from support.search_helpers import Landscape, planted
 
 from lrconvert.checkpoint import open_model
@@ -52,3 +53,13 @@ def test_more_than_a_runtime_knows_is_refused(pico_folder: Callable[..., Path]) 
     with pytest.raises(UsageError, match=r"--start-tokens: llama\.cpp knows none"):
         plan_search(request(folder, runtime="gguf", start_tokens=True))
     assert len(plan_search(request(folder, runtime="onnx", tiers=(256, "long"))).tiers) == 2
+
+
+def test_sets_that_change_where_a_runtime_can_not_are_refused(pico_folder: Callable[..., Path]) -> None:
+    """Where queries grow from another length on than the model's own rotation reaches to."""
+    scaled = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, **query_scale("ministral3")}
+    folder = pico_folder("ministral3", rope_parameters=scaled, max_position_embeddings=256)
+    with pytest.raises(UsageError, match=r"would change after 256 tokens; llama\.cpp changes them after 64 alone"):
+        plan_search(request(folder, runtime="gguf"))
+    for more in ({"runtime": "onnx"}, {"runtime": "gguf", "from_plain": True}):
+        assert plan_search(request(folder, **more)).tiers

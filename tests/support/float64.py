@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -84,11 +85,26 @@ def natively(folder: Path) -> np.ndarray:
     network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="sdpa", **more)
     own = shape.plain_theta
     network = in_float64(network.eval(), shape.theta, shape.rotary_dim, own)
-    with torch.no_grad():
+    with torch.no_grad(), divided_in_float64():
         return network(torch.as_tensor(TOKENS)[None]).logits[0].numpy()
 
 
-def by_reference(model: Model) -> np.ndarray:
+@contextmanager
+def divided_in_float64() -> Iterator[None]:
+    """Within, quotients of integers (positions by a window) are float64, not the default type."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def rotation_of(model: Model) -> Rotation:
+    """The model's plain one."""
     width = model.shape.rotary_dim
-    rotation = Rotation(model.shape.theta, width, [FactorSet(2**20, [1.0] * (width // 2), 0, 1.0)])
-    return Reference(model, rotation).logits(TOKENS)
+    return Rotation(model.shape.theta, width, [FactorSet(2**20, [1.0] * (width // 2), 0, 1.0)])
+
+
+def by_reference(model: Model) -> np.ndarray:
+    return Reference(model, rotation_of(model)).logits(TOKENS)

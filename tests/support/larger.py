@@ -84,11 +84,11 @@ def _phi4_multimodal(**changes: Any) -> Any:
     return Phi4MultimodalForCausalLM(config)
 
 
-def _mistral3(**changes: Any) -> Any:
+def _mistral3(family: str = "mistral", **changes: Any) -> Any:
     from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
     tied = changes.pop("tie_word_embeddings", False)
-    text = {**TEXT, "model_type": "mistral", "head_dim": 16, "sliding_window": None, "tie_word_embeddings": tied}
+    text = {**TEXT, "model_type": family, "head_dim": 16, "sliding_window": None, "tie_word_embeddings": tied}
     vision = {"num_hidden_layers": 1, "image_size": 28, "patch_size": 14, "head_dim": 8}
     config = Mistral3Config(
         text_config={**text, **changes},
@@ -99,7 +99,18 @@ def _mistral3(**changes: Any) -> Any:
     return Mistral3ForConditionalGeneration(config)
 
 
-CLASSES: dict[str, Callable[..., Any]] = {"phi4_multimodal": _phi4_multimodal, "mistral3": _mistral3}
+def _ministral3(**changes: Any) -> Any:
+    """Whose queries grow within a few tokens."""
+    settings = {"rope_type": "default", "rope_theta": 10000.0, "llama_4_scaling_beta": 0.5}
+    settings["original_max_position_embeddings"] = 13
+    return _mistral3("ministral3", rope_parameters=settings, **changes)
+
+
+CLASSES: dict[str, Callable[..., Any]] = {
+    "phi4_multimodal": _phi4_multimodal,
+    "mistral3": _mistral3,
+    "mistral3 of ministral3": _ministral3,
+}
 
 
 def saved(folder: Path, kind: str, **changes: Any) -> Path:

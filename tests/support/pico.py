@@ -89,6 +89,15 @@ EXTRA: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "olmo3": {"rope_theta": 500000.0, "sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]},
     "smollm3": {"no_rope_layer_interval": 2},
+    "ministral3": {
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "llama_4_scaling_beta": 0.25,
+            "original_max_position_embeddings": WINDOW,
+        },
+    },
 }
 FAMILIES = sorted(name for name in EXTRA if get_family(name).hf_written is None)  # with a class of their own
 
@@ -100,14 +109,25 @@ def pico_config(family: str, **changes: Any) -> dict[str, Any]:
     kinds = config.get("layer_types")
     if kinds and "layer_types" not in changes:  # as often as there are layers
         config["layer_types"] = [kinds[layer % len(kinds)] for layer in range(config["num_hidden_layers"])]
+    scale = query_scale(family, config["max_position_embeddings"])
+    if scale and config.get("rope_parameters") is EXTRA[family]["rope_parameters"]:
+        config["rope_parameters"] = {**config["rope_parameters"], **scale}  # it grows behind the window
     return {key: value for key, value in config.items() if value is not None}
+
+
+def query_scale(family: str, window: int = WINDOW) -> dict[str, Any]:
+    """The rotary settings that make a family's scale of queries grow from `window` on; none where it has none."""
+    key = get_family(family).query_scale
+    if key is None:
+        return {}
+    return {key: EXTRA[family]["rope_parameters"][key], "original_max_position_embeddings": window}
 
 
 def v5_rope(family: str, theta: float = 10000.0, own: float = 3000.0) -> dict[str, Any]:
     """Changes that spell a family's plain rotation as transformers 5 does; `own`: θ of layers that slide, where they
     have one."""
     layers, share = get_family(family).layers, EXTRA[family].get("partial_rotary_factor")
-    plain: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
+    plain: dict[str, Any] = {"rope_type": "default", "rope_theta": theta, **query_scale(family)}
     if share is not None:
         plain["partial_rotary_factor"] = share
     gone: dict[str, Any] = {"rope_scaling": None, "rope_theta": None}

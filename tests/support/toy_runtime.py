@@ -109,7 +109,7 @@ RUNTIME = Runtime(
     backends=(
         Backend(
             name="toy",
-            capability=lambda family: TWO_SETS,
+            capability=lambda model: TWO_SETS,
             open=_open,
             tolerances=(Tolerance("float32", ANY, 1e-12, 1e-10, "float64 throughout, angles too"),),
         ),

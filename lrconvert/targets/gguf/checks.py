@@ -15,10 +15,12 @@ from lrconvert.artifact.statements import Facts, rows_from, unasked
 from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.gguf import GgufCheckpoint
 from lrconvert.checkpoint.gguf_config import LONG, SHORT, STATIC
+from lrconvert.families import ModelShape
 from lrconvert.families.base import GGUF_STEP35
 from lrconvert.rope import RopeSpec
 from lrconvert.targets.gguf.layers import layer_keys
 from lrconvert.targets.gguf.metadata import expert_keys, multiplier_keys
+from lrconvert.targets.gguf.query_scale import original_context, query_scale_keys
 from lrconvert.targets.gguf.statements import metadata_differences, modelfile_differences, modelfile_of
 from lrconvert.targets.gguf.step35 import architecture_keys
 from lrconvert.targets.gguf.yarn import by_formula, formula_keys
@@ -29,7 +31,7 @@ FLOAT32 = 1e-6  # metadata and factors are float32: one rounding
 def checks(artifact: Path, stored: GgufCheckpoint, model: Model, spec: RopeSpec, record: BakeRecord) -> list[Row]:
     """A row for everything in the file that contradicts `spec`; one `pass` where nothing does."""
     formula = by_formula(model.family, stored.architecture)
-    rope = _formula(stored, spec) if formula else _rope(stored, spec, record.static)
+    rope = _formula(stored, spec) if formula else _rope(stored, spec, model.shape, record.static)
     numbers = _numbers(stored, model, spec.window if record.lifted else None)
     problems = [*stored.rope_problems, *numbers, *rope, *_vectors(stored)]
     good = "rope and shape are the recipe's and the model's"
@@ -69,6 +71,7 @@ def _numbers(stored: GgufCheckpoint, model: Model, lifted: int | None) -> Iterat
     if lifted is not None:
         others = {key: lifted if key.endswith("sliding_window") else value for key, value in others.items()}
     others |= multiplier_keys(stored.architecture, shape) | expert_keys(stored.architecture, shape)
+    others |= query_scale_keys(stored.architecture, shape)
     wanted |= {key.removeprefix(prefix): value for key, value in others.items()}
     # What llama.cpp takes where a file says nothing.
     defaults = {
@@ -92,11 +95,11 @@ def _formula(stored: GgufCheckpoint, spec: RopeSpec) -> Iterator[str]:
             yield f"{key} is {found!r:.60}; the recipe needs {value!r:.60}"
 
 
-def _rope(stored: GgufCheckpoint, spec: RopeSpec, static: bool) -> Iterator[str]:
+def _rope(stored: GgufCheckpoint, spec: RopeSpec, shape: ModelShape, static: bool) -> Iterator[str]:
     prefix, first, last = f"{stored.architecture}.", spec.tiers[0], spec.tiers[-1]
     wanted = {"context_length": float(spec.window), "rope.scaling.attn_factor": last.attention_factor}
-    if not static and len(spec.tiers) > 1:
-        wanted["rope.scaling.original_context_length"] = float(first.max_length)
+    if shape.query_scale is not None or (not static and len(spec.tiers) > 1):
+        wanted["rope.scaling.original_context_length"] = float(original_context(spec, shape))
     for key, value in wanted.items():
         found = stored.metadata.get(prefix + key, 1.0 if key.endswith("attn_factor") else None)
         if not isinstance(found, int | float) or not math.isclose(found, value, rel_tol=FLOAT32):

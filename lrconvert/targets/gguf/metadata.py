@@ -31,6 +31,7 @@ from lrconvert.recipe import Recipe
 from lrconvert.rope import RopeSpec
 from lrconvert.targets.gguf.layers import layer_keys
 from lrconvert.targets.gguf.layout import Raw, Value
+from lrconvert.targets.gguf.query_scale import original_context, query_scale_keys
 
 QUANTISATION_VERSION = 2  # of ggml's block formats (GGML_QNT_VERSION)
 OURS = "lrconvert."
@@ -40,7 +41,7 @@ STATIC_TENSOR = frozenset({"llama", "granite", "minicpm"})
 PHI3_NAME = re.compile(r"phi-?3", re.IGNORECASE)
 
 
-def rope_keys(architecture: str, spec: RopeSpec, *, static: bool) -> dict[str, Value]:
+def rope_keys(architecture: str, spec: RopeSpec, shape: ModelShape, *, static: bool) -> dict[str, Value]:
     """The keys of a spec that llama.cpp can express: two tiers at most, no start tokens, one attention factor."""
     if spec.window > MAX_INTEGER:
         raise UnsupportedError(
@@ -52,7 +53,7 @@ def rope_keys(architecture: str, spec: RopeSpec, *, static: bool) -> dict[str, V
         keys["rope.scaling.type"] = "none"
     else:
         keys["rope.scaling.type"] = "longrope"
-        keys["rope.scaling.original_context_length"] = spec.tiers[0].max_length if len(spec.tiers) > 1 else spec.window
+        keys["rope.scaling.original_context_length"] = original_context(spec, shape)
     if "rope.scaling.original_context_length" in keys or attention != 1.0:
         keys["rope.scaling.attn_factor"] = float(attention)
     return {f"{architecture}.{key}": value for key, value in keys.items()}
@@ -94,6 +95,7 @@ def shape_keys(architecture: str, shape: ModelShape) -> dict[str, Value]:
     return (
         {f"{architecture}.{key}": value for key, value in keys.items()}
         | multiplier_keys(architecture, shape)
+        | query_scale_keys(architecture, shape)
         | expert_keys(architecture, shape)
         | layer_keys(architecture, shape)
     )

@@ -40,7 +40,6 @@ from lrconvert.families.base import (
     GGUF_UNNORMALISED,
     GGUF_UNTIED,
     LAYER,
-    Family,
     is_norm,
 )
 from lrconvert.recipe import Recipe
@@ -61,6 +60,7 @@ from lrconvert.targets.gguf.metadata import (
     rope_tensors,
     shape_keys,
 )
+from lrconvert.targets.gguf.query_scale import check_query_scale
 from lrconvert.targets.gguf.schemes import MixFacts, Scheme, get_scheme, tensor_type
 from lrconvert.targets.gguf.step35 import NOTE, architecture_keys, more_tensors
 from lrconvert.targets.gguf.vocabulary import vocabulary
@@ -112,6 +112,7 @@ def plan(
     windows = settle_windows(model, spec.window, lift=options.lift, keeps=keeps, target="llama.cpp")
     model = windows.model
     kept, dropped = _fitted(spec, options)
+    check_query_scale(model, kept)
     dropped = [*windows.dropped, *dropped]
     scale = kept.tiers[-1].attention_factor if options.fold else 1.0
     written = divide_attention(kept, scale)
@@ -132,7 +133,7 @@ def plan(
         kinds = {item.planned.name: (item.planned.kind, item.planned.shape) for item in tensors}
         check_matrix(scheme, kinds, imatrix)
         encode.check({kind for kind, _ in kinds.values()}, library, weighted=imatrix is not None)
-    rope, values_of = _rotation(model.family, architecture, written, static=options.static)
+    rope, values_of = _rotation(model, architecture, written, static=options.static)
     factors = [
         Source(Planned(name, GGMLQuantizationType.F32, values.shape), name, values=values)
         for name, values in values_of.items()
@@ -180,13 +181,13 @@ def plan(
 
 
 def _rotation(
-    family: Family, architecture: str, spec: RopeSpec, *, static: bool
+    model: Model, architecture: str, spec: RopeSpec, *, static: bool
 ) -> tuple[dict[str, Value], dict[str, np.ndarray]]:
     """The keys and the tensors of a spec: factors, or the formula that they follow where the C++ ignores factors."""
-    if by_formula(family, architecture):
-        check_attention(family, architecture, spec)
+    if by_formula(model.family, architecture):
+        check_attention(model.family, architecture, spec)
         return formula_keys(architecture, spec), {}
-    return rope_keys(architecture, spec, static=static), rope_tensors(architecture, spec, static=static)
+    return rope_keys(architecture, spec, model.shape, static=static), rope_tensors(architecture, spec, static=static)
 
 
 def _metadata(model: Model, architecture: str, options: Options) -> tuple[dict[str, Value], list[str]]:

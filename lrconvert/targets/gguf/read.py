@@ -14,6 +14,7 @@ from lrconvert.errors import InputError, UnsupportedError
 from lrconvert.families import family_names, get_family
 from lrconvert.rope import RopeSpec
 from lrconvert.targets.gguf.metadata import OURS
+from lrconvert.targets.gguf.query_scale import check_query_scale
 from lrconvert.targets.gguf.yarn import architecture_for
 
 SUFFIX = ".gguf"
@@ -35,6 +36,7 @@ def refuses(model: Model) -> str | None:
     spec = RopeSpec(model.family.name, shape.rotary_dim, shape.theta, found.original_window, found.window, found.tiers)
     try:
         architecture_for(model.family, spec, static=False)
+        check_query_scale(model, spec)
     except UnsupportedError as error:
         return error.message
     return None

@@ -98,8 +98,10 @@ def _wanted(facts: Facts, architecture: str, manifest: Manifest | None) -> tuple
     if record.stored is not None:
         scheme = get_scheme(record.stored)
         keys |= {"general.quantization_version": QUANTISATION_VERSION, "general.file_type": int(scheme.file_type)}
-    formula = by_formula(model.family, architecture)
-    rope = formula_keys(architecture, spec) if formula else rope_keys(architecture, spec, static=record.static)
+    if by_formula(model.family, architecture):
+        rope = formula_keys(architecture, spec)
+    else:
+        rope = rope_keys(architecture, spec, model.shape, static=record.static)
     return keys | rope | {"general.architecture": architecture}, strips
 
 

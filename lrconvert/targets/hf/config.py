@@ -32,7 +32,7 @@ def edited_config(
     if family.hf_states_head_size:
         config["head_dim"] = model.shape.head_dim
     config.pop("rope_parameters", None)
-    config.update(native_keys(native, family) | plain_keys(native, family, model.shape))
+    config.update(native_keys(native, family, model.shape) | plain_keys(native, family, model.shape))
     if lifted:
         config["sliding_window"] = spec.window
     if model.shape.tied != (source.get("tie_word_embeddings") is True):

@@ -18,7 +18,7 @@ from lrconvert.families.layers import FULL, SLIDING
 from lrconvert.rope import RopeSpec
 
 
-def native_keys(native: RopeSpec, family: Family) -> dict[str, Any]:
+def native_keys(native: RopeSpec, family: Family, shape: ModelShape) -> dict[str, Any]:
     """The top-level config keys for native code, from what native code can express (`Capability.fit`)."""
     boundary = switch_length(native)
     short, long = native.tiers[0], native.tiers[-1]
@@ -37,6 +37,8 @@ def native_keys(native: RopeSpec, family: Family) -> dict[str, Any]:
     if family.hf_scaling == "mscales":
         del scaling["attention_factor"]  # it would count more than these, for who reads both
         scaling |= {"short_mscale": float(short.attention_factor), "long_mscale": float(long.attention_factor)}
+    if family.query_scale is not None:  # which its class needs, and counts from that same original window
+        scaling[family.query_scale] = 0.0 if shape.query_scale is None else shape.query_scale.growth
     return {
         "max_position_embeddings": native.window,
         "original_max_position_embeddings": boundary,
@@ -53,7 +55,7 @@ def plain_keys(native: RopeSpec, family: Family, shape: ModelShape) -> dict[str,
         return {}
     if family.layers.own_theta != "rope_theta":
         return {family.layers.own_theta: theta}
-    full = {**native_keys(native, family)["rope_scaling"], "rope_theta": native.base}
+    full = {**native_keys(native, family, shape)["rope_scaling"], "rope_theta": native.base}
     return {"rope_parameters": {FULL: full, SLIDING: {"rope_type": "default", "rope_theta": theta}}}
 
 

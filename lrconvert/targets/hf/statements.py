@@ -48,8 +48,8 @@ TOKENIZER, GENERATION = "tokenizer_config.json", "generation_config.json"
 
 def _native(key: str) -> Callable[[Facts], Any]:
     def wanted(facts: Facts) -> Any:
-        family = facts.model.family
-        return native_keys(native_config(family).fit(facts.spec)[0], family)[key]
+        family, shape = facts.model.family, facts.model.shape
+        return native_keys(native_config(family, shape).fit(facts.spec)[0], family, shape)[key]
 
     return wanted
 
@@ -59,7 +59,7 @@ def _plain(key: str) -> Callable[[Facts], Any]:
 
     def wanted(facts: Facts) -> Any:
         model = facts.model
-        native = native_config(model.family).fit(facts.spec)[0]
+        native = native_config(model.family, model.shape).fit(facts.spec)[0]
         return plain_keys(native, model.family, model.shape).get(key, ABSENT)
 
     return wanted

@@ -25,6 +25,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.onnx_folder import DOMAIN, MICROSOFT, ROWS, TIED_HEAD
+from lrconvert.families.query_scale import QueryScale
 from lrconvert.rope import RopeSpec
 from lrconvert.targets.onnx import rotary
 from lrconvert.targets.onnx.experts import mixture
@@ -93,6 +94,7 @@ class _Decoder(Nodes):
             )
         x = self._embedded()
         self._prepare_rotations()
+        self.grown = None if shape.query_scale is None else self._grown(shape.query_scale)
         self._prepare_attention()
         self.scope = ["layers.0"]
         normed = self.normed(x, "attention_norm", 0)
@@ -184,6 +186,16 @@ class _Decoder(Nodes):
                 )
             )
 
+    def _grown(self, scale: QueryScale) -> str:
+        """What queries are multiplied with, [B, S, 1]: by their positions, in float32, which knows every step."""
+        windows = self.op("Div", "position_ids", self.constant(scale.window), name="grown.windows")  # of integers
+        counted = self.op("Add", windows, self.constant(1), name="grown.counted")
+        x = self.op("Log", self.op("Cast", counted, name="grown.float", to=TensorProto.FLOAT), name="grown.log")
+        x = self.op("Mul", x, self.constant(scale.growth, np.float32), name="grown.times")
+        x = self.op("Add", x, self.constant(1.0, np.float32), name="grown.wide")
+        x = x if self.type == TensorProto.FLOAT else self.op("Cast", x, name="grown.cast", to=self.type)
+        return self.op("Unsqueeze", x, self.constant([2]), name="grown")
+
     def _prepare_attention(self) -> None:
         """What all layers share: lengths for GQA, a mask for the standard operator."""
         total = self.op("Shape", "attention_mask", name="total", start=1, end=2)
@@ -242,6 +254,7 @@ class _Decoder(Nodes):
         else:
             q, k, v = (self.linear(x, role, layer) for role in "qkv")
         q, k = (self._rotated(part, role, layer) for part, role in ((q, "q"), (k, "k")))
+        q = q if self.grown is None else self.op("Mul", q, self.grown, name="q.grown")
         v = v if self.deep else self.op("Reshape", v, self.to_keys, name="v.wide")
         past = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
         present = [f"present.{layer}.{part}" for part in ("key", "value")]

@@ -84,7 +84,7 @@ def plan(
     if len(graph) > MAX_GRAPH_BYTES:
         raise UnsupportedError(f"the graph has {len(graph)} bytes; an ONNX file can have {MAX_GRAPH_BYTES}")
     streams = [_stream(model, f"{ONNX_FOLDER}/{name}", group) for name, group in files_of(tensors).items()]
-    native, _ = native_config(model.family).fit(spec)
+    native, _ = native_config(model.family, model.shape).fit(spec)
     config, edits = edited_config(model, spec, native, computing, lifted=windows.lifted)
     texts, copies, more = side_files(model, spec)
     generation = json_in(texts, copies, "generation_config.json")

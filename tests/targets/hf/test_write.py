@@ -24,7 +24,7 @@ import pytest
 from conftest import Result, recipe_for
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from support.pico import FAMILIES, WINDOW, pico_tensors, v5_rope, write_pico
+from support.pico import FAMILIES, WINDOW, pico_tensors, query_scale, v5_rope, write_pico
 
 from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.artifact.manifest import MANIFEST, Manifest
@@ -88,6 +88,9 @@ def check_spelling(config: dict[str, Any], model: Model, recipe: Recipe, window:
             stated = {"short_mscale": short.attention_factor, "long_mscale": long.attention_factor}
         assert {key: scaling[key] for key in stated} == stated
         assert all(isinstance(scaling[key], float) for key in stated)
+        if model.family.query_scale is not None:
+            assert scaling | query_scale(model.family.name, boundary) == scaling
+            stated |= {model.family.query_scale: None}
         assert len(scaling) == 6 + len(stated)
 
 
@@ -100,6 +103,7 @@ def test_the_spelling_is_the_measured_one(
     changes: dict[str, Any] = {} if source == "v4" else {**v5_rope(family), **DTYPE_V5}
     if source == "yarn":
         changes = {"rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": WINDOW}}
+        changes["rope_scaling"] |= query_scale(family)
     folder = pico_folder(family, **changes)
     model = open_model(folder)
     assert model.shape.rotary_dim == open_model(pico_folder(family)).shape.rotary_dim
@@ -127,6 +131,7 @@ def test_the_rest_of_the_config_stays_as_it_was(family: str, tmp_path: Path) -> 
     assert config["architectures"] == [get_family(family).hf_class]
     assert config["auto_map"] == {"AutoModelForCausalLM": "modeling_longrope.LongRopeForCausalLM"}
     edited = {"max_position_embeddings", "original_max_position_embeddings", "auto_map", "sliding_window"}
+    source.pop("rope_parameters", None)  # which rope_scaling says
     assert {key: config[key] for key in source if key not in edited} == {
         key: value for key, value in source.items() if key not in edited
     }

@@ -101,9 +101,13 @@ class Benchmark:
 SMALL = ("--shape", "0.1 GB", "--rounds", "1", "--scratch", "SCRATCH")
 BENCHMARKS = (
     Benchmark("startup", 1, "startup.py"),
-    Benchmark("scale", 90, "scale.py", ("--scratch", "SCRATCH"),
-              ("--shape", "0.1 GB", "--rounds", "0", "--large-shards", "0", "--scratch", "SCRATCH"),
+    Benchmark("scale-written", 55, "scale.py", ("written", "--scratch", "SCRATCH"),
+              ("written", "--shape", "0.1 GB", "--rounds", "0", "--scratch", "SCRATCH"), (LLAMA,)),
+    Benchmark("scale-quantised", 80, "scale.py", ("quantised", "--scratch", "SCRATCH"),
+              ("quantised", "--shape", "0.1 GB", "--rounds", "0", "--scratch", "SCRATCH"),
               (LLAMA,), {"--quantise": QUANTISE}),
+    Benchmark("scale-large", 10, "scale.py", ("large", "--scratch", "SCRATCH"),
+              ("large", "--large-shards", "1", "--large-layers", "1", "--scratch", "SCRATCH"), (LLAMA,)),
     Benchmark("hf-bake", 2, "hf_bake.py", ("--scratch", "SCRATCH"), SMALL),
     Benchmark("adapter-merge", 2, "adapter_merge.py", ("--scratch", "SCRATCH"), SMALL),
     Benchmark("quantised-sources", 3, "quantised_sources.py", ("--scratch", "SCRATCH"), SMALL[2:]),
@@ -114,6 +118,7 @@ BENCHMARKS = (
               (GENAI, OPTIMUM)),
     Benchmark("onnx-speed", 25, "onnx_speed.py", ("--genai", GENAI),
               ("--genai", GENAI, "--types", "int4", "--layers", "2", "--pairs", "2", "--tokens", "8"), (GENAI,)),
+    Benchmark("onnx-experts", 1, "onnx_experts.py", ("--scratch", "SCRATCH"), ("--pairs", "2", "--scratch", "SCRATCH")),
     Benchmark("onnx-quantised", 5, "onnx_quantised.py", ("demo", "--name", "embedded model"),
               ("demo", "--name", "embedded model", "--dtype", "int4", "--lengths", "512", "--no-mistakes"), (TORCH,)),
     Benchmark("onnx-runs", 10, "onnx_runs.py", (), ("--lengths", "2048", "--trials", "2"), (TORCH,)),

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Conversions of a whole 7B (13.5 GB in bf16): against a copy with fsync, against the CPU alone, memory, and a 70B.
 
-    python benchmarks/scale.py [--shape "14 GB"] [--rounds N] [--only CONVERSION …] [--scratch DIR] [--memory DIR]
+    python benchmarks/scale.py PART [--shape "14 GB"] [--rounds N] [--only CONVERSION …] [--scratch DIR] [--memory DIR]
         [--quantise FOLDER] [--large-shards N]
+
+PART is `written` (conversions that take about as long as writing what they write), `quantised` (those that compute:
+1 to 3 below for either, 4 for the second), or `large` (5). Each has a result of its own, scale-PART.json.
 
 1. Every conversion in turn with a plain copy of what it writes; both end when it is on the disk. Free disk needed: four
    times the checkpoint.
@@ -13,7 +16,7 @@
    libllama with that function (tools/quantise_reference.py says where from); ours quantises with its ggml too. Theirs
    is neither hashed nor brought to the disk.
 5. Llama 3's 70B shape: what a dry run says of every file, and its first files converted for real and compared with
-   that; the rest is holes in a sparse checkpoint, and its time is calculated. `--large-shards 0` leaves it out.
+   that; the rest is holes in a sparse checkpoint, and its time is calculated.
 """
 
 from __future__ import annotations
@@ -71,6 +74,7 @@ class Conversion:
     command: str
     options: tuple[str, ...]
     of: float | None = None
+    part: str = "written"
 
     @property
     def suffix(self) -> str:
@@ -82,10 +86,10 @@ CONVERSIONS = (
     Conversion("GGUF bf16", "gguf", ("--type", "bf16"), of=1.3),
     Conversion(REBAKE, "gguf", (), of=1.1),
     Conversion("GGUF q8_0", "gguf", ("--type", "q8_0"), of=1.3),
-    Conversion("GGUF q4_k_m", "gguf", ("--type", "q4_k_m")),
+    Conversion("GGUF q4_k_m", "gguf", ("--type", "q4_k_m"), part="quantised"),
     Conversion("HF with an adapter", "hf", ("--adapter",), of=1.3),
     Conversion("ONNX f16", "onnx", ("--dtype", "f16"), of=1.3),
-    Conversion("ONNX int4", "onnx", ("--dtype", "int4")),
+    Conversion("ONNX int4", "onnx", ("--dtype", "int4"), part="quantised"),
 )
 
 
@@ -317,13 +321,21 @@ def figures(shape: str, disk: dict[str, Any], quantised: dict[str, Any] | None) 
 
 
 def measure(asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    chosen = [conversion for conversion in CONVERSIONS if not asked.only or conversion.name in asked.only]
+    if asked.part == "large":
+        found = large(scratch, asked.large_shards, asked.large_layers)
+        peak = found["dry_run_peak_rss_mb"]
+        report(Figure("GGUF dry run, a 70B", found["dry_run_seconds"], "s", memory_mb=peak))
+        return {LARGE: found}
+    chosen = [conversion for conversion in CONVERSIONS if conversion.part == asked.part]
+    chosen = [conversion for conversion in chosen if not asked.only or conversion.name in asked.only]
     bench = Bench(scratch / "disk", asked.shape)
     found: dict[str, Any] = {"shape": asked.shape, "disk": measured(bench, chosen, asked.rounds)}
     print(json.dumps(found["disk"], indent=1), flush=True)
-    quantised = against_llama_quantize(bench, asked.quantise, asked.rounds) if asked.quantise else None
+    quantised = None
+    if asked.part == "quantised" and asked.quantise:
+        quantised = against_llama_quantize(bench, asked.quantise, asked.rounds)
+        found["q4_k_m beside llama_model_quantize"] = quantised
     report(*figures(asked.shape, found["disk"], quantised))
-    found["q4_k_m beside llama_model_quantize"] = quantised
     shutil.rmtree(bench.folder)
     small = Bench(scratch / "small", SMALL)
     found["peak_rss_mb"] = {
@@ -338,26 +350,25 @@ def measure(asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
                 found["in memory"] = {"shape": shape, **measured(Bench(place, shape), chosen, asked.rounds)}
             finally:
                 shutil.rmtree(place)
-    if asked.large_shards:
-        found[LARGE] = large(scratch, asked.large_shards, asked.large_layers)
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=[*dict.fromkeys(conversion.part for conversion in CONVERSIONS), "large"])
     parser.add_argument("--shape", choices=SHAPES, default=WHOLE)
     parser.add_argument("--rounds", type=int, default=5, help="0: one that isn't preceded by one to warm up")
     parser.add_argument("--only", nargs="+", choices=[conversion.name for conversion in CONVERSIONS], metavar="NAME")
     parser.add_argument("--scratch", type=Path, help="where to work; default: a temporary folder")
     parser.add_argument("--memory", type=Path, default=Path("/dev/shm"), help="a memory file system")
     parser.add_argument("--quantise", type=Path, help="a folder with a libllama that has llama_model_quantize")
-    parser.add_argument("--large-shards", type=int, default=2, help="of 5 GB each, for real; 0: no 70B")
+    parser.add_argument("--large-shards", type=int, default=2, help="of 5 GB each, for real")
     parser.add_argument("--large-layers", type=int, help="of the 70B; default: all")
     asked = parser.parse_args()
     with scratch_folder(asked.scratch) as scratch:
         found = measure(asked, scratch)
     if asked.shape == WHOLE and not asked.only:
-        save("scale", found)
+        save(f"scale-{asked.part}", found)
     else:
         print(json.dumps(found, indent=1))
 

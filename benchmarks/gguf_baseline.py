@@ -164,7 +164,7 @@ def verified(artifact: Path, model: Path, recipe: Recipe, options: Options) -> d
         "kl_mean": {case: rows[case].kl_mean if case in rows else None for case in LENGTHS},
         "passed": report.passed,
         "failed_checks": len(report.failed),
-        "file_says": [row.reason for row in report.rows if row.code == "metadata" and row.reason],
+        "file_says": [row.reason for row in report.failed if row.code == "metadata" and row.reason],
         "loads": rows["loads"].reason if "loads" in rows else "yes",
     }
 

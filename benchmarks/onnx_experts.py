@@ -131,7 +131,9 @@ def measured(case: Case, folder: Path, pairs: int) -> dict[str, Any]:
     }
     rng = np.random.default_rng(3)
     prompt, one = rng.integers(2, 500, READ), rng.integers(2, 500, 1)
-    answers = {name: each.run(None, feed(each, prompt, 0, None)) for name, each in sessions.items()}
+    answers: dict[str, list[Any]] = {
+        name: list(each.run(None, feed(each, prompt, 0, None))) for name, each in sessions.items()
+    }
     apart = float(np.abs(answers["standard operators"][0] - answers["MoE"][0]).max())
     assert apart < ALIKE, apart
     times: dict[str, dict[str, list[float]]] = {name: {"read": [], "write": []} for name in sessions}

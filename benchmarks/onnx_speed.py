@@ -11,7 +11,7 @@ Both are made of the same plain checkpoint; ours gets a YaRN recipe of 8x, so it
 it computes, where the builder's reads a table inside the attention operator. One process and one ONNX Runtime run both,
 in turn, A B B A …; caches are allocated once, are input and output at the same time, as onnxruntime-genai has them, and
 are the same ones for both: where they lie in memory is worth a fifth of a token's time. The ratio is taken pair by
-pair. MODEL: default, random weights in the shape of SmolLM2-135M with a smaller vocabulary.
+pair. MODEL: default, random weights in the shape of SmolLM2-135M with twelve layers and a smaller vocabulary.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ READ, SHORT = 8192, 512
 SHAPE = {
     "hidden_size": 576,
     "intermediate_size": 1536,
-    "num_hidden_layers": 30,
+    "num_hidden_layers": 12,
     "num_attention_heads": 9,
     "num_key_value_heads": 3,
     "head_dim": 64,

@@ -35,7 +35,7 @@ RESULTS = Path(os.environ.get(RESULTS_FOLDER) or Path(__file__).parent / "result
 CHUNK = 64 * 2**20
 
 # Of Llamas in bf16, in place of what the 7B shape has: small ones to try a script and to see whether memory grows with
-# the model, 1.4 B parameters, and the 7B itself (13.5 GB).
+# the model, 1.0 and 1.4 B parameters, and the 7B itself (13.5 GB).
 SHAPES = {
     "0.1 GB": {
         "hidden_size": 512,
@@ -50,6 +50,13 @@ SHAPES = {
         "num_hidden_layers": 7,
         "num_attention_heads": 8,
         "num_key_value_heads": 8,
+    },
+    "2 GB": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 17,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
     },
     "2.8 GB": {
         "hidden_size": 2048,

@@ -148,7 +148,7 @@ HEADLINES: tuple[tuple[str, str], ...] = (
     ("angle at 2097151, lrconvert, modeling_longrope.py", "transformers"),
     ("ONNX int4 on a CPU: write after 512", "genai builder"),
     ("verify, SmolLM2-135M, Q4_1 GGUF, full", ""),
-    ("verify, 1.4 B, q4_k_m GGUF, quick", ""),
+    ("verify, 1 B, q4_k_m GGUF, quick", ""),
 )
 
 

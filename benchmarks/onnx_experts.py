@@ -45,15 +45,13 @@ READ, ALIKE = 256, 1e-4
 
 @dataclass(frozen=True)
 class Case:
-    """A model, where its experts lie, and whether its gates are normalised."""
+    """A model whose gates are normalised, and where its experts lie."""
 
     config: dict[str, Any]
     gate: str
     up: str
     down: str
     experts: int
-    used: int
-    normalised: bool
 
 
 _MIXTRAL, _QWEN = "model.layers.0.block_sparse_moe.experts.{}", "model.layers.0.mlp.experts.{}"
@@ -61,13 +59,13 @@ CASES = {
     "mixtral, 2 of 8": Case(
         {**SHARED, "model_type": "mixtral", "intermediate_size": 3584, "num_local_experts": 8,
          "num_experts_per_tok": 2},
-        f"{_MIXTRAL}.w1.weight", f"{_MIXTRAL}.w3.weight", f"{_MIXTRAL}.w2.weight", 8, 2, True,
+        f"{_MIXTRAL}.w1.weight", f"{_MIXTRAL}.w3.weight", f"{_MIXTRAL}.w2.weight", 8,
     ),
     "qwen3_moe, 8 of 64": Case(
         {**SHARED, "model_type": "qwen3_moe", "intermediate_size": 2048, "moe_intermediate_size": 512, "head_dim": 64,
          "num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": True, "decoder_sparse_step": 1,
          "mlp_only_layers": []},
-        f"{_QWEN}.gate_proj.weight", f"{_QWEN}.up_proj.weight", f"{_QWEN}.down_proj.weight", 64, 8, True,
+        f"{_QWEN}.gate_proj.weight", f"{_QWEN}.up_proj.weight", f"{_QWEN}.down_proj.weight", 64,
     ),
 }  # fmt: skip
 
@@ -99,8 +97,8 @@ def with_operator(graph: Path, source: Path, case: Case) -> Path:
     model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in stacked.items())
     operator = helper.make_node(
         "MoE", [tokens.input[0], softmax.input[0], "moe.both", "", "moe.down"], ["moe.made"], domain="com.microsoft",
-        activation_type="swiglu", swiglu_fusion=1, activation_alpha=1.0, activation_beta=0.0, k=case.used,
-        normalize_routing_weights=int(case.normalised),
+        activation_type="swiglu", swiglu_fusion=1, activation_alpha=1.0, activation_beta=0.0,
+        k=case.config["num_experts_per_tok"], normalize_routing_weights=1,
     )  # fmt: skip
     places = [index for index, node in enumerate(model.graph.node) if node.output and node.output[0] == made]
     model.graph.node.insert(places[0] + 1, operator)

@@ -116,7 +116,7 @@ _HOME = re.compile(rb"(?<![\w.:/])(?:file://)?(?:/home|/Users|/root|[A-Za-z]:\\{
 
 def home_in(data: bytes) -> str | None:
     """A path of somebody's home in a text, which stays where no key is known to hold one."""
-    found = _HOME.search(_ESCAPED.sub(_unescaped, data) if b"\\/" in data else data)
+    found = _HOME.search(data) or _HOME.search(_ESCAPED.sub(_unescaped, data))
     return found[0].decode(errors="replace")[:80] if found else None
 
 

@@ -13,14 +13,13 @@ from typing import Any
 import make_shape
 import numpy as np
 import pytest
-from conftest import Result, own_name, recipe_for
+from conftest import Result, recipe_for
 from support.float64 import EXACT, by_reference, natively
 from support.gguf_files import Tensors, changed, contents, write_matrix
 from support.gguf_pico import make_pico
 from support.pico import pico_config, pico_tensors, write_pico
-from support.verifying import WORKERS, options_by_target, verify
+from support.verifying import WORKERS, baked, options_by_target, verify
 
-from lrconvert.artifact.bake import bake
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.checkpoint.names import RenamedCheckpoint
 from lrconvert.errors import InputError, UnsupportedError
@@ -34,7 +33,7 @@ from lrconvert.recipe import Recipe
 from lrconvert.recipe.models import own_recipe
 from lrconvert.reference import FactorSet, Reference, Rotation
 from lrconvert.runtimes import llama_cpp
-from lrconvert.targets import gguf, hf, onnx
+from lrconvert.targets import hf, onnx
 from lrconvert.targets.gguf.schemes import SCHEMES, MixFacts, tensor_type
 
 pytestmark = pytest.mark.usefixtures("remembered")
@@ -71,18 +70,6 @@ def options() -> Iterator[Callable[[str], Options]]:
 def model_of(pico: Pico, family: str, **changes: Any) -> Model:
     original = {"original_max_position_embeddings": WINDOW} if family == "phimoe" else {}
     return pico(family, max_position_embeddings=WINDOW, **original, **changes)
-
-
-def baked(target: str, model: Model, recipe: Recipe, folder: Path, **more: Any) -> Path:
-    output = own_name(folder / "a")
-    if target == "hf":
-        bake(hf.plan(model, recipe, output, hf.Options(**more)))
-    elif target == "onnx":
-        bake(onnx.plan(model, recipe, output, onnx.Options(**more)))
-    else:
-        output = output.with_suffix(".gguf")
-        bake(gguf.plan(model, recipe, output, gguf.Options(**{"type": "f32", **more})))
-    return output
 
 
 # --- the reference ---------------------------------------------------------------------------------------

@@ -10,25 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import own_name, recipe_for
+from conftest import recipe_for
 from support.gguf_files import Tensors, changed
 from support.pico import v5_rope
-from support.verifying import options_by_target, verify
+from support.verifying import CODES, baked, options_by_target, verify
 
-from lrconvert.artifact.bake import bake
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.errors import UnsupportedError
 from lrconvert.families.layers import FULL, SLIDING
 from lrconvert.parity import Options
 from lrconvert.parity.mutants import layers_alike, unpermuted_qk
-from lrconvert.recipe import Recipe
 from lrconvert.recipe.models import own_recipe
 from lrconvert.rope import yarn_attention_factor, yarn_factors
-from lrconvert.targets import gguf, hf, onnx
 
 SHORT, WINDOW = 256, 1024  # llama.cpp's contexts count in steps of the first
 FAR = 100
-CODES = {"hf": ("native", "custom"), "gguf": ("llama.cpp",), "onnx": ("onnxruntime",)}
 YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": SHORT}
 # What each needs to be a model that llama.cpp's C++ can be told of.
 IN_GGUF: dict[str, dict[str, Any]] = {
@@ -53,18 +49,6 @@ Pico = Callable[..., Model]
 def options() -> Iterator[Callable[[str], Options]]:
     with options_by_target() as get:
         yield get
-
-
-def baked(target: str, model: Model, recipe: Recipe, folder: Path, **more: Any) -> Path:
-    output = own_name(folder / "a")
-    if target == "hf":
-        bake(hf.plan(model, recipe, output, hf.Options(**more)))
-    elif target == "onnx":
-        bake(onnx.plan(model, recipe, output, onnx.Options(**more)))
-    else:
-        output = output.with_suffix(".gguf")
-        bake(gguf.plan(model, recipe, output, gguf.Options(**{"type": "f32", **more})))
-    return output
 
 
 @pytest.mark.parametrize("target", ["hf", "onnx"])

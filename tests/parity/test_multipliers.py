@@ -8,20 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import own_name, recipe_for
-from support.verifying import WORKERS, options_by_target, verify
+from conftest import recipe_for
+from support.verifying import CODES, WORKERS, baked, options_by_target, verify
 
-from lrconvert.artifact.bake import bake
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.families.multipliers import NAMES
 from lrconvert.parity import Options
 from lrconvert.parity.mutants import without_multiplier
-from lrconvert.recipe import Recipe
-from lrconvert.targets import gguf, hf, onnx
 
 WINDOW = 256  # llama.cpp's contexts count in steps of it
 FAR = 100
-CODES = {"hf": ("native", "custom"), "gguf": ("llama.cpp",), "onnx": ("onnxruntime",)}
 Pico = Callable[..., Model]
 
 
@@ -29,18 +25,6 @@ Pico = Callable[..., Model]
 def options() -> Iterator[Callable[[str], Options]]:
     with options_by_target() as get:
         yield get
-
-
-def baked(target: str, model: Model, recipe: Recipe, folder: Path, **more: Any) -> Path:
-    output = own_name(folder / "a")
-    if target == "hf":
-        bake(hf.plan(model, recipe, output, hf.Options(**more)))
-    elif target == "onnx":
-        bake(onnx.plan(model, recipe, output, onnx.Options(**more)))
-    else:
-        output = output.with_suffix(".gguf")
-        bake(gguf.plan(model, recipe, output, gguf.Options(**{"type": "f32", **more})))
-    return output
 
 
 DROPPED = [*(("granite", name) for name in NAMES), *(("minicpm", name) for name in NAMES if name != "attention")]

@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import own_name, recipe_for
+from conftest import recipe_for
 from support.gguf_files import Tensors, changed
 from support.pico import EXTRA
-from support.verifying import WORKERS, options_by_target, verify
+from support.verifying import CODES, WORKERS, baked, options_by_target, verify
 
-from lrconvert.artifact.bake import bake
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.errors import UnsupportedError
 from lrconvert.families.query_scale import QueryScale
@@ -25,11 +24,9 @@ from lrconvert.parity.mutants import query_scale_as
 from lrconvert.recipe import Recipe
 from lrconvert.recipe.models import derive_for, own_recipe
 from lrconvert.rope import Tier
-from lrconvert.targets import gguf, hf, onnx
 
 BEGIN, WINDOW = 256, 1024  # llama.cpp's contexts count in steps of the first
 FAR = 100
-CODES = {"hf": ("native", "custom"), "gguf": ("llama.cpp",), "onnx": ("onnxruntime",)}
 KEY, ORIGINAL = "llama_4_scaling_beta", "original_max_position_embeddings"
 GROWTH = EXTRA["ministral3"]["rope_parameters"][KEY]
 Pico = Callable[..., Model]
@@ -56,18 +53,6 @@ def published(pico: Pico, begin: int = BEGIN, **more: Any) -> Model:
         ORIGINAL: begin,
     }
     return pico("ministral3", **{"max_position_embeddings": WINDOW, "rope_parameters": settings, **more})
-
-
-def baked(target: str, model: Model, recipe: Recipe, folder: Path, **more: Any) -> Path:
-    output = own_name(folder / "a")
-    if target == "hf":
-        bake(hf.plan(model, recipe, output, hf.Options(**more)))
-    elif target == "onnx":
-        bake(onnx.plan(model, recipe, output, onnx.Options(**more)))
-    else:
-        output = output.with_suffix(".gguf")
-        bake(gguf.plan(model, recipe, output, gguf.Options(**{"type": "f32", **more})))
-    return output
 
 
 def elsewhere(model: Model) -> Recipe:

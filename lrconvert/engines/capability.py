@@ -30,8 +30,7 @@ class Capability:
     `first_only`: it is always the first one; the attention factor is that of the sequence's tier all the same.
     `context_step`: it is chosen for a context when that is made, by its length, which is a multiple of this many
     tokens; 0: not so.
-    `boundary`: the one length after which the set can change, since the key that says it says something else of the
-    model too; None: any.
+    `boundary`: the only length after which the set can change, because its key also describes the model; None: any.
     """
 
     name: str

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ministral 3, and the language model of newer Mistral 3: Mistral's layout, and a scale of queries that grows."""
+"""Ministral 3, and the language model of newer Mistral 3: Mistral with queries that grow with their position."""
 
 from lrconvert.families import base
 

@@ -140,7 +140,7 @@ def warnings(artifact: Path, local: Manifest, names: set[str]) -> list[str]:
     for name in sorted(name for name in names - {CARD, MANIFEST} if name.endswith(".json")):
         path = artifact / name
         small = path.is_file() and path.stat().st_size <= MAX_TEXT_BYTES
-        # Nearly no file says one: those are the ones worth parsing.
+        # Few files hold such a path; only those are parsed.
         if small and home_in(data := path.read_bytes()) and (home := home_in(public_json(data))):
             found.append(f"{name} says {home}, and is published with it")
     present = {path.relative_to(artifact).as_posix() for path in artifact.rglob("*") if path.is_file()}

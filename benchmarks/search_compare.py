@@ -4,10 +4,12 @@
     python benchmarks/search_compare.py MODEL --text A [--held-out B …] --target 64k --folder DIR
         [--name NAME] [--original-window 8k] [--algorithms guided evolution] [--seeds 0 1 2] [--budget-guided 140]
         [--budget-evolution 704] [--seconds 540] [--device cuda] [--dtype bfloat16] [--attention cudnn]
+        [--space longrope2] [--documents 4]
 
 A, B: texts (.txt, with the model's tokenizer) or token ids (.npy of integers), at least as long as the target. Every
 search keeps its journal in DIR, and every held-out loss is kept there too: after `--seconds` the script stops with exit
-code 75, and the same command goes on. When all is measured it writes results/search-compare-NAME.{json,md}. Under
+code 75, and the same command goes on. Searches of another space, or of more documents of A, need a folder of their own;
+held-out losses are of one document each. When all is measured it writes results/search-compare-NAME.{json,md}. Under
 torchrun the processes share each search.
 """
 
@@ -55,7 +57,7 @@ class Comparison:
         self.model = open_model(options.model)
         self.window = options.original_window or self.model.shape.window
         shape = self.model.shape
-        self.space = space_for(shape.rotary_dim, shape.theta, self.window, options.target)
+        self.space = space_for(shape.rotary_dim, shape.theta, self.window, options.target, kind=options.space)
         paths = [options.text, *options.held_out]
         path = self.model.checkpoint.path
         self.text, *self.held_out = read_texts(sources_of(paths), lambda: tokenizer_of(path), vocab=shape.vocab)
@@ -64,13 +66,13 @@ class Comparison:
         )
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def objective(self, text: Text) -> Objective:
+    def objective(self, text: Text, documents: int = 1) -> Objective:
         return build_objective(
             "perplexity",
             {self.options.target: 1.0},
             original_window=self.window,
             texts=[text],
-            documents=1,
+            documents=documents,
             needles=lambda lengths: [],
         )
 
@@ -84,7 +86,7 @@ class Comparison:
             original_window=self.window,
             algorithm=algorithm,
             seed=seed,
-            tiers=(TierPlan(self.space, self.objective(self.text), budget),),
+            tiers=(TierPlan(self.space, self.objective(self.text, self.options.documents), budget),),
             texts=(self.text,),
             dtype=str(self.evaluator.model.dtype).removeprefix("torch."),
             name=f"{algorithm}-{seed}",
@@ -255,6 +257,8 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--budget-guided", type=int, default=140)
     parser.add_argument("--budget-evolution", type=int, default=704)
+    parser.add_argument("--space", choices=("longrope", "longrope2"), default="longrope")
+    parser.add_argument("--documents", type=int, default=1, help="of A that an evaluation reads")
     parser.add_argument("--seconds", type=float, default=540.0, help="of this call")
     parser.add_argument("--device")
     parser.add_argument("--dtype")
@@ -283,6 +287,8 @@ def main() -> int:
         "target": options.target,
         "original_window": comparison.window,
         "text": comparison.text.name,
+        "space": options.space,
+        "documents": options.documents,
         "environment": comparison.evaluator.describe(),
         "searches": figures_of(searches),
         "compared": compared(searches),

@@ -7,6 +7,8 @@
 The journal has 707 factor sets of SmolLM2-135M (8k to 64k) with their losses, as the paper's evolution evaluated them.
 Three Gaussian processes learn them all, and searches then run on what those predict: `rbf` (length 1), `matern`
 (fitted), and `rough`, which is the second with waves of 0.004 nats added, as real losses are rougher than any process.
+A fourth, `compared`, is as rough and has learnt the best 1,500 sets of six searches on another document
+(results/search/compare-smollm2): it has more valleys.
 Where a search proposes sets unlike all recorded ones, the predictions are worth little: what wins here has to win on a
 model too.
 
@@ -28,10 +30,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _common import Figure, report, save
+from _common import RESULTS, Figure, report, save
 
 from lrconvert.searching.evolution import Unseen, evolution, schedule_for
 from lrconvert.searching.guided import GuidedSettings, guided, polish, ramp
+from lrconvert.searching.journal import read_journal
 from lrconvert.searching.protocol import Algorithm, Answer, Question, Round
 from lrconvert.searching.space import GRID, Space, space_for
 
@@ -41,6 +44,7 @@ EVOLUTION = 704.0
 BUDGET = {"evolution": EVOLUTION}  # forward equivalents; 140 for the others
 SHORT_BUDGET = 140.0
 GOAL_WITHIN = 0.002
+COMPARED, MOST = RESULTS / "search" / "compare-smollm2", 1500
 FLOOR = 0.03  # nats below the best recorded loss: losses are learnt as logarithms of what is above it
 
 
@@ -145,7 +149,8 @@ def gradient_alone(space: Space, seed: int) -> Algorithm:
     questions = [Question(candidate, name) for name, candidate in space.seeds()]
     answers = yield questions
     known = [(question.candidate, answer.loss) for question, answer in zip(questions, answers, strict=True)]
-    yield from polish(space, known, Unseen(), replace(GuidedSettings(), steps=36, least_gain=-99.0), 1.0)
+    origin = min(known, key=lambda entry: entry[1])[0]
+    yield from polish(space, origin, known, Unseen(), replace(GuidedSettings(), steps=36, least_gain=-99.0), 1.0)
 
 
 def changed(**changes: Any) -> Callable[[Space, int], Algorithm]:
@@ -156,7 +161,9 @@ SEARCHES: dict[str, Callable[[Space, int], Algorithm]] = {
     "evolution": lambda space, seed: evolution(space, seed, schedule=schedule_for(space.target)),
     "guided": guided,
     "guided, no gradient": changed(stale=-99.0),
+    "guided, gradient from the best alone": changed(near=0.0, basin=0.0),
     "guided, no ramps": changed(ramps=0),
+    "guided, 16 ramps": changed(ramps=16),
     "guided, rounds of 4": changed(round=4),
     "guided, caution 0": changed(caution=0.0),
     "guided, caution 2": changed(caution=2.0),
@@ -164,6 +171,14 @@ SEARCHES: dict[str, Callable[[Space, int], Algorithm]] = {
     "CMA-ES, ramp of 3": cma_ramp,
     "gradient from NTK(2s)": gradient_alone,
 }
+
+
+def compared() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Factors and losses of the best sets of the searches that `search_compare.py` made."""
+    records = [record for path in sorted(COMPARED.glob("*.jsonl")) for record in read_journal(path).records]
+    best = sorted(records, key=lambda record: record.answer.loss)[:MOST]
+    factors = np.array([record.question.candidate.steps for record in best]) / GRID
+    return factors, np.array([record.answer.loss for record in best])
 
 
 def best_at(curve: list[tuple[float, float]], cost: float) -> float:
@@ -229,6 +244,7 @@ def main() -> None:
     rows = json.loads(options.journal.read_text())["rows"]
     losses, factors = np.array([row[0] for row in rows]), np.array([row[3] for row in rows]) / GRID
     landscapes = {kind: Landscape(kind, factors, losses) for kind in ("rbf", "matern", "rough")}
+    landscapes["compared"] = Landscape("rough", *compared())
     space = space_for(64, 100000.0, 8192, 65536)
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     result = {

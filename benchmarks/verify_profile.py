@@ -6,10 +6,10 @@
 
 `--smollm2`: SmolLM2-135M's Q4_1 GGUF (LRCONVERT_SMOLLM2_GGUF), re-baked with its recipe, is measured too. `--large`: so
 is a Llama of a billion parameters in q4_k_m, in `quick` alone (2 GB of random weights on the disk); `--only-large`
-measures that one and keeps the rest of the result. Every run is a whole process under cProfile, which also counts the
-reference's passes and their tokens. Waiting for the runtime's process shows as `readline`. The machine's load is kept
-with the figures: counts hold on a busy machine, CPU seconds about, seconds don't. `--threads 1` keeps llama.cpp's
-threads from spinning on a busy machine.
+measures that one and keeps the rest of the result. Every timed run is the command as a user starts it. One more is
+under cProfile: its seconds are not kept, but where they went (waiting for the runtime's process shows as `readline`),
+and how often the reference computed how many tokens. The machine's load is kept with the figures: counts hold on a busy
+machine, CPU seconds about, seconds don't. `--threads 1` keeps llama.cpp's threads from spinning on a busy machine.
 """
 
 from __future__ import annotations
@@ -78,6 +78,14 @@ def _large(scratch: Path) -> Path:
     return file
 
 
+def profiled(scratch: Path, arguments: list[Any]) -> tuple[list[dict[str, Any]], list[int]]:
+    """The command once under cProfile: where its time goes, and the tokens of every pass of the reference."""
+    record, script, counts = scratch / "profile", scratch / "counted.py", scratch / "counts.json"
+    script.write_text(COUNTED)
+    run([sys.executable, "-m", "cProfile", "-o", record, script, counts, *arguments])
+    return top_of(record), json.loads(counts.read_text())
+
+
 def top_of(profile: Path) -> list[dict[str, Any]]:
     """The functions with the most time of their own."""
     stats: dict[Any, Any] = pstats.Stats(str(profile)).stats  # type: ignore[attr-defined]
@@ -113,35 +121,29 @@ def main() -> None:
 def measure(scratch: Path, asked: argparse.Namespace) -> dict[str, Any]:
     scratch.mkdir(parents=True, exist_ok=True)
     artifacts = {LARGE: _large(scratch)} if asked.only_large else baked(scratch, asked.smollm2, large=asked.large)
-    record = scratch / "profile"
-    script, counts = scratch / "counted.py", scratch / "counts.json"
-    script.write_text(COUNTED)
     threads = [] if asked.threads is None else ["--threads", str(asked.threads)]
     costs: dict[tuple[str, str], list[Cost]] = {
         (name, profile): [] for name in artifacts for profile in (PROFILES if name != LARGE else ("quick",))
     }
-    tops: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    passes: dict[tuple[str, str], list[int]] = {}
     loads = []
     for _ in range(asked.rounds):
         for name, profile in costs:
             loads.append(os.getloadavg()[0])
-            command = [sys.executable, "-m", "cProfile", "-o", record, script, counts, "verify", artifacts[name]]
-            costs[name, profile].append(run([*command, "--profile", profile, *threads]))
-            tops[name, profile], passes[name, profile] = top_of(record), json.loads(counts.read_text())
+            costs[name, profile].append(run(lrconvert("verify", artifacts[name], "--profile", profile, *threads)))
     rows: dict[str, Any] = {name: {} for name in artifacts}
     for (name, profile), made in costs.items():
         wall, peak = median([cost.wall for cost in made]), round(max(cost.rss for cost in made) / 1e6)
         goal = GOALS.get((name, profile))
         report(Figure(f"verify, {name}, {profile}", wall, "s", limit=goal, memory_mb=peak))
+        tops, passes = profiled(scratch, ["verify", artifacts[name], "--profile", profile, *threads])
         rows[name][profile] = {
             "wall_seconds": [round(cost.wall, 1) for cost in made],
             "cpu_seconds": [round(cost.cpu, 1) for cost in made],
             "wall_goal_seconds": goal,
-            "reference_passes": len(passes[name, profile]),
-            "reference_tokens": sum(passes[name, profile]),
+            "reference_passes": len(passes),
+            "reference_tokens": sum(passes),
             "peak_rss_mb": peak,
-            "top": tops[name, profile],
+            "top": tops,
         }
     return {"load_average": [round(load, 1) for load in loads], "artifacts": rows}
 

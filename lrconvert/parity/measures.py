@@ -21,9 +21,10 @@ class Measures:
     top1: float
 
 
-def compare(reference: np.ndarray, artifact: np.ndarray, share: float = 1.0) -> Measures:
+def compare(reference: np.ndarray, artifact: np.ndarray, share: float = 1.0, spared: float = 0.0) -> Measures:
     """Both [n, vocabulary], float64. A value that isn't finite makes every measure infinite (top1: 0). `share`: the
-    divergences are those of so many of the positions, the closest ones."""
+    divergences are those of so many of the positions, the closest ones. `spared`: the largest is that of all but so
+    many, rounded down; the mean is of them all."""
     if reference.shape != artifact.shape:
         raise ValueError(f"reference {reference.shape} and artifact {artifact.shape} differ in shape")
     if not np.isfinite(artifact).all():
@@ -35,9 +36,10 @@ def compare(reference: np.ndarray, artifact: np.ndarray, share: float = 1.0) -> 
         found[start : start + rows] = divergences(ours, theirs)
         furthest.append(float(np.abs(ours - theirs).max()))
         same += int((ours.argmax(axis=-1) == theirs.argmax(axis=-1)).sum())
-    if share < 1.0:
-        found = np.sort(found)[: max(1, int(share * len(found)))]
-    return Measures(float(found.mean()), float(found.max()), max(furthest), same / len(reference))
+    found = np.sort(found)[: max(1, int(share * len(found)))]
+    return Measures(
+        float(found.mean()), float(found[-1 - int(spared * len(found))]), max(furthest), same / len(reference)
+    )
 
 
 def divergences(reference: np.ndarray, artifact: np.ndarray) -> np.ndarray:

@@ -23,6 +23,13 @@ NOISE_OF_8_BITS = 2.0
 # to such ones.
 ROUTED = 0.5
 
+# Of the tokens of a case beyond its row, where all results have a type narrower than float32: the part that the largest
+# KL leaves out, rounded down, so none of fewer than a hundred tokens. At 2,097,152 tokens in bfloat16 on an H200, one
+# token of 128 of smollm2-135m-2048k was off by 4.9 nats in the folder's own code and by 4.3 in the native one; the
+# reference rounded as they do had about 0.5 for its largest. All else agreed: the mean was 0.05 of 0.085 allowed, and
+# the largest of the same code in float16 was 0.016.
+TIPPED = 0.01
+
 _FOLD = "the reference against itself, q and k scaled and the attention factor divided, without rounding: {}"
 PORTABLE = (
     Tolerance("float64", ANY, 1e-12, 1e-10, _FOLD.format("float64")),

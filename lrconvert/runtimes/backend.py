@@ -77,6 +77,11 @@ class Rounding:
     activations: int = 0
     results: str = "float32"
 
+    @property
+    def narrow(self) -> bool:
+        """Whether all that it computes has fewer bits than float32."""
+        return self.results != "float32"
+
     def __str__(self) -> str:
         parts = [self.results] if self.angles == "float64" or self.results != "float32" else []
         parts += [] if self.angles == "float64" else ["float32 angles"]

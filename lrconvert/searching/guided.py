@@ -4,8 +4,9 @@
 1. The analytic sets and a few smooth ramps are evaluated.
 2. A Gaussian process over ln λ learns the losses. It picks a handful among some hundred offspring of the best sets;
    they are evaluated, the process learns from them, and so on.
-3. When a round brings little, the best set follows its gradient in the slow frequencies for some steps. Fast
-   frequencies are left out: they turn so often in a document that their gradient is noise.
+3. When a round brings little, a set follows its gradient in the slow frequencies for some steps: the best one, or the
+   best that is unlike those that did so before. Fast frequencies are left out: they turn so often in a document that
+   their gradient is noise.
 
 docs/search.md has what else was tried and how it was measured.
 """
@@ -33,7 +34,7 @@ Known = list[tuple[Candidate, float]]  # what was evaluated, with its loss
 class GuidedSettings:
     """The numbers of the search. docs/search.md has the measurements behind the defaults."""
 
-    ramps: int = 16
+    ramps: int = 24
     elite: int = 16  # the best sets, which have offspring
     offspring: int = 400  # bred and predicted in every round
     round: int = 8  # evaluated in every round
@@ -45,6 +46,8 @@ class GuidedSettings:
     least_gain: float = 0.002  # two steps of the gradient that gain less are the last ones
     offset: float = 0.3  # losses are learnt as ln(loss − best + offset)
     reach: float = 6.0  # losses further above the best are not learnt
+    near: float = 2.0  # losses further above the best don't follow the gradient
+    basin: float = 0.3  # the least difference in ln λ from sets that followed it
     steps: int = 12  # of the gradient, at most
     step: float = 0.03  # in ln λ, at first
     slow: float = 12.5  # turns within the original window up to which the gradient is used
@@ -62,15 +65,17 @@ def guided(
     questions += [Question(fresh.take(candidate), "ramp") for candidate in designs]
     known = learnt([], questions, (yield questions))
     scale = scale_of(known)
-    before, polished = best_of(known), None
+    before, polished = best_of(known), list[Candidate]()
     while questions := propose(space, known, rng, fresh, settings, scale):
         known = learnt(known, questions, (yield questions))
         now = best_of(known)
-        if before[1] - now[1] < settings.stale * scale and now != polished:
-            known = yield from polish(space, known, fresh, settings, scale)
+        origin = unpolished(known, polished, settings, scale)
+        if before[1] - now[1] < settings.stale * scale and origin is not None:
+            known = yield from polish(space, origin, known, fresh, settings, scale)
             if now[1] - best_of(known)[1] < settings.stale * scale:
                 known = yield from try_start_tokens(space, known, fresh)
-            now = polished = best_of(known)
+            now = best_of(known)
+            polished += [origin, now[0]]
         before = now
 
 
@@ -214,18 +219,26 @@ class Surrogate:
 # --- the gradient ----------------------------------------------------------------------------------------
 
 
+def unpolished(known: Known, polished: Sequence[Candidate], settings: GuidedSettings, scale: float) -> Candidate | None:
+    """The best set that is unlike all that followed their gradient; None where no good one is."""
+    _, least = best_of(known)
+    for candidate, loss in sorted(known, key=lambda entry: entry[1]):
+        if loss > least + settings.near * scale:
+            break
+        if all(differ(candidate, other, settings.basin) for other in polished):
+            return candidate
+    return None
+
+
 def polish(
-    space: Space, known: Known, fresh: Unseen, settings: GuidedSettings, scale: float
+    space: Space, origin: Candidate, known: Known, fresh: Unseen, settings: GuidedSettings, scale: float
 ) -> Generator[Round, Sequence[Answer], Known]:
-    """Steps of Adam in ln λ of the slow frequencies from the best set on; what is known afterwards.
+    """Steps of Adam in ln λ of the slow frequencies from a set on; what is known afterwards.
 
     Ends early when two steps brought next to nothing, or where the evaluator gives no gradient.
     """
     from sklearn.isotonic import isotonic_regression
 
-    origin, _ = best_of(known)
-    if origin is None:
-        return known
     free = slow_indices(space, origin, settings.slow)
     position = np.log(np.asarray(origin.steps) / GRID)
     first, second = np.zeros(space.size), np.zeros(space.size)

@@ -6,7 +6,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 from conftest import own_name
 from support.verifying import verify
@@ -14,7 +17,7 @@ from support.verifying import verify
 from lrconvert.artifact.bake import bake
 from lrconvert.checkpoint import Model
 from lrconvert.parity import Options, Report, Row
-from lrconvert.parity.judging import with_noise
+from lrconvert.parity.judging import SPARED, Asked, judged, with_noise
 from lrconvert.parity.measures import Measures
 from lrconvert.parity.mutants import RECIPE_MUTANTS
 from lrconvert.parity.reference_runner import ReferenceRunner
@@ -197,3 +200,21 @@ def test_noise_that_is_no_number_allows_nothing() -> None:
     for value in (float("nan"), float("inf")):
         assert with_noise(row, Measures(value, value, 0.0, 0.0), Rounding("product")) == row
     assert not row.holds(float("nan"), float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("results", "tipped", "verdict"),
+    [("bfloat16", 1, "pass"), ("bfloat16", 2, "fail"), ("float32", 1, "fail")],
+)
+def test_one_token_in_a_hundred_may_tip_over_in_a_narrow_type(results: str, tipped: int, verdict: str) -> None:
+    """Its answer is another one altogether. A second such token fails, and so does the first in float32."""
+    right = np.zeros((128, 8))
+    right[:, 0] = 1.0
+    rounded, answers = right + 0.02 * np.eye(8)[1], right.copy()
+    answers[:tipped, 1] = 6.0  # 4.5 nats
+    reference = SimpleNamespace(rounded=lambda rounding: rounding)
+    opened: Any = SimpleNamespace(reference=reference, routed=False, rounding=Rounding("float64", results=results))
+    asked = Asked([answers], lambda runner: [rounded] if isinstance(runner, Rounding) else [right])
+    row = judged("custom", "far end", 2**21, asked, opened, Tolerance("any", 2**62, 0.1, 0.3, "a reason"))
+    assert row.verdict == verdict
+    assert (SPARED in row.basis) == (results == "bfloat16")

@@ -137,16 +137,15 @@ def _ask_forward(case: Case, opened: Opened) -> Asked:
 def _forward(case: Case, opened: Opened) -> np.ndarray:
     """What the artifact answers to a forward case."""
     if shares(case):
+        return opened.readings.logits(case, lambda longest, indices: _read(longest, indices, opened))
+    return _read(case, kept(case.count), opened)
 
-        def ask(length: int, context: int, indices: np.ndarray) -> np.ndarray:
-            tokens = stream(opened.vocabulary, length).tolist()
-            return _logits(opened, tokens, keep=indices.tolist(), context=context)
 
-        return opened.readings.logits(case, ask)
-    positions = case.positions() if case.spread else None
-    tokens = stream(opened.vocabulary, case.length if positions is None else len(positions))
-    where = {"positions": None if positions is None else positions.tolist()}
-    return _logits(opened, tokens.tolist(), keep=kept(len(tokens)).tolist(), **where, **_context(case))
+def _read(case: Case, keep: np.ndarray, opened: Opened) -> np.ndarray:
+    """The logits of a forward case's sequence at indices."""
+    tokens = stream(opened.vocabulary, case.count).tolist()
+    where = {"positions": case.positions().tolist() if case.spread else None}
+    return _logits(opened, tokens, keep=keep.tolist(), **where, **_context(case))
 
 
 def _logits(opened: Opened, tokens: list[int], **how: Any) -> np.ndarray:

@@ -36,7 +36,7 @@ class Budget:
     decode: int
     sides: bool = False
     alone: int = SPREAD_TOKENS
-    prompt: int = 1024
+    prompt: int = SPREAD_TOKENS
 
     def at_most(self, tokens: int) -> Budget:
         """The same with no longer sequences; a spread one always fits."""
@@ -66,7 +66,7 @@ class Case:
     lengths: tuple[int, ...]
     spread: bool = False
     consecutive: bool = False  # spread, but as consecutive positions that end at the length
-    start: int = 0  # the position at which the prompt of a decode case begins
+    start: int = 0  # the position at which consecutive tokens and the prompt of a decode case begin
     context: int | None = None
     cached: bool = False  # keys from before a boundary are kept, as they were rotated then
     # What the code is known to get wrong, whatever the recipe: measured and shown; it never fails a verification.
@@ -94,14 +94,19 @@ class Case:
     def tokens(self) -> int:
         """Tokens that a runtime reads to answer it."""
         if self.spread:
-            return SPREAD_TOKENS
+            return self.count
         return sum(self.lengths) - self.start + (DECODED if self.kind in ("decode", "shift") else 0)
+
+    @property
+    def count(self) -> int:
+        """Tokens of the sequence of a `forward` case."""
+        return SPREAD_TOKENS if self.spread and not self.consecutive else self.lengths[0] - self.start
 
     def positions(self) -> np.ndarray:
         """Positions of a spread case: three eighths dense at each end, the rest evenly between."""
         length, edge = self.lengths[0], SPREAD_TOKENS * 3 // 8
         if self.consecutive:
-            return np.arange(length - SPREAD_TOKENS, length)
+            return np.arange(self.start, length)
         middle = np.linspace(edge, length - edge - 1, SPREAD_TOKENS - 2 * edge + 2)[1:-1]
         return np.concatenate([
             np.arange(edge), middle.astype(np.int64), np.arange(length - edge, length)
@@ -196,9 +201,11 @@ def _lengths(spec: RopeSpec, budget: Budget, accepts: Accepts, boundaries: Seque
             skipped = f"{length} consecutive tokens are beyond this device's budget; use --full"
             yield Case(name, "forward", (length,), skipped=skipped)
         elif length <= end:
-            yield Case(
-                name, "forward", (length,), spread=spread, consecutive=spread and accepts.positions == "consecutive"
-            )
+            # Below a boundary they begin where those at it do: it is the same reading without its last token.
+            last = length + 1 if length + 1 in boundaries else length
+            consecutive = spread and accepts.positions == "consecutive"
+            start = last - SPREAD_TOKENS if consecutive else 0
+            yield Case(name, "forward", (length,), spread=spread, consecutive=consecutive, start=start)
 
 
 def _batches(spec: RopeSpec, capability: Capability, accepts: Accepts) -> Iterator[Case]:

@@ -17,29 +17,31 @@ import numpy as np
 from lrconvert.parity.cases import Case, kept
 
 REMEMBERED = 2  # readings whose logits are held: 50 MB each for 49,152 words
-Ask = Callable[[int, int, np.ndarray], np.ndarray]  # tokens, context and indices to logits [n, v]
+Ask = Callable[[Case, np.ndarray], np.ndarray]  # of the longest case that a reading answers, at indices: logits [n, v]
 
 
 class Readings:
-    """The answers of one session to dense forward cases in contexts, which a program makes in sizes of `step`."""
+    """The answers of one session to forward cases of consecutive tokens in contexts, which a program makes in sizes of
+    `step`."""
 
     def __init__(self, step: int, cases: Sequence[Case]) -> None:
         self._step = step
         self._cases = [case for case in cases if shares(case) and not case.skipped]
-        self._known: deque[tuple[int, int, np.ndarray, np.ndarray]] = deque(maxlen=REMEMBERED)
+        self._known: deque[tuple[int, Case, np.ndarray, np.ndarray]] = deque(maxlen=REMEMBERED)
 
     def logits(self, case: Case, ask: Ask) -> np.ndarray:
         """What the session answers at `kept` of the case's tokens."""
-        size, wanted = self._size(case), kept(case.length)
-        for of_size, length, indices, answer in self._known:
-            if of_size == size and length - case.length in (0, 1) and np.isin(wanted, indices).all():
+        size, wanted = self._size(case), kept(case.count)
+        for of_size, read, indices, answer in self._known:
+            same = of_size == size and read.start == case.start
+            if same and read.count - case.count in (0, 1) and np.isin(wanted, indices).all():
                 return answer[np.searchsorted(indices, wanted)]
-        near = [other for other in self._cases if self._size(other) == size and abs(other.length - case.length) <= 1]
-        together = [case, *near]
-        longest = max(together, key=lambda other: other.length)
-        indices = np.unique(np.concatenate([kept(other.length) for other in together]))
-        answer = ask(longest.length, longest.context or longest.length, indices)
-        self._known.append((size, longest.length, indices, answer))
+        near = [other for other in self._cases if self._size(other) == size and other.start == case.start]
+        together = [case, *(other for other in near if abs(other.count - case.count) <= 1)]
+        longest = max(together, key=lambda other: other.count)
+        indices = np.unique(np.concatenate([kept(other.count) for other in together]))
+        answer = ask(longest, indices)
+        self._known.append((size, longest, indices, answer))
         return answer[np.searchsorted(indices, wanted)]
 
     def _size(self, case: Case) -> int:
@@ -48,4 +50,4 @@ class Readings:
 
 def shares(case: Case) -> bool:
     """Whether a case is one that readings answer."""
-    return case.kind == "forward" and not case.spread and case.context is not None
+    return case.kind == "forward" and (case.consecutive or not case.spread) and case.context is not None

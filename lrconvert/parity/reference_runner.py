@@ -53,7 +53,7 @@ class ReferenceRunner:
         self._reference.watch = watch
         self._rounded: dict[Rounding, ReferenceRunner] = {}
         self._dense: list[tuple[Tier, int, np.ndarray, np.ndarray]] = []  # tier, tokens, indices, logits
-        self._spread: dict[tuple[Tier, float, int, int, bool], np.ndarray] = {}
+        self._spread: dict[tuple[Tier, float, int, int, int], np.ndarray] = {}
 
     @property
     def dtype(self) -> str:
@@ -137,12 +137,13 @@ class ReferenceRunner:
 
     def _spread_out(self, spec: RopeSpec, case: Case, chooses: int) -> np.ndarray:
         """Logits of a spread case, which the codes of an artifact are often asked with the same set."""
-        key = (spec.tier_for(chooses), spec.base, spec.rotary_dim, case.length, case.consecutive)
+        key = (spec.tier_for(chooses), spec.base, spec.rotary_dim, case.length, case.start)
         if key not in self._spread:
             positions = case.positions()
             self._rotate_like(spec)
-            tokens = stream(self.model.shape.vocab, len(positions))
-            logits = self._reference.logits(tokens, positions=positions, length=chooses, keep=kept(len(positions)))
+            tokens, keep = stream(self.model.shape.vocab, len(positions)), kept(len(positions))
+            given = {"positions": positions, "length": chooses, "keep": keep}
+            logits = self._reference.logits(tokens, **given, remember=case.consecutive)
             if sum(answer.nbytes for answer in self._spread.values()) + logits.nbytes > MOST_KEPT:
                 return logits
             self._spread[key] = logits

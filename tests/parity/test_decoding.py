@@ -15,7 +15,7 @@ from lrconvert.artifact.bake import bake
 from lrconvert.checkpoint import Model
 from lrconvert.engines.capability import CUSTOM_HF, LLAMA_CPP, ONNX, Capability
 from lrconvert.parity import Options, Report, Row
-from lrconvert.parity.cases import CPU, Budget, Case, build_cases
+from lrconvert.parity.cases import CPU, SPREAD_TOKENS, Budget, Case, build_cases
 from lrconvert.parity.mutants import RECIPE_MUTANTS
 from lrconvert.parity.options import UNLIMITED
 from lrconvert.recipe import Recipe, load_recipe
@@ -80,12 +80,12 @@ def test_only_far_boundaries_have_short_prompts(pico: Pico) -> None:
         for name, code in codes.items()
     }
     assert starts["custom"] == {4092: 0, 8188: 0}
-    assert starts["onnxruntime"] == {4092: 0, 8188: 8188 - 1024}
+    assert starts["onnxruntime"] == {4092: 0, 8188: 8188 - SPREAD_TOKENS}
     assert starts["llama.cpp"].items() <= starts["onnxruntime"].items()
     for code in codes.values():
         assert all(case.start == 0 for case in decodes(model, *code, UNLIMITED))
         assert all(case.skipped for case in decodes(model, *code, CPU) if case.length > far)
-    assert all(case.tokens == 1024 + 8 for case in decodes(model, *codes["onnxruntime"], CPU) if case.start)
+    assert all(case.tokens == SPREAD_TOKENS + 8 for case in decodes(model, *codes["onnxruntime"], CPU) if case.start)
 
 
 @pytest.mark.parametrize("kind", WORKERS)

@@ -6,8 +6,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lrconvert.parity.cases import Case, kept
+from lrconvert.engines.capability import LLAMA_CPP
+from lrconvert.parity.cases import CPU, SPREAD_TOKENS, Case, build_cases, kept
 from lrconvert.parity.readings import Readings, shares
+from lrconvert.rope import RopeSpec, Tier
+from lrconvert.runtimes.backend import Accepts
 
 STEP = 256
 BELOW = Case("below 512", "forward", (511,), context=511)
@@ -23,9 +26,10 @@ class Session:
     def __init__(self) -> None:
         self.asked: list[tuple[int, int]] = []
 
-    def __call__(self, tokens: int, context: int, indices: np.ndarray) -> np.ndarray:
-        self.asked.append((tokens, context))
-        return np.array([[index, tokens, context] for index in indices])
+    def __call__(self, case: Case, indices: np.ndarray) -> np.ndarray:
+        assert case.context is not None
+        self.asked.append((case.count, case.context))
+        return np.array([[index, case.count, case.context] for index in indices])
 
 
 @pytest.fixture
@@ -67,6 +71,23 @@ def test_a_short_prompt_is_a_question_of_its_own(session: Session) -> None:
     assert session.asked == [(700, 768), (256, 768)]
 
 
+def test_so_are_the_tokens_before_a_far_boundary(session: Session) -> None:
+    """Those below begin where those at it do, and lack the last one. One past it is another context."""
+    spec = RopeSpec("llama", 2, 10000.0, 8192, 65536, (Tier(8192, (1.0,)), Tier(65536, (2.0,))))
+    cases = list(build_cases(spec, LLAMA_CPP, CPU, accepts=Accepts("consecutive", decodes_anywhere=True)))
+    below, at, past = (
+        next(case for case in cases if case.name == f"{where} 8192") for where in ("below", "at", "one past")
+    )
+    assert below.consecutive and at.consecutive and past.consecutive
+    np.testing.assert_array_equal(below.positions(), np.arange(8192 - SPREAD_TOKENS, 8191))
+    np.testing.assert_array_equal(at.positions(), np.arange(8192 - SPREAD_TOKENS, 8192))
+    np.testing.assert_array_equal(past.positions(), np.arange(8193 - SPREAD_TOKENS, 8193))
+    readings = Readings(STEP, cases)
+    for case in (below, at, past):
+        np.testing.assert_array_equal(readings.logits(case, session)[:, 0], kept(case.count))
+    assert session.asked == [(SPREAD_TOKENS, 8192), (SPREAD_TOKENS, 8193)]
+
+
 def test_a_skipped_case_is_not_read_for_another(session: Session) -> None:
     skipped = Case("at 512", "forward", (512,), context=512, skipped="too long")
     readings = Readings(STEP, [BELOW, skipped])
@@ -74,7 +95,7 @@ def test_a_skipped_case_is_not_read_for_another(session: Session) -> None:
     assert session.asked == [(511, 511)]
 
 
-def test_only_dense_cases_in_contexts_share() -> None:
+def test_only_consecutive_tokens_in_contexts_share() -> None:
     """Code that chooses by length is asked at every length, and spread positions are no prefix."""
     assert shares(AT)
     assert not shares(Case("at 512", "forward", (512,)))

@@ -11,7 +11,7 @@ import pytest
 from support.search_helpers import Landscape, best_at, cost_to_reach, drive, planted, read_real_journal, small_space
 
 from lrconvert.searching.evolution import Schedule, evolution, schedule_for
-from lrconvert.searching.guided import guided, slow_indices
+from lrconvert.searching.guided import GuidedSettings, guided, slow_indices, unpolished
 from lrconvert.searching.protocol import Algorithm
 from lrconvert.searching.space import Candidate, Space, space_for
 
@@ -139,6 +139,16 @@ def test_the_gradient_is_used_for_slow_frequencies_alone() -> None:
     space = space_for(64, 100000.0, 8192, 65536)
     slow = slow_indices(space, space.seeds()[0][1], 12.5)
     assert slow.tolist() == [index >= 13 for index in range(32)]
+
+
+def test_the_gradient_leaves_a_valley_that_it_has_followed() -> None:
+    """Next it starts from the best set that is unlike those; from none that is far worse than the best."""
+    space, settings, scale = small_space(), GuidedSettings(), 0.1
+    best, beside, other, bad = (space.make([factor] * space.size) for factor in (1.5, 1.55, 3.0, 5.0))
+    known = [(beside, 2.01), (best, 2.0), (bad, 2.0 + 1.1 * settings.near * scale), (other, 2.05)]
+    assert unpolished(known, [], settings, scale) == best
+    assert unpolished(known, [best], settings, scale) == other
+    assert unpolished(known, [best, other], settings, scale) is None
 
 
 def test_the_recorded_curve_is_reproduced() -> None:

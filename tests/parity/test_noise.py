@@ -204,10 +204,10 @@ def test_noise_that_is_no_number_allows_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("results", "tipped", "verdict"),
-    [("bfloat16", 1, "pass"), ("bfloat16", 2, "fail"), ("float32", 1, "fail")],
+    [("bfloat16", 2, "pass"), ("bfloat16", 3, "fail"), ("float32", 1, "fail")],
 )
-def test_one_token_in_a_hundred_may_tip_over_in_a_narrow_type(results: str, tipped: int, verdict: str) -> None:
-    """Its answer is another one altogether. A second such token fails, and so does the first in float32."""
+def test_one_token_in_fifty_may_tip_over_in_a_narrow_type(results: str, tipped: int, verdict: str) -> None:
+    """Its answer is another one altogether. A third of 128 such tokens fails, and so does the first in float32."""
     right = np.zeros((128, 8))
     right[:, 0] = 1.0
     rounded, answers = right + 0.02 * np.eye(8)[1], right.copy()
@@ -215,6 +215,6 @@ def test_one_token_in_a_hundred_may_tip_over_in_a_narrow_type(results: str, tipp
     reference = SimpleNamespace(rounded=lambda rounding: rounding)
     opened: Any = SimpleNamespace(reference=reference, routed=False, rounding=Rounding("float64", results=results))
     asked = Asked([answers], lambda runner: [rounded] if isinstance(runner, Rounding) else [right])
-    row = judged("custom", "far end", 2**21, asked, opened, Tolerance("any", 2**62, 0.1, 0.3, "a reason"))
+    row = judged("custom", "far end", 2**21, asked, opened, Tolerance("any", 2**62, 0.2, 0.3, "a reason"))
     assert row.verdict == verdict
     assert (SPARED in row.basis) == (results == "bfloat16")

@@ -26,9 +26,9 @@ ROUTED = 0.5
 # Of the tokens of a case beyond its row, where all results have a type narrower than float32: the part that the largest
 # KL leaves out, rounded down, so none of fewer than fifty tokens. In a case that is spread over 2,097,152 tokens some
 # tokens stand 100,000 positions from their neighbours, and what they attend to hangs on near ties. Of 128 such rows of
-# smollm2-135m-2048k in bfloat16 one was off by 4.9 nats on an H200 and two by 4.4 and 2.8 on a CPU; with eager attention
-# one by 5.0, and the next by 0.5. The reference, rounded as they are, had 0.8 and 0.2 for its largest. The medians agree:
-# 2.1e-3 and 1.9e-3. In float16 the largest was 0.03, in float32 4e-8.
+# smollm2-135m-2048k in bfloat16, one was off by 4.9 nats on an H200, two by 4.4 and 2.8 on a CPU, and with eager
+# attention one by 5.0 and the next by 0.5. The reference, rounded as they are, had 0.8 and 0.2 for its largest. The
+# medians agree: 2.1e-3 and 1.9e-3. In float16 the largest was 0.03, in float32 4e-8.
 TIPPED = 0.02
 
 _FOLD = "the reference against itself, q and k scaled and the attention factor divided, without rounding: {}"

@@ -110,8 +110,8 @@ def test_its_sets_are_the_best_of_its_journals(name: str) -> None:
 @each
 def test_it_says_what_it_is_worth(name: str) -> None:
     """On text that nothing was trained on, from the original window on: perplexity at 256k is near that of the model
-    before, the original window keeps what it had, passkeys are found at every depth, and keys nearly all up to 1024k. At
-    2048k more are found than the paper's Mistral finds passkeys (60 %)."""
+    before, the original window keeps what it had, passkeys are found at every depth, keys nearly all up to 1024k and
+    more at 2048k than the paper's Mistral finds passkeys (60 %)."""
     recipe = load_recipe(name)
     assert recipe.evaluation is not None and recipe.provenance.search is not None
     trained = {text["sha256"] for text in recipe.provenance.search["texts"]}

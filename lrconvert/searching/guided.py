@@ -40,6 +40,7 @@ class GuidedSettings:
     round: int = 8  # evaluated in every round
     caution: float = 1.0  # a prediction counts this many standard deviations below its mean
     apart: float = 0.03  # the least difference in ln λ between candidates of a round
+    basin: float = 0.3  # the same, from sets that followed the gradient
     noise: float = 0.12  # standard deviation of a local change in ln λ
     # Shares of `scale_of` the first round: some models lose nats, others hundredths.
     stale: float = 0.03  # a round that gains less is followed by the gradient
@@ -47,7 +48,6 @@ class GuidedSettings:
     offset: float = 0.3  # losses are learnt as ln(loss − best + offset)
     reach: float = 6.0  # losses further above the best are not learnt
     near: float = 2.0  # losses further above the best don't follow the gradient
-    basin: float = 0.3  # the least difference in ln λ from sets that followed it
     steps: int = 12  # of the gradient, at most
     step: float = 0.03  # in ln λ, at first
     slow: float = 12.5  # turns within the original window up to which the gradient is used

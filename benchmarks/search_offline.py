@@ -8,7 +8,7 @@ The journal has 707 factor sets of SmolLM2-135M (8k to 64k) with their losses, a
 Three Gaussian processes learn them all, and searches then run on what those predict: `rbf` (length 1), `matern`
 (fitted), and `rough`, which is the second with waves of 0.004 nats added, as real losses are rougher than any process.
 A fourth, `compared`, is as rough and has learnt the best 1,500 sets of six searches on another document
-(results/search/compare-smollm2): it has more valleys.
+(results/search/compare-smollm2).
 Where a search proposes sets unlike all recorded ones, the predictions are worth little: what wins here has to win on a
 model too.
 
@@ -217,7 +217,8 @@ def measure(landscapes: dict[str, Landscape], space: Space, seeds: range) -> Ite
 def table(result: dict[str, Any]) -> str:
     lines = [
         f"Searches on landscapes made from a recorded one ({result['sets']} sets, best loss "
-        f"{result['recorded_best']:.4f}), {result['seeds']} seeds each, {result['date']}.",
+        f"{result['recorded_best']:.4f}), `compared` from those of search_compare.py; {result['seeds']} seeds each, "
+        f"{result['date']}.",
         f"Command: `{result['command']}`. Median best loss by forward equivalents; cost at which the median search "
         f"reaches evolution's median loss at 704, plus {GOAL_WITHIN}.",
         "",

@@ -69,8 +69,8 @@ def guided(
     while questions := propose(space, known, rng, fresh, settings, scale):
         known = learnt(known, questions, (yield questions))
         now = best_of(known)
-        origin = unpolished(known, polished, settings, scale)
-        if before[1] - now[1] < settings.stale * scale and origin is not None:
+        stale = before[1] - now[1] < settings.stale * scale
+        if stale and (origin := unpolished(known, polished, settings, scale)) is not None:
             known = yield from polish(space, origin, known, fresh, settings, scale)
             if now[1] - best_of(known)[1] < settings.stale * scale:
                 known = yield from try_start_tokens(space, known, fresh)

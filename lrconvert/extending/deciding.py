@@ -18,6 +18,7 @@ from lrconvert.extending.task import JOURNAL, Task
 from lrconvert.rope import Tier, compose, serving
 from lrconvert.searching.journal import Record, read_journal
 from lrconvert.searching.objective import PARTS
+from lrconvert.searching.objective import Kind as Objective
 from lrconvert.training.keys import KeyMaker, training_form
 from lrconvert.training.rows import Row, RowOptions, make_row
 
@@ -50,7 +51,7 @@ def decide(stage: Search, task: Task) -> dict[str, Any]:
     own = serving(before.tiers, stage.window)
     ranked = ranking(read_journal(task.folder / JOURNAL).records, stage.window)
     chosen = spread([record.answer.loss for record in ranked], stage.finalists)
-    row = whole_row(stage, task)
+    row = whole_row(task, stage.decide, stage.objective, stage.keys)
     kept = task.kept(DECIDED)
     model: LoadedModel | None = None
     found = []
@@ -62,7 +63,7 @@ def decide(stage: Search, task: Task) -> dict[str, Any]:
             task.say(f"deciding at {stage.decide} tokens", number, len(chosen))
             model = model or Loaded(task.trained(), **task.loading)
             model.rotation = tier
-            kept[key] = loss_of(model, row, stage)
+            kept[key] = loss_of(model, row, stage.objective, stage.judged)
             task.keep(DECIDED, kept)
         found.append(Decided(rank, record.question.made, record.answer.loss, kept[key], tier))
     best = min(found[: stage.finalists], key=lambda one: one.whole)
@@ -98,28 +99,27 @@ def spread(losses: list[float], finalists: int) -> list[int]:
     return sorted({*first, *(int(rest[np.abs(gaps - gap).argmin()]) for gap in wanted)})
 
 
-def whole_row(stage: Search, task: Task) -> Row:
-    """A document of `stage.decide` tokens with consecutive positions, and with keys where the search's objective has
-    some. Texts that are shorter are joined.
+def whole_row(task: Task, length: int, objective: Objective, keys: int, number: int = 0) -> Row:
+    """A document of `length` tokens with consecutive positions, and with keys where the objective has some; `number`
+    tells documents of one length apart. Texts that are shorter are joined.
 
     Raises `InputError` for too little text.
     """
-    assert stage.decide is not None
     texts = [text.tokens for text in task.texts]
-    joined = texts if max(map(len, texts)) >= stage.decide else [np.concatenate(texts)]
-    keys = stage.keys if "needle" in PARTS[stage.objective] else 0
-    maker = KeyMaker(training_form(task.model.checkpoint.path), task.encode) if keys else None
-    options = RowOptions(stage.decide, stage.decide, keys=keys)
-    return make_row(joined, options, maker, np.random.default_rng([task.seed, stage.decide]))
+    joined = texts if max(map(len, texts)) >= length else [np.concatenate(texts)]
+    hidden = keys if "needle" in PARTS[objective] else 0
+    maker = KeyMaker(training_form(task.model.checkpoint.path), task.encode) if hidden else None
+    seed = [task.seed, length, number] if number else [task.seed, length]
+    return make_row(joined, RowOptions(length, length, keys=hidden), maker, np.random.default_rng(seed))
 
 
-def loss_of(model: LoadedModel, row: Row, stage: Search) -> float:
-    """The search's objective on the document: of its text the last `judged` losses count."""
-    first = max(0, len(row.text) - stage.judged)
+def loss_of(model: LoadedModel, row: Row, objective: Objective, judged: int) -> float:
+    """The objective on the document: of its text the last `judged` losses count."""
+    first = max(0, len(row.text) - judged)
     (losses,) = model.losses(row.tokens[None], (first, len(row.text)))
     masks = {"text": row.text, "needle": row.answers}
     means = {part: float(losses[first:][mask[first:]].mean()) for part, mask in masks.items() if mask.any()}
-    return sum(share * means[part] for part, share in PARTS[stage.objective].items())
+    return sum(share * means[part] for part, share in PARTS[objective].items())
 
 
 def rank_correlation(first: list[float], second: list[float]) -> float | None:

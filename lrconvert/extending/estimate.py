@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lrconvert.extending.plan import Derive, Evaluate, Plan, Recover, Search, Tune
+from lrconvert.extending.attending import USUAL
+from lrconvert.extending.plan import Attention, Derive, Evaluate, Plan, Recover, Search, Tune
 from lrconvert.extending.stages import MOST_WINDOWS
 from lrconvert.searching.objective import PARTS
 from lrconvert.searching.plan import default_budget
@@ -73,6 +74,10 @@ def _recover(stage: Recover, window: int, following: int) -> Passes:
     return [(window, (stage.budget or default_budget("guided", window, window)) * rows)]
 
 
+def _attention(stage: Attention, window: int, following: int) -> Passes:
+    return [(stage.tokens, float(USUAL * stage.documents))]
+
+
 def _evaluate(stage: Evaluate, window: int, following: int) -> Passes:
     return [
         *((length, stage.excerpts) for length in stage.perplexity),
@@ -87,6 +92,7 @@ PASSES: dict[type, Callable[..., Passes]] = {
     Search: _search,
     Tune: _tune,
     Recover: _recover,
+    Attention: _attention,
     Evaluate: _evaluate,
 }
 

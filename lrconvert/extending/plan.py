@@ -125,6 +125,28 @@ class Recover:
 
 
 @dataclass(frozen=True)
+class Attention:
+    """The attention factor of the set that serves `window`, searched on the trained weights in steps of 2 %, on
+    `documents` whole documents of `length` tokens (by default `window`), of whose text the last `judged` count; the
+    factors λ stay. The text should be one that was not trained on."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    kind: Literal["attention"]
+    window: Tokens
+    length: Tokens | None = None
+    documents: Count = 1
+    objective: Literal["perplexity", "needle", "mixed"] = "perplexity"
+    keys: Annotated[int, Ge(0)] = 24
+    judged: Tokens = 65536
+
+    @property
+    def tokens(self) -> int:
+        """Of a document."""
+        return self.length or self.window
+
+
+@dataclass(frozen=True)
 class Evaluate:
     """Perplexity of the same last `judged` tokens at `perplexity` lengths, over `excerpts` places, and of the model
     before its extension at the original window; `keys` labelled keys from each of `texts` texts at `retrieval` lengths;
@@ -144,7 +166,7 @@ class Evaluate:
 
 
 LENGTHS = ("perplexity", "retrieval", "passkey")  # the keys of an evaluation that hold lengths
-Stage = Annotated[Derive | Search | Tune | Recover | Evaluate, Discriminator("kind")]
+Stage = Annotated[Derive | Search | Tune | Recover | Attention | Evaluate, Discriminator("kind")]
 
 
 @dataclass(frozen=True)
@@ -184,6 +206,9 @@ class Plan:
                 kept += [replace(stage, **within)] if any(within.values()) else []
             elif isinstance(stage, Recover):
                 kept.append(stage)
+            elif isinstance(stage, Attention):
+                window = min(stage.window, reach)
+                kept.append(replace(stage, window=window, length=stage.length and min(stage.length, window)))
             elif isinstance(stage, Tune):  # under the set before it, if that is still there
                 kept += (
                     [replace(stage, window=reach, length=min(stage.length, reach))]
@@ -224,6 +249,12 @@ class Plan:
                         f"{key}.rank is {stage.rank}; the adapter that it trains on has rank {rank}, not {stage.rank}"
                     )
                 trained = stage
+            if isinstance(stage, Attention):
+                if not window < stage.window <= reach:
+                    sets = f"sets before it are for more than {window} tokens, up to {reach}"
+                    found.append(f"{key}.window is {stage.window}; {sets}")
+                if stage.tokens > stage.window:
+                    found.append(f"{key}.length is {stage.length}, longer than its window, {stage.window}")
             if isinstance(stage, Recover) and reach <= window:
                 found.append(f"{key} has nothing to recover from: no stage before it goes beyond {window}")
             if isinstance(stage, Tune | Search) and stage.jumps[0] > stage.jumps[1]:

@@ -214,13 +214,20 @@ def extended_recipe(extension: Extension, done: list[Finished], name: str) -> Re
         method=extension.plan.name,
         search={
             "seed": task.seed,
-            "texts": [text.record() for text in task.texts],
+            "texts": [*_earlier_texts(task), *(text.record() for text in task.texts)],
             "code": f"lrconvert {__version__}",
             **({} if on is None else {"on": on.recipe.name}),
         },
         stages=tuple(stages),
     )
     return replace(recipe, name=name, provenance=provenance, evaluation=evaluations[-1] if evaluations else None)
+
+
+def _earlier_texts(task: Task) -> list[dict[str, Any]]:
+    """What the recipe that an extension began with was searched and trained on, as far as it was other texts."""
+    told = {} if task.on is None else task.on.recipe.provenance.search or {}
+    read = {text.sha256 for text in task.texts}
+    return [text for text in told.get("texts", ()) if text["sha256"] not in read]
 
 
 def _described(on: Ground) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from lrconvert import rope
 from lrconvert.errors import EnvironmentFailure
-from lrconvert.extending.plan import Derive, Evaluate, Recover, Search, Tune
+from lrconvert.extending.plan import Attention, Derive, Evaluate, Recover, Search, Tune
 from lrconvert.extending.task import ADAPTER, JOURNAL, Task
 from lrconvert.recipe.derive import factor_set
 from lrconvert.recipe.models import portable_name
@@ -87,6 +87,12 @@ def recover(stage: Recover, task: Task) -> Facts:
         documents=stage.documents,
         lengths={short.max_length: 1.0},
     )
+
+
+def attention(stage: Attention, task: Task) -> Facts:
+    from lrconvert.extending.attending import attend
+
+    return attend(stage, task)
 
 
 def _search(task: Task, length: int, **options: Any) -> Facts:
@@ -224,5 +230,6 @@ STAGES: dict[str, Callable[[Any, Task], Facts]] = {
     "search": search,
     "tune": tune,
     "recover": recover,
+    "attention": attention,
     "evaluate": evaluate,
 }

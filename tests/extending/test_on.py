@@ -98,6 +98,22 @@ def test_another_recipe_makes_other_stages(made: ExtendResult) -> None:
     assert runs[0].stages[0].digest != runs[1].stages[0].digest
 
 
+def test_the_record_names_the_texts_of_both(made: ExtendResult) -> None:
+    """A set chosen on another text than the weights were trained on hides neither."""
+    assert made.path is not None
+    folder = made.path.parents[1]
+    (folder / "unseen.txt").write_text(prose(9000), encoding="utf-8")
+    plan = parse_plan('stage = [{kind = "attention", window = 256, length = 200}]', "")
+    for read, names in (("unseen.txt", ["text.txt", "unseen.txt"]), ("text.txt", ["text.txt"])):
+        output = folder / f"attended-{read}"
+        extend(
+            folder / "wordy", texts=[folder / read], output=output, plan=plan, device="cpu", on=folder / "made",
+            held_out=[folder / "text.txt"],
+        )  # fmt: skip
+        search = load_recipe(output).provenance.search
+        assert search is not None and [text["name"] for text in search["texts"]] == names
+
+
 def test_what_does_not_go_together(made: ExtendResult, cli: Cli) -> None:
     assert made.path is not None
     folder = made.path.parents[1]

@@ -24,6 +24,7 @@ DERIVE = '[[stage]]\nkind = "derive"\nwindow = 256\n'
 SEARCH = '[[stage]]\nkind = "search"\nwindow = 256\n'
 TUNE = '[[stage]]\nkind = "tune"\nwindow = 256\nlength = 128\nsteps = 2\n'
 RECOVER = '[[stage]]\nkind = "recover"\n'
+ATTENTION = '[[stage]]\nkind = "attention"\nwindow = 256\n'
 EVALUATE = '[[stage]]\nkind = "evaluate"\nperplexity = [256]\n'
 
 WRONG: dict[str, tuple[str, str]] = {
@@ -64,6 +65,16 @@ WRONG: dict[str, tuple[str, str]] = {
         f'{DERIVE}{TUNE}method = "full"\n{TUNE}', "stage[2].method is 'lora'; after stages that trained all weights"
     ),
     "nothing to recover from": (RECOVER, "stage[0] has nothing to recover from"),
+    "an attention factor of no set": (ATTENTION, "stage[0].window is 256; sets before it are for more than 64 tokens"),
+    "of the original window's set": (
+        DERIVE + ATTENTION.replace("256", "64"), "stage[1].window is 64; sets before it are for more than 64 tokens"
+    ),
+    "a document longer than its window": (
+        f"{DERIVE}{ATTENTION}length = 512\n", "stage[1].length is 512, longer than its window, 256"
+    ),
+    "too little text for an attention factor": (
+        f"{DERIVE}{ATTENTION}".replace("256", "1000"), "stage[1] needs 1000 tokens of text; there are 900"
+    ),
     "nothing measured": (f'{DERIVE}[[stage]]\nkind = "evaluate"\n', "stage[1] measures nothing"),
     "measured beyond the sets": (EVALUATE, "stage[0] measures at 256; the sets before it reach 64"),
     "too little text for a search": (SEARCH.replace("256", '"1m"'), "stage[0] needs 1048576 tokens of text"),

@@ -18,7 +18,7 @@ from lrconvert.errors import InputError
 from lrconvert.evals.texts import Text
 from lrconvert.extending.deciding import rank_correlation, ranking, whole_row
 from lrconvert.extending.evaluating import long_enough
-from lrconvert.extending.plan import Derive, Search, Tune
+from lrconvert.extending.plan import Derive, Tune
 from lrconvert.extending.stages import RowMaker, derive
 from lrconvert.extending.task import Task, with_tier
 from lrconvert.recipe import SCHEMA_VERSION, Provenance, Recipe, load_recipe, write_recipe
@@ -153,15 +153,15 @@ def test_a_rank_correlation_is_spearmans() -> None:
 
 def test_a_whole_document_has_keys_where_they_count(task: Task) -> None:
     """Consecutive positions; the same one for all sets that are compared."""
-    stage = Search("search", 1024, objective="mixed", keys=2, decide=512)
-    row, again = whole_row(stage, task), whole_row(stage, task)
+    row, again = whole_row(task, 512, "mixed", 2), whole_row(task, 512, "mixed", 2)
     assert row.positions.tolist() == list(range(512)) and row.answers.sum() == 10
     assert np.array_equal(row.tokens, again.tokens)
-    assert not whole_row(replace(stage, objective="perplexity"), task).answers.any()
+    assert not np.array_equal(row.tokens, whole_row(task, 512, "mixed", 2, number=1).tokens)
+    assert not whole_row(task, 512, "perplexity", 2).answers.any()
     joined = replace(task, texts=(*task.texts, *task.texts))
-    assert len(whole_row(replace(stage, decide=1000), joined).tokens) == 1000
+    assert len(whole_row(joined, 1000, "mixed", 2).tokens) == 1000
     with pytest.raises(InputError, match="tokens of text; the longest has 600"):
-        whole_row(replace(stage, decide=1000), task)
+        whole_row(task, 1000, "mixed", 2)
 
 
 def test_texts_that_are_short_are_joined() -> None:

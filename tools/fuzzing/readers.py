@@ -173,6 +173,10 @@ rate = 1e-3
 [[stage]]
 kind = "recover"
 [[stage]]
+kind = "attention"
+window = "2k"
+length = 512
+[[stage]]
 kind = "evaluate"
 perplexity = [256, "1k"]
 retrieval = [512]

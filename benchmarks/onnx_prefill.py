@@ -83,8 +83,8 @@ class Peer:
 
     def __init__(self, folder: Path, device: str) -> None:
         self.device = device
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16, attn_implementation="sdpa")
-        self.model = self.model.to(device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16, attn_implementation="sdpa")
+        self.model = model.to(device).eval()
 
     def read(self, tokens: np.ndarray) -> float:
         """Seconds."""

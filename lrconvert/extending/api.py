@@ -16,11 +16,11 @@ from lrconvert.checkpoint.base import Model
 from lrconvert.checkpoint.links import is_inside
 from lrconvert.checkpoint.source import sha256_of
 from lrconvert.checkpoint.tokenizer import tokenizer_of
-from lrconvert.engines.capability import CUSTOM_HF, SEARCHABLE, Capability
-from lrconvert.errors import InputError, UnsupportedError, UsageError, require
+from lrconvert.engines.capability import CUSTOM_HF, SEARCHABLE
+from lrconvert.errors import InputError, UsageError, require
 from lrconvert.evals.texts import Text, read_texts, sources_of
 from lrconvert.extending.fitting import check_memory
-from lrconvert.extending.plan import Attention, Evaluate, Plan, Recover, Search, Tune, load_plan
+from lrconvert.extending.plan import Calibrate, Evaluate, Plan, Recover, Search, Tune, load_plan
 from lrconvert.extending.run import Extension, Finished, check_name, extended_recipe
 from lrconvert.extending.task import ADAPTER, Ground, Task
 from lrconvert.precision import long_name
@@ -93,7 +93,7 @@ def extend(
         UsageError: Options that don't go together, a plan or stage that doesn't exist, an output that exists.
         InputError: A model, text or plan that is damaged or doesn't fit, a model whose rotation is scaled, a stage's
             files that were changed.
-        UnsupportedError: A model quantised in a way that can't be read, a stage that `runtime` has no use for.
+        UnsupportedError: A model quantised in a way that can't be read.
         EnvironmentFailure: PyTorch, PEFT or a GPU is missing, or a stage does not fit the memory.
     """
     chosen = _plan(plan, target, on)
@@ -174,7 +174,7 @@ def _prepared(
     opened = open_model(str(model), revision=revision)
     able = SEARCHABLE[runtime] if runtime else CUSTOM_HF
     ground = None if on is None else Ground.of(str(on), opened, able)
-    _check(opened, plan, ground, able)
+    _check(opened, plan, ground)
     read, kept = _texts(opened, texts, held_out)
     check_texts(
         plan,
@@ -205,8 +205,8 @@ def check_texts(plan: Plan, window: int, texts: Sequence[int], held_out: Sequenc
                 problems.append(f"{key}.row_length is {row}; the longest text has {max(texts)} tokens")
             if (needed := max(stage.decide or 0, 0 if row else stage.window)) > sum(texts):
                 problems.append(f"{key} needs {needed} tokens of text; there are {sum(texts)}")
-        if isinstance(stage, Attention) and stage.tokens > sum(texts):
-            problems.append(f"{key} needs {stage.tokens} tokens of text; there are {sum(texts)}")
+        if isinstance(stage, Calibrate) and (needed := max(stage.lengths)) > sum(texts):
+            problems.append(f"{key} needs {needed} tokens of text; there are {sum(texts)}")
         if isinstance(stage, Recover) and window > sum(texts):
             problems.append(f"{key} needs {window} tokens of text; there are {sum(texts)}")
         if isinstance(stage, Evaluate):
@@ -227,18 +227,11 @@ def _plan(plan: str | Path | Plan, target: int | None, on: str | Path | None) ->
     return chosen if target is None else chosen.up_to(target)
 
 
-def _check(model: Model, plan: Plan, on: Ground | None, able: Capability) -> None:
+def _check(model: Model, plan: Plan, on: Ground | None) -> None:
     found = model.rotation
     if found.scaled:
         raise InputError(
             f"{model.reference} already carries {found.kind} scaling", remedy="Extend the model it was made from"
-        )
-    bound = [index for index, stage in enumerate(plan.stage) if isinstance(stage, Attention)]
-    if bound and able.attention != "per tier":
-        raise UnsupportedError(
-            f"plan {plan.name}: stage[{bound[0]}] searches the attention factor of one set; {able.name} has one for "
-            "all sets",
-            remedy="Leave the stage out, or --for",
         )
     begun = () if on is None else (on.window, on.rank)
     plan.check(found.original_window, f"plan {plan.name}", *begun)

@@ -8,11 +8,13 @@ both losses says how far to trust it.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lrconvert.errors import InputError
 from lrconvert.extending.plan import Search
 from lrconvert.extending.task import JOURNAL, Task
 from lrconvert.rope import Tier, compose, serving
@@ -20,7 +22,7 @@ from lrconvert.searching.journal import Record, read_journal
 from lrconvert.searching.objective import PARTS
 from lrconvert.searching.objective import Kind as Objective
 from lrconvert.training.keys import KeyMaker, training_form
-from lrconvert.training.rows import Row, RowOptions, make_row
+from lrconvert.training.rows import KEY_TOKENS, Row, RowOptions, make_row
 
 if TYPE_CHECKING:
     from lrconvert.training.loaded import LoadedModel
@@ -51,7 +53,7 @@ def decide(stage: Search, task: Task) -> dict[str, Any]:
     own = serving(before.tiers, stage.window)
     ranked = ranking(read_journal(task.folder / JOURNAL).records, stage.window)
     chosen = spread([record.answer.loss for record in ranked], stage.finalists)
-    row = whole_row(task, stage.decide, stage.objective, stage.keys)
+    row = whole_row(task, [text.tokens for text in task.texts], stage.decide, stage.objective, stage.keys)
     kept = task.kept(DECIDED)
     model: LoadedModel | None = None
     found = []
@@ -99,18 +101,19 @@ def spread(losses: list[float], finalists: int) -> list[int]:
     return sorted({*first, *(int(rest[np.abs(gaps - gap).argmin()]) for gap in wanted)})
 
 
-def whole_row(task: Task, length: int, objective: Objective, keys: int, number: int = 0) -> Row:
-    """A document of `length` tokens with consecutive positions, and with keys where the objective has some; `number`
-    tells documents of one length apart. Texts that are shorter are joined.
+def whole_row(task: Task, texts: Sequence[np.ndarray], length: int, objective: Objective, keys: int) -> Row:
+    """A document of `length` tokens with consecutive positions, and with keys where the objective has some. Texts that
+    are shorter are joined.
 
-    Raises `InputError` for too little text.
+    Raises `InputError` for too little text, or no room for a key.
     """
-    texts = [text.tokens for text in task.texts]
     joined = texts if max(map(len, texts)) >= length else [np.concatenate(texts)]
     hidden = keys if "needle" in PARTS[objective] else 0
+    if hidden and length < 2 * KEY_TOKENS:
+        raise InputError(f"a document of {length} tokens has no room for a key; the objective {objective} asks for one")
     maker = KeyMaker(training_form(task.model.checkpoint.path), task.encode) if hidden else None
-    seed = [task.seed, length, number] if number else [task.seed, length]
-    return make_row(joined, RowOptions(length, length, keys=hidden), maker, np.random.default_rng(seed))
+    options = RowOptions(length, length, keys=hidden)
+    return make_row(joined, options, maker, np.random.default_rng([task.seed, length]))
 
 
 def loss_of(model: LoadedModel, row: Row, objective: Objective, judged: int) -> float:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lrconvert.extending.attending import USUAL
-from lrconvert.extending.plan import Attention, Derive, Evaluate, Plan, Recover, Search, Tune
+from lrconvert.extending.calibrating import USUAL
+from lrconvert.extending.plan import Calibrate, Derive, Evaluate, Plan, Recover, Search, Tune
 from lrconvert.extending.stages import MOST_WINDOWS
 from lrconvert.searching.objective import PARTS
 from lrconvert.searching.plan import default_budget
@@ -74,8 +74,8 @@ def _recover(stage: Recover, window: int, following: int) -> Passes:
     return [(window, (stage.budget or default_budget("guided", window, window)) * rows)]
 
 
-def _attention(stage: Attention, window: int, following: int) -> Passes:
-    return [(stage.tokens, float(USUAL * stage.documents))]
+def _calibrate(stage: Calibrate, window: int, following: int) -> Passes:
+    return [(length, float(USUAL * stage.documents)) for length in stage.lengths]
 
 
 def _evaluate(stage: Evaluate, window: int, following: int) -> Passes:
@@ -92,7 +92,7 @@ PASSES: dict[type, Callable[..., Passes]] = {
     Search: _search,
     Tune: _tune,
     Recover: _recover,
-    Attention: _attention,
+    Calibrate: _calibrate,
     Evaluate: _evaluate,
 }
 

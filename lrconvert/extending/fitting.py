@@ -10,7 +10,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from lrconvert.errors import EnvironmentFailure
-from lrconvert.extending.plan import Attention, Derive, Evaluate, Plan, Recover, Search, Stage, Tune
+from lrconvert.extending.plan import Calibrate, Derive, Evaluate, Plan, Recover, Search, Stage, Tune
 from lrconvert.precision import ITEM_BYTES
 from lrconvert.training.costs import token_bytes, weight_count
 from lrconvert.training.devices import default_dtype, device_memory, process_device
@@ -63,8 +63,8 @@ def lengths(stage: Stage, shape: ModelShape, size: int) -> dict[str, tuple[int, 
         case Search():
             key = "window" if stage.row_length is None else "row_length"
             found = {key: (getattr(stage, key), forward), "decide": (stage.decide, forward)}
-        case Attention():
-            found = {"window" if stage.length is None else "length": (stage.tokens, forward)}
+        case Calibrate():
+            found = {"lengths": (max(stage.lengths), forward)}
         case Evaluate():
             found = {
                 "perplexity": (max(stage.perplexity, default=None), forward),

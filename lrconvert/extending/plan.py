@@ -125,25 +125,19 @@ class Recover:
 
 
 @dataclass(frozen=True)
-class Attention:
-    """The attention factor of the set that serves `window`, searched on the trained weights in steps of 2 %, on
-    `documents` whole documents of `length` tokens (by default `window`), of whose text the last `judged` count; the
-    factors λ stay. The text should be one that was not trained on."""
+class Calibrate:
+    """On text that was not trained on: how much of the training is kept, and the attention factor of every set beyond
+    the original window that serves one of `lengths`. Both are tried on the ends of the first `documents` texts, of
+    whose text the last `judged` tokens count; the factors λ stay."""
 
     __pydantic_config__: ClassVar = STRICT
 
-    kind: Literal["attention"]
-    window: Tokens
-    length: Tokens | None = None
+    kind: Literal["calibrate"]
+    lengths: Annotated[Lengths, MinLen(1)]
     documents: Count = 1
     objective: Literal["perplexity", "needle", "mixed"] = "perplexity"
     keys: Annotated[int, Ge(0)] = 24
-    judged: Tokens = 65536
-
-    @property
-    def tokens(self) -> int:
-        """Of a document."""
-        return self.length or self.window
+    judged: Tokens = 16384
 
 
 @dataclass(frozen=True)
@@ -166,7 +160,7 @@ class Evaluate:
 
 
 LENGTHS = ("perplexity", "retrieval", "passkey")  # the keys of an evaluation that hold lengths
-Stage = Annotated[Derive | Search | Tune | Recover | Attention | Evaluate, Discriminator("kind")]
+Stage = Annotated[Derive | Search | Tune | Recover | Calibrate | Evaluate, Discriminator("kind")]
 
 
 @dataclass(frozen=True)
@@ -200,15 +194,18 @@ class Plan:
             )
         kept: list[Stage] = []
         reach = 0
+
+        def up_to(lengths: Lengths) -> Lengths:
+            return tuple(length for length in lengths if length <= target)
+
         for stage in self.stage:
             if isinstance(stage, Evaluate):
-                within = {key: tuple(n for n in getattr(stage, key) if n <= target) for key in LENGTHS}
-                kept += [replace(stage, **within)] if any(within.values()) else []
+                shorter = {key: up_to(getattr(stage, key)) for key in LENGTHS}
+                kept += [replace(stage, **shorter)] if any(shorter.values()) else []
             elif isinstance(stage, Recover):
                 kept.append(stage)
-            elif isinstance(stage, Attention):
-                window = min(stage.window, reach)
-                kept.append(replace(stage, window=window, length=stage.length and min(stage.length, window)))
+            elif isinstance(stage, Calibrate):
+                kept += [replace(stage, lengths=within)] if (within := up_to(stage.lengths)) else []
             elif isinstance(stage, Tune):  # under the set before it, if that is still there
                 kept += (
                     [replace(stage, window=reach, length=min(stage.length, reach))]
@@ -249,12 +246,8 @@ class Plan:
                         f"{key}.rank is {stage.rank}; the adapter that it trains on has rank {rank}, not {stage.rank}"
                     )
                 trained = stage
-            if isinstance(stage, Attention):
-                if not window < stage.window <= reach:
-                    sets = f"sets before it are for more than {window} tokens, up to {reach}"
-                    found.append(f"{key}.window is {stage.window}; {sets}")
-                if stage.tokens > stage.window:
-                    found.append(f"{key}.length is {stage.length}, longer than its window, {stage.window}")
+            if isinstance(stage, Calibrate) and max(stage.lengths) > reach:
+                found.append(f"{key}.lengths has {max(stage.lengths)}; the sets before it reach {reach}")
             if isinstance(stage, Recover) and reach <= window:
                 found.append(f"{key} has nothing to recover from: no stage before it goes beyond {window}")
             if isinstance(stage, Tune | Search) and stage.jumps[0] > stage.jumps[1]:

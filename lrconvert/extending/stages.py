@@ -17,7 +17,7 @@ import numpy as np
 
 from lrconvert import rope
 from lrconvert.errors import EnvironmentFailure
-from lrconvert.extending.plan import Attention, Derive, Evaluate, Recover, Search, Tune
+from lrconvert.extending.plan import Calibrate, Derive, Evaluate, Recover, Search, Tune
 from lrconvert.extending.task import ADAPTER, JOURNAL, Task
 from lrconvert.recipe.derive import factor_set
 from lrconvert.recipe.models import portable_name
@@ -87,12 +87,6 @@ def recover(stage: Recover, task: Task) -> Facts:
         documents=stage.documents,
         lengths={short.max_length: 1.0},
     )
-
-
-def attention(stage: Attention, task: Task) -> Facts:
-    from lrconvert.extending.attending import attend
-
-    return attend(stage, task)
 
 
 def _search(task: Task, length: int, **options: Any) -> Facts:
@@ -215,6 +209,15 @@ class RowMaker:
         return StepRows(tier, tuple(make_row(self.texts, options, self.keys, rng) for rng in seeds), kind)
 
 
+# --- calibration -----------------------------------------------------------------------------------------
+
+
+def calibrate(stage: Calibrate, task: Task) -> Facts:
+    from lrconvert.extending.calibrating import calibrate as calibrated
+
+    return calibrated(stage, task)
+
+
 # --- evaluation ------------------------------------------------------------------------------------------
 
 
@@ -230,6 +233,6 @@ STAGES: dict[str, Callable[[Any, Task], Facts]] = {
     "search": search,
     "tune": tune,
     "recover": recover,
-    "attention": attention,
+    "calibrate": calibrate,
     "evaluate": evaluate,
 }

@@ -17,7 +17,7 @@ from lrconvert.errors import EnvironmentFailure
 from lrconvert.extending import fitting
 from lrconvert.extending.api import estimate_extension, extend
 from lrconvert.extending.fitting import lengths
-from lrconvert.extending.plan import Attention, Derive, Evaluate, Plan, Recover, Search, Tune, load_plan
+from lrconvert.extending.plan import Calibrate, Derive, Evaluate, Plan, Recover, Search, Tune, load_plan
 from lrconvert.progress import Step
 
 RECORD = Path(__file__).parents[2] / "benchmarks" / "results" / "extension-routes-h200.json"
@@ -29,7 +29,7 @@ PLAN = Plan(
         Tune("tune", 4096, 1024, 3),
         Search("search", 8192, row_length=512, decide=4096),
         Recover("recover"),
-        Attention("attention", 8192),
+        Calibrate("calibrate", (64, 8192)),
         Evaluate("evaluate", perplexity=(64, 8192), retrieval=(8192,)),
     )
 )
@@ -74,7 +74,7 @@ def test_every_key_is_named_with_what_would_fit(run: Any, tmp_path: Path, monkey
     with pytest.raises(EnvironmentFailure) as caught:
         run(tmp_path / "wordy", plan=PLAN, device="cpu", progress=started.append, **given)
     message = str(caught.value)
-    keys = ("stage[4].window is 8192", "stage[5].perplexity is 8192", "stage[5].retrieval is 8192")
+    keys = ("stage[4].lengths is 8192", "stage[5].perplexity is 8192", "stage[5].retrieval is 8192")
     for key in ("stage[2].decide is 4096", *keys):
         assert key in message
     assert "stage[1]" not in message and "row_length" not in message

@@ -103,9 +103,9 @@ def test_the_record_names_the_texts_of_both(made: ExtendResult) -> None:
     assert made.path is not None
     folder = made.path.parents[1]
     (folder / "unseen.txt").write_text(prose(9000), encoding="utf-8")
-    plan = parse_plan('stage = [{kind = "attention", window = 256, length = 200}]', "")
+    plan = parse_plan('stage = [{kind = "calibrate", lengths = [200]}]', "")
     for read, names in (("unseen.txt", ["text.txt", "unseen.txt"]), ("text.txt", ["text.txt"])):
-        output = folder / f"attended-{read}"
+        output = folder / f"calibrated-{read}"
         extend(
             folder / "wordy", texts=[folder / read], output=output, plan=plan, device="cpu", on=folder / "made",
             held_out=[folder / "text.txt"],

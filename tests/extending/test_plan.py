@@ -16,7 +16,17 @@ from conftest import Result
 from support.extending import any_text
 
 from lrconvert.errors import InputError, UsageError
-from lrconvert.extending.plan import Derive, Evaluate, Recover, Search, Tune, built_in_plans, load_plan, parse_plan
+from lrconvert.extending.plan import (
+    Calibrate,
+    Derive,
+    Evaluate,
+    Recover,
+    Search,
+    Tune,
+    built_in_plans,
+    load_plan,
+    parse_plan,
+)
 
 Run = Callable[..., Result]
 
@@ -24,7 +34,7 @@ DERIVE = '[[stage]]\nkind = "derive"\nwindow = 256\n'
 SEARCH = '[[stage]]\nkind = "search"\nwindow = 256\n'
 TUNE = '[[stage]]\nkind = "tune"\nwindow = 256\nlength = 128\nsteps = 2\n'
 RECOVER = '[[stage]]\nkind = "recover"\n'
-ATTENTION = '[[stage]]\nkind = "attention"\nwindow = 256\n'
+CALIBRATE = '[[stage]]\nkind = "calibrate"\nlengths = [256]\n'
 EVALUATE = '[[stage]]\nkind = "evaluate"\nperplexity = [256]\n'
 
 WRONG: dict[str, tuple[str, str]] = {
@@ -65,15 +75,10 @@ WRONG: dict[str, tuple[str, str]] = {
         f'{DERIVE}{TUNE}method = "full"\n{TUNE}', "stage[2].method is 'lora'; after stages that trained all weights"
     ),
     "nothing to recover from": (RECOVER, "stage[0] has nothing to recover from"),
-    "an attention factor of no set": (ATTENTION, "stage[0].window is 256; sets before it are for more than 64 tokens"),
-    "of the original window's set": (
-        DERIVE + ATTENTION.replace("256", "64"), "stage[1].window is 64; sets before it are for more than 64 tokens"
-    ),
-    "a document longer than its window": (
-        f"{DERIVE}{ATTENTION}length = 512\n", "stage[1].length is 512, longer than its window, 256"
-    ),
-    "too little text for an attention factor": (
-        f"{DERIVE}{ATTENTION}".replace("256", "1000"), "stage[1] needs 1000 tokens of text; there are 900"
+    "calibrated beyond the sets": (CALIBRATE, "stage[0].lengths has 256; the sets before it reach 64"),
+    "calibrated at no length": (f"{DERIVE}{CALIBRATE}".replace("[256]", "[]"), "stage[1].lengths is []"),
+    "too little text to calibrate": (
+        f"{DERIVE}{CALIBRATE}".replace("256", "1000"), "stage[1] needs 1000 tokens of text; there are 900"
     ),
     "nothing measured": (f'{DERIVE}[[stage]]\nkind = "evaluate"\n', "stage[1] measures nothing"),
     "measured beyond the sets": (EVALUATE, "stage[0] measures at 256; the sets before it reach 64"),
@@ -198,9 +203,10 @@ def test_built_in_plans_are_plans(name: str) -> None:
     """Each for the window of the model that it is made for, or for one of 8k or 4k."""
     plan = load_plan(name)
     assert plan.name == name
-    reach = 2**21 if name.endswith(("-far", "-any")) else None  # these begin with a recipe's sets
+    reach = 2**21 if name.endswith(("-far", "-any", "-calibrate")) else None  # these begin with a recipe's sets
     assert any(plan.problems(window, reach) == [] for window in (4096, 8192)), plan.problems(4096, reach)
-    assert plan.target >= 2**20 and any(isinstance(stage, Tune) for stage in plan.stage)
+    assert any(isinstance(stage, Tune | Calibrate) for stage in plan.stage)
+    assert plan.target >= 2**20 or not any(isinstance(stage, Tune) for stage in plan.stage)
     assert reach is not None or any(isinstance(stage, Search | Derive) for stage in plan.stage)
 
 

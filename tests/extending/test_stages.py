@@ -153,15 +153,16 @@ def test_a_rank_correlation_is_spearmans() -> None:
 
 def test_a_whole_document_has_keys_where_they_count(task: Task) -> None:
     """Consecutive positions; the same one for all sets that are compared."""
-    row, again = whole_row(task, 512, "mixed", 2), whole_row(task, 512, "mixed", 2)
+    texts = [text.tokens for text in task.texts]
+    row, again = whole_row(task, texts, 512, "mixed", 2), whole_row(task, texts, 512, "mixed", 2)
     assert row.positions.tolist() == list(range(512)) and row.answers.sum() == 10
     assert np.array_equal(row.tokens, again.tokens)
-    assert not np.array_equal(row.tokens, whole_row(task, 512, "mixed", 2, number=1).tokens)
-    assert not whole_row(task, 512, "perplexity", 2).answers.any()
-    joined = replace(task, texts=(*task.texts, *task.texts))
-    assert len(whole_row(joined, 1000, "mixed", 2).tokens) == 1000
+    assert not whole_row(task, texts, 512, "perplexity", 2).answers.any()
+    assert len(whole_row(task, [*texts, *texts], 1000, "mixed", 2).tokens) == 1000
     with pytest.raises(InputError, match="tokens of text; the longest has 600"):
-        whole_row(task, 1000, "mixed", 2)
+        whole_row(task, texts, 1000, "mixed", 2)
+    with pytest.raises(InputError, match="a document of 64 tokens has no room for a key"):
+        whole_row(task, texts, 64, "mixed", 2)
 
 
 def test_texts_that_are_short_are_joined() -> None:

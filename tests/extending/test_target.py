@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from lrconvert.errors import UsageError
-from lrconvert.extending.plan import Attention, Evaluate, Search, Tune, load_plan, parse_plan
+from lrconvert.extending.plan import Calibrate, Evaluate, Search, Tune, load_plan, parse_plan
 
 TWICE_TRAINED = """
 name = "twice"
@@ -18,7 +18,7 @@ stage = [
     {kind = "tune", window = "1024k", length = "64k", steps = 9},
     {kind = "search", window = "2048k", row_length = "64k"},
     {kind = "recover"},
-    {kind = "attention", window = "1024k", length = "768k"},
+    {kind = "calibrate", lengths = ["8k", "768k"]},
     {kind = "evaluate", perplexity = ["8k", "448k"], retrieval = ["8k", "2048k"]},
 ]
 """
@@ -28,10 +28,10 @@ def test_a_cut_plan_ends_at_its_target() -> None:
     """Later sets are gone, the last one is for the target alone, and what is left can be carried out."""
     whole = parse_plan(TWICE_TRAINED, "a test")
     for target, kinds in (
-        (32768, ["derive", "tune", "evaluate", "recover", "attention", "evaluate"]),
-        (262144, ["derive", "tune", "evaluate", "recover", "attention", "evaluate"]),
-        (524288, ["derive", "tune", "evaluate", "search", "tune", "recover", "attention", "evaluate"]),
-        (1500000, ["derive", "tune", "evaluate", "search", "tune", "search", "recover", "attention", "evaluate"]),
+        (32768, ["derive", "tune", "evaluate", "recover", "calibrate", "evaluate"]),
+        (262144, ["derive", "tune", "evaluate", "recover", "calibrate", "evaluate"]),
+        (524288, ["derive", "tune", "evaluate", "search", "tune", "recover", "calibrate", "evaluate"]),
+        (1500000, ["derive", "tune", "evaluate", "search", "tune", "search", "recover", "calibrate", "evaluate"]),
     ):
         plan = whole.up_to(target)
         assert [stage.kind for stage in plan.stage] == kinds, target
@@ -39,8 +39,8 @@ def test_a_cut_plan_ends_at_its_target() -> None:
         for stage in plan.stage:
             if isinstance(stage, Evaluate):
                 assert max(*stage.perplexity, *stage.retrieval) <= target, target
-            if isinstance(stage, Attention):
-                assert stage.tokens <= stage.window <= target, target
+            if isinstance(stage, Calibrate):
+                assert max(stage.lengths) <= target, target
             if isinstance(stage, Tune):
                 assert stage.length <= stage.window <= target, target
             if isinstance(stage, Search):

@@ -173,9 +173,8 @@ rate = 1e-3
 [[stage]]
 kind = "recover"
 [[stage]]
-kind = "attention"
-window = "2k"
-length = 512
+kind = "calibrate"
+lengths = [256, "2k"]
 [[stage]]
 kind = "evaluate"
 perplexity = [256, "1k"]

@@ -184,6 +184,8 @@ def _prepared(
     )
     if machine.get("dtype"):
         machine["dtype"] = long_name(machine["dtype"])
+    if any(isinstance(stage, Calibrate) for stage in plan.stage):
+        _check_unseen(read, ground)
     place = Path(work) if work is not None else folder.with_name(folder.name + ".work")
     task = Task("", opened, str(model), read, kept, place, place, seed, able, machine, progress or silent, ground)
     return task, folder
@@ -216,6 +218,17 @@ def check_texts(plan: Plan, window: int, texts: Sequence[int], held_out: Sequenc
                 problems.append(f"{key} needs {needed} tokens of held-out text; there are {sum(held_out)}")
     if problems:
         raise InputError("; ".join(problems), remedy="Give more text, or shorter lengths in the plan")
+
+
+def _check_unseen(texts: Sequence[Text], on: Ground | None) -> None:
+    """Raises `InputError` for a text that the recipe which is calibrated was made with."""
+    told = {} if on is None else on.recipe.provenance.search or {}
+    seen = {text["sha256"] for text in told.get("texts", ())}
+    if known := [text.name for text in texts if text.sha256 in seen]:
+        raise InputError(
+            f"{', '.join(known)}: the recipe was searched or trained on it, so it can't calibrate",
+            remedy="Give a text that it has not seen",
+        )
 
 
 def _plan(plan: str | Path | Plan, target: int | None, on: str | Path | None) -> Plan:

@@ -246,8 +246,13 @@ class Plan:
                         f"{key}.rank is {stage.rank}; the adapter that it trains on has rank {rank}, not {stage.rank}"
                     )
                 trained = stage
-            if isinstance(stage, Calibrate) and max(stage.lengths) > reach:
-                found.append(f"{key}.lengths has {max(stage.lengths)}; the sets before it reach {reach}")
+            if isinstance(stage, Calibrate):
+                if max(stage.lengths) > reach:
+                    found.append(f"{key}.lengths has {max(stage.lengths)}; the sets before it reach {reach}")
+                if any(isinstance(other, Tune | Search) for other in self.stage):
+                    found.append(
+                        f"{key} needs other text than stages that search or train; make it a plan of its own, for --on"
+                    )
             if isinstance(stage, Recover) and reach <= window:
                 found.append(f"{key} has nothing to recover from: no stage before it goes beyond {window}")
             if isinstance(stage, Tune | Search) and stage.jumps[0] > stage.jumps[1]:

@@ -99,19 +99,24 @@ def test_another_recipe_makes_other_stages(made: ExtendResult) -> None:
 
 
 def test_the_record_names_the_texts_of_both(made: ExtendResult) -> None:
-    """A set chosen on another text than the weights were trained on hides neither."""
+    """A recipe that is calibrated on another text than it was trained on hides neither, and refuses the same."""
     assert made.path is not None
     folder = made.path.parents[1]
     (folder / "unseen.txt").write_text(prose(9000), encoding="utf-8")
-    plan = parse_plan('stage = [{kind = "calibrate", lengths = [200]}]', "")
-    for read, names in (("unseen.txt", ["text.txt", "unseen.txt"]), ("text.txt", ["text.txt"])):
-        output = folder / f"calibrated-{read}"
+    plan = parse_plan('stage = [{kind = "calibrate", lengths = [200], objective = "perplexity"}]', "")
+
+    def calibrated(*texts: str) -> None:
         extend(
-            folder / "wordy", texts=[folder / read], output=output, plan=plan, device="cpu", on=folder / "made",
-            held_out=[folder / "text.txt"],
+            folder / "wordy", texts=[folder / text for text in texts], output=folder / "calibrated", plan=plan,
+            device="cpu", on=folder / "made", held_out=[folder / "text.txt"], force=True,
         )  # fmt: skip
-        search = load_recipe(output).provenance.search
-        assert search is not None and [text["name"] for text in search["texts"]] == names
+
+    calibrated("unseen.txt")
+    search = load_recipe(folder / "calibrated").provenance.search
+    assert search is not None and [text["name"] for text in search["texts"]] == ["text.txt", "unseen.txt"]
+    assert load_recipe(folder / "calibrated").provenance.stages[-1]["name"] == "5-calibrate"
+    with pytest.raises(InputError, match=r"text\.txt: the recipe was searched or trained on it"):
+        calibrated("unseen.txt", "text.txt")
 
 
 def test_what_does_not_go_together(made: ExtendResult, cli: Cli) -> None:

@@ -76,6 +76,9 @@ WRONG: dict[str, tuple[str, str]] = {
     ),
     "nothing to recover from": (RECOVER, "stage[0] has nothing to recover from"),
     "calibrated beyond the sets": (CALIBRATE, "stage[0].lengths has 256; the sets before it reach 64"),
+    "calibrated on what was trained on": (
+        DERIVE + TUNE + CALIBRATE, "stage[2] needs other text than stages that search or train"
+    ),
     "calibrated at no length": (f"{DERIVE}{CALIBRATE}".replace("[256]", "[]"), "stage[1].lengths is []"),
     "too little text to calibrate": (
         f"{DERIVE}{CALIBRATE}".replace("256", "1000"), "stage[1] needs 1000 tokens of text; there are 900"

@@ -18,7 +18,6 @@ stage = [
     {kind = "tune", window = "1024k", length = "64k", steps = 9},
     {kind = "search", window = "2048k", row_length = "64k"},
     {kind = "recover"},
-    {kind = "calibrate", lengths = ["8k", "768k"]},
     {kind = "evaluate", perplexity = ["8k", "448k"], retrieval = ["8k", "2048k"]},
 ]
 """
@@ -28,10 +27,10 @@ def test_a_cut_plan_ends_at_its_target() -> None:
     """Later sets are gone, the last one is for the target alone, and what is left can be carried out."""
     whole = parse_plan(TWICE_TRAINED, "a test")
     for target, kinds in (
-        (32768, ["derive", "tune", "evaluate", "recover", "calibrate", "evaluate"]),
-        (262144, ["derive", "tune", "evaluate", "recover", "calibrate", "evaluate"]),
-        (524288, ["derive", "tune", "evaluate", "search", "tune", "recover", "calibrate", "evaluate"]),
-        (1500000, ["derive", "tune", "evaluate", "search", "tune", "search", "recover", "calibrate", "evaluate"]),
+        (32768, ["derive", "tune", "evaluate", "recover", "evaluate"]),
+        (262144, ["derive", "tune", "evaluate", "recover", "evaluate"]),
+        (524288, ["derive", "tune", "evaluate", "search", "tune", "recover", "evaluate"]),
+        (1500000, ["derive", "tune", "evaluate", "search", "tune", "search", "recover", "evaluate"]),
     ):
         plan = whole.up_to(target)
         assert [stage.kind for stage in plan.stage] == kinds, target
@@ -39,13 +38,19 @@ def test_a_cut_plan_ends_at_its_target() -> None:
         for stage in plan.stage:
             if isinstance(stage, Evaluate):
                 assert max(*stage.perplexity, *stage.retrieval) <= target, target
-            if isinstance(stage, Calibrate):
-                assert max(stage.lengths) <= target, target
             if isinstance(stage, Tune):
                 assert stage.length <= stage.window <= target, target
             if isinstance(stage, Search):
                 assert (stage.decide or 0) <= stage.window, target
     assert whole.up_to(whole.target) == whole
+
+
+def test_a_cut_plan_calibrates_as_far_as_it_reaches() -> None:
+    plan = parse_plan(
+        'stage = [{kind = "derive", window = "256k"}, {kind = "calibrate", lengths = ["64k", "256k"]},'
+        '{kind = "calibrate", lengths = ["256k"]}]', "a test"
+    )  # fmt: skip
+    assert [stage.lengths for stage in plan.up_to(131072).stage[1:] if isinstance(stage, Calibrate)] == [(65536,)]
 
 
 def test_a_plan_reaches_no_further_than_its_sets() -> None:

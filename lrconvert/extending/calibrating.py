@@ -169,8 +169,10 @@ def weaken(model: Model, adapter: Path, share: float, folder: Path) -> None:
 
     Raises `UnsupportedError` for DoRA, whose change is no multiple of its factors.
     """
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
     from torch import from_numpy
+
+    from lrconvert.training.tuning import write_weights
 
     if open_adapter(adapter).config.dora:
         raise UnsupportedError(f"{adapter}: an adapter with DoRA can't be calibrated", remedy="Leave the stage out")
@@ -182,5 +184,5 @@ def weaken(model: Model, adapter: Path, share: float, folder: Path) -> None:
             base = from_numpy(model.checkpoint.read(name.removeprefix(PREFIX)).astype(np.float32))
             made[name] = (base + share * (tensor.float() - base)).to(tensor.dtype)
     folder.mkdir(parents=True)
-    save_file(made, folder / WEIGHTS, metadata={"format": "pt"})
     shutil.copyfile(adapter / CONFIG, folder / CONFIG)
+    write_weights(made, folder)

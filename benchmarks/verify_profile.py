@@ -5,8 +5,8 @@
         [--threads N] [--name NAME] [--print]
 
 `--smollm2`: SmolLM2-135M's Q4_1 GGUF (LRCONVERT_SMOLLM2_GGUF), re-baked with its recipe, is measured too. `--large`: so
-is a Llama of a billion parameters in q4_k_m, in `quick` alone (2 GB of random weights on the disk); `--only-large`
-measures that one and keeps the rest of the result. Every timed run is the command as a user starts it. One more is
+is a Llama of a billion parameters in q4_k_m and as a folder in bfloat16, in `quick` alone (2 GB of random weights on
+the disk); `--only-large` measures these and keeps the rest of the result. Every timed run is the command as a user starts it. One more is
 under cProfile: its seconds are not kept, but where they went (waiting for the runtime's process shows as `readline`),
 and how often the reference computed how many tokens. The machine's load is kept with the figures: counts hold on a busy
 machine, CPU seconds about, seconds don't. `--threads 1` keeps llama.cpp's threads from spinning on a busy machine.
@@ -27,7 +27,7 @@ from _common import RESULTS, Cost, Figure, lrconvert, median, report, run, save,
 
 PROFILES = ("full", "quick")
 TOP = 8
-LARGE = "1 B, q4_k_m GGUF"
+LARGE, LARGE_FOLDER = "1 B, q4_k_m GGUF", "1 B, folder"
 # Seconds on two idle cores.
 GOALS = {("q8_0 GGUF", "full"): 20, ("SmolLM2-135M, Q4_1 GGUF", "full"): 60, (LARGE, "quick"): 60}
 # The command line, which leaves in a file how many tokens each pass of the reference read.
@@ -63,19 +63,21 @@ def baked(scratch: Path, smollm2: Path | None, *, large: bool) -> dict[str, Path
         run(lrconvert("gguf", smollm2, "--recipe", "smollm2-135m-64k", "--allow-lossy", "-o", again, "--force"))
         found["SmolLM2-135M, Q4_1 GGUF"] = again
     if large:
-        found[LARGE] = _large(scratch)
+        found |= _large(scratch)
     return found
 
 
-def _large(scratch: Path) -> Path:
+def _large(scratch: Path) -> dict[str, Path]:
     # 1.25: what makes noise of every rounding through 17 layers is in tools/make_shape.py.
-    source, file = write_checkpoint(scratch / "large", "2 GB", widen=1.25), scratch / "large.gguf"
+    source = write_checkpoint(scratch / "large", "2 GB", widen=1.25)
+    file, folder = scratch / "large.gguf", scratch / "large-hf"
     write_tokenizer(source, 32000)
     recipe = scratch / "large-recipe"
     options = ("--method", "yarn", "--factor", "8", "--uniform", "-o", recipe, "--force")
     run(lrconvert("recipe", "derive", source, *options))
     run(lrconvert("gguf", source, "--recipe", recipe, "--type", "q4_k_m", "-o", file, "--force"))
-    return file
+    run(lrconvert("hf", source, "--recipe", recipe, "-o", folder, "--force"))
+    return {LARGE: file, LARGE_FOLDER: folder}
 
 
 def profiled(scratch: Path, arguments: list[Any]) -> tuple[list[dict[str, Any]], list[int]]:
@@ -120,10 +122,12 @@ def main() -> None:
 
 def measure(scratch: Path, asked: argparse.Namespace) -> dict[str, Any]:
     scratch.mkdir(parents=True, exist_ok=True)
-    artifacts = {LARGE: _large(scratch)} if asked.only_large else baked(scratch, asked.smollm2, large=asked.large)
+    artifacts = _large(scratch) if asked.only_large else baked(scratch, asked.smollm2, large=asked.large)
     threads = [] if asked.threads is None else ["--threads", str(asked.threads)]
     costs: dict[tuple[str, str], list[Cost]] = {
-        (name, profile): [] for name in artifacts for profile in (PROFILES if name != LARGE else ("quick",))
+        (name, profile): []
+        for name in artifacts
+        for profile in (("quick",) if name in (LARGE, LARGE_FOLDER) else PROFILES)
     }
     loads = []
     for _ in range(asked.rounds):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from lrconvert.errors import require
 from lrconvert.parity.cases import DECODED, Case, kept, stream
 from lrconvert.rope import RopeSpec, Tier
 from lrconvert.runtimes.backend import Rounding
+
+if TYPE_CHECKING:
+    from lrconvert.reference.weights import Weights
 
 MOST_KEPT = 2**28  # bytes of answers that are kept for another code of the same artifact
 
@@ -28,9 +32,11 @@ class ReferenceRunner:
         watch: Callable[[float], None] | None = None,
         rounding: Rounding | None = None,
         coarse: bool = False,
+        weights: Weights | None = None,
     ) -> None:
         """`watch` gets the part of a forward pass that is done. `rounding`: compute in float32, as a program does.
-        `coarse`: what is compared rounds so much more that float32 (with float64 angles) is exact beside it."""
+        `coarse`: what is compared rounds so much more that float32 (with float64 angles) is exact beside it. `weights`:
+        those of another runner over the same model."""
         require("torch", "hf", "the reference implementation")
         import torch
 
@@ -49,6 +55,7 @@ class ReferenceRunner:
             cache=torch.float16 if rounding is not None and rounding.cache == "f16" else None,
             activation_block=0 if rounding is None else rounding.activations,
             results=None if rounding is None or rounding.results == "float32" else getattr(torch, rounding.results),
+            weights=weights,
         )
         self._reference.watch = watch
         self._rounded: dict[Rounding, ReferenceRunner] = {}
@@ -72,9 +79,9 @@ class ReferenceRunner:
     def rounded(self, rounding: Rounding) -> ReferenceRunner:
         """The same reference with the rounding of a program."""
         if rounding not in self._rounded:
-            more = {"device": self._device, "stored_dtype": self.stored_dtype, "watch": self._reference.watch}
-            self._rounded[rounding] = ReferenceRunner(self.model, rounding=rounding, **more)
-            self._rounded[rounding]._reference.share(self._reference)
+            own = self._reference
+            more = {"device": self._device, "stored_dtype": self.stored_dtype, "watch": own.watch}
+            self._rounded[rounding] = ReferenceRunner(self.model, rounding=rounding, weights=own.weights, **more)
         return self._rounded[rounding]
 
     def prepare(

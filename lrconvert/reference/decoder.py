@@ -4,8 +4,7 @@
 One sequence at a time, no batch, nothing fused: every step is a line that can be held against the papers. Keys and
 values of a sequence are kept where that was asked for, and used where another begins with the same tokens under the
 same rotation (`prefix`). Attention is computed in chunks of queries, logits only at the positions wanted, so that 64k
-tokens fit a GPU. Weights are read layer by layer and kept while there is room: wide on a CPU; on a GPU as they are
-stored, where a wider copy costs nothing beside what is done with it.
+tokens fit a GPU. Weights are read layer by layer and kept while there is room (`weights`).
 
 Shapes: n tokens, c hidden channels, h query heads, g key/value heads, d channels a head, v words.
 """
@@ -22,6 +21,7 @@ from torch.nn import functional
 from lrconvert.reference.prefix import Layer, Prefixes, Read
 from lrconvert.reference.rotation import FactorSet, Rotation
 from lrconvert.reference.routing import gates_of
+from lrconvert.reference.weights import Weights
 
 if TYPE_CHECKING:
     from lrconvert.checkpoint import Model
@@ -31,20 +31,17 @@ Tables = tuple[torch.Tensor, torch.Tensor]  # cos and sin, [n, rotated channels 
 MAX_SCORES = {"cpu": 2**22, "cuda": 2**27}
 MAX_LOGITS = 2**26
 MAX_SCORED = 2**24  # logits held at once where only losses are wanted
-# What may be kept between passes: weights, and keys and values of sequences. On a GPU, parts of its memory: a 7B in
-# bfloat16 takes a tenth of an H200's, and another in the program that is compared, which needs room for its cache too.
-KEEP_BYTES, PREFIX_BYTES = 6 * 2**30, 2**30
-KEEP_PART, PREFIX_PART = 1 / 3, 1 / 4
+# Keys and values of sequences that are kept between passes; on a GPU, a part of its memory.
+PREFIX_BYTES, PREFIX_PART = 2**30, 1 / 4
 
 
 class Reference:
     """What a checkpoint computes under a rotation.
 
-    `stored_dtype` (a safetensors name) rounds the weights to what an artifact stores before they are widened,
-    so that the artifact is not blamed for a rounding that the user asked for. `cache` rounds both sides of attention's
-    products as a cache of that type does; `activation_block` what weights are multiplied with, as programs that
-    multiply integers do: to 8 bits, so many channels with one scale (0: not at all). `results` rounds all that is
-    computed to that type, step by step.
+    `weights` are those of another reference over the same model, to be read once for both; `stored_dtype`: see
+    `Weights`. `cache` rounds both sides of attention's products as a cache of that type does; `activation_block` what
+    weights are multiplied with, as programs that multiply integers do: to 8 bits, so many channels with one scale (0:
+    not at all). `results` rounds all that is computed to that type, step by step.
     """
 
     def __init__(
@@ -59,26 +56,20 @@ class Reference:
         activation_block: int = 0,
         results: torch.dtype | None = None,
         keep_bytes: int | None = None,
+        weights: Weights | None = None,
     ) -> None:
         self.model, self.shape, self.rotation = model, model.shape, rotation
         self.device = torch.device(device)
         self.dtype = dtype or (torch.float64 if self.device.type == "cpu" else torch.float32)
-        self._stored_dtype, self._block, self._results = stored_dtype, activation_block, results
+        self.weights = weights or Weights(model, self.device, stored_dtype, keep_bytes)
+        self._block, self._results = activation_block, results
         self._cache = results if cache is None else cache
-        self._kept: dict[tuple[str, int | None, int | None], torch.Tensor] = {}
         on_gpu = self.device.type == "cuda"
         memory = torch.cuda.get_device_properties(self.device).total_memory if on_gpu else 0
-        weights, prefixes = (memory * KEEP_PART, memory * PREFIX_PART) if on_gpu else (KEEP_BYTES, PREFIX_BYTES)
-        self._room = weights if keep_bytes is None else keep_bytes
-        self._prefixes = Prefixes(int(prefixes))
+        self._prefixes = Prefixes(int(memory * PREFIX_PART) if on_gpu else PREFIX_BYTES)
         self.watch: Callable[[float], None] | None = None  # gets the part of a forward pass that is done
 
     # --- weights -----------------------------------------------------------------------------------------
-
-    def share(self, other: Reference) -> None:
-        """Read every weight once for both, where they hold the same numbers."""
-        if (self.model, self.dtype, self._stored_dtype) == (other.model, other.dtype, other._stored_dtype):
-            self._kept = other._kept
 
     def _weight(self, role: str, layer: int | None = None, expert: int | None = None) -> torch.Tensor:
         tensor = self._maybe(role, layer, expert)
@@ -87,23 +78,12 @@ class Reference:
         return tensor
 
     def _maybe(self, role: str, layer: int | None = None, expert: int | None = None) -> torch.Tensor | None:
-        if (role, layer, expert) in self._kept:
-            return self._kept[role, layer, expert].to(self.dtype)
-        array = self.model.tensor(role, layer, expert)
-        if array is None:
-            return None
-        if self._stored_dtype is not None:
-            from lrconvert.checkpoint.base import numpy_dtype
+        return self.weights.get((role, layer, expert), self.dtype)
 
-            array = array.astype(numpy_dtype(self._stored_dtype), copy=False)
-        tensor = _on_device(array, self.device)
-        wide = tensor.to(self.dtype)
-        tensor = tensor if self.device.type == "cuda" else wide
-        size = tensor.numel() * tensor.element_size()
-        if size <= self._room:
-            self._room -= size
-            self._kept[role, layer, expert] = tensor
-        return wide
+    def _embedded(self, ids: np.ndarray) -> torch.Tensor:
+        rows = self.weights.get(("embedding", None, None), self.dtype, torch.as_tensor(ids, device=self.device))
+        assert rows is not None
+        return rows
 
     def _linear(self, x: torch.Tensor, role: str, layer: int, expert: int | None = None) -> torch.Tensor:
         weight, bias = self._weight(role, layer, expert), self._maybe(f"{role}_bias", layer, expert)
@@ -191,7 +171,7 @@ class Reference:
         tables = {turn: self._tables(turn, where[past:], lengths[past:]) for turn in turns}
         nearer = where if forgotten is None else where - forgotten[0] * (np.arange(len(ids)) >= forgotten[1])
         times, grown = self.shape.multipliers, self._query_scale(nearer[past:])
-        x = self._weight("embedding")[torch.as_tensor(ids[past:], device=self.device)] * times.embedding
+        x = self._embedded(ids[past:]) * times.embedding
         for layer in range(self.shape.layers):
             before = (layers[layer][0][:, :past], layers[layer][1][:, :past]) if past else None
             normed, cos_sin = self._normed(x, "attention_norm", layer), tables[self.shape.turn(layer)]
@@ -374,14 +354,6 @@ class Reference:
 
 def _rounded(x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     return x if dtype is None else x.to(dtype).to(x.dtype)
-
-
-def _on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """The same numbers there. NumPy's bfloat16 is not PyTorch's: its bits are."""
-    is_bfloat16 = array.dtype.name == "bfloat16"
-    known = array.view(np.int16) if is_bfloat16 else array
-    tensor = torch.from_numpy(np.require(known, requirements=("C", "W"))).to(device)
-    return tensor.view(torch.bfloat16) if is_bfloat16 else tensor
 
 
 def _capped(x: torch.Tensor, cap: float) -> torch.Tensor:

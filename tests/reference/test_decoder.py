@@ -19,6 +19,7 @@ from lrconvert.artifact.bake import bake as bake_plan
 from lrconvert.checkpoint import open_model
 from lrconvert.reference import FactorSet, Reference, Rotation
 from lrconvert.reference import decoder as decoder_module
+from lrconvert.reference import weights as weights_module
 from lrconvert.targets import hf
 
 TOKENS = np.random.default_rng(3).integers(0, 101, size=40)
@@ -75,7 +76,24 @@ def test_weights_need_not_stay_in_memory(pico_folder: Callable[..., Path]) -> No
     model = open_model(pico_folder("qwen2"))
     kept, read = Reference(model, plain(model)), Reference(model, plain(model), keep_bytes=0)
     np.testing.assert_array_equal(kept.logits(TOKENS), read.logits(TOKENS))
-    assert not read._kept
+    assert kept.weights._kept and not read.weights._kept
+
+
+def test_large_weights_are_kept_as_they_are_stored(
+    pico_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for two references that compute in other types, in a quarter of float64's bytes, with the same result as
+    small ones, which are kept wide."""
+    model = open_model(pico_folder("qwen2"))
+    small = Reference(model, plain(model), stored_dtype="BF16")
+    monkeypatch.setattr(weights_module, "WIDE_BYTES", 0)
+    large = Reference(model, plain(model), stored_dtype="BF16")
+    narrow = Reference(model, plain(model), dtype=torch.float32, weights=large.weights)
+    np.testing.assert_array_equal(large.logits(TOKENS), small.logits(TOKENS))
+    kept = sum(tensor.nbytes for tensor in large.weights._kept.values())
+    assert kept * 4 == sum(tensor.nbytes for tensor in small.weights._kept.values())
+    np.testing.assert_allclose(narrow.logits(TOKENS), large.logits(TOKENS), atol=1e-3)
+    assert sum(tensor.nbytes for tensor in large.weights._kept.values()) == kept
 
 
 def test_the_set_is_chosen_by_the_length_of_the_sequence(pico_folder: Callable[..., Path]) -> None:

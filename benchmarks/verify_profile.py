@@ -6,10 +6,11 @@
 
 `--smollm2`: SmolLM2-135M's Q4_1 GGUF (LRCONVERT_SMOLLM2_GGUF), re-baked with its recipe, is measured too. `--large`: so
 is a Llama of a billion parameters in q4_k_m and as a folder in bfloat16, in `quick` alone (2 GB of random weights on
-the disk); `--only-large` measures these and keeps the rest of the result. Every timed run is the command as a user starts it. One more is
-under cProfile: its seconds are not kept, but where they went (waiting for the runtime's process shows as `readline`),
-and how often the reference computed how many tokens. The machine's load is kept with the figures: counts hold on a busy
-machine, CPU seconds about, seconds don't. `--threads 1` keeps llama.cpp's threads from spinning on a busy machine.
+the disk); `--only-large` measures these and keeps the rest of the result. Every timed run is the command as a user
+starts it. One more is under cProfile: its seconds are not kept, but where they went (waiting for the runtime's process
+shows as `readline`), and how often the reference computed how many tokens. The machine's load is kept with the figures:
+counts hold on a busy machine, CPU seconds about, seconds don't. `--threads 1` keeps llama.cpp's threads from spinning
+on a busy machine.
 """
 
 from __future__ import annotations

@@ -188,6 +188,16 @@ def median(values: Sequence[float]) -> float:
     return statistics.median(values)
 
 
+def in_pairs(ours: Callable[[], float], theirs: Callable[[], float], pairs: int) -> list[tuple[float, float]]:
+    """What both measured, in turn: A B B A …; the first pair, in which kernels warm up, isn't counted."""
+    taken = []
+    for number in range(pairs + 1):
+        order = (theirs, ours) if number % 2 else (ours, theirs)
+        found = {measure: measure() for measure in order}
+        taken.append((found[ours], found[theirs]))
+    return taken[1:]
+
+
 def repeat(times: int, measure: Callable[[], Any]) -> list[Any]:
     return [measure() for _ in range(times)]
 

@@ -2,7 +2,7 @@
 """Reading a long prompt in float16 on a GPU: an ONNX folder in ONNX Runtime against transformers with PyTorch's SDPA.
 
     python tools/make_shape.py llama2-7b --layers 8 -o llama2-7b-8
-    lrconvert onnx llama2-7b-8 --recipe llama2-7b-2048k --dtype f16 -o llama2-7b-8-onnx
+    lrconvert onnx llama2-7b-8 --recipe llama2-7b-2048k-ft128k --dtype f16 -o llama2-7b-8-onnx
     python benchmarks/onnx_prefill.py llama2-7b-8 --onnx llama2-7b-8-onnx [--tokens 32768] [--pairs 5]
 
 Both read the same tokens into an empty cache and answer the last token's logits, in turn, A B B A …, in one process on
@@ -13,9 +13,7 @@ angles: as much work. Needs onnxruntime-gpu. Written: results/onnx-prefill-NAME.
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +21,23 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from _common import save
+from _common import in_pairs, median, save
 from transformers import AutoModelForCausalLM
 
 from lrconvert.checkpoint.onnx_folder import OnnxCheckpoint
+from lrconvert.targets.onnx.graph import ADJUSTABLE
 
 ALLOWED = 1.1
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
-ADJUSTABLE = ("num_logits_to_keep", "sequence_length")  # constants of the graph that become inputs here
 
 
 class Graph:
-    """The folder's graph with its caches on the GPU, which answers as many logits as it is asked for."""
+    """The folder's graph, which leaves its caches on the device and answers as many logits as it is asked for."""
 
     def __init__(self, folder: Path, device: str) -> None:
         path, self.device = folder / "onnx" / "model.onnx", device
         model = onnx.load(str(path), load_external_data=False)
-        for name in ADJUSTABLE:
+        for name in ADJUSTABLE:  # constants of the graph become inputs
             model.graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, []))
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
@@ -104,24 +102,12 @@ class Peer:
             torch.cuda.synchronize()
 
 
-def in_turn(ours: Callable[[], float], theirs: Callable[[], float], pairs: int) -> dict[str, Any]:
-    """Seconds of both and the median of their ratios; the first pair, in which kernels are chosen, isn't counted."""
-    taken = []
-    for number in range(pairs + 1):
-        order = (ours, theirs) if number % 2 else (theirs, ours)
-        found = {reader: reader() for reader in order}
-        taken.append((found[ours], found[theirs]))
-        print(f"{taken[-1][0]:.3f} s, {taken[-1][1]:.3f} s", flush=True)
-    counted = taken[1:]
-    return {
-        "seconds": {
-            name: round(statistics.median(column), 4)
-            for name, column in zip(("onnxruntime", "torch"), zip(*counted, strict=True), strict=True)
-        },
-        "ratio": round(statistics.median(one / other for one, other in counted), 3),
-        "allowed": ALLOWED,
-        "pairs": pairs,
-    }
+def measured(graph: Graph, peer: Peer, tokens: np.ndarray, pairs: int) -> dict[str, Any]:
+    """Median seconds of both and the median of their ratios."""
+    taken = in_pairs(lambda: graph.read(tokens), lambda: peer.read(tokens), pairs)
+    ours, theirs = (round(median(column), 4) for column in zip(*taken, strict=True))
+    ratio = round(median([one / other for one, other in taken]), 3)
+    return {"seconds": {"onnxruntime": ours, "torch": theirs}, "ratio": ratio, "allowed": ALLOWED, "pairs": pairs}
 
 
 def device_name(device: str) -> str:
@@ -139,7 +125,7 @@ def main() -> None:
     stored = OnnxCheckpoint(options.onnx)
     graph, peer = Graph(options.onnx, options.device), Peer(options.model, options.device)
     tokens = np.random.default_rng(7).integers(0, peer.model.config.vocab_size, options.tokens)
-    found = in_turn(lambda: graph.read(tokens), lambda: peer.read(tokens), options.pairs)
+    found = measured(graph, peer, tokens, options.pairs)
     about = {"model": options.model.name, "layers": peer.model.config.num_hidden_layers, "attention": stored.attention}
     versions = {"onnxruntime": onnxruntime.__version__, "torch": torch.__version__}
     about |= {"tokens": options.tokens, "device": device_name(options.device), "runtimes": versions}

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from _common import RESULTS, Figure, lrconvert, median, report, run, save, scratch_folder
+from _common import RESULTS, Figure, in_pairs, lrconvert, median, report, run, save, scratch_folder
 from safetensors.numpy import save_file
 
 from lrconvert.checkpoint import locate
@@ -136,14 +136,13 @@ class Graph:
 
 
 def in_turn(graphs: dict[str, Graph], pairs: int, measure: Callable[[Graph], float]) -> dict[str, Any]:
-    """Times of both and the median of their ratios; the first pair, in which kernels warm up, isn't counted."""
-    taken: list[dict[str, float]] = []
-    for index in range(pairs + 1):
-        order = (OURS, THEIRS) if index % 2 == 0 else (THEIRS, OURS)
-        taken.append({name: measure(graphs[name]) for name in order})
-    ratio = median([times[OURS] / times[THEIRS] for times in taken[1:]])
-    times = {name: [round(pair[name] * 1e3, 3) for pair in taken[1:]] for name in (OURS, THEIRS)}
-    return {"ms": times, "ratio": round(ratio, 3)}
+    """Times of both and the median of their ratios."""
+    pairs_of = in_pairs(lambda: measure(graphs[OURS]), lambda: measure(graphs[THEIRS]), pairs)
+    times = {
+        name: [round(each * 1e3, 3) for each in column]
+        for name, column in zip((OURS, THEIRS), zip(*pairs_of, strict=True), strict=True)
+    }
+    return {"ms": times, "ratio": round(median([ours / theirs for ours, theirs in pairs_of]), 3)}
 
 
 def measured(kind: str, source: Path, arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A finished extension calibrated on text that nothing was trained on.
 
-Two numbers follow from training, and its own text can't tell them, since the weights know it by heart:
+Two numbers depend on the training, and the training text can't tell them: the weights know it by heart.
 
 - *share*: how much of the training is kept. Weights between those before training and after it are often better on
   other text than either (WiSE-FT, arXiv 2109.01903).
@@ -15,15 +15,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lrconvert.checkpoint import Model
-from lrconvert.checkpoint.adapter import CONFIG, PREFIX, WEIGHTS, merged, open_adapter
-from lrconvert.errors import UnsupportedError
+from lrconvert.checkpoint.adapter import merged, open_adapter
 from lrconvert.extending.deciding import loss_of, whole_row
 from lrconvert.extending.plan import Calibrate
 from lrconvert.extending.task import ADAPTER, Task
@@ -47,14 +44,15 @@ def calibrate(stage: Calibrate, task: Task) -> dict[str, Any]:
     from what the set has.
     """
     with temporary_folder() as scratch:
-        run = _Calibration(stage, task, scratch, task.kept(TRIED))
-        share, shares = (1.0, {}) if task.adapter is None else run.share()
+        recipe = task.recipe
+        run = _Calibration(stage, task, recipe.tiers, task.adapter, scratch, task.kept(TRIED))
+        share, shares = (1.0, {}) if run.adapter is None else run.share()
         tiers, factors = run.attention(share)
         adapter = run.weakened(share)
-        if adapter is not None and adapter != task.adapter and task.leading:
+        if adapter is not None and adapter != run.adapter and task.leading:
             shutil.copytree(adapter, task.folder / ADAPTER, dirs_exist_ok=True)
             adapter = task.folder / ADAPTER
-        task.write(replace(task.recipe, tiers=tiers), adapter)
+        task.write(replace(recipe, tiers=tiers), adapter)
     return {"share": share, "shares": shares, "attention": factors}
 
 
@@ -64,6 +62,8 @@ class _Calibration:
 
     stage: Calibrate
     task: Task
+    tiers: tuple[Tier, ...]
+    adapter: Path | None  # all of the training
     scratch: Path
     kept: dict[str, float]
     model: LoadedModel | None = None
@@ -76,21 +76,15 @@ class _Calibration:
         def of(steps: int) -> float:
             return round(1 + SHARE_STEP * steps, 6)
 
-        @cache
-        def loss(steps: int) -> float:
-            return self.loss(of(steps), self.task.recipe.tiers, self.stage.lengths)
-
-        best = walk(loss, (-1,), MOST_SHARES)
-        tried = {str(of(steps)): loss(steps) for steps in range(best - 1, 1) if steps >= -MOST_SHARES}
-        return of(best), dict(reversed(tried.items()))
+        best, tried = walk(lambda steps: self.loss(of(steps), self.tiers, self.stage.lengths), (-1,), MOST_SHARES)
+        return of(best), {str(of(steps)): tried[steps] for steps in sorted(tried, reverse=True)}
 
     def attention(self, share: float) -> tuple[tuple[Tier, ...], list[dict[str, Any]]]:
-        """The sets with their attention factors, and what was tried for each set that has a length to be judged by."""
-        recipe = self.task.recipe
-        tiers, facts = list(recipe.tiers), []
-        for index, tier in enumerate(recipe.tiers):
-            lengths = [length for length in self.stage.lengths if serving(recipe.tiers, length) is tier]
-            if index and lengths and self.task.one_attention is None:
+        """The sets with their attention factors, and what was tried for each set that has a length to be judged by.
+        Where one factor serves all sets, it stays."""
+        tiers, facts = list(self.tiers), []
+        for index, tier in enumerate(self.tiers[1:] if self.task.one_attention is None else (), 1):
+            if lengths := [length for length in self.stage.lengths if serving(self.tiers, length) is tier]:
                 tiers[index], tried = self._attention_of(tier, share, lengths)
                 before, chosen = tier.attention_factor, tiers[index].attention_factor
                 facts.append({"max_length": tier.max_length, "before": before, "chosen": chosen, "tried": tried})
@@ -101,14 +95,7 @@ class _Calibration:
             factor = round(tier.attention_factor * (1 + ATTENTION_STEP * steps), 6)
             return replace(tier, attention_factor=factor) if steps else tier
 
-        tried: dict[int, float] = {}
-
-        def loss(steps: int) -> float:
-            if steps not in tried:
-                tried[steps] = self.loss(share, (of(steps),), lengths)
-            return tried[steps]
-
-        best = walk(loss, (-1, 1), MOST_ATTENTION)
+        best, tried = walk(lambda steps: self.loss(share, (of(steps),), lengths), (-1, 1), MOST_ATTENTION)
         return of(best), {str(of(steps).attention_factor): tried[steps] for steps in sorted(tried)}
 
     def loss(self, share: float, tiers: Sequence[Tier], lengths: Sequence[int]) -> float:
@@ -118,7 +105,7 @@ class _Calibration:
     def _loss(self, share: float, tier: Tier, length: int) -> float:
         key = f"share {share}, attention factor {tier.attention_factor}, {length} tokens"
         if key not in self.kept:
-            self.task.say(key)
+            self.task.say(f"share {share:g}, attention factor {tier.attention_factor:.4g}, {length:,} tokens")
             model, stage = self._model(share), self.stage
             model.rotation = tier
             found = [loss_of(model, row, stage.objective, stage.judged) for row in self._rows(length)]
@@ -130,8 +117,10 @@ class _Calibration:
         """Documents that end where the texts do: what stands before their ends may have been trained on."""
         if length not in self.rows:
             stage, texts = self.stage, [text.tokens for text in self.task.texts]
-            ends = [[text[-length:]] for text in texts if len(text) >= length][: stage.documents] or [texts]
-            self.rows[length] = [whole_row(self.task, end, length, stage.objective, stage.keys) for end in ends]
+            whole = [text for text in texts if len(text) >= length][: stage.documents] or [np.concatenate(texts)]
+            self.rows[length] = [
+                whole_row(self.task, [text[-length:]], length, stage.objective, stage.keys) for text in whole
+            ]
         return self.rows[length]
 
     def _model(self, share: float) -> LoadedModel:
@@ -146,43 +135,27 @@ class _Calibration:
 
     def weakened(self, share: float) -> Path | None:
         """The adapter of which a share is kept: the task's own for all of it."""
-        own = self.task.adapter
-        if own is None or share == 1:
-            return own
+        from lrconvert.training.adapter_file import weaken
+
+        if self.adapter is None or share == 1:
+            return self.adapter
         folder = self.scratch / str(share)
         if not folder.exists():
-            weaken(self.task.model, own, share, folder)
+            weaken(self.task.model, self.adapter, share, folder)
         return folder
 
 
-def walk(loss: Callable[[int], float], sides: Sequence[int], most: int) -> int:
-    """The number of steps from 0, to one of the sides, at which the loss is lowest before it rises."""
-    side, best = min(sides, key=loss), 0
-    while abs(best) < most and loss(best + side) < loss(best):
+def walk(loss: Callable[[int], float], sides: Sequence[int], most: int) -> tuple[int, dict[int, float]]:
+    """The number of steps from 0, to one of the sides, at which the loss is lowest before it rises; the loss of every
+    number that was tried, each asked for once."""
+    tried: dict[int, float] = {}
+
+    def of(steps: int) -> float:
+        if steps not in tried:
+            tried[steps] = loss(steps)
+        return tried[steps]
+
+    side, best = min(sides, key=of), 0
+    while abs(best) < most and of(best + side) < of(best):
         best += side
-    return best
-
-
-def weaken(model: Model, adapter: Path, share: float, folder: Path) -> None:
-    """Write an adapter that changes `model` by a share of what another one changes: pairs of LoRA by their second
-    factor, and tensors that were trained whole by their difference from the model's.
-
-    Raises `UnsupportedError` for DoRA, whose change is no multiple of its factors.
-    """
-    from safetensors.torch import load_file
-    from torch import from_numpy
-
-    from lrconvert.training.tuning import write_weights
-
-    if open_adapter(adapter).config.dora:
-        raise UnsupportedError(f"{adapter}: an adapter with DoRA can't be calibrated", remedy="Leave the stage out")
-    made = {}
-    for name, tensor in load_file(adapter / WEIGHTS).items():
-        if "lora_" in name:
-            made[name] = tensor * share if "lora_B" in name or "lora_embedding_B" in name else tensor
-        else:
-            base = from_numpy(model.checkpoint.read(name.removeprefix(PREFIX)).astype(np.float32))
-            made[name] = (base + share * (tensor.float() - base)).to(tensor.dtype)
-    folder.mkdir(parents=True)
-    shutil.copyfile(adapter / CONFIG, folder / CONFIG)
-    write_weights(made, folder)
+    return best, tried

@@ -249,7 +249,7 @@ class Plan:
             if isinstance(stage, Calibrate):
                 if max(stage.lengths) > reach:
                     found.append(f"{key}.lengths has {max(stage.lengths)}; the sets before it reach {reach}")
-                if any(isinstance(other, Tune | Search) for other in self.stage):
+                if any(isinstance(other, Tune | Search | Recover) for other in self.stage):
                     found.append(
                         f"{key} needs other text than stages that search or train; make it a plan of its own, for --on"
                     )

@@ -38,10 +38,10 @@ PREFIX_BYTES, PREFIX_PART = 2**30, 1 / 4
 class Reference:
     """What a checkpoint computes under a rotation.
 
-    `weights` are those of another reference over the same model, to be read once for both; `stored_dtype`: see
-    `Weights`. `cache` rounds both sides of attention's products as a cache of that type does; `activation_block` what
-    weights are multiplied with, as programs that multiply integers do: to 8 bits, so many channels with one scale (0:
-    not at all). `results` rounds all that is computed to that type, step by step.
+    `weights` are those of another reference over the same model, to be read once for both; without them, `stored_dtype`
+    and `keep_bytes` make some, as `Weights` says. `cache` rounds both sides of attention's products as a cache of that
+    type does; `activation_block` what weights are multiplied with, as programs that multiply integers do: to 8 bits, so
+    many channels with one scale (0: not at all). `results` rounds all that is computed to that type, step by step.
     """
 
     def __init__(

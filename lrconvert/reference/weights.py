@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 # What is kept between passes. On a GPU, a part of its memory: a 7B in bfloat16 takes a tenth of an H200's, and another
 # in the program that is compared, which needs room for its cache too.
 KEEP_BYTES, KEEP_PART = 6 * 2**30, 1 / 3
-# Up to so many bytes in float64, weights are kept as they are computed with. Those of larger models are kept as they
-# are stored: a billion bfloat16 numbers take 2 GB, and 8 when they are wide. To widen them for a pass of 512 tokens
-# takes a twentieth of its time.
+# Up to so many bytes in float64, weights are kept as they are computed with: those of SmolLM2-135M fit. Those of larger
+# models are kept as they are stored: a billion bfloat16 numbers take 2 GB, and 8 when they are wide. To widen a matrix
+# of 5,632 rows by 2,048 takes a quarter of the time of its product with 512 tokens, on two cores.
 WIDE_BYTES = 5 * 2**28
 
 Key = tuple[str, int | None, int | None]  # role, layer, expert

@@ -11,7 +11,6 @@ import contextlib
 import copy
 import json
 import math
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -25,9 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lrconvert.checkpoint import Model
-from lrconvert.checkpoint.adapter import CONFIG, PREFIX, WEIGHTS, merged, open_adapter
+from lrconvert.checkpoint.adapter import PREFIX, merged, open_adapter
 from lrconvert.checkpoint.fold import refuse_training
 from lrconvert.errors import InputError, UnsupportedError, require
+from lrconvert.training.adapter_file import write_weights
 from lrconvert.training.devices import is_out_of_memory
 from lrconvert.training.loaded import LoadedModel
 from lrconvert.training.rows import Row, StepRows
@@ -181,13 +181,6 @@ def _quiet() -> Iterator[None]:
 def _is_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     return isinstance(weight, torch.Tensor) and weight.ndim == 1 and not list(module.children())
-
-
-def write_weights(tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    """An adapter's weights, beside its config and as readable as that: safetensors makes files for their owner."""
-    ordered = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
-    save_file(ordered, folder / WEIGHTS, metadata={"format": "pt"})
-    shutil.copymode(folder / CONFIG, folder / WEIGHTS)
 
 
 def _whole(weight: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,19 +13,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.extending import PLAN, any_text, prose, write_wordy
+from safetensors.numpy import load_file, save_file
+from support.extending import any_text, extended, extended_wordy, prose
 
 from lrconvert.checkpoint import open_model
 from lrconvert.checkpoint.adapter import merged, open_adapter
+from lrconvert.errors import InputError, UnsupportedError
 from lrconvert.evals.texts import Text
 from lrconvert.extending import calibrating
-from lrconvert.extending.api import ExtendResult, extend
-from lrconvert.extending.calibrating import ATTENTION_STEP, MOST_ATTENTION, MOST_SHARES, calibrate, walk, weaken
+from lrconvert.extending.api import ExtendResult
+from lrconvert.extending.calibrating import ATTENTION_STEP, MOST_ATTENTION, MOST_SHARES, calibrate, walk
 from lrconvert.extending.deciding import loss_of, whole_row
-from lrconvert.extending.plan import Calibrate, Evaluate, parse_plan
+from lrconvert.extending.plan import Calibrate, parse_plan
 from lrconvert.extending.task import Task
 from lrconvert.recipe import load_recipe
 from lrconvert.rope import serving
+from lrconvert.training.adapter_file import weaken
 from lrconvert.training.loaded import LoadedModel
 
 STAGE = Calibrate("calibrate", (64, 256), judged=64)
@@ -32,12 +38,7 @@ Loss = Callable[[float, Any], float]
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> ExtendResult:
     """A pico model from 64 to 1024 tokens, with three sets and an adapter."""
-    folder = tmp_path_factory.mktemp("calibrating")
-    write_wordy(folder / "wordy")
-    (folder / "text.txt").write_text(prose(8000), encoding="utf-8")
-    plan = parse_plan(PLAN, "plan.toml")
-    plan = replace(plan, stage=tuple(stage for stage in plan.stage if not isinstance(stage, Evaluate)))
-    return extend(folder / "wordy", texts=[folder / "text.txt"], output=folder / "made", plan=plan, device="cpu")
+    return extended_wordy(tmp_path_factory.mktemp("calibrating"))
 
 
 @pytest.fixture
@@ -64,23 +65,25 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> Callable[[Loss], None]:
     return install
 
 
-def test_it_walks_to_where_the_loss_rises() -> None:
-    """To either side; one step beyond is asked for, and no more than so many steps are taken."""
-    asked: list[int] = []
+@pytest.mark.parametrize(
+    ("best", "asked"), [(-4, [-5, -4, -3, -2, -1, 0, 1]), (0, [-1, 0, 1]), (3, [-1, 0, 1, 2, 3, 4])]
+)
+def test_it_walks_to_where_the_loss_rises(best: int, asked: list[int]) -> None:
+    """To either side; one step beyond is asked for, and each once."""
+    told: list[int] = []
 
-    def at(best: int) -> Callable[[int], float]:
-        def loss(steps: int) -> float:
-            asked.append(steps)
-            return float((steps - best) ** 2)
+    def loss(steps: int) -> float:
+        told.append(steps)
+        return float((steps - best) ** 2)
 
-        return loss
+    found, tried = walk(loss, (-1, 1), 9)
+    assert found == best and sorted(told) == sorted(tried) == asked
+    assert all(tried[steps] == (steps - best) ** 2 for steps in tried)
 
-    for best in (-4, 0, 3):
-        asked.clear()
-        assert walk(at(best), (-1, 1), 9) == best and {*asked} == {-1, 0, 1, *range(best, best + 2 * (best > 0))} | (
-            {best - 1, *range(best, 0)} if best < 0 else set(range(best + 1))
-        )
-    assert walk(at(-99), (-1, 1), 9) == -9 and walk(at(5), (-1,), 9) == 0
+
+def test_it_walks_no_further_than_it_may() -> None:
+    assert walk(lambda steps: float(steps), (-1, 1), 9)[0] == -9
+    assert walk(lambda steps: float(-steps), (-1,), 9)[0] == 0
 
 
 def test_share_and_factors_are_those_of_the_lowest_losses(task: Task, losses: Callable[[Loss], None]) -> None:
@@ -152,15 +155,44 @@ def test_losses_are_those_of_the_model(objective: Any, task: Task) -> None:
     assert calibrate(stage, replace(task, machine={"device": "nowhere"})) == facts
 
 
+def test_short_texts_end_where_the_last_one_does(task: Task) -> None:
+    """A document longer than each of the texts is the end of all of them, one behind the other."""
+    run = calibrating._Calibration(replace(STAGE, lengths=(1000,)), task, task.recipe.tiers, None, task.folder, {})
+    (row,) = run._rows(1000)
+    assert np.array_equal(row.tokens, np.concatenate([text.tokens for text in task.texts])[-1000:])
+
+
+def test_an_adapter_of_another_model_is_refused(task: Task, tmp_path: Path) -> None:
+    """And one that does what has no share; nothing is written."""
+    assert task.adapter is not None
+    shutil.copytree(task.adapter, tmp_path / "other")
+    file = tmp_path / "other" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if "lora_A" in name)
+    save_file({**tensors, name: np.ascontiguousarray(tensors[name][:, :-1])}, file)
+    with pytest.raises(InputError, match=re.escape(name)):
+        weaken(task.model, tmp_path / "other", 0.5, tmp_path / "weak")
+    save_file(tensors, file)
+    config = json.loads((tmp_path / "other" / "adapter_config.json").read_text())
+    (tmp_path / "other" / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    magnitudes = {
+        name.replace("lora_B.weight", "lora_magnitude_vector"): np.ones(len(values), np.float32)
+        for name, values in tensors.items()
+        if "lora_B" in name
+    }
+    save_file({**tensors, **magnitudes}, file)
+    with pytest.raises(UnsupportedError, match="can't be weakened"):
+        weaken(task.model, tmp_path / "other", 0.5, tmp_path / "weak")
+    assert not (tmp_path / "weak").exists()
+
+
 def test_one_factor_for_all_sets_stays(made: ExtendResult, tmp_path: Path) -> None:
     """Of a runtime that has one: only the share is calibrated."""
     assert made.path is not None
     folder = made.path.parents[1]
     (tmp_path / "unseen.txt").write_text(prose(9000), encoding="utf-8")
     plan = parse_plan('stage = [{kind = "calibrate", lengths = [64, 200], objective = "perplexity"}]', "")
-    done = extend(
-        folder / "wordy", texts=[tmp_path / "unseen.txt"], output=tmp_path / "any", plan=plan, device="cpu",
-        on=folder / "made", runtime="any", held_out=[folder / "text.txt"],
-    )  # fmt: skip
+    given = {"texts": [tmp_path / "unseen.txt"], "held_out": [folder / "text.txt"]}
+    done = extended(folder, "any", plan, on=folder / "made", runtime="any", **given)
     assert done.stages[0].facts["attention"] == [] and "1.0" in done.stages[0].facts["shares"]
-    assert len({tier.attention_factor for tier in load_recipe(tmp_path / "any").tiers}) == 1
+    assert len({tier.attention_factor for tier in load_recipe(folder / "any").tiers}) == 1

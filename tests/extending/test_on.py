@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from conftest import Result
 from safetensors.numpy import load_file
-from support.extending import PLAN, prose, write_wordy
+from support.extending import extended, extended_wordy, prose
 
 from lrconvert.errors import InputError, UsageError
-from lrconvert.extending.api import ExtendResult, extend
-from lrconvert.extending.plan import Evaluate, Plan, parse_plan
+from lrconvert.extending.api import ExtendResult
+from lrconvert.extending.plan import parse_plan
 from lrconvert.recipe import load_recipe, write_recipe
 from lrconvert.rope import longrope_attention_factor
 
@@ -33,19 +33,7 @@ stage = [
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> ExtendResult:
     """A pico model from 64 to 1024 tokens, with three sets and an adapter."""
-    folder = tmp_path_factory.mktemp("on")
-    write_wordy(folder / "wordy")
-    (folder / "text.txt").write_text(prose(8000), encoding="utf-8")
-    plan = parse_plan(PLAN, "plan.toml")
-    plan = replace(plan, stage=tuple(stage for stage in plan.stage if not isinstance(stage, Evaluate)))
-    return _extended(folder, "made", plan)
-
-
-def _extended(folder: Path, output: str, plan: Plan, **options: object) -> ExtendResult:
-    return extend(
-        folder / "wordy", texts=[folder / "text.txt"], output=folder / output, plan=plan, device="cpu",
-        **options,  # pyright: ignore[reportArgumentType]
-    )  # fmt: skip
+    return extended_wordy(tmp_path_factory.mktemp("on"))
 
 
 def _trained(recipe: Path) -> dict[str, np.ndarray]:
@@ -57,7 +45,7 @@ def test_a_recipe_is_trained_on(made: ExtendResult) -> None:
     record has the stages of both."""
     assert made.path is not None
     folder = made.path.parents[1]
-    more = _extended(folder, "more", parse_plan(MORE, ""), on=folder / "made")
+    more = extended(folder, "more", parse_plan(MORE, ""), on=folder / "made")
     before, after = load_recipe(folder / "made"), load_recipe(folder / "more")
     assert after.tiers[1:] == before.tiers[1:] and len(after.tiers) == 3
     old, new = _trained(folder / "made"), _trained(folder / "more")
@@ -73,7 +61,7 @@ def test_a_recipe_is_trained_on(made: ExtendResult) -> None:
 def test_a_form_for_any_runtime_begins_with_two_sets(made: ExtendResult) -> None:
     assert made.path is not None
     folder = made.path.parents[1]
-    form = _extended(folder, "form", parse_plan(MORE, ""), on=folder / "made", runtime="any")
+    form = extended(folder, "form", parse_plan(MORE, ""), on=folder / "made", runtime="any")
     wanted, before = longrope_attention_factor(1024 / 64, 64), load_recipe(folder / "made")
     start, after = load_recipe(form.work / "0-start"), load_recipe(folder / "form")
     for recipe in (start, after):
@@ -92,7 +80,7 @@ def test_another_recipe_makes_other_stages(made: ExtendResult) -> None:
     other = replace(recipe, tiers=(*recipe.tiers[:-1], last), adapter="../made/adapter")
     write_recipe(other, folder / "other")
     runs = [
-        _extended(folder, f"{name}-more", parse_plan(MORE, ""), on=folder / name, until="1-tune")
+        extended(folder, f"{name}-more", parse_plan(MORE, ""), on=folder / name, until="1-tune")
         for name in ("made", "other")
     ]
     assert runs[0].stages[0].digest != runs[1].stages[0].digest
@@ -106,10 +94,8 @@ def test_the_record_names_the_texts_of_both(made: ExtendResult) -> None:
     plan = parse_plan('stage = [{kind = "calibrate", lengths = [200], objective = "perplexity"}]', "")
 
     def calibrated(*texts: str) -> None:
-        extend(
-            folder / "wordy", texts=[folder / text for text in texts], output=folder / "calibrated", plan=plan,
-            device="cpu", on=folder / "made", held_out=[folder / "text.txt"], force=True,
-        )  # fmt: skip
+        given = {"texts": [folder / text for text in texts], "held_out": [folder / "text.txt"]}
+        extended(folder, "calibrated", plan, on=folder / "made", force=True, **given)
 
     calibrated("unseen.txt")
     search = load_recipe(folder / "calibrated").provenance.search
@@ -123,13 +109,13 @@ def test_what_does_not_go_together(made: ExtendResult, cli: Cli) -> None:
     assert made.path is not None
     folder = made.path.parents[1]
     with pytest.raises(UsageError, match="--target"):
-        _extended(folder, "x", parse_plan(MORE, ""), on=folder / "made", target=512)
+        extended(folder, "x", parse_plan(MORE, ""), on=folder / "made", target=512)
     with pytest.raises(InputError, match="the sets before it reach 64"):
-        _extended(folder, "x", parse_plan(MORE, ""))
+        extended(folder, "x", parse_plan(MORE, ""))
     with pytest.raises(InputError, match=r"stage\[0\]\.rank is 8; the adapter .* rank 4, not 8"):  # before it is loaded
-        _extended(folder, "x", parse_plan(MORE.replace("rank = 4", "rank = 8"), ""), on=folder / "made")
+        extended(folder, "x", parse_plan(MORE.replace("rank = 4", "rank = 8"), ""), on=folder / "made")
     with pytest.raises(InputError, match="demo-8x"):
-        _extended(folder, "x", parse_plan(MORE, ""), on="demo-8x")
+        extended(folder, "x", parse_plan(MORE, ""), on="demo-8x")
     gone = json.loads((folder / "made" / "recipe.json").read_text())
     (folder / "gone").mkdir()
     (folder / "gone" / "recipe.json").write_text(json.dumps({**gone, "adapter": "nowhere"}))

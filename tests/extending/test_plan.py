@@ -79,6 +79,9 @@ WRONG: dict[str, tuple[str, str]] = {
     "calibrated on what was trained on": (
         DERIVE + TUNE + CALIBRATE, "stage[2] needs other text than stages that search or train"
     ),
+    "calibrated on what the short set was searched on": (
+        DERIVE + RECOVER + CALIBRATE, "stage[2] needs other text than stages that search or train"
+    ),
     "calibrated at no length": (f"{DERIVE}{CALIBRATE}".replace("[256]", "[]"), "stage[1].lengths is []"),
     "too little text to calibrate": (
         f"{DERIVE}{CALIBRATE}".replace("256", "1000"), "stage[1] needs 1000 tokens of text; there are 900"

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from support.extending import PLAN, prose, write_wordy
+from support.extending import PLAN, any_text, prose, write_wordy
 from support.forks import ForkedCommands, Process
 from support.processes import ranks
 from support.staging import linux_only
@@ -63,11 +63,12 @@ def test_one_process_writes(training: ForkedCommands, tmp_path: Path) -> None:
     assert again.recipe.tiers == recipe.tiers
     assert {path: path.read_text() for path in results} == results
     assert recipe.adapter == "adapter"
-    unseen = tmp_path / "unseen.txt"
-    unseen.write_text(prose(9000), encoding="utf-8")
+    unseen = tmp_path / "unseen.npy"
+    np.save(unseen, any_text(600, seed=5))  # of which every tenth of the training costs 2e-4 nats
     in_two(training, model, unseen, tmp_path / "two", CALIBRATE, output)
     calibrated = parse_plan(CALIBRATE, "plan")
-    extend(model, output=tmp_path / "one", plan=calibrated, on=output, **{**given, "texts": [unseen]})
+    alone = extend(model, output=tmp_path / "one", plan=calibrated, on=output, **{**given, "texts": [unseen]})
+    assert alone.stages[0].facts["share"] < 1
     assert load_recipe(tmp_path / "two").tiers == load_recipe(tmp_path / "one").tiers
     one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
     assert all(np.array_equal(one[name], two[name]) for name in one)

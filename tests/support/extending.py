@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from support.vocabularies import STYLES
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lrconvert.checkpoint import Model, open_model
+from lrconvert.extending.api import ExtendResult, extend
+from lrconvert.extending.plan import Evaluate, Plan, parse_plan
 from lrconvert.rope import Tier
 from lrconvert.training.keys import TRAINING_FORM, KeyMaker, LabelledForm
 
@@ -115,3 +118,19 @@ keys = 2
 passkey = [256]
 depths = 2
 """
+
+
+def extended(folder: Path, output: str, plan: Plan, **options: Any) -> ExtendResult:
+    """The model `wordy` in a folder, extended on the text there."""
+    given = {"texts": [folder / "text.txt"], "device": "cpu", **options}
+    return extend(folder / "wordy", output=folder / output, plan=plan, **given)
+
+
+def extended_wordy(folder: Path) -> ExtendResult:
+    """`wordy` from 64 to 1024 tokens by the stages of `PLAN` but the evaluation: three sets and an adapter, in the
+    folder `made` beside it."""
+    write_wordy(folder / "wordy")
+    (folder / "text.txt").write_text(prose(8000), encoding="utf-8")
+    plan = parse_plan(PLAN, "plan.toml")
+    stages = tuple(stage for stage in plan.stage if not isinstance(stage, Evaluate))
+    return extended(folder, "made", replace(plan, stage=stages))

@@ -37,6 +37,7 @@ from lrconvert.recipe import Recipe, load_recipe
 from lrconvert.targets import gguf, hf, onnx, target_of
 
 NAME = "true-shape"
+STARTED = time.perf_counter()
 KEPT = ("code", "case", "length", "verdict", "kl_mean", "kl_max", "bound", "noise", "reason", "seconds")
 SUFFIX = {"gguf": ".gguf"}
 
@@ -111,7 +112,8 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
 def show(row: parity.Row) -> None:
     """A line for a row when it is known."""
     value = "" if row.kl_mean is None else f"{row.kl_mean:.1e}"
-    print(f"{time.monotonic():9.1f}", row.code, row.case, row.length, row.verdict, value, row.reason, flush=True)
+    seconds = f"{time.perf_counter() - STARTED:9.1f}"
+    print(seconds, row.code, row.case, row.length, row.verdict, value, row.reason, flush=True)
 
 
 def mistake(

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from lrconvert.extending.stages import MOST_WINDOWS
 from lrconvert.searching.objective import PARTS
 from lrconvert.searching.plan import default_budget
 from lrconvert.training.costs import Cost, forward_cost, pass_cost
+from lrconvert.training.rows import window_starts
 
 if TYPE_CHECKING:
     from lrconvert.extending.task import Task
@@ -45,6 +46,7 @@ def estimate(plan: Plan, task: Task) -> list[Estimate]:
         cost = step if isinstance(stage, Tune) else forward
         longest = max((tokens for tokens, _ in passes), default=1.0)
         seconds = sum(count * cost.seconds(tokens) for tokens, count in passes)
+        seconds += sum(count * forward.seconds(tokens) for tokens, count in _taught(stage, window))
         memory = cost.memory(longest) if passes else None
         found.append(Estimate(name, seconds + (LOADING if passes else 0.0), None if memory is None else int(memory)))
     return found
@@ -67,6 +69,16 @@ def _search(stage: Search, window: int, following: int) -> Passes:
 def _tune(stage: Tune, window: int, following: int) -> Passes:
     mixed = stage.steps // stage.mixed_every if stage.mixed_every else 0
     return [(stage.length, (stage.steps - mixed) * stage.rows), (window, mixed * stage.mixed_rows)]
+
+
+def _taught(stage: Any, window: int) -> Passes:
+    """A teacher's, over the rows of a stage: of long ones in windows that overlap."""
+    if not isinstance(stage, Tune) or not stage.distil:
+        return []
+    return [
+        (min(stage.distil, tokens), count * len(window_starts(int(tokens), min(stage.distil, int(tokens)))))
+        for tokens, count in _tune(stage, window, window)
+    ]
 
 
 def _recover(stage: Recover, window: int, following: int) -> Passes:

@@ -38,6 +38,7 @@ def check_memory(plan: Plan, task: Task) -> None:
     for number, stage in enumerate(plan.stage):
         full = isinstance(stage, Tune) and stage.method == "full"
         fixed = weights * (size + (OPTIMIZER if full else 0)) / shared
+        fixed += weights * size if isinstance(stage, Tune) and stage.distil else 0  # the teacher, in every process
         for key, (tokens, each) in lengths(stage, shape, size).items():
             needs = fixed + each * tokens / team
             if needs > has:

@@ -40,6 +40,7 @@ def _tokens(value: Any) -> Any:
 
 
 Tokens = Annotated[int, BeforeValidator(_tokens), Ge(2)]
+TokensOrNone = Annotated[int, BeforeValidator(_tokens), Ge(0)]
 Lengths = tuple[Tokens, ...]
 Count = Annotated[int, Ge(1)]
 Jumps = tuple[Annotated[int, Ge(0)], Annotated[int, Ge(0)]]
@@ -89,7 +90,8 @@ class Tune:
     over the window. Every row hides `keys` keys. Every `mixed_every`-th step keeps a lower window, one after the other:
     the original one with `mixed_rows` rows of it under the short set, the others with rows as above under their own
     sets; 0: none. LoRA trains `projections`: all of the blocks, those of the attention, or queries and keys, which are
-    what the rotation turns."""
+    what the rotation turns. With `distil`, the text's own tokens are not learned: the model learns to say of it what it
+    said before the stage, when it read windows of so many tokens; 0: without."""
 
     __pydantic_config__: ClassVar = STRICT
 
@@ -110,6 +112,7 @@ class Tune:
     warmup: Annotated[int, Ge(0)] = 8
     final: Annotated[float, Ge(0)] = 0.05
     answer_weight: Annotated[float, Ge(0)] = 0.5
+    distil: TokensOrNone = 0
 
 
 @dataclass(frozen=True)
@@ -234,6 +237,8 @@ class Plan:
                     found.append(f"{key}.window is {stage.window}; the sets before it reach {reach}")
                 if stage.length > stage.window:
                     found.append(f"{key}.length is {stage.length}, longer than its window, {stage.window}")
+                if stage.distil > stage.length:
+                    found.append(f"{key}.distil is {stage.distil}; a row has {stage.length} tokens")
                 if trained is not None and stage.method == "lora":
                     if trained.method == "full":
                         found.append(f"{key}.method is 'lora'; after stages that trained all weights only 'full' can")

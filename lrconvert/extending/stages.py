@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,6 +25,9 @@ from lrconvert.recipe.models import portable_name
 from lrconvert.rope import Tier, compose, serving
 from lrconvert.training.keys import KeyMaker, training_form
 from lrconvert.training.rows import RowOptions, StepRows, make_row
+
+if TYPE_CHECKING:
+    from lrconvert.training.distilling import Teacher
 
 Facts = dict[str, Any]
 # That an evaluation of the original window's set reads, as rows of it: as many as 256k holds of 4k. A form for any
@@ -145,7 +149,7 @@ def tune(stage: Tune, task: Task) -> Facts:
     task.say("loading", 0, stage.steps)
     base = portable_name(task.reference, task.model.checkpoint.path)
     model, trainable = load_trainable(task.model, options, task.adapter, base=base, **task.loading)
-    tuning = Tuning(model, options, RowMaker.of(stage, task), task.folder)
+    tuning = Tuning(model, options, RowMaker.of(stage, task), task.folder, teacher=teacher_of(stage, task))
     seconds: list[float] = []
 
     def watch(result: StepResult) -> None:
@@ -161,6 +165,19 @@ def tune(stage: Tune, task: Task) -> Facts:
     task.write(task.recipe, adapter)
     facts = {"parameters": sum(weight.numel() for weight in model.trainable), "recomputed": model.recompute}
     return {**facts, **model.describe(), "seconds_per_step": round(float(np.median(seconds)), 3) if seconds else None}
+
+
+def teacher_of(stage: Tune, task: Task) -> Teacher | None:
+    """The model as the stage finds it, under the sets for what it reads; every process has a whole one."""
+    if not stage.distil:
+        return None
+    from lrconvert.training.distilling import Teacher
+    from lrconvert.training.loaded import LoadedModel
+    from lrconvert.training.tuning import FORWARD_TOKENS
+
+    model = LoadedModel(task.trained(), **{**task.loading, "sharded": False}, purpose="fine-tuning")
+    at_once = FORWARD_TOKENS[model.device.type]
+    return Teacher(model, stage.distil, partial(serving, task.recipe.tiers), at_once)
 
 
 def _draw(folder: Path) -> None:

@@ -22,13 +22,20 @@ from lrconvert.checkpoint.fold import in_weights
 from lrconvert.errors import UnsupportedError
 from lrconvert.training.attention import PROBE_TOKENS, check_kernel, choose_kernel, use_kernel
 from lrconvert.training.devices import default_dtype, free_memory, is_out_of_memory, process_device
-from lrconvert.training.losses import chunked_choices, chunked_gradient, chunked_losses, chunks
+from lrconvert.training.losses import (
+    chunked_choices,
+    chunked_gradient,
+    chunked_losses,
+    chunks,
+    of_targets,
+)
 from lrconvert.training.network import fuse_norms, load_network, recomputing
 from lrconvert.training.processes import Workers
 from lrconvert.training.rotation import Rotation, TrialRope, replace_rotation
 
 if TYPE_CHECKING:
     from lrconvert.checkpoint import Model
+    from lrconvert.training.distilling import Taught
 
 Tokens = NDArray[np.int64]
 
@@ -148,20 +155,29 @@ class LoadedModel:
         try:
             with use_kernel(self.attention), self._memory(), self.workers.spread(ids, positions, targets, scaled):
                 hidden = self.hidden(ids, positions)
-                found, upstream = chunked_gradient(self.head, hidden, targets, scaled, self._parts(targets, judged))
+                losses_of = of_targets(self.head, targets)
+                found, upstream = chunked_gradient(hidden, losses_of, scaled, self._parts(targets, judged))
                 (gradient,) = torch.autograd.grad(hidden, log_factors, upstream)
                 losses = self._numbers(found, tokens)
         finally:
             self.rope.log_factors = None
         return losses, (self.workers.total(gradient) / count).cpu().numpy()
 
-    def backward(self, tokens: Tokens, weights: NDArray[np.float64], at: Tokens | None = None) -> NDArray[np.float32]:
-        """Losses as `losses`; d Σ weights·losses is added to the gradients of `trainable`. The head stays as it is."""
+    def backward(
+        self,
+        tokens: Tokens,
+        weights: NDArray[np.float64],
+        at: Tokens | None = None,
+        taught: Taught | None = None,
+    ) -> NDArray[np.float32]:
+        """Losses as `losses`, or divergences where something is `taught`; d Σ weights·losses is added to the gradients
+        of `trainable`. The head stays as it is."""
         ids, positions, targets = self._tensors(tokens, at)
         scaled = self._weights(weights, ids)
         with use_kernel(self.attention), self._memory(), self.workers.spread(ids, positions, targets, scaled):
             hidden = self.hidden(ids, positions)
-            found, upstream = chunked_gradient(self.head, hidden, targets, scaled, self._parts(targets, None))
+            losses_of = of_targets(self.head, targets) if taught is None else taught.losses(self.head, targets)
+            found, upstream = chunked_gradient(hidden, losses_of, scaled, self._parts(targets, None))
             hidden.backward(upstream)
             return self._numbers(found, tokens)
 

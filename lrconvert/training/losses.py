@@ -13,6 +13,8 @@ from torch.nn import functional
 
 MAX_LOGITS = {"cpu": 2**23, "cuda": 2**28}  # entries held at once: 1 GiB of float32 on a GPU
 Head = Callable[[torch.Tensor], torch.Tensor]  # hidden states to logits
+LogitsOf = Callable[[slice], torch.Tensor]  # of a part of the tokens
+LossesOf = Callable[[torch.Tensor, slice], torch.Tensor]  # of a part, from its hidden states
 
 
 def chunks(first: int, end: int, *, vocab: int, rows: int, device: torch.device) -> list[slice]:
@@ -44,18 +46,36 @@ def chunked_choices(head: Head, hidden: torch.Tensor, targets: torch.Tensor, par
     return found
 
 
+def of_targets(head: Head, targets: torch.Tensor) -> LossesOf:
+    """Losses of a part's targets [b, n]."""
+    return lambda hidden, part: cross_entropy(head, hidden, targets[:, part])
+
+
+def of_teacher(head: Head, targets: torch.Tensor, said: LogitsOf, where: torch.Tensor) -> LossesOf:
+    """As `of_targets`, but `where` [b, n] it holds the divergence KL(teacher ‖ model) from what a teacher `said`."""
+
+    def losses(hidden: torch.Tensor, part: slice) -> torch.Tensor:
+        own = functional.log_softmax(head(hidden), dim=-1, dtype=torch.float32)
+        theirs = functional.log_softmax(said(part).detach(), dim=-1, dtype=torch.float32)
+        plain = -own.gather(-1, targets[:, part, None])[..., 0]
+        return torch.where(where[:, part], (theirs.exp() * (theirs - own)).sum(-1), plain)
+
+    return losses
+
+
 def chunked_gradient(
-    head: Head, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, parts: Iterable[slice]
+    hidden: torch.Tensor, losses_of: LossesOf, weights: torch.Tensor, parts: Iterable[slice]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses as `chunked_losses`, and d Σ weights·losses / d hidden, [b, n, c]: what goes back through the decoder.
+    """Losses [b, n], zero outside of `parts`, and d Σ weights·losses / d hidden, [b, n, c]: what goes back through the
+    decoder. `losses_of` makes those of a part from its hidden states.
 
     Each chunk's gradient is made with its logits, which are then forgotten.
     """
-    losses = torch.zeros(targets.shape, device=hidden.device)
+    losses = torch.zeros(hidden.shape[:2], device=hidden.device)
     upstream = torch.zeros_like(hidden)
     for part in parts:
         own = hidden[:, part].detach().requires_grad_()
-        found = cross_entropy(head, own, targets[:, part])
+        found = losses_of(own, part)
         (upstream[:, part],) = torch.autograd.grad((found * weights[:, part]).sum(), own)
         losses[:, part] = found.detach()
     return losses, upstream

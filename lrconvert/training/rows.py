@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lrconvert.training.rotation import Rotation
 
 KEY_TOKENS = 40  # more than the sentence and the question of one key together take
+OVERLAP = 4  # a teacher's window shows the last fourth of the one before it again: its first tokens know too little
 ENDS = 0.5  # share of rows with a key in front of all text, and of rows with one behind it
 
 
@@ -116,6 +117,13 @@ def jumping_positions(options: RowOptions, rng: np.random.Generator) -> Tokens:
         places = np.sort(rng.choice(np.arange(1, options.length), count, replace=False))
         positions += np.concatenate([[0], offsets])[np.searchsorted(places, positions, side="right")]
     return positions
+
+
+def window_starts(count: int, window: int) -> list[int]:
+    """Where a teacher's windows begin: every one of `count` tokens is in one, behind a fourth of a window or behind all
+    that the row has before it."""
+    step = max(window - window // OVERLAP, 1)
+    return [*range(0, count - window, step), count - window]
 
 
 def _window(texts: Sequence[Tokens], length: int, rng: np.random.Generator) -> Tokens:

@@ -29,6 +29,7 @@ from lrconvert.checkpoint.fold import refuse_training
 from lrconvert.errors import InputError, UnsupportedError, require
 from lrconvert.training.adapter_file import write_weights
 from lrconvert.training.devices import is_out_of_memory
+from lrconvert.training.distilling import Teacher
 from lrconvert.training.loaded import LoadedModel
 from lrconvert.training.rows import Row, StepRows
 
@@ -199,7 +200,8 @@ def _own(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Tuning:
-    """A run of fine-tuning. `rows_of(step)` makes the rows of a step; `folder` has the state and the log.
+    """A run of fine-tuning. `rows_of(step)` makes the rows of a step; `folder` has the state and the log. With a
+    `teacher`, losses of text are divergences from what that says.
 
     A run that finds its state goes on from it: with the same rows and the same state of the optimizer, losses are those
     of a run without interruption.
@@ -212,9 +214,11 @@ class Tuning:
         rows_of: Callable[[int], StepRows],
         folder: Path,
         *,
+        teacher: Teacher | None = None,
         every: float = 60.0,
     ) -> None:
         self.model, self.options, self.rows_of, self.folder = model, options, rows_of, folder
+        self.teacher = teacher
         self._every = every  # seconds between two saved states
         self._masters = [_own(weight.detach()).float().clone() for weight in model.trainable]
         norms = [index for index, weight in enumerate(model.trainable) if weight.ndim == 1]
@@ -296,7 +300,8 @@ class Tuning:
         tokens, at = np.stack([row.tokens for row in batch]), np.stack([row.positions for row in batch])
         text, answers = (np.stack(masks) for masks in _masks(batch))
         weights = text / max(counts[0], 1) + self.options.answer_weight * answers / max(counts[1], 1)
-        losses = self.model.backward(tokens, weights, at)
+        taught = None if self.teacher is None else self.teacher.of(tokens, text)
+        losses = self.model.backward(tokens, weights, at, taught)
         return np.array([losses[text].sum(dtype=np.float64), losses[answers].sum(dtype=np.float64)])
 
     def _update(self) -> float:

@@ -106,3 +106,7 @@ def test_what_fits_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert check(2**20, Calibrate("calibrate", (64, 100_000))).startswith("plan plan: stage[0].lengths is 100000")
     tune = Tune("tune", 4096, 64, 1)
     assert check(2**20, tune) == "" and "don't fit" in check(2**20, replace(tune, method="full"))
+    weights = fitting.weight_count(model) * 4  # in float32
+    assert check(int(2.1 * weights) + 2**16, tune) == ""
+    with_teacher = check(int(1.9 * weights), replace(tune, distil=64))
+    assert "don't fit" in with_teacher and check(int(1.9 * weights), tune) == ""

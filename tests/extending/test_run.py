@@ -23,10 +23,10 @@ import lrconvert
 from lrconvert.checkpoint import open_model
 from lrconvert.checkpoint.adapter import merged, open_adapter
 from lrconvert.checkpoint.tokenizer import tokenizer_of
-from lrconvert.errors import InputError
+from lrconvert.errors import InputError, UsageError
 from lrconvert.evals.in_memory import LoadedSession
 from lrconvert.evals.perplexity import same_token_perplexity
-from lrconvert.extending import run, stages
+from lrconvert.extending import estimate, run, stages
 from lrconvert.extending.api import ExtendResult, extend
 from lrconvert.extending.plan import parse_plan
 from lrconvert.recipe import load_recipe
@@ -421,3 +421,58 @@ def test_a_replaced_recipe_leaves_no_adapter_behind(case: Case, tmp_path: Path) 
     assert again is not None and again != "adapter"
     assert [path.name for path in sorted(output.iterdir())] == [again, "recipe.json"]
     assert (output / again / "adapter_model.safetensors").read_bytes() == whole
+
+
+DISTILLED = """
+[[stage]]
+kind = "derive"
+window = 256
+
+[[stage]]
+kind = "tune"
+window = 256
+length = 160
+steps = 5
+keys = 1
+rank = 4
+rate = 3e-2
+
+[[stage]]
+kind = "tune"
+window = 256
+length = 160
+steps = 4
+mixed_every = 2
+mixed_rows = 2
+keys = 0
+rank = 4
+distil = 64
+"""
+
+
+def test_the_teacher_is_the_model_as_the_stage_finds_it(case: Case, tmp_path: Path) -> None:
+    """With the adapter so far, under the sets that there are. At its first step the model says of short rows what it
+    says itself, once it has learned a little nearly so; of long rows something else."""
+    plan = parse_plan(DISTILLED.replace("mixed_every = 2", "mixed_every = 1", 1), "plan.toml")
+    short = extend(case.model, texts=[case.text], output=tmp_path / "short", plan=plan, device="cpu")
+    steps = [json.loads(line) for line in log_of(folder_of(short.work, "3-tune"))]
+    assert steps[0]["kind"] == "short" and steps[0]["text"] < 1e-5
+    plan = parse_plan(DISTILLED, "plan.toml")
+    mixed = extend(case.model, texts=[case.text], output=tmp_path / "mixed", plan=plan, device="cpu")
+    steps = [json.loads(line) for line in log_of(folder_of(mixed.work, "3-tune"))]
+    assert steps[0]["kind"] == "long" and steps[0]["text"] > 1e-2
+
+
+def test_a_team_can_t_be_taught(case: Case, tmp_path: Path) -> None:
+    """Its processes have parts of rows, and a teacher reads whole ones: refused before anything is loaded."""
+    plan = parse_plan(DISTILLED, "plan.toml")
+    with pytest.raises(UsageError, match="--context-parallel"):
+        extend(case.model, texts=[case.text], output=tmp_path / "out", plan=plan, context_parallel=2)
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_an_estimate_counts_the_teacher() -> None:
+    """Of two long rows three windows each, of four short ones one."""
+    stage = parse_plan(DISTILLED, "plan.toml").stage[2]
+    assert estimate._taught(stage, 64) == [(64, 6), (64, 4)]
+    assert estimate._taught(parse_plan(DISTILLED, "plan.toml").stage[1], 64) == []

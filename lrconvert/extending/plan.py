@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -196,7 +195,7 @@ class Plan:
                 remedy="Write a plan that reaches it (docs/extend.md)",
             )
         kept: list[Stage] = []
-        reach = 0
+        reach, own = 0, 0  # of the last set that is kept: the window now, and in the whole plan
 
         def up_to(lengths: Lengths) -> Lengths:
             return tuple(length for length in lengths if length <= target)
@@ -210,13 +209,11 @@ class Plan:
             elif isinstance(stage, Calibrate):
                 kept += [replace(stage, lengths=within)] if (within := up_to(stage.lengths)) else []
             elif isinstance(stage, Tune):  # under the set before it, if that is still there
-                kept += (
-                    [replace(stage, window=reach, length=min(stage.length, reach))]
-                    if min(stage.window, target) == reach > last_tuned(kept)
-                    else []
-                )
+                length = min(stage.length, reach)
+                if stage.window == own and stage.distil < length:
+                    kept.append(replace(stage, window=reach, length=length))
             elif reach < target:
-                reach = min(stage.window, target)
+                own, reach = stage.window, min(stage.window, target)
                 cut = {"decide": min(stage.decide, reach)} if isinstance(stage, Search) and stage.decide else {}
                 kept.append(replace(stage, window=reach, **cut))
         return replace(self, stage=tuple(kept))
@@ -237,8 +234,8 @@ class Plan:
                     found.append(f"{key}.window is {stage.window}; the sets before it reach {reach}")
                 if stage.length > stage.window:
                     found.append(f"{key}.length is {stage.length}, longer than its window, {stage.window}")
-                if stage.distil > stage.length:
-                    found.append(f"{key}.distil is {stage.distil}; a row has {stage.length} tokens")
+                if stage.distil >= stage.length:
+                    found.append(f"{key}.distil is {stage.distil}; it has to be less than a row, {stage.length} tokens")
                 if trained is not None and stage.method == "lora":
                     if trained.method == "full":
                         found.append(f"{key}.method is 'lora'; after stages that trained all weights only 'full' can")
@@ -277,11 +274,6 @@ class Plan:
         """Raises `InputError` with all `problems`."""
         if problems := self.problems(window, reach, rank):
             raise InputError.collect(where, problems)
-
-
-def last_tuned(stages: Sequence[Stage]) -> int:
-    """The window that was trained last; 0 for none."""
-    return max((stage.window for stage in stages if isinstance(stage, Tune)), default=0)
 
 
 @cache

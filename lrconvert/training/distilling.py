@@ -9,7 +9,6 @@ aim: there is nothing to gain from knowing the text, and what a longer context d
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,27 +17,12 @@ from numpy.typing import NDArray
 
 from lrconvert.training.attention import use_kernel
 from lrconvert.training.keys import Tokens
-from lrconvert.training.losses import Head, LossesOf, of_teacher
+from lrconvert.training.losses import Taught
 from lrconvert.training.rows import window_starts
 
 if TYPE_CHECKING:
     from lrconvert.training.loaded import LoadedModel
     from lrconvert.training.rotation import Rotation
-
-
-@dataclass(frozen=True)
-class Taught:
-    """What a teacher says of rows: its hidden states [b, n, c], the head that makes logits of them, and for which
-    losses [b, n − 1] it is the aim."""
-
-    hidden: torch.Tensor
-    head: Head
-    where: NDArray[np.bool_]
-
-    def losses(self, head: Head, targets: torch.Tensor) -> LossesOf:
-        """Of a model with a head of its own, whose targets are [b, n]: divergences where this is the aim."""
-        where = torch.from_numpy(np.pad(self.where, ((0, 0), (0, 1)))).to(targets.device)  # the last predicts nothing
-        return of_teacher(head, targets, lambda part: self.head(self.hidden[:, part]), where)
 
 
 class Teacher:

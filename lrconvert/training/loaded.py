@@ -23,11 +23,13 @@ from lrconvert.errors import UnsupportedError
 from lrconvert.training.attention import PROBE_TOKENS, check_kernel, choose_kernel, use_kernel
 from lrconvert.training.devices import default_dtype, free_memory, is_out_of_memory, process_device
 from lrconvert.training.losses import (
+    Taught,
     chunked_choices,
     chunked_gradient,
     chunked_losses,
     chunks,
     of_targets,
+    of_teacher,
 )
 from lrconvert.training.network import fuse_norms, load_network, recomputing
 from lrconvert.training.processes import Workers
@@ -35,7 +37,6 @@ from lrconvert.training.rotation import Rotation, TrialRope, replace_rotation
 
 if TYPE_CHECKING:
     from lrconvert.checkpoint import Model
-    from lrconvert.training.distilling import Taught
 
 Tokens = NDArray[np.int64]
 
@@ -176,7 +177,7 @@ class LoadedModel:
         scaled = self._weights(weights, ids)
         with use_kernel(self.attention), self._memory(), self.workers.spread(ids, positions, targets, scaled):
             hidden = self.hidden(ids, positions)
-            losses_of = of_targets(self.head, targets) if taught is None else taught.losses(self.head, targets)
+            losses_of = of_targets(self.head, targets) if taught is None else of_teacher(self.head, targets, taught)
             found, upstream = chunked_gradient(hidden, losses_of, scaled, self._parts(targets, None))
             hidden.backward(upstream)
             return self._numbers(found, tokens)

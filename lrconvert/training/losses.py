@@ -7,13 +7,15 @@ Shapes: b documents, n tokens, c hidden channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn import functional
 
 MAX_LOGITS = {"cpu": 2**23, "cuda": 2**28}  # entries held at once: 1 GiB of float32 on a GPU
 Head = Callable[[torch.Tensor], torch.Tensor]  # hidden states to logits
-LogitsOf = Callable[[slice], torch.Tensor]  # of a part of the tokens
 LossesOf = Callable[[torch.Tensor, slice], torch.Tensor]  # of a part, from its hidden states
 
 
@@ -51,12 +53,24 @@ def of_targets(head: Head, targets: torch.Tensor) -> LossesOf:
     return lambda hidden, part: cross_entropy(head, hidden, targets[:, part])
 
 
-def of_teacher(head: Head, targets: torch.Tensor, said: LogitsOf, where: torch.Tensor) -> LossesOf:
-    """As `of_targets`, but `where` [b, n] it holds the divergence KL(teacher ‖ model) from what a teacher `said`."""
+@dataclass(frozen=True)
+class Taught:
+    """What a teacher says of rows: its hidden states [b, n, c], the head that makes logits of them, and for which
+    losses [b, n − 1] it is the aim."""
+
+    hidden: torch.Tensor
+    head: Head
+    where: NDArray[np.bool_]
+
+
+def of_teacher(head: Head, targets: torch.Tensor, taught: Taught) -> LossesOf:
+    """As `of_targets`, but where a teacher is the aim it is the divergence KL(teacher ‖ model)."""
+    where = torch.from_numpy(np.pad(taught.where, ((0, 0), (0, 1)))).to(targets.device)  # the last predicts nothing
 
     def losses(hidden: torch.Tensor, part: slice) -> torch.Tensor:
         own = functional.log_softmax(head(hidden), dim=-1, dtype=torch.float32)
-        theirs = functional.log_softmax(said(part).detach(), dim=-1, dtype=torch.float32)
+        with torch.no_grad():
+            theirs = functional.log_softmax(taught.head(taught.hidden[:, part]), dim=-1, dtype=torch.float32)
         plain = -own.gather(-1, targets[:, part, None])[..., 0]
         return torch.where(where[:, part], (theirs.exp() * (theirs - own)).sum(-1), plain)
 

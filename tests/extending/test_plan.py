@@ -66,8 +66,8 @@ WRONG: dict[str, tuple[str, str]] = {
     "more jumps than a searched row": (
         f"{SEARCH}row_length = 4\n", "stage[0].jumps is [1, 4]; a row of 4 tokens has room for fewer"
     ),
-    "a teacher that reads more than a row": (
-        f"{DERIVE}{TUNE}distil = 129\n", "stage[1].distil is 129; a row has 128 tokens"
+    "a teacher that reads no less than a row": (
+        f"{DERIVE}{TUNE}distil = 128\n", "stage[1].distil is 128; it has to be less than a row, 128 tokens"
     ),
     "a teacher that reads less than nothing": (f"{DERIVE}{TUNE}distil = -1\n", "stage[1].distil is -1"),
     "another rank": (f"{DERIVE}{TUNE}{TUNE}rank = 4\n", "stage[2].rank is 4; the adapter that it trains on has 32"),

@@ -45,6 +45,16 @@ def test_a_cut_plan_ends_at_its_target() -> None:
     assert whole.up_to(whole.target) == whole
 
 
+@pytest.mark.parametrize(("target", "tunes"), [("64k", 2), ("128k", 3), ("256k", 3), ("512k", 3)])
+def test_every_training_under_a_set_stays_with_it(target: str, tunes: int) -> None:
+    """The plan demo trains three times at 256k. Where rows are no longer than what its teacher reads, it teaches
+    nothing."""
+    plan = load_plan("demo").up_to(1024 * int(target[:-1]))
+    kept = [stage for stage in plan.stage if isinstance(stage, Tune)]
+    assert len(kept) == tunes and all(stage.window == min(plan.target, 2**18) for stage in kept)
+    assert all(stage.distil < stage.length for stage in kept) and plan.problems(4096) == []
+
+
 def test_a_cut_plan_calibrates_as_far_as_it_reaches() -> None:
     plan = parse_plan(
         'stage = [{kind = "derive", window = "256k"}, {kind = "calibrate", lengths = ["64k", "256k"]},'

@@ -21,6 +21,8 @@ from support.staging import linux_only
 
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.data import DATA
+from lrconvert.training.distilling import Teacher
+from lrconvert.training.loaded import LoadedModel
 from lrconvert.training.processes import Workers
 from lrconvert.training.rows import RowOptions, make_row
 from lrconvert.training.tuning import StepRows, TuneOptions, Tuning, load_trainable
@@ -70,6 +72,8 @@ from pathlib import Path
 import numpy as np
 from lrconvert.checkpoint import open_model
 from lrconvert.rope import Tier
+from lrconvert.training.distilling import Teacher
+from lrconvert.training.loaded import LoadedModel
 from lrconvert.training.rows import RowOptions, make_row
 from lrconvert.training.tuning import FORWARD_TOKENS, StepRows, TuneOptions, Tuning, load_trainable
 
@@ -82,15 +86,16 @@ def rows_of(step):  # three for two processes: one has a row more
     made = RowOptions(48, 256, (1, 2))
     return StepRows(tier, tuple(make_row([text], made, None, np.random.default_rng([step, i])) for i in range(3)))
 
-def tune(name, method="lora", sharded=False, stop=None, shares=None):
+def tune(name, method="lora", sharded=False, stop=None, shares=None, taught=False):
     options = TuneOptions(method=method, steps=3, rank=4, warmup=1, rate=1e-2)
     loaded, trainable = load_trainable(model, options, device="cpu", dtype="float32", sharded=sharded)
+    aim = Teacher(LoadedModel(model, device="cpu", dtype="float32"), 16, lambda length: tier, 48) if taught else None
     done = []
     def watch(result):
         done.append(result.step)
         if result.step == stop:
             raise KeyboardInterrupt
-    tuning = Tuning(loaded, options, rows_of, folder / name, every=0)
+    tuning = Tuning(loaded, options, rows_of, folder / name, teacher=aim, every=0)
     try:
         tuning.run(watch)
     except KeyboardInterrupt:
@@ -104,6 +109,7 @@ def tune(name, method="lora", sharded=False, stop=None, shares=None):
 rank, told = os.environ["RANK"], {"shares": []}
 tune("data")
 tune("lora", sharded=True)
+tune("taught", sharded=True, taught=True)
 tune("full", "full", sharded=True, shares=told["shares"])
 told["broken"] = [tune("broken", sharded=True, stop=1), tune("broken", sharded=True)]
 tune("torn", sharded=True, stop=1)
@@ -117,9 +123,9 @@ print(json.dumps(told))
 @linux_only
 @pytest.mark.parametrize("count", [2])
 def test_two_processes_train_as_one(count: int, training: ForkedCommands, tmp_path: Path) -> None:
-    """With plain data parallelism, and with the weights in parts (FSDP): losses, gradient norms and adapters are those
-    of one process. Weights in parts go on after an interruption as if there had been none, and start again where one
-    process lacks its part of the state."""
+    """With plain data parallelism, with the weights in parts (FSDP), and so beside a teacher that each has whole:
+    losses, gradient norms and adapters are those of one process. Weights in parts go on after an interruption as if
+    there had been none, and start again where one process lacks its part of the state."""
     folder = write_wordy(tmp_path / "wordy")
     started = [
         training.start(TUNED, str(folder), str(tmp_path), environment=environment(**each)) for each in ranks(count)
@@ -131,7 +137,8 @@ def test_two_processes_train_as_one(count: int, training: ForkedCommands, tmp_pa
     assert told["shares"] == [0.5]
     for method in ("lora", "full"):
         alone(open_model(folder), method, tmp_path / f"one-{method}")
-    for name, one in (("data", "one-lora"), ("lora", "one-lora"), ("full", "one-full")):
+    alone(open_model(folder), "lora", tmp_path / "one-taught", taught=True)
+    for name, one in (("data", "one-lora"), ("lora", "one-lora"), ("full", "one-full"), ("taught", "one-taught")):
         assert_same_training(tmp_path / name, tmp_path / one)
     # A whole state of step 0 and one more step; then the rest.
     assert told["broken"] == [[0, 1], [1, 2]] and told["torn"] == [0, 1, 2]
@@ -139,7 +146,7 @@ def test_two_processes_train_as_one(count: int, training: ForkedCommands, tmp_pa
         assert_same_training(tmp_path / name, tmp_path / "lora", exactly=True)
 
 
-def alone(model: Model, method: Any, folder: Path) -> None:
+def alone(model: Model, method: Any, folder: Path, taught: bool = False) -> None:
     """What the script does, in this process."""
     text = np.random.default_rng(0).integers(3, 500, 2000)
 
@@ -150,7 +157,9 @@ def alone(model: Model, method: Any, folder: Path) -> None:
 
     options = TuneOptions(method=method, steps=3, rank=4, warmup=1, rate=1e-2)
     loaded, trainable = load_trainable(model, options, device="cpu", dtype="float32")
-    Tuning(loaded, options, rows_of, folder).run()
+    teacher = LoadedModel(model, device="cpu", dtype="float32")
+    aim = Teacher(teacher, 16, lambda length: scaled(model, 256), 48) if taught else None
+    Tuning(loaded, options, rows_of, folder, teacher=aim).run()
     trainable.save(loaded, folder / "adapter")
 
 

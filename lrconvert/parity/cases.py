@@ -224,11 +224,11 @@ def _batches(spec: RopeSpec, capability: Capability, accepts: Accepts) -> Iterat
 
 def _decodes(boundary: int, capability: Capability, budget: Budget, accepts: Accepts) -> Iterator[Case]:
     known = None if capability.switches else "keys cached before the boundary keep the short set"
-    skipped = None
-    if boundary > budget.decode:
-        skipped = f"a prompt of {boundary} tokens is beyond this device's budget; use a GPU with more memory, or --full"
     prompt, name = (boundary - AROUND,), f"decode across {boundary}"
     start = max(0, prompt[0] - budget.prompt) if accepts.decodes_anywhere and boundary > budget.dense else 0
+    skipped = None
+    if boundary - start > budget.decode:
+        skipped = f"a prompt of {boundary} tokens is beyond this device's budget; use a GPU with more memory, or --full"
     if not accepts.cached_keys:
         yield Case(name, "decode", prompt, known=known, skipped=skipped, start=start)
         return

@@ -106,15 +106,25 @@ def changed_tiers(exact: RopeSpec, fitted: RopeSpec) -> list[int]:
 
 
 def lifted_rows(wanted: Expected, plain: ReferenceRunner, *, device: str, budget: Budget) -> list[Row]:
-    """What lifting sliding windows costs, by the reference alone, at the end of the window that the model has."""
+    """What lifting sliding windows costs, by the reference alone, at the end of the window that the model has.
+
+    A window counts tokens, not positions, so those between may not be left out: where the budget has no room for more
+    tokens than a window, there is nothing to see.
+    """
     assert wanted.limited is not None
     length = min(wanted.limited.shape.window, wanted.kept.window)
-    # A window counts tokens, not positions: those between may not be left out.
-    case = Case(f"lifted sliding window at {length}", "forward", (length,), spread=length > budget.dense)
-    limited = ReferenceRunner(wanted.limited, device=device)
+    name, count = f"lifted sliding window at {length}", min(length, budget.dense)
+    width = min(each for each in wanted.limited.shape.sliding if each)
+    if count <= width < length:
+        reason = f"its cost shows beyond {width} consecutive tokens, which are beyond this device's budget"
+        return [Row("lifted", name, "skipped", length=length, reason=f"{reason}; use a GPU, or --full")]
+    cut = length > count
+    case = Case(name, "forward", (length,), spread=cut, consecutive=cut, start=length - count)
+    weights = plain.weights if wanted.source is None else None  # folded ones are not this model's
+    limited = ReferenceRunner(wanted.limited, device=device, weights=weights)
     measures = compare(limited.forward(wanted.kept, case), plain.forward(wanted.kept, case))
     reason = "the model's layers attend to the last tokens only, and the artifact's to all"
-    return [Row("lifted", case.name, "known", length=length, reason=reason, **vars(measures))]
+    return [Row("lifted", name, "known", length=length, reason=reason, **vars(measures))]
 
 
 def rounding_rows(wanted: Expected, rounded: ReferenceRunner, plain: ReferenceRunner, budget: Budget) -> list[Row]:

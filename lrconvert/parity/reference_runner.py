@@ -63,6 +63,11 @@ class ReferenceRunner:
         self._spread: dict[tuple[Tier, float, int, int, int], np.ndarray] = {}
 
     @property
+    def weights(self) -> Weights:
+        """For another runner over the same tensors."""
+        return self._reference.weights
+
+    @property
     def dtype(self) -> str:
         return str(self._reference.dtype).removeprefix("torch.")
 
@@ -81,7 +86,7 @@ class ReferenceRunner:
         if rounding not in self._rounded:
             own = self._reference
             more = {"device": self._device, "stored_dtype": self.stored_dtype, "watch": own.watch}
-            self._rounded[rounding] = ReferenceRunner(self.model, rounding=rounding, weights=own.weights, **more)
+            self._rounded[rounding] = ReferenceRunner(self.model, rounding=rounding, weights=self.weights, **more)
         return self._rounded[rounding]
 
     def prepare(

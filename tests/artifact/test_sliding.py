@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from lrconvert.extending.api import extend as lrconvert_extend
 from lrconvert.extending.plan import parse_plan
 from lrconvert.families import get_family, read_shape
 from lrconvert.parity import Options
+from lrconvert.parity.cases import Budget
 from lrconvert.parity.reference_runner import ReferenceRunner
 from lrconvert.searching.plan import plan_search
 from lrconvert.searching.request import SearchRequest
@@ -185,6 +186,27 @@ def test_lifting_is_measured_in_every_format(target: str, name: str, tmp_path: P
     report = verify(artifact.path)
     assert report.passed and [row.verdict for row in report.rows if row.code == "lifted"] == ["known"]
     assert json.loads((artifact.path / "config.json").read_text())["sliding_window"] == WINDOW
+
+
+@dataclass(frozen=True)
+class Short(Options):
+    """Of a device that holds fewer tokens than the model's window."""
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(dense=1500, decode=1500)
+
+
+def test_a_cost_that_a_short_prompt_can_t_show_is_not_called_none(tmp_path: Path) -> None:
+    """A window counts tokens: of 1024, spread over 2048 positions, 512 tokens show nothing. The quick profile says so;
+    a whole verification reads consecutive tokens."""
+    pytest.importorskip("torch", reason="needs lrconvert[hf]")
+    folder = write_pico(tmp_path / "m", "mistral", max_position_embeddings=2048, sliding_window=1024)
+    artifact = lrconvert.hf(folder, None, tmp_path / "out", lift=True)
+    (quick,) = [row for row in verify(artifact.path, options=Options(profile="quick")).rows if row.code == "lifted"]
+    assert quick.verdict == "skipped" and "1024 consecutive tokens" in quick.reason
+    (cut,) = [row for row in verify(artifact.path, options=Short(backends=("custom",))).rows if row.code == "lifted"]
+    assert cut.verdict == "known" and (cut.kl_mean or 0) > 1e-2 and cut.length == 2048
 
 
 @pytest.mark.parametrize("width", [WINDOW, 300, 511])

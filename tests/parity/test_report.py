@@ -13,12 +13,13 @@ import pytest
 
 from lrconvert.artifact.checks import Row
 from lrconvert.engines.capability import CUSTOM_HF, NATIVE_HF, NATIVE_HF_FORMULA
-from lrconvert.parity.cases import CPU, DECODED, build_cases, kept, stream
+from lrconvert.parity.cases import CPU, DECODED, GPU, GPU_FLOAT32, build_cases, kept, stream
 from lrconvert.parity.measures import compare, merge
 from lrconvert.parity.report import Report, line_of
 from lrconvert.parity.tolerances import PORTABLE
 from lrconvert.rope import RopeSpec, Tier, longrope_attention_factor
 from lrconvert.runtimes import RUNTIMES, get_runtime
+from lrconvert.runtimes.backend import Accepts
 
 
 def spec(*lengths: int, start: int = 0, attention: tuple[float, ...] | None = None) -> RopeSpec:
@@ -96,6 +97,16 @@ def test_long_sequences_are_spread_and_reach_the_last_position() -> None:
     assert "budget" in (cases["decode across 65536"].skipped or "")
     at, past = cases["at 65536"], cases["one past 65536"]
     assert (at.positions()[-1], past.positions()[-1]) == (65535, 65536)
+
+
+def test_a_decode_from_a_short_prompt_is_never_too_long() -> None:
+    """Code that decodes from any position is asked across every boundary, however far out."""
+    accepts = Accepts("consecutive", cached_keys=True, decodes_anywhere=True)
+    for budget in (CPU, GPU, GPU_FLOAT32):
+        cases = build_cases(spec(65536, 2**21), CUSTOM_HF, budget, accepts=accepts)
+        across = [case for case in cases if case.name.startswith("decode across 65536")]
+        assert len(across) == 2
+        assert all(case.skipped is None and case.tokens <= max(budget.prompt + DECODED, budget.dense) for case in across)
 
 
 def test_streams_are_prefixes_of_each_other_and_rows_differ() -> None:

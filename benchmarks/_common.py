@@ -82,7 +82,8 @@ def write_checkpoint(
         for index, (start, end) in enumerate(itertools.pairwise(ends), 1)
     ]
     if not (folder / "config.json").exists():
-        make_shape.write_checkpoint(folder, config, groups, None if sparse else normal_blocks(config, widen))
+        blocks = None if sparse else normal_blocks(config, widen)
+        make_shape.write_checkpoint(folder, config, groups, blocks, widen)
     return folder
 
 

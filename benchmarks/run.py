@@ -201,7 +201,7 @@ def shown(value: float, unit: str) -> str:
 
 def cells(figure: Figure) -> list[str]:
     theirs = "" if figure.theirs is None else shown(figure.theirs, figure.unit)
-    ratio = "" if figure.ratio is None else f"{figure.ratio:.2g}x"
+    ratio = "" if figure.ratio is None else f"{figure.ratio:.3g}x"
     sign, factor = ("≥" if figure.least else "≤"), ("" if figure.theirs is None else "x")
     limit = "" if figure.limit is None else f"{sign} {figure.limit:.3g}{factor}{', missed' if figure.missed else ''}"
     memory = "" if figure.memory_mb is None else f"{figure.memory_mb:,.0f}"

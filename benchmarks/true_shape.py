@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from _common import RESULTS, bounds_away, save, scratch_folder
+from _common import RESULTS, bounds_away, facts, save, scratch_folder
 
 from lrconvert import parity
 from lrconvert.artifact.bake import bake
@@ -39,6 +39,7 @@ from lrconvert.targets import gguf, hf, onnx, target_of
 NAME = "true-shape"
 STARTED = time.perf_counter()
 KEPT = ("code", "case", "length", "verdict", "kl_mean", "kl_max", "bound", "noise", "reason", "seconds")
+MADE = "made.json"  # of tools/make_shape.py: how the weights were drawn
 SUFFIX = {"gguf": ".gguf"}
 
 
@@ -99,6 +100,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         "recipe": recipe.name,
         "window": options.window or recipe.tiers[-1].max_length,
         "artifact": " ".join(filter(None, (options.to, options.type or options.dtype))),
+        "weights": json.loads(made.read_text()) if (made := options.model / MADE).is_file() else None,
         "seconds": {"bake": round(baked - started, 1), "verify": round(done - baked, 1)},
         "passed": report.passed,
         "summary": report.summary,
@@ -202,6 +204,7 @@ def main() -> None:
     row = {**measured(options), "dense": options.dense}
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
+        row = {**facts(), **row}  # of where it was measured
         parts = (row["model"], row["recipe"], row["window"], row["artifact"], options.dtype, options.dense)
         (options.out / ("-".join(map(str, parts)).replace(" ", "-") + ".json")).write_text(json.dumps(row, indent=1))
     print("\n".join(table([row])))

@@ -50,6 +50,20 @@ def usable_memory() -> int:
     return min([free, *_limits()])
 
 
+def device_memory(device: str) -> int | None:
+    """Bytes that this process may have of where it computes: of `cpu` or of a GPU. None where PyTorch can't say."""
+    if not device.startswith("cuda"):
+        return usable_memory()
+    try:
+        import torch
+
+        number = torch.device(device).index or 0
+        known = number < torch.cuda.device_count()  # who computes there says what is missing
+        return int(torch.cuda.get_device_properties(number).total_memory) if known else None
+    except (ImportError, RuntimeError):
+        return None
+
+
 def _limits() -> list[int]:
     found = []
     for path in CGROUPS:

@@ -16,11 +16,14 @@ import pytest
 from conftest import Result, recipe_for
 from support.pico import write_pico
 
+import lrconvert
 from lrconvert import machine
 from lrconvert.checkpoint import open_model
 from lrconvert.errors import EnvironmentFailure
 from lrconvert.machine import check_disk, check_memory, free_disk, usable_memory
 from lrconvert.recipe import write_recipe
+from lrconvert.runtimes import backend, runtime_for
+from lrconvert.runtimes.backend import OpenOptions
 
 Cli = Callable[..., Result]
 Room = Callable[[int], None]
@@ -162,6 +165,36 @@ def test_verify_names_a_dtype_that_fits(model: Path, recipe: Path, tmp_path: Pat
     said = cli("verify", tmp_path / "artifact")
     assert said.code == 6
     assert "--dtype bf16 takes" in said.err
+
+
+def test_the_reference_needs_room_too(model: Path, recipe: Path, tmp_path: Path, memory: Room, cli: Cli) -> None:
+    """llama.cpp maps a file and takes nothing at first; the reference has at least the head in memory."""
+    assert cli("gguf", model, "--recipe", recipe, "-o", tmp_path / "m.gguf").code == 0
+    shape = open_model(model).shape
+    memory(4 * shape.vocab * shape.hidden - 1024)
+    said = cli("verify", tmp_path / "m.gguf")
+    assert said.code == 6 and "in the reference takes" in said.err, said.err
+    assert cli("verify", tmp_path / "m.gguf", "--files-only").code == 0
+
+
+@pytest.mark.parametrize("target", ["hf", "onnx", "gguf"])
+def test_a_gpu_has_its_own_memory(
+    target: str, model: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that llama.cpp would map on a CPU has to be copied to a GPU, with all its parts."""
+    artifact = tmp_path / ("m.gguf" if target == "gguf" else "artifact")
+    split = {"split": 200_000} if target == "gguf" else {}
+    artifact = getattr(lrconvert, target)(model, recipe, artifact, **split).path
+    parts = list(tmp_path.glob("m-*.gguf"))
+    assert len(parts) != 1
+    whole = sum(path.stat().st_size for path in parts) or weights(model)
+    monkeypatch.setattr(backend, "device_memory", lambda device: int(0.9 * whole) if device == "cuda" else 2**40)
+    (code,) = [code for code in runtime_for(target, None).backends_of(artifact, None) if code.name != "custom"]
+    with pytest.raises(EnvironmentFailure, match="of memory or more"):
+        code.check_memory(artifact, OpenOptions(device="cuda"))
+    code.check_memory(artifact, OpenOptions(device="cpu"))
+    monkeypatch.setattr(backend, "device_memory", lambda device: None)  # nobody can say: the program will
+    code.check_memory(artifact, OpenOptions(device="cuda"))
 
 
 def test_search_refuses_documents_that_memory_can_not_hold(

@@ -41,6 +41,7 @@ SEED = 7
 WIDEN = 3.0
 BLOCK = 2**23  # values drawn at a time: 16 MiB in bf16
 INDEX, CONFIG = "model.safetensors.index.json", "config.json"
+MADE = "made.json"  # how the weights were drawn: other ones have the same sizes
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 TOKEN_IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 
@@ -218,13 +219,17 @@ def shard_bytes(shard: Sequence[PlannedTensor]) -> int:
     return len(header_of(shard)) + sum(tensor.nbytes for tensor in shard)
 
 
-def write_checkpoint(folder: Path, config: Mapping[str, Any], shards: Shards, blocks: Blocks | None) -> list[str]:
+def write_checkpoint(
+    folder: Path, config: Mapping[str, Any], shards: Shards, blocks: Blocks | None, widen: float = WIDEN
+) -> list[str]:
     """Write shards, index and config; the names of those that were written now. `blocks` None: holes for weights.
 
-    What a run before this one finished stays. Raises `UsageError` for a folder that holds anything else.
+    What a run before this one finished stays. Raises `UsageError` for a folder that holds anything else, or weights
+    that were widened otherwise.
     """
-    left = _missing(folder, config, shards)
+    left = _missing(folder, config, shards, widen)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / MADE).write_text(json.dumps(_made(widen)) + "\n")
     for name, shard in left:
         temporary = folder / f"{name}.part"
         with temporary.open("wb") as file:
@@ -246,11 +251,15 @@ def write_checkpoint(folder: Path, config: Mapping[str, Any], shards: Shards, bl
     return [name for name, _ in left]
 
 
-def _missing(folder: Path, config: Mapping[str, Any], shards: Shards) -> Shards:
+def _made(widen: float) -> dict[str, float]:
+    return {"seed": SEED, "widen": widen}
+
+
+def _missing(folder: Path, config: Mapping[str, Any], shards: Shards, widen: float) -> Shards:
     """The shards that the folder does not hold yet."""
     done, foreign = set(), []
     planned_shards = dict(shards)
-    ours = {INDEX, *TOKENIZER, CONFIG, f"{CONFIG}.part", *(f"{name}.part" for name in planned_shards)}
+    ours = {INDEX, *TOKENIZER, MADE, CONFIG, f"{CONFIG}.part", *(f"{name}.part" for name in planned_shards)}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         shard = planned_shards.get(path.name)
         if shard is not None and path.stat().st_size == shard_bytes(shard) and _starts_with(path, header_of(shard)):
@@ -259,6 +268,11 @@ def _missing(folder: Path, config: Mapping[str, Any], shards: Shards) -> Shards:
             foreign.append(path.name)
     if (folder / CONFIG).is_file() and json.loads((folder / CONFIG).read_text()) != config:
         foreign.append(CONFIG)
+    if (folder / MADE).is_file() and (made := json.loads((folder / MADE).read_text())) != _made(widen):
+        raise UsageError(
+            f"{folder} holds weights that were widened {made.get('widen')} times, not {widen}",
+            remedy="Choose another folder, or remove it",
+        )
     if foreign:
         raise UsageError(
             f"{folder} holds {', '.join(foreign)}, not of this shape", remedy="Choose another folder, or remove it"
@@ -294,10 +308,12 @@ def total_bytes(config: Mapping[str, Any]) -> int:
 
 
 def make(name: str, output: Path, layers: int | None, *, widen: float = WIDEN, dry_run: bool = False) -> None:
-    """Write a shape, or say what would be written."""
+    """Write a shape, or say what would be written. Raises `UsageError` for weights that are no numbers, or all zero."""
+    if not 0 < widen < np.inf:
+        raise UsageError(f"--widen {widen}: a number above 0 is needed")
     config = {**shape_config(name, layers), **TOKEN_IDS}
     shards = plan_shards(planned(config))
-    left = _missing(output, config, shards)
+    left = _missing(output, config, shards, widen)
     parameters = sum(int(np.prod(tensor.shape)) for tensor in stored_tensors(config))
     for shard, tensors in shards:
         print(f"{shard}  {shard_bytes(tensors):>14,} bytes  {len(tensors)} tensors")
@@ -311,7 +327,7 @@ def make(name: str, output: Path, layers: int | None, *, widen: float = WIDEN, d
     output.mkdir(parents=True, exist_ok=True)
     for file in TOKENIZER:
         shutil.copyfile(DATA / DEMO / file, output / file)
-    written = write_checkpoint(output, config, shards, normal_blocks(config, widen))
+    written = write_checkpoint(output, config, shards, normal_blocks(config, widen), widen)
     print(f"{output}: {len(written)} of {len(shards)} files written")
 
 

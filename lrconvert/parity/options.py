@@ -12,6 +12,7 @@ from lrconvert.artifact.checks import Row
 from lrconvert.checkpoint.folder_code import remedy
 from lrconvert.errors import UnsupportedError
 from lrconvert.families import ModelShape
+from lrconvert.machine import device_memory
 from lrconvert.parity.cases import CPU, GPU, GPU_FLOAT32, QUICK, Budget
 from lrconvert.runtimes import runtime_for
 from lrconvert.runtimes.backend import Backend, OpenOptions
@@ -56,15 +57,8 @@ class Options(OpenOptions):
 
     def fitted(self, shape: ModelShape) -> Options:
         """The same, with no more consecutive tokens than a model of this shape has room for on a GPU."""
-        if not self.device.startswith("cuda"):
-            return self
-        import torch
-
-        number = torch.device(self.device).index or 0
-        if number >= torch.cuda.device_count():  # who computes there says so
-            return self
-        memory = torch.cuda.get_device_properties(number).total_memory
-        return replace(self, most=room(shape, int(ROOM * memory), self.dtype))
+        memory = device_memory(self.device) if self.device.startswith("cuda") else None
+        return self if memory is None else replace(self, most=room(shape, int(ROOM * memory), self.dtype))
 
 
 def room(shape: ModelShape, memory: int, dtype: str) -> int:

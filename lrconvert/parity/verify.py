@@ -32,7 +32,7 @@ from lrconvert.parity.integrity import Integrity
 from lrconvert.parity.options import Options, chosen_backends, code_rows, trusted_backends
 from lrconvert.parity.padding import padding_rows
 from lrconvert.parity.questions import Questions, at_ends
-from lrconvert.parity.reference_runner import ReferenceRunner
+from lrconvert.parity.reference_runner import ReferenceRunner, check_reference
 from lrconvert.parity.report import Report, Rows
 from lrconvert.progress import Progress, Steps, silent
 from lrconvert.recipe import Recipe, load_recipe, parse_recipe
@@ -86,6 +86,8 @@ def verify(
     spec = model.resolve(chosen, manifest.bake.window if manifest and recipe is None else None)
     record = manifest.bake if manifest else target.record(spec.window)
     wanted = expected(model, spec, record, artifact)
+    if not options.files_only:
+        check_reference(wanted.model, options.device)
     report = Report(
         artifact=artifact.name or str(artifact),
         against=f"{model.reference} + {chosen.name}",

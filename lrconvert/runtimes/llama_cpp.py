@@ -7,6 +7,8 @@ not by the tokens that it holds: `context` asks for one side of the original win
 
 from __future__ import annotations
 
+import glob
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -196,6 +198,14 @@ def _tolerances() -> tuple[Tolerance, ...]:
     return tuple(Tolerance(dtype, ANY, kl_mean, kl_max, reason) for dtype, kl_mean, kl_max, reason in types)
 
 
+def _memory(artifact: Path, options: OpenOptions) -> int:
+    """Of the file, with all its parts, on a GPU; a CPU maps it."""
+    if not options.device.startswith("cuda"):
+        return 0
+    parts = re.sub(r"-\d{5}-of-", "-?????-of-", glob.escape(artifact.name))
+    return sum(path.stat().st_size for path in artifact.parent.glob(parts))
+
+
 RUNTIME = Runtime(
     name="llama.cpp",
     runs=("gguf",),
@@ -210,6 +220,7 @@ RUNTIME = Runtime(
             tolerances=_tolerances(),
             angles="powers",
             cached=True,
+            memory=_memory,
         ),
     ),
 )

@@ -132,6 +132,27 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
     assert contents(output) == contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_weights_that_were_widened_otherwise_are_not_mixed(
+    finished: bool, tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They have the same sizes: only what the folder says of them tells them apart."""
+    output = tmp_path / "out"
+    make_shape.main([tiny, "-o", str(output)])
+    if not finished:
+        (output / "config.json").unlink()
+        sorted(output.glob("*.safetensors"))[-1].unlink()
+    before = contents(output)
+    assert make_shape.main([tiny, "-o", str(output), "--widen", "1.25"]) == 2
+    assert "widened 3.0 times, not 1.25" in capsys.readouterr().err and contents(output) == before
+
+
+@pytest.mark.parametrize("widen", ["nan", "inf", "0", "-1"])
+def test_weights_have_to_be_numbers(widen: str, tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert make_shape.main([tiny, "-o", str(tmp_path / "out"), "--widen", widen]) == 2
+    assert "--widen" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_a_folder_of_another_shape_is_left_alone(tiny: str, tmp_path: Path) -> None:
     output = tmp_path / "out"
     make_shape.main([tiny, "-o", str(output)])

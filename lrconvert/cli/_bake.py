@@ -13,6 +13,7 @@ import click
 from lrconvert.cli import _output as out
 from lrconvert.cli._common import TOKENS, force_option, model_argument, revision_option
 from lrconvert.cli._progress import show_progress
+from lrconvert.cli._steps import MOST_NAME, SUFFIXES
 
 if TYPE_CHECKING:
     from lrconvert.artifact.plan import Plan
@@ -71,6 +72,7 @@ def run(
     from lrconvert.artifact.bake import bake, check_name, check_place
 
     force, dry = shared["force"], shared["dry_run"]
+    shared["output"] = shared["output"] or default_output(target, shared["model"], shared["recipe"])
     if not dry:
         check_name(shared["output"], force=force)
     plan = plan_bake(
@@ -137,5 +139,25 @@ def warn(plan: Plan) -> None:
 
 
 def output_option(metavar: str, text: str) -> Callable[..., Any]:
-    """-o, required."""
-    return click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar=metavar, help=text)
+    """-o; without it the output is named for what it is made from."""
+    text = f"{text}  [default: named for MODEL and RECIPE, here]"
+    return click.option("-o", "--output", type=click.Path(path_type=Path), metavar=metavar, help=text)
+
+
+def default_output(target: str, model: str, recipe: str | None) -> Path:
+    """The name of an artifact in the current folder: its model's and its recipe's. It is never the model itself."""
+    names = [_stem(each) for each in (model, recipe) if each is not None]
+    name = "-".join([*names, *(["onnx"] if target == "onnx" else [])])[:MOST_NAME] + SUFFIXES.get(target, "")
+    path = Path(name)
+    if path.resolve() == Path(model).resolve():
+        path = path.with_name(f"{path.name.removesuffix(path.suffix)}-{target}{SUFFIXES.get(target, '')}")
+    return path
+
+
+def _stem(reference: str) -> str:
+    """Of a folder, a file or a Hub id, its own name."""
+    from lrconvert.recipe import RECIPE_FILE
+
+    path = Path(reference).resolve() if Path(reference).exists() else Path(reference)
+    named = path.parent if path.name == RECIPE_FILE else path
+    return named.stem if named.suffix in (".gguf", ".json") else named.name

@@ -150,6 +150,26 @@ def test_an_output_that_exists_is_usage(artifact: Path, model: Path, recipe: Pat
     assert "not written by lrconvert" in one_line(cli(*arguments, "--force"), 2)
 
 
+@pytest.mark.parametrize(("target", "suffix"), [("hf", ""), ("gguf", ".gguf"), ("onnx", "-onnx")])
+def test_an_output_is_named_for_what_it_is_made_from(
+    target: str, suffix: str, model: Path, tmp_path: Path, cli: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the current folder: model and recipe. Twice is once too often; a model is never its own output."""
+    (tmp_path / "here").mkdir()
+    recipe = write_recipe(recipe_for(open_model(model), even=True), tmp_path / "recipe")
+    monkeypatch.chdir(tmp_path / "here")
+    stem = f"{model.name}-recipe"
+    named = f"{stem}{suffix}"
+    assert cli(target, model, "--recipe", recipe).code == 0
+    assert Path(named).exists()
+    again = cli(target, model, "--recipe", recipe)
+    assert again.code == 2 and named in again.err and "--force" in again.err
+    if target != "onnx":
+        before = Path(named).stat().st_mtime_ns
+        assert cli(target, named).code == 0
+        assert Path(named).stat().st_mtime_ns == before and Path(f"{stem}-{target}{suffix}").exists()
+
+
 def test_the_model_itself_is_never_the_output(model: Path, recipe: Path, cli: Run) -> None:
     before = {path: path.read_bytes() for path in model.iterdir()}
     one_line(cli("hf", model, "--recipe", recipe, "-o", model, "--force"), 2)

@@ -24,6 +24,8 @@ from typing import Any
 
 from _common import RESULTS
 
+from lrconvert.checkpoint.adapter import WEIGHTS
+from lrconvert.extending.plan import LENGTHS
 from lrconvert.extending.run import RESULT
 from lrconvert.extending.task import ADAPTER, JOURNAL
 from lrconvert.recipe import Recipe, load_recipe, write_recipe
@@ -33,6 +35,7 @@ from lrconvert.training.tuning import LOG
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 JOURNALS = RESULTS / "search" / "recipes"
 EVERY = 10  # steps of a log that are kept
+USED_BY = {"keys": "retrieval", "depths": "passkey"}  # options of an evaluation, and what they are for
 KINDS = {"perplexity": "perplexity", "retrieval": "keys behind one text", "passkey": "passkeys"}
 
 
@@ -47,6 +50,8 @@ def main() -> None:
     options = parser.parse_args()
     recipe = named(load_recipe(options.out), options.name, options.method, options.on)
     if options.also:
+        if not same_adapter(options.out, options.also):
+            raise SystemExit(f"{options.also} has another adapter than {options.out}")
         recipe = with_measurements(recipe, load_recipe(options.also))
     if options.base:
         recipe = with_base(recipe, json.loads(options.base.read_text()))
@@ -76,10 +81,23 @@ def named(recipe: Recipe, name: str, method: str | None, on: str | None) -> Reci
                                                             stages=stages))  # fmt: skip
 
 
+def same_adapter(one: Path, other: Path) -> bool:
+    first, second = ((folder / ADAPTER / WEIGHTS).read_bytes() for folder in (one, other))
+    return first == second
+
+
 def with_measurements(recipe: Recipe, other: Recipe) -> Recipe:
-    """Raises `ValueError` where the other one has other sets."""
+    """Also in the stage that evaluates: its lengths, and its time. Raises `ValueError` where the other one has other
+    sets, or another adapter."""
     if other.tiers != recipe.tiers:
         raise ValueError(f"{other.name} has other sets than {recipe.name}")
+    *earlier, mine = recipe.provenance.stages
+    theirs = other.provenance.stages[-1]
+    lengths = {key: sorted({*mine["options"][key], *theirs["options"][key]}) for key in LENGTHS}
+    own = {key: theirs["options"][key] for key in ("keys", "depths") if not mine["options"][USED_BY[key]]}
+    together = {**mine, "seconds": round(mine["seconds"] + theirs["seconds"], 1),
+                "options": {**mine["options"], **lengths, **own}}  # fmt: skip
+    recipe = replace(recipe, provenance=replace(recipe.provenance, stages=(*earlier, together)))
     assert recipe.evaluation is not None and other.evaluation is not None
     measured = {**recipe.evaluation["measured"], **other.evaluation["measured"]}
     return replace(recipe, evaluation={**recipe.evaluation, "measured": measured})

@@ -30,8 +30,9 @@ from lrconvert.checkpoint import open_model
 from lrconvert.cli._common import TOKENS
 from lrconvert.training.loaded import LoadedModel
 from lrconvert.training.network import load_network
+from lrconvert.training.projections import PROJECTIONS
 from lrconvert.training.rows import Row, StepRows
-from lrconvert.training.tuning import PROJECTIONS, StepResult, TuneOptions, Tuning, load_trainable
+from lrconvert.training.tuning import StepResult, TuneOptions, Tuning, load_trainable
 
 UNTIMED = 2
 RATE = 1e-4

@@ -41,7 +41,7 @@ PIPED_SECONDS = 30.0  # between two lines of progress where no terminal shows a 
               help="Folder for the recipe and its adapter.")  # fmt: skip
 @click.option("--plan", default="small", show_default=True, metavar="PLAN",
               help="The stages: a .toml file, or a built-in plan (paper, small, demo; with --on also small-far, "
-              "small-any, demo-far, demo-any).")  # fmt: skip
+              "small-any, demo-far, demo-any, demo-calibrate).")  # fmt: skip
 @click.option("--target", type=TOKENS, help="Stop at this window instead of the plan's last one: 512k.")
 @click.option("--on", metavar="RECIPE",
               help="Begin with the sets and adapter of this recipe, not with the model as it is.")  # fmt: skip
@@ -79,7 +79,7 @@ def command(model: str, output: Path, dry_run: bool, **options: Any) -> None:
     from lrconvert.extending.api import estimate_extension, extend
 
     if dry_run:
-        given = {key: value for key, value in options.items() if key not in ("until", "again", "seed", "name", "force")}
+        given = {key: value for key, value in options.items() if key not in ("seed", "name", "force")}
         with show_progress() as progress:
             found = estimate_extension(model, output=output, progress=progress, **given)
         _stages(f"{output.name}: estimated", found)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,11 @@ from lrconvert.checkpoint.tokenizer import tokenizer_of
 from lrconvert.engines.capability import CUSTOM_HF, SEARCHABLE
 from lrconvert.errors import InputError, UsageError, require
 from lrconvert.evals.texts import Text, read_texts, sources_of
+from lrconvert.extending.checking import check_keys, check_texts, check_unseen
 from lrconvert.extending.fitting import check_memory
-from lrconvert.extending.plan import Calibrate, Evaluate, Plan, Recover, Search, Tune, load_plan
-from lrconvert.extending.run import Extension, Finished, check_name, extended_recipe
+from lrconvert.extending.plan import Calibrate, Plan, Tune, load_plan
+from lrconvert.extending.problems import check_plan
+from lrconvert.extending.run import Extension, Finished, check_names, extended_recipe
 from lrconvert.extending.task import ADAPTER, Ground, Task
 from lrconvert.precision import long_name
 from lrconvert.progress import Progress, silent
@@ -97,16 +100,17 @@ def extend(
         EnvironmentFailure: PyTorch, PEFT or a GPU is missing, or a stage does not fit the memory.
     """
     chosen = _plan(plan, target, on)
-    task, folder = _prepared(model, texts, output, chosen, held_out, work, seed, revision, force, progress, runtime, on,
+    asked = check_names(chosen, until, again)
+    task, folder = _prepared(model, texts, output, chosen, held_out, work, seed, revision, progress, runtime, on,
                                      device=device, dtype=dtype, attention=attention,
                                      context_parallel=context_parallel, shard_weights=shard_weights)  # fmt: skip
-    for option, stage in (("--until", until), ("--from", again)):
-        check_name(chosen, option, stage)
+    extension = Extension(chosen, task, task.folder)
+    # The same command after its end writes what it wrote.
+    force = force or (again is None and extension.is_recorded(folder, name or folder.name))
+    check_output(folder, force=force)
     for module in ("torch", "transformers", "peft"):
         require(module, "train", "an extension")
-    last = len(chosen.stage) if until is None else chosen.names.index(until) + 1
-    check_memory(replace(chosen, stage=chosen.stage[:last]), task)
-    extension = Extension(chosen, task, task.folder)
+    check_memory(replace(chosen, stage=asked), task)
     done = extension.run(until=until, again=again)
     recipe = replace(
         extended_recipe(extension, done, name or folder.name),
@@ -132,19 +136,21 @@ def estimate_extension(
     target: int | None = None,
     on: str | Path | None = None,
     held_out: Sequence[str | Path] = (),
+    until: str | None = None,
+    again: str | None = None,
     work: str | Path | None = None,
     runtime: str | None = None,
     revision: str | None = None,
     progress: Progress | None = None,
     **machine: Any,
 ) -> list[Estimate]:
-    """Time and memory of every stage of `extend` on this device. Nothing is written. Raises as `extend`."""
+    """Time and memory of every stage of `extend` up to `until`, on this device. Nothing is written. Raises as `extend`,
+    but for an output that exists."""
     from lrconvert.extending.estimate import estimate
 
-    chosen = _plan(plan, target, on)
-    task, _ = _prepared(
-        model, texts, output, chosen, held_out, work, 0, revision, True, progress, runtime, on, **machine
-    )
+    whole = _plan(plan, target, on)
+    chosen = replace(whole, stage=check_names(whole, until, again))
+    task, _ = _prepared(model, texts, output, chosen, held_out, work, 0, revision, progress, runtime, on, **machine)
     for module in ("torch", "transformers", "peft"):
         require(module, "train", "an extension")
     check_memory(chosen, task)
@@ -160,7 +166,6 @@ def _prepared(
     work: str | Path | None,
     seed: int,
     revision: str | None,
-    force: bool,
     progress: Progress | None,
     runtime: str | None,
     on: str | Path | None,
@@ -170,11 +175,11 @@ def _prepared(
     folder = Path(output)
     if folder.suffix == ".json":
         raise UsageError(f"{folder}: an extension has an adapter beside its recipe", remedy="Name a folder")
-    check_output(folder, force=force)
     opened = open_model(str(model), revision=revision)
     able = SEARCHABLE[runtime] if runtime else CUSTOM_HF
     ground = None if on is None else Ground.of(str(on), opened, able)
     _check(opened, plan, ground)
+    check_keys(plan, opened.checkpoint.path, partial(tokenizer_of, opened.checkpoint.path))
     read, kept = _texts(opened, texts, held_out)
     check_texts(
         plan,
@@ -187,50 +192,10 @@ def _prepared(
     if machine.get("dtype"):
         machine["dtype"] = long_name(machine["dtype"])
     if any(isinstance(stage, Calibrate) for stage in plan.stage):
-        _check_unseen(read, ground)
+        check_unseen(read, ground)
     place = Path(work) if work is not None else folder.with_name(folder.name + ".work")
     task = Task("", opened, str(model), read, kept, place, place, seed, able, machine, progress or silent, ground)
     return task, folder
-
-
-def check_texts(plan: Plan, window: int, texts: Sequence[int], held_out: Sequence[int]) -> None:
-    """Raises `InputError` where a stage needs more text than there is; the numbers are tokens of each text. `window` is
-    the original one, which rows under the short set have."""
-    problems = []
-    for number, stage in enumerate(plan.stage):
-        key = f"stage[{number}]"
-        if isinstance(stage, Tune) and stage.length > max(texts):
-            problems.append(f"{key}.length is {stage.length}; the longest text has {max(texts)} tokens")
-        if isinstance(stage, Tune) and stage.mixed_every and window > max(texts):
-            problems.append(f"{key}.mixed_every asks for rows of {window} tokens; the longest text has {max(texts)}")
-        if isinstance(stage, Search):
-            row = stage.row_length
-            if row is not None and row > max(texts):
-                problems.append(f"{key}.row_length is {row}; the longest text has {max(texts)} tokens")
-            if (needed := max(stage.decide or 0, 0 if row else stage.window)) > sum(texts):
-                problems.append(f"{key} needs {needed} tokens of text; there are {sum(texts)}")
-        if isinstance(stage, Calibrate) and (needed := max(stage.lengths)) > sum(texts):
-            problems.append(f"{key} needs {needed} tokens of text; there are {sum(texts)}")
-        if isinstance(stage, Recover) and window > sum(texts):
-            problems.append(f"{key} needs {window} tokens of text; there are {sum(texts)}")
-        if isinstance(stage, Evaluate):
-            base = (window,) if stage.perplexity else ()
-            needed: int = max((*stage.perplexity, *stage.retrieval, *base), default=0)
-            if needed > sum(held_out):
-                problems.append(f"{key} needs {needed} tokens of held-out text; there are {sum(held_out)}")
-    if problems:
-        raise InputError("; ".join(problems), remedy="Give more text, or shorter lengths in the plan")
-
-
-def _check_unseen(texts: Sequence[Text], on: Ground | None) -> None:
-    """Raises `InputError` for a text that the recipe which is calibrated was made with."""
-    told = {} if on is None else on.recipe.provenance.search or {}
-    seen = {text["sha256"] for text in told.get("texts", ())}
-    if known := [text.name for text in texts if text.sha256 in seen]:
-        raise InputError(
-            f"{', '.join(known)}: the recipe was searched or trained on it, so it can't calibrate",
-            remedy="Give a text that it has not seen",
-        )
 
 
 def _plan(plan: str | Path | Plan, target: int | None, on: str | Path | None) -> Plan:
@@ -248,8 +213,8 @@ def _check(model: Model, plan: Plan, on: Ground | None) -> None:
         raise InputError(
             f"{model.reference} already carries {found.kind} scaling", remedy="Extend the model it was made from"
         )
-    begun = () if on is None else (on.window, on.rank)
-    plan.check(found.original_window, f"plan {plan.name}", *begun)
+    begun = {} if on is None else {"reach": on.window, "rank": on.rank, "projections": on.projections}
+    check_plan(plan, f"plan {plan.name}", found.original_window, **begun)
 
 
 def _texts(

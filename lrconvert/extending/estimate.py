@@ -4,18 +4,19 @@ a step of training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lrconvert.extending.calibrating import USUAL
 from lrconvert.extending.plan import Calibrate, Derive, Evaluate, Plan, Recover, Search, Tune
 from lrconvert.extending.stages import MOST_WINDOWS
+from lrconvert.precision import ITEM_BYTES
 from lrconvert.searching.objective import PARTS
 from lrconvert.searching.plan import default_budget
-from lrconvert.training.costs import Cost, forward_cost, pass_cost
+from lrconvert.training.costs import Cost, cache_bytes, forward_cost, pass_cost
 from lrconvert.training.rows import window_starts
 
 if TYPE_CHECKING:
@@ -38,17 +39,25 @@ def estimate(plan: Plan, task: Task) -> list[Estimate]:
     """Every stage's, in order. Loads the model twice: frozen, and trainable as the first fine-tuning stage has it."""
     forward, step = measured(plan, task)
     window, found = task.model.rotation.original_window, []
+    lower = [] if task.on is None else [tier.max_length for tier in task.on.recipe.tiers[1:]]
     reached = [stage.window for stage in plan.stage if isinstance(stage, Derive | Search)]
-    reached += [] if task.on is None else [tier.max_length for tier in task.on.recipe.tiers[1:]]
-    following = min(reached, default=window)
+    following = min([*lower, *reached], default=window)
+    cache = cache_bytes(task.model.shape, ITEM_BYTES.get(task.loading.get("dtype") or "", 2))
     for name, stage in zip(plan.names, plan.stage, strict=True):
-        passes = PASSES[type(stage)](stage, window, following)
+        if isinstance(stage, Tune):
+            passes = _tune(stage, window, [length for length in lower if length < stage.window])
+        else:
+            passes = PASSES[type(stage)](stage, window, following)
+        taught = _taught(stage, passes) if isinstance(stage, Tune) else []
         cost = step if isinstance(stage, Tune) else forward
-        longest = max((tokens for tokens, _ in passes), default=1.0)
         seconds = sum(count * cost.seconds(tokens) for tokens, count in passes)
-        seconds += sum(count * forward.seconds(tokens) for tokens, count in _taught(stage, window))
-        memory = cost.memory(longest) if passes else None
+        seconds += sum(count * forward.seconds(tokens) for tokens, count in taught)
+        memory = cost.memory(max((tokens for tokens, _ in passes), default=1.0)) if passes else None
+        if memory is not None:
+            memory += (forward.base or 0.0) if taught else 0.0  # the teacher is one more copy
+            memory += cache * max(stage.retrieval, default=0) if isinstance(stage, Evaluate) else 0.0
         found.append(Estimate(name, seconds + (LOADING if passes else 0.0), None if memory is None else int(memory)))
+        lower += [stage.window] if isinstance(stage, Derive | Search) else []
     return found
 
 
@@ -66,19 +75,23 @@ def _search(stage: Search, window: int, following: int) -> Passes:
     return [(float(row), float(budget * count)), *deciding]
 
 
-def _tune(stage: Tune, window: int, following: int) -> Passes:
+def _tune(stage: Tune, window: int, lower: Sequence[int]) -> Passes:
+    """`lower`: windows between the original one and the stage's, which mixed steps keep in turns with that."""
     mixed = stage.steps // stage.mixed_every if stage.mixed_every else 0
-    return [(stage.length, (stage.steps - mixed) * stage.rows), (window, mixed * stage.mixed_rows)]
-
-
-def _taught(stage: Any, window: int) -> Passes:
-    """A teacher's, over the rows of a stage: of long ones in windows that overlap."""
-    if not isinstance(stage, Tune) or not stage.distil:
-        return []
+    turn = mixed / (1 + len(lower))
     return [
-        (min(stage.distil, tokens), count * len(window_starts(int(tokens), min(stage.distil, int(tokens)))))
-        for tokens, count in _tune(stage, window, window)
+        (stage.length, (stage.steps - mixed) * stage.rows),
+        (window, turn * stage.mixed_rows),
+        *((min(stage.length, length), turn * stage.rows) for length in lower),
     ]
+
+
+def _taught(stage: Tune, passes: Passes) -> Passes:
+    """A teacher's, over the same rows: of long ones in windows that overlap."""
+    if not stage.distil:
+        return []
+    windows = [(min(stage.distil, int(tokens)), int(tokens), count) for tokens, count in passes]
+    return [(window, count * len(window_starts(tokens, window))) for window, tokens, count in windows]
 
 
 def _recover(stage: Recover, window: int, following: int) -> Passes:
@@ -102,7 +115,6 @@ def _evaluate(stage: Evaluate, window: int, following: int) -> Passes:
 PASSES: dict[type, Callable[..., Passes]] = {
     Derive: lambda stage, window, following: [],
     Search: _search,
-    Tune: _tune,
     Recover: _recover,
     Calibrate: _calibrate,
     Evaluate: _evaluate,
@@ -122,7 +134,9 @@ def measured(plan: Plan, task: Task) -> tuple[Cost, Cost]:
     tuned = [stage for stage in plan.stage if isinstance(stage, Tune)]
     if not tuned:
         return forward, forward
-    model, _ = load_trainable(task.model, TuneOptions(method=tuned[0].method, rank=tuned[0].rank), **task.loading)
+    first = tuned[0]
+    options = TuneOptions(method=first.method, rank=first.rank, projections=first.projections)
+    model, _ = load_trainable(task.model, options, **task.loading)
     return forward, pass_cost(model, _step)
 
 

@@ -45,14 +45,17 @@ def evaluate(stage: Evaluate, task: Task) -> dict[str, Any]:
         task.keep(MEASURED, kept)
     return {
         "texts": [text.record() for text in task.held_out],
-        "protocols": {"perplexity": _protocol(stage).sentence if stage.perplexity else None, "retrieval": RETRIEVAL,
-                      "passkey": PASSKEY},
+        "protocols": {"perplexity": _protocol(stage, task).sentence if stage.perplexity else None,
+                      "retrieval": RETRIEVAL, "passkey": PASSKEY},
         "measured": {key: kept[key] for key in measures},
     }  # fmt: skip
 
 
-def _protocol(stage: Evaluate) -> Protocol:
-    return Protocol(stage.perplexity, stage.judged, stage.excerpts)
+def _protocol(stage: Evaluate, task: Task) -> Protocol:
+    """Its excerpts hold the longest length, and the original window, at which the model before is measured."""
+    window = task.recipe.original_window
+    lengths = stage.perplexity if max(stage.perplexity) >= window else (*stage.perplexity, window)
+    return Protocol(lengths, stage.judged, stage.excerpts)
 
 
 def _measures(stage: Evaluate, task: Task) -> dict[str, tuple[str, Measure]]:
@@ -61,7 +64,8 @@ def _measures(stage: Evaluate, task: Task) -> dict[str, tuple[str, Measure]]:
     folder, encode = task.model.checkpoint.path, task.encode
 
     def perplexity(length: int) -> Measure:
-        plan, documents = _protocol(stage), long_enough(texts, max(stage.perplexity))
+        plan = _protocol(stage, task)
+        documents = long_enough(texts, max(plan.lengths))
         return lambda session: measure_perplexity(session, documents, plan, only=(length,), seed=task.seed)[0].to_json()
 
     def retrieval(length: int) -> Measure:

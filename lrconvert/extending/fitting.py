@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lrconvert.errors import EnvironmentFailure
 from lrconvert.extending.plan import Calibrate, Derive, Evaluate, Plan, Recover, Search, Stage, Tune
 from lrconvert.precision import ITEM_BYTES
-from lrconvert.training.costs import token_bytes, weight_count
+from lrconvert.training.costs import cache_bytes, token_bytes, weight_count
 from lrconvert.training.devices import default_dtype, device_memory, process_device
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def lengths(stage: Stage, shape: ModelShape, size: int) -> dict[str, tuple[int, 
     """Of each key that holds lengths: the longest one in tokens, and the least bytes that a token takes."""
     forward = token_bytes(shape, size)
     kept = float(shape.layers * shape.hidden * size)  # for a backward pass that computes all else again
-    cache = 2.0 * shape.layers * shape.kv_heads * shape.head_dim * size
+    cache = cache_bytes(shape, size)
     match stage:
         case Tune():
             found: dict[str, tuple[Any, float]] = {"length": (stage.length, forward + kept)}

@@ -29,6 +29,7 @@ from lrconvert.recipe.file import Method, read_bounded
 from lrconvert.rope import STRICT
 
 PLANS = DATA / "plans"
+UNNAMED = "plan"  # a plan whose file says no name has the file's
 _UNITS = {"": 1, "k": 1024, "m": 1024**2}
 
 
@@ -172,7 +173,7 @@ class Plan:
     __pydantic_config__: ClassVar = STRICT
 
     stage: Annotated[tuple[Stage, ...], MinLen(1)]
-    name: str = "plan"
+    name: str = UNNAMED
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -217,63 +218,6 @@ class Plan:
                 cut = {"decide": min(stage.decide, reach)} if isinstance(stage, Search) and stage.decide else {}
                 kept.append(replace(stage, window=reach, **cut))
         return replace(self, stage=tuple(kept))
-
-    def problems(self, window: int, reach: int | None = None, rank: int | None = None) -> list[str]:
-        """What can't be carried out on a model with an original `window`, each with its key. With `--on`, `reach` is
-        the window of the sets that it has already, and `rank` its adapter's."""
-        found, reach = [], reach or window
-        trained: Tune | None = None
-        for number, stage in enumerate(self.stage):
-            key = f"stage[{number}]"
-            if isinstance(stage, Derive | Search):
-                if stage.window <= reach:
-                    found.append(f"{key}.window is {stage.window}; windows grow, so more than {reach} is needed")
-                reach = max(reach, stage.window)
-            if isinstance(stage, Tune):
-                if stage.window != reach:
-                    found.append(f"{key}.window is {stage.window}; the sets before it reach {reach}")
-                if stage.length > stage.window:
-                    found.append(f"{key}.length is {stage.length}, longer than its window, {stage.window}")
-                if stage.distil >= stage.length:
-                    found.append(f"{key}.distil is {stage.distil}; it has to be less than a row, {stage.length} tokens")
-                if trained is not None and stage.method == "lora":
-                    if trained.method == "full":
-                        found.append(f"{key}.method is 'lora'; after stages that trained all weights only 'full' can")
-                    for name in ("rank", "projections"):
-                        value, has = getattr(stage, name), getattr(trained, name)
-                        if trained.method == "lora" and value != has:
-                            found.append(f"{key}.{name} is {value!r}; the adapter that it trains on has {has!r}")
-                if trained is None and rank not in (None, stage.rank) and stage.method == "lora":
-                    found.append(
-                        f"{key}.rank is {stage.rank}; the adapter that it trains on has rank {rank}, not {stage.rank}"
-                    )
-                trained = stage
-            if isinstance(stage, Calibrate):
-                if max(stage.lengths) > reach:
-                    found.append(f"{key}.lengths has {max(stage.lengths)}; the sets before it reach {reach}")
-                if any(isinstance(other, Tune | Search | Recover) for other in self.stage):
-                    found.append(
-                        f"{key} needs other text than stages that search or train; make it a plan of its own, for --on"
-                    )
-            if isinstance(stage, Recover) and reach <= window:
-                found.append(f"{key} has nothing to recover from: no stage before it goes beyond {window}")
-            if isinstance(stage, Tune | Search) and stage.jumps[0] > stage.jumps[1]:
-                found.append(f"{key}.jumps is {list(stage.jumps)}; the least comes first")
-            row = stage.length if isinstance(stage, Tune) else stage.row_length if isinstance(stage, Search) else None
-            if row is not None and isinstance(stage, Tune | Search) and stage.jumps[1] >= row:
-                found.append(f"{key}.jumps is {list(stage.jumps)}; a row of {row} tokens has room for fewer")
-            if isinstance(stage, Evaluate):
-                lengths = (*stage.perplexity, *stage.retrieval, *stage.passkey)
-                if not lengths:
-                    found.append(f"{key} measures nothing: give perplexity, retrieval or passkey lengths")
-                elif max(lengths) > reach:
-                    found.append(f"{key} measures at {max(lengths)}; the sets before it reach {reach}")
-        return found
-
-    def check(self, window: int, where: object, reach: int | None = None, rank: int | None = None) -> None:
-        """Raises `InputError` with all `problems`."""
-        if problems := self.problems(window, reach, rank):
-            raise InputError.collect(where, problems)
 
 
 @cache
@@ -332,4 +276,5 @@ def load_plan(reference: str | Path) -> Plan:
         text = read_bounded(path).decode()
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8") from error
-    return parse_plan(text, path)
+    found = parse_plan(text, path)
+    return found if found.name != UNNAMED else replace(found, name=path.stem)

@@ -22,15 +22,17 @@ from lrconvert.checkpoint import describe_source
 from lrconvert.checkpoint.adapter import WEIGHTS
 from lrconvert.checkpoint.links import is_inside
 from lrconvert.checkpoint.source import sha256_of
-from lrconvert.errors import EnvironmentFailure, InputError, UsageError, first_problem
+from lrconvert.errors import EnvironmentFailure, InputError, LrconvertError, UsageError, first_problem
 from lrconvert.extending.plan import Evaluate, Plan
 from lrconvert.extending.stages import STAGES, Facts
 from lrconvert.extending.task import ADAPTER, Ground, Task
+from lrconvert.progress import Step
 from lrconvert.recipe import RECIPE_FILE, SCHEMA_VERSION, Provenance, Recipe, load_recipe, read_bounded
 from lrconvert.rope import STRICT, Tier, longrope_attention_factor
 
 RESULT, START = "result.json", "0-start"
 SPENT = "spent.json"  # what an unfinished stage took so far
+KEPT_EVERY = 2.0  # seconds between two times that they are written
 WAIT = 0.2  # seconds between two looks for what the leading process writes
 FORMAT = 2  # of the digests: another one repeats all stages
 
@@ -108,6 +110,20 @@ class Extension:
                 break
         return done
 
+    def is_recorded(self, output: Path, name: str) -> bool:
+        """Whether the recipe in a folder is this extension's own, of that name, and every stage is finished."""
+        digest = self._identity()
+        for own, stage in zip(self.plan.names, self.plan.stage, strict=True):
+            digest = _digest({"before": digest, "stage": asdict(stage)})
+            if not (self._folder(own, digest) / RESULT).is_file():
+                return False
+        try:
+            recipe = load_recipe(output)
+        except LrconvertError:
+            return False
+        stages = recipe.provenance.stages
+        return recipe.name == name and bool(stages) and stages[-1].get("digest") == digest
+
     def recipe_file(self, done: list[Finished]) -> Path:
         """The recipe of the last of the stages."""
         return self._folder(done[-1].name, done[-1].digest) / RECIPE_FILE
@@ -120,8 +136,9 @@ class Extension:
     def _carry_out(self, name: str, stage: Any, folder: Path, before: Path, digest: str) -> Finished:
         folder.mkdir(parents=True, exist_ok=True)
         task = replace(self.task, name=name, before=before, folder=folder)
-        task.say("starting")
         started, spent = time.monotonic(), task.kept(SPENT).get("seconds", 0.0)
+        task = replace(task, progress=_Spending(task, started, spent))
+        task.say("starting")
         memory = _memory_meter(task)
         try:
             facts = _facts(stage, task)
@@ -179,6 +196,20 @@ class Extension:
         machine = {"dtype": self.task.machine.get("dtype"), "for": self.task.able.name}
         on = {} if self.task.on is None else {"on": _described(self.task.on)}
         return _digest({"format": FORMAT, "model": model, "texts": texts, "seed": self.task.seed, **machine, **on})
+
+
+class _Spending:
+    """Progress that also keeps what a stage took so far: a kill leaves no time to do so."""
+
+    def __init__(self, task: Task, started: float, spent: float) -> None:
+        self._task, self._started, self._spent, self._kept = task, started, spent, started
+
+    def __call__(self, step: Step) -> None:
+        now = time.monotonic()
+        if now - self._kept >= KEPT_EVERY:
+            self._task.keep(SPENT, {"seconds": round(self._spent + now - self._started, 3)})
+            self._kept = now
+        self._task.progress(step)
 
 
 def _facts(stage: Any, task: Task) -> Facts:
@@ -259,7 +290,13 @@ def _memory_meter(task: Task) -> Any:
     return lambda: int(torch.cuda.max_memory_allocated())
 
 
-def check_name(plan: Plan, option: str, name: str | None) -> None:
-    """Raises `UsageError` for a stage that the plan does not have."""
-    if name is not None and name not in plan.names:
-        raise UsageError(f"{option} {name}: no such stage", remedy=f"The plan has {', '.join(plan.names)}")
+def check_names(plan: Plan, until: str | None, again: str | None) -> tuple[Any, ...]:
+    """The stages up to `until`. Raises `UsageError` for stages that the plan does not have, and for one to begin with
+    (`again`) behind the last one."""
+    for option, name in (("--until", until), ("--from", again)):
+        if name is not None and name not in plan.names:
+            raise UsageError(f"{option} {name}: no such stage", remedy=f"The plan has {', '.join(plan.names)}")
+    last = len(plan.stage) if until is None else plan.names.index(until) + 1
+    if again is not None and plan.names.index(again) >= last:
+        raise UsageError(f"--from {again} is behind --until {until}: nothing would be carried out")
+    return plan.stage[:last]

@@ -20,6 +20,7 @@ from lrconvert.progress import Progress, Step, silent
 from lrconvert.recipe import Recipe, load_recipe, recipe_folder, write_recipe
 from lrconvert.rope import Tier
 from lrconvert.training.devices import is_leading
+from lrconvert.training.projections import projections_of
 from lrconvert.writing import replace_file
 
 ADAPTER, JOURNAL = "adapter", "journal.jsonl"
@@ -41,6 +42,12 @@ class Ground:
     def rank(self) -> int | None:
         """Of the adapter: training goes on with pairs of this rank."""
         return None if self.adapter is None else read_json(self.adapter / CONFIG).get("r")
+
+    @property
+    def projections(self) -> str | None:
+        """What its adapter trains, of those that a plan names; None for none of these."""
+        modules = [] if self.adapter is None else read_json(self.adapter / CONFIG).get("target_modules")
+        return projections_of(modules) if isinstance(modules, list) else None
 
     @classmethod
     def of(cls, reference: str, model: Model, able: Capability) -> Ground:

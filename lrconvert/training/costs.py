@@ -77,6 +77,11 @@ def token_bytes(shape: ModelShape, size: int) -> float:
     return 2.0 * (shape.hidden + shape.ffn) * size
 
 
+def cache_bytes(shape: ModelShape, size: int) -> float:
+    """What the keys and values of a token take, in a dtype of `size` bytes."""
+    return 2.0 * shape.layers * shape.kv_heads * shape.head_dim * size
+
+
 def forward_cost(model: LoadedModel) -> Cost:
     """Of losses, without a gradient."""
     return pass_cost(model, lambda loaded, tokens: loaded.losses(tokens))

@@ -31,20 +31,15 @@ from lrconvert.training.adapter_file import write_weights
 from lrconvert.training.devices import is_out_of_memory
 from lrconvert.training.distilling import Teacher
 from lrconvert.training.loaded import LoadedModel
+from lrconvert.training.projections import PROJECTIONS
 from lrconvert.training.rows import Row, StepRows
 
 LOG, STATE = "log.jsonl", "state.safetensors"
-# Projections of the blocks, under the names that the families' classes have; a fused one holds what is asked for.
-TURNED = ["q_proj", "k_proj", "qkv_proj"]  # queries and keys: what the rotation turns
-ATTENTION = [*TURNED, "v_proj", "o_proj"]
-PROJECTIONS = {
-    "all": [*ATTENTION, "gate_proj", "up_proj", "down_proj", "gate_up_proj"],
-    "attention": ATTENTION,
-    "turned": TURNED,
-}
 FORWARD_TOKENS = {"cpu": 4096, "cuda": 65536}  # short rows share a forward pass up to this many tokens
 BETAS = (0.9, 0.95)
 LARGEST_NORM = 1.0  # of the gradient
+# A killed run repeats the steps since its last state: a few, and saving takes no more than this share of the time.
+SAVED_EVERY, SAVING_SHARE = 3.0, 0.05
 
 Method = Literal["lora", "full"]
 Projections = Literal["all", "attention", "turned"]
@@ -215,11 +210,12 @@ class Tuning:
         folder: Path,
         *,
         teacher: Teacher | None = None,
-        every: float = 60.0,
+        every: float = SAVED_EVERY,
     ) -> None:
         self.model, self.options, self.rows_of, self.folder = model, options, rows_of, folder
         self.teacher = teacher
-        self._every = every  # seconds between two saved states
+        self._every = every  # seconds between two saved states, at least; 0: every step is saved
+        self._saving = 0.0  # seconds that the last one took
         self._masters = [_own(weight.detach()).float().clone() for weight in model.trainable]
         norms = [index for index, weight in enumerate(model.trainable) if weight.ndim == 1]
         groups = [
@@ -241,10 +237,13 @@ class Tuning:
             self._write_log(result)
             if watch is not None:
                 watch(result)
-            due = time.monotonic() - saved >= self._every or self.step == self.options.steps
+            pause = max(self._every, self._saving / SAVING_SHARE) if self._every else 0.0
+            due = time.monotonic() - saved >= pause or self.step == self.options.steps
             if self.model.workers.agree(due) if self.model.workers.sharded else due:
+                started = time.monotonic()
                 self._save()
                 saved = time.monotonic()
+                self._saving = saved - started
 
     def _train(self, given: StepRows) -> StepResult:
         started = time.perf_counter()

@@ -27,6 +27,7 @@ from lrconvert.extending.plan import (
     load_plan,
     parse_plan,
 )
+from lrconvert.extending.problems import problems
 
 Run = Callable[..., Result]
 
@@ -98,9 +99,32 @@ WRONG: dict[str, tuple[str, str]] = {
         "stage[1].length is 32768; the longest text has 900 tokens",
     ),
     "too little text for searched rows": (
-        f"{SEARCH}row_length = 1000\n", "stage[0].row_length is 1000; the longest text has 900"
+        f"{SEARCH}row_length = 1000\n".replace("256", '"2k"'), "stage[0].row_length is 1000; the longest text has 900"
     ),
-    "too little text to decide": (f"{SEARCH}row_length = 64\ndecide = 1000\n", "stage[0] needs 1000 tokens of text"),
+    "too little text to decide": (
+        f"{SEARCH}row_length = 64\ndecide = 1000\n".replace("256", '"2k"'), "stage[0] needs 1000 tokens of text"
+    ),
+    "searched rows longer than the window": (
+        f"{SEARCH}row_length = 257\n", "stage[0].row_length is 257, longer than its window, 256"
+    ),
+    "decided beyond the window": (
+        f"{SEARCH}row_length = 64\ndecide = 257\n", "stage[0].decide is 257, longer than its window, 256"
+    ),
+    "an objective of keys without any": (
+        f'{SEARCH}row_length = 64\nobjective = "mixed"\nkeys = 0\n', "stage[0].objective is 'mixed', and keys is 0"
+    ),
+    "more keys than labels": (
+        f"{DERIVE}{TUNE}keys = 5000\n".replace("256", '"1m"').replace("128", '"512k"'),
+        "stage[1].keys is 5000; the keys that the model is trained on have 122 labels",
+    ),
+    "rows without room for a key": (
+        f"{DERIVE}{TUNE}".replace("128", "64"), "stage[1].length is 64, with keys = 24: not one key has room"
+    ),
+    "calibrated on rows without room for a key": (
+        f'{DERIVE}{CALIBRATE}objective = "mixed"\n'.replace("lengths = [256]", "lengths = [64, 256]"),
+        "stage[1].lengths is 64, with keys = 24: not one key has room",
+    ),
+    "training that nothing begins": (TUNE, "begin with --on RECIPE, or with a stage that makes its set"),
     "too little held-out text": (DERIVE + EVALUATE, "stage[1] needs 256 tokens of held-out text; there are 100"),
 }  # fmt: skip
 
@@ -214,7 +238,7 @@ def test_built_in_plans_are_plans(name: str) -> None:
     plan = load_plan(name)
     assert plan.name == name
     reach = 2**21 if name.endswith(("-far", "-any", "-calibrate")) else None  # these begin with a recipe's sets
-    assert any(plan.problems(window, reach) == [] for window in (4096, 8192)), plan.problems(4096, reach)
+    assert any(problems(plan, window, reach) == [] for window in (4096, 8192)), problems(plan, 4096, reach)
     assert any(isinstance(stage, Tune | Calibrate) for stage in plan.stage)
     assert plan.target >= 2**20 or not any(isinstance(stage, Tune) for stage in plan.stage)
     assert reach is not None or any(isinstance(stage, Search | Derive) for stage in plan.stage)

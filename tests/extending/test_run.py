@@ -27,8 +27,8 @@ from lrconvert.errors import InputError, UsageError
 from lrconvert.evals.in_memory import LoadedSession
 from lrconvert.evals.perplexity import same_token_perplexity
 from lrconvert.extending import estimate, run, stages
-from lrconvert.extending.api import ExtendResult, extend
-from lrconvert.extending.plan import parse_plan
+from lrconvert.extending.api import ExtendResult, estimate_extension, extend
+from lrconvert.extending.plan import Tune, load_plan, parse_plan
 from lrconvert.recipe import load_recipe
 from lrconvert.rope import Tier, longrope_attention_factor
 from lrconvert.searching.journal import read_journal
@@ -369,10 +369,54 @@ def test_a_recipe_is_not_replaced_without_force(case: Case, tmp_path: Path) -> N
     output = case.copy(tmp_path)
     case.again(output)
     with pytest.raises(lrconvert.errors.UsageError, match="force"):
-        case.again(output)
+        case.again(output, name="other")
+    with pytest.raises(lrconvert.errors.UsageError, match="force"):
+        case.again(output, seed=1)
     case.again(output, force=True, name="other")
     assert load_recipe(output).name == "other" and (output / "adapter" / "adapter_config.json").is_file()
     assert not list(tmp_path.glob(".*"))  # nothing is left of the exchange
+
+
+def test_the_same_call_after_its_end_says_the_same(case: Case, tmp_path: Path, carried_out: list[str]) -> None:
+    """A kill may come after the recipe was written: nothing is repeated, nothing is refused, nothing changes."""
+    output = case.copy(tmp_path)
+    first = case.again(output)
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    again = case.again(output)
+    assert carried_out == [] and again.recipe == first.recipe and again.path == first.path
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+    shutil.rmtree(folder_of(again.work, "5-evaluate"))  # then it would not be the same: somebody's recipe is replaced
+    with pytest.raises(UsageError, match="force"):
+        case.again(output)
+
+
+def test_what_a_stage_took_survives_a_kill(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is written while the stage runs: a kill leaves no time to."""
+    monkeypatch.setattr(run, "KEPT_EVERY", 0.0)
+    output, seen = case.copy(tmp_path), []
+    shutil.rmtree(folder_of(output.with_name("copy.work"), "5-evaluate"))
+
+    def watch(step: Any) -> None:
+        if step.task == "5-evaluate":
+            kept = folder_of(output.with_name("copy.work"), "5-evaluate") / "spent.json"
+            seen.append(json.loads(kept.read_text())["seconds"])
+
+    case.again(output, progress=watch)
+    assert len(seen) > 2 and seen == sorted(seen)
+
+
+def test_a_first_stage_behind_the_last_one_is_refused(case: Case, tmp_path: Path) -> None:
+    for call in (case.again, estimated):
+        with pytest.raises(UsageError, match="--from 4-recover is behind --until 2-tune"):
+            call(tmp_path / "out", until="2-tune", again="4-recover")
+        with pytest.raises(UsageError, match="--until 9-nothing: no such stage"):
+            call(tmp_path / "out", until="9-nothing")
+
+
+def estimated(output: Path, **options: Any) -> Any:
+    """Before anything is read: the model need not be there."""
+    plan = parse_plan(PLAN, "plan.toml")
+    return estimate_extension("none", texts=["none"], output=output, plan=plan, **options)
 
 
 def test_whole_weights_are_carried_too(case: Case, tmp_path: Path) -> None:
@@ -473,6 +517,22 @@ def test_a_team_can_t_be_taught(case: Case, tmp_path: Path) -> None:
 
 def test_an_estimate_counts_the_teacher() -> None:
     """Of two long rows three windows each, of four short ones one."""
-    stage = parse_plan(DISTILLED, "plan.toml").stage[2]
-    assert estimate._taught(stage, 64) == [(64, 6), (64, 4)]
-    assert estimate._taught(parse_plan(DISTILLED, "plan.toml").stage[1], 64) == []
+    _, plain, taught = (stage for stage in parse_plan(DISTILLED, "plan.toml").stage)
+    assert isinstance(plain, Tune) and isinstance(taught, Tune)
+    passes = estimate._tune(taught, 64, [])
+    assert passes == [(160, 2), (64, 4)]
+    assert estimate._taught(taught, passes) == [(64, 6), (64, 4)] and estimate._taught(plain, passes) == []
+
+
+def test_an_estimate_counts_the_windows_in_between() -> None:
+    """Which mixed steps keep in turns with the original one: 40 of 120 steps, half of them on rows of 256k."""
+    (stage, *_) = (stage for stage in load_plan("small-far").stage if isinstance(stage, Tune))
+    assert (stage.steps, stage.mixed_every, stage.length) == (120, 3, 65536)
+    assert estimate._tune(stage, 8192, [262144]) == [(65536, 80), (8192, 20 * stage.mixed_rows), (65536, 20)]
+
+
+def test_an_evaluation_may_stay_below_the_original_window(case: Case, tmp_path: Path) -> None:
+    """The model before is measured at its own window all the same."""
+    plan = 'stage = [{kind = "derive", window = 256}, {kind = "evaluate", perplexity = [32], judged = 16}]'
+    found = case.again(tmp_path / "out", plan).recipe.evaluation
+    assert found is not None and sorted(found["measured"]) == ["base perplexity@64", "perplexity@32"]

@@ -7,6 +7,7 @@ import pytest
 
 from lrconvert.errors import UsageError
 from lrconvert.extending.plan import Calibrate, Evaluate, Search, Tune, load_plan, parse_plan
+from lrconvert.extending.problems import problems
 
 TWICE_TRAINED = """
 name = "twice"
@@ -34,7 +35,7 @@ def test_a_cut_plan_ends_at_its_target() -> None:
     ):
         plan = whole.up_to(target)
         assert [stage.kind for stage in plan.stage] == kinds, target
-        assert plan.target == target and plan.problems(8192) == [], target
+        assert plan.target == target and problems(plan, 8192) == [], target
         for stage in plan.stage:
             if isinstance(stage, Evaluate):
                 assert max(*stage.perplexity, *stage.retrieval) <= target, target
@@ -52,7 +53,7 @@ def test_every_training_under_a_set_stays_with_it(target: str, tunes: int) -> No
     plan = load_plan("demo").up_to(1024 * int(target[:-1]))
     kept = [stage for stage in plan.stage if isinstance(stage, Tune)]
     assert len(kept) == tunes and all(stage.window == min(plan.target, 2**18) for stage in kept)
-    assert all(stage.distil < stage.length for stage in kept) and plan.problems(4096) == []
+    assert all(stage.distil < stage.length for stage in kept) and problems(plan, 4096) == []
 
 
 def test_a_cut_plan_calibrates_as_far_as_it_reaches() -> None:

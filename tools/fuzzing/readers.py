@@ -31,6 +31,7 @@ from lrconvert.evals.passkey import PasskeyFormat
 from lrconvert.evals.tasks import BENCHMARKS, read_lines
 from lrconvert.evals.texts import read_texts
 from lrconvert.extending.plan import load_plan
+from lrconvert.extending.problems import problems
 from lrconvert.extending.run import Finished
 from lrconvert.parity.lock import Lock, check_lock
 from lrconvert.recipe import write_recipe
@@ -281,7 +282,7 @@ def chained_journal() -> Any:
 
 def read_plan() -> Any:
     plan = load_plan("plan.toml")
-    return plan, plan.names, plan.problems(256), plan.up_to(min(plan.target, 1024))
+    return plan, plan.names, problems(plan, 256), plan.up_to(min(plan.target, 1024))
 
 
 def read_results() -> Any:

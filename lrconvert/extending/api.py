@@ -14,6 +14,8 @@ from lrconvert.artifact.sliding import lifted_note
 from lrconvert.checkpoint import open_model
 from lrconvert.checkpoint.adapter import WEIGHTS
 from lrconvert.checkpoint.base import Model
+from lrconvert.checkpoint.fold import refuse_training
+from lrconvert.checkpoint.folder_code import refuses_native
 from lrconvert.checkpoint.links import is_inside
 from lrconvert.checkpoint.source import sha256_of
 from lrconvert.checkpoint.tokenizer import tokenizer_of
@@ -213,6 +215,14 @@ def _check(model: Model, plan: Plan, on: Ground | None) -> None:
         raise InputError(
             f"{model.reference} already carries {found.kind} scaling", remedy="Extend the model it was made from"
         )
+    folder = model.checkpoint.path
+    if folder.is_dir() and (reason := refuses_native(folder)) is not None:
+        raise InputError(
+            f"{model.reference}: {reason}",
+            remedy="Take it out, or merge an adapter first: lrconvert hf MODEL --adapter ADAPTER",
+        )
+    if any(isinstance(stage, Tune) for stage in plan.stage):
+        refuse_training(model)
     begun = {} if on is None else {"reach": on.window, "rank": on.rank, "projections": on.projections}
     check_plan(plan, f"plan {plan.name}", found.original_window, **begun)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -186,7 +187,7 @@ def test_every_problem_is_reported_at_once() -> None:
 def test_models_that_can_not_be_extended(
     text: Path, pico_folder: Callable[..., Path], tmp_path: Path, cli: Run
 ) -> None:
-    """One that is scaled already, with the way out."""
+    """One that is scaled already, and one that carries an adapter, with the way out."""
     (tmp_path / "plan.toml").write_text(DERIVE)
     plain = json.loads((pico_folder("llama") / "config.json").read_text())
     scaled = pico_folder("llama", rope_scaling={"rope_type": "linear", "factor": 2.0, "type": "linear"})
@@ -194,6 +195,11 @@ def test_models_that_can_not_be_extended(
     options = ["--text", text, "--plan", tmp_path / "plan.toml", "-o", tmp_path / "r"]
     found = cli("extend", scaled, *options)
     assert found.code == 3 and "scaling" in found.err and "Extend the model it was made from" in found.err
+    shutil.copytree(pico_folder("llama"), tmp_path / "adapted")
+    (tmp_path / "adapted" / "adapter_config.json").write_text("{}")
+    found = cli("extend", tmp_path / "adapted", *options)
+    assert found.code == 3 and "adapter_config.json is in the folder" in found.err and "--adapter" in found.err
+    assert not (tmp_path / "r.work").exists()
 
 
 @pytest.mark.usefixtures("nothing_loads")

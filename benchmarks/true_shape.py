@@ -8,8 +8,8 @@
 
 The weights of the models can't be redistributed; what size and shape decide does not need them. `--dense` raises the
 length up to which positions are consecutive, for models of few layers. `--mutants` bakes every mistake of
-`lrconvert.parity.mutants` too and verifies it in prompts of 512 tokens. `--collect` makes results/true-shape.{json,md}
-of the rows of many calls.
+`lrconvert.parity.mutants` too and verifies it in prompts of 512 tokens. `--collect` adds the rows of many calls to
+results/true-shape.{json,md}. true_shape_all.py makes all those that plans/true-shape.toml names.
 """
 
 from __future__ import annotations
@@ -168,8 +168,18 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def row_key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a row is of."""
+    return row["model"], row["recipe"], row["window"], row["artifact"]
+
+
 def collect(folder: Path, note: str) -> None:
-    rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    """Rows that were kept before stay, but for those that were measured again."""
+    kept = RESULTS / f"{NAME}.json"
+    before = json.loads(kept.read_text())["rows"] if kept.is_file() else []
+    new = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    found = {(*row_key(row), row.get("dense", 0)): row for row in [*before, *new]}
+    rows = sorted(found.values(), key=lambda row: (row["layers"], *map(str, row_key(row))))
     result = json.loads(save(NAME, {"rows": rows}).read_text())
     devices = sorted({info["device"] for row in rows for info in row["runtimes"].values()})
     head = [

@@ -199,7 +199,7 @@ PLANTED = [
 
 
 CIRCLES = [
-    ("rope.py", "from lrconvert import recipe", "recipe.file <-> rope"),  # through recipe/__init__
+    ("rope.py", "from lrconvert import recipe", "recipe.file <-> recipe.forms <-> rope"),  # through recipe/__init__
     ("evals/figures.py", "def f():\n    from lrconvert.evals.scores import pack", "evals.figures <-> evals.scores"),
     ("evals/scores.py", "if TYPE_CHECKING:\n    from .earlier import EarlierRow", "evals.earlier <-> evals.scores"),
     ("evals/scores.py", "from lrconvert.evals.figures import Figure", None),  # one way

@@ -21,6 +21,7 @@ from lrconvert.recipe.file import (
     shipped_recipes,
     write_recipe,
 )
+from lrconvert.recipe.forms import form_of
 
 __all__ = [
     "MAX_RECIPE_BYTES",
@@ -33,6 +34,7 @@ __all__ = [
     "derive_recipe",
     "factor_set",
     "find_recipe",
+    "form_of",
     "json_schema",
     "load_recipe",
     "parse_recipe",

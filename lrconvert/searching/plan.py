@@ -39,6 +39,7 @@ from lrconvert.searching.request import (
     base_of,
     check_sets,
     limited,
+    start_of,
     start_tokens_of,
     tier_lengths,
 )
@@ -141,9 +142,7 @@ def plan_search(request: SearchRequest) -> SearchPlan:
     base, notes = base_of(request, model, on)
     if request.on and request.start_from:
         raise UsageError("--start-from names whole sets, and --on searches what multiplies a recipe's: use one of them")
-    start = load_recipe(request.start_from) if request.start_from else None
-    if start is not None:
-        model.resolve(start)
+    start, dropped = start_of(request, model)
     check_sets(request, base, model.shape)
     # Where the model has sets already, they stay as they are unless a tier is named.
     tiers = request.tiers or (("long",) if base.tiers else ())
@@ -158,9 +157,13 @@ def plan_search(request: SearchRequest) -> SearchPlan:
         vocab=model.shape.vocab,
         tokens=_needed(request),
     )
+    kept = tuple(
+        tier
+        for tier in (start.tiers if start else base.tiers)
+        if tier.max_length not in lengths and tier.max_length <= request.target
+    )
     # The longest first: an error about a text that is too short then names the length it needs most.
-    plans = tuple(_tier(request, model, base, length, texts, start) for length in reversed(lengths))[::-1]
-    kept = [tier for tier in (start.tiers if start else base.tiers) if tier.max_length not in lengths]
+    plans = tuple(_tier(request, model, base, length, texts, start, kept) for length in reversed(lengths))[::-1]
     return SearchPlan(
         model=model,
         original_window=base.original_window,
@@ -171,12 +174,13 @@ def plan_search(request: SearchRequest) -> SearchPlan:
         dtype=long_name(request.dtype or "float32"),
         name=request.name or _name(request, model),
         base_model=portable_name(request.model, model.checkpoint.path),
-        kept=tuple(tier for tier in kept if tier.max_length <= request.target),
+        kept=kept,
         uniform=request.uniform,
         adapter=adapter,
         adapter_path=None if adapter is None else _beside(adapter.reference, request.output),
         notes=(
             *notes,
+            *dropped,
             *model.read_dequantised("the search runs on its dequantised weights"),
             *lifted_note(model, "a search"),
         ),
@@ -215,7 +219,13 @@ def _beside(reference: str, output: Path | None) -> str:
 
 
 def _tier(
-    request: SearchRequest, model: Model, base: Base, length: int, texts: list[Text], start: Recipe | None
+    request: SearchRequest,
+    model: Model,
+    base: Base,
+    length: int,
+    texts: list[Text],
+    start: Recipe | None,
+    kept: Sequence[Tier],
 ) -> TierPlan:
     shape, own = model.shape, base.own(length)
     space = space_for(
@@ -224,7 +234,7 @@ def _tier(
         base.original_window if length <= base.original_window else base.reach,
         length,
         kind=request.space,
-        attention=attention_of(request, base, length),
+        attention=attention_of(request, base, length, kept),
         start_tokens=start_tokens_of(request, own),
     )
     if request.rows is not None and length > base.original_window:

@@ -13,7 +13,7 @@ from lrconvert.engines.capability import SEARCHABLE, of_model
 from lrconvert.errors import UsageError
 from lrconvert.evals.texts import Text
 from lrconvert.families import ModelShape
-from lrconvert.recipe import Recipe
+from lrconvert.recipe import Recipe, load_recipe
 from lrconvert.recipe.models import ground_of
 from lrconvert.rope import Tier, longrope_attention_factor, serving
 from lrconvert.searching.objective import JumpingRows
@@ -94,6 +94,19 @@ def base_of(request: SearchRequest, model: Model, on: Recipe | None) -> tuple[Ba
     return Base(ground.tiers[0].max_length, ground.window, ground.tiers if scaled else ()), ground.notes
 
 
+def start_of(request: SearchRequest, model: Model) -> tuple[Recipe | None, tuple[str, ...]]:
+    """The recipe whose sets are the first candidates, as the runtime can express it, because sets that are not searched
+    are kept; and what that dropped, in words."""
+    if request.start_from is None:
+        return None, ()
+    start = load_recipe(request.start_from)
+    spec = model.resolve(start)
+    if request.runtime is None:
+        return start, ()
+    fitted, dropped = replace(SEARCHABLE[request.runtime], once=False, first_only=False).fit(spec)
+    return replace(start, tiers=fitted.tiers), tuple(f"of {start.name}: {words}" for words in dropped)
+
+
 def limited(request: SearchRequest) -> SearchRequest:
     """The request with the freedoms that its runtime has. Raises `UsageError` for more."""
     if request.runtime is None:
@@ -155,9 +168,14 @@ def start_tokens_of(request: SearchRequest, own: Tier | None) -> tuple[int, ...]
     return None if request.start_tokens else (0,)
 
 
-def attention_of(request: SearchRequest, base: Base, length: int) -> tuple[float, float] | None:
-    """The attention factors to try on top of what the model has; None: the space's own."""
+def attention_of(
+    request: SearchRequest, base: Base, length: int, kept: Sequence[Tier] = ()
+) -> tuple[float, float] | None:
+    """The attention factors to try on top of what the model has; None: the space's own. `kept` are the sets that are
+    not searched: where all have one factor, a longer one of them has it already."""
     own, named, short = base.own(length), request.attention_factor, length <= base.original_window
+    if named is None and request.uniform and kept and kept[-1].max_length > length:
+        named = kept[-1].attention_factor
     if named is not None and (request.uniform or not short):
         factor = named / (own.attention_factor if own else 1.0)
     elif short or own is None:

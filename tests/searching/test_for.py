@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lrconvert.checkpoint import open_model
 from lrconvert.engines.capability import SEARCHABLE
 from lrconvert.errors import UsageError
 from lrconvert.evals.texts import Text
+from lrconvert.recipe import derive_recipe, write_recipe
 from lrconvert.searching.plan import plan_search
 from lrconvert.searching.request import SearchRequest
 from lrconvert.searching.run import Search
@@ -41,6 +43,28 @@ def test_nothing_is_dropped_from_a_recipe_for_a_runtime(pico_folder: Callable[..
             tier.attention_factor for tier in model.resolve(recipe).tiers[-len(fitted.tiers) :]
         ], name
         assert (short.space.start_tokens == (0,)) == (not able.start_tokens), name
+
+
+def test_sets_that_are_kept_are_what_the_runtime_can_express(pico_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """One set of a recipe with start tokens and two attention factors is searched again: the other is kept as every
+    runtime can have it, and both get one factor. Without a runtime it is kept as it is."""
+    folder = pico_folder("llama")
+    model = open_model(folder)
+    own = derive_recipe("yarn", 8, family="llama", rotary_dim=16, theta=model.shape.theta, original_window=64)
+    start = replace(own, tiers=(own.tiers[0], replace(own.tiers[1], start_tokens=4, attention_factor=1.5)))
+    path = write_recipe(start, tmp_path / "start")
+    for tier, other in (("short", 1), ("long", 0)):
+        plan = plan_search(request(folder, runtime="any", start_from=path, tiers=(tier,)))
+        assert ["start tokens: the first 4" in note for note in plan.notes if note.startswith("of llama")] == [
+            True,
+            False,
+        ]
+        (searched,) = plan.tiers
+        recipe = Search(plan, Landscape(planted(searched.space)[1]), None, lambda progress: None).run()
+        assert SEARCHABLE["any"].fit(model.resolve(recipe))[1] == []
+        assert recipe.tiers[other].factors == start.tiers[other].factors
+        free = plan_search(request(folder, start_from=path, tiers=(tier,)))
+        assert free.kept == (start.tiers[other],) and free.notes == ()
 
 
 def test_more_than_a_runtime_knows_is_refused(pico_folder: Callable[..., Path]) -> None:

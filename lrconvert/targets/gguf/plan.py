@@ -30,6 +30,7 @@ from lrconvert.checkpoint.gguf import PERMUTED
 from lrconvert.checkpoint.padding import settle_vocabulary
 from lrconvert.checkpoint.source import snapshot
 from lrconvert.engines.capability import LLAMA_CPP, divide_attention, static
+from lrconvert.engines.ways_out import remedy, ways_out
 from lrconvert.errors import EnvironmentFailure, UnsupportedError, UsageError
 from lrconvert.families.base import (
     GGUF_INTERLEAVED,
@@ -111,7 +112,7 @@ def plan(
     keeps = architecture in GGUF_SLIDING
     windows = settle_windows(model, spec.window, lift=options.lift, keeps=keeps, target="llama.cpp")
     model = windows.model
-    kept, dropped = _fitted(spec, options)
+    kept, dropped = _fitted(recipe, spec, options)
     check_query_scale(model, kept)
     dropped = [*windows.dropped, *dropped]
     scale = kept.tiers[-1].attention_factor if options.fold else 1.0
@@ -287,14 +288,16 @@ def _check_shape(model: Model, architecture: str) -> None:
         )
 
 
-def _fitted(spec: RopeSpec, options: Options) -> tuple[RopeSpec, list[str]]:
+def _fitted(recipe: Recipe, spec: RopeSpec, options: Options) -> tuple[RopeSpec, list[str]]:
     """What llama.cpp can express of the spec, and what is dropped; refused unless the user allows that."""
     kept, losses = LLAMA_CPP.fit(spec)
     if losses and not options.lossy:
-        advice = "bake to hf, whose own code is exact, or drop this with --allow-lossy"
-        if any("attention factor" in loss for loss in losses):
-            advice = f"`recipe derive --uniform` makes one attention factor for both sets; or {advice}"
-        raise UnsupportedError("; ".join(losses), remedy=advice[0].upper() + advice[1:])
+        ways = (
+            *ways_out(LLAMA_CPP, recipe, spec),
+            "bake to hf or onnx, which compute it",
+            "drop this with --allow-lossy",
+        )
+        raise UnsupportedError("; ".join(losses), remedy=remedy(*ways))
     if options.static:
         kept, more = static(LLAMA_CPP).fit(kept)
         losses += more

@@ -61,7 +61,7 @@ def plan(
     model, scale, dropped = windows.model, 1.0, list(windows.dropped)
     loaded = family if written is None else get_family(written)
     if options.portable:
-        spec, scale, more_dropped = make_portable(spec, loaded, model.shape, lossy=options.lossy)
+        spec, scale, more_dropped = make_portable(recipe, spec, loaded, model.shape, lossy=options.lossy)
         dropped += more_dropped
     native, losses = native_config(loaded, model.shape).fit(spec)[0], native_hf(loaded, model.shape).fit(spec)[1]
     stored = _stored_dtype(model, options.dtype)

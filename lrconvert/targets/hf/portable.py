@@ -11,16 +11,20 @@ from lrconvert.engines.capability import (
     native_hf,
     of_model,
 )
+from lrconvert.engines.ways_out import remedy, ways_out
 from lrconvert.errors import UnsupportedError
 from lrconvert.families import Family, ModelShape
+from lrconvert.recipe import Recipe
 from lrconvert.rope import RopeSpec
+
+OWN_CODE = "bake without --portable for the artifact's own code"
 
 
 def make_portable(
-    spec: RopeSpec, family: Family, shape: ModelShape, *, lossy: bool = False
+    recipe: Recipe, spec: RopeSpec, family: Family, shape: ModelShape, *, lossy: bool = False
 ) -> tuple[RopeSpec, float, list[str]]:
-    """The spec that every engine can rotate, the scale that q and k have to carry for it, and what was dropped.
-    `family` is the one whose class runs the folder.
+    """The spec that every engine can rotate of a recipe, which was resolved as `spec`; the scale that q and k have to
+    carry for it; what was dropped. `family` is the one whose class runs the folder.
 
     With the recipe's attention factor a and the engines' f, the scale is a/f and the spec's factor f. Raises
     `UnsupportedError` (exit code 4) that names all that engines can't do, unless `lossy`.
@@ -29,18 +33,16 @@ def make_portable(
     native = native_hf(family)
     stated, moved = of_model(PORTABLE, shape).fit(kept)  # with the windows that the config will say
     if moved:
-        raise UnsupportedError(
-            f"--portable: {'; '.join(moved)}", remedy="Bake without --portable for the artifact's own code"
-        )
+        raise UnsupportedError(f"--portable: {'; '.join(moved)}", remedy=remedy(OWN_CODE))
     if native.first_only and native.fit(kept)[0].tiers != kept.tiers:
         raise UnsupportedError(
             f"--portable: {native.name} never uses the long set, whatever a config says",
-            remedy="Bake without --portable for the artifact's own code",
+            remedy=remedy(OWN_CODE),
         )
     if losses and not lossy:
         raise UnsupportedError(
             f"--portable: {'; '.join(losses)}",
-            remedy="Bake without --portable for the artifact's own code, or drop this with --allow-lossy",
+            remedy=remedy(*ways_out(PORTABLE, recipe, spec), OWN_CODE, "drop this with --allow-lossy"),
         )
     scale = kept.tiers[-1].attention_factor / formula_attention_factor(stated)
     scale = 1.0 if abs(scale - 1.0) <= SAME else scale

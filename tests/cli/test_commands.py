@@ -212,7 +212,6 @@ USAGE: dict[str, tuple[list[str], str]] = {
     "neither a ratio nor a target": (["recipe", "derive", "demo", "--method", "yarn"], "--target"),
     "a ratio and a target": (["recipe", "derive", "demo", "--method", "yarn", "--factor=2", "--target=8k"], "--factor"),
     "a target within the window": (["recipe", "derive", "demo", "--method", "yarn", "--target", "4k"], "4096"),
-    "no output": (["hf", "demo", "--recipe", "demo-yarn-8x"], "--output"),
     "a dtype nobody has": (["hf", "demo", "--recipe", "r", "-o", "x", "--dtype", "int4"], "int4"),
     "no method": (["recipe", "derive", "demo", "--factor", "2"], "--method"),
     "a method nobody has": (["recipe", "derive", "demo", "--method", "x", "--factor", "2"], "'x'"),

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from _common import RESULTS, Figure, in_pairs, lrconvert, median, report, run, save, scratch_folder
+from _common import RESULTS, Figure, in_pairs, installed, lrconvert, median, report, run, save, scratch_folder
 from safetensors.numpy import save_file
 
 from lrconvert.checkpoint import locate
@@ -240,8 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(json.dumps({kind: results[kind]}, indent=1), flush=True)
     report(*figures(results))
     if chosen.layers == SHAPE["num_hidden_layers"]:
-        code = "from importlib.metadata import version; print(version('onnxruntime-genai'))"
-        builder = subprocess.run([chosen.genai, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        builder = installed(chosen.genai)["onnxruntime-genai"]
         facts = {"onnxruntime": onnxruntime.__version__, "genai_builder": builder, "threads": chosen.threads}
         keep(results, {**facts, "model": chosen.model.name if chosen.model else f"random, {json.dumps(SHAPE)}"})
 

@@ -63,7 +63,8 @@ def has_gpu() -> str | None:
 
 GENAI = named("LRCONVERT_GENAI_PYTHON", "onnxruntime-genai", interpreter=True)
 OPTIMUM = named("LRCONVERT_OPTIMUM_PYTHON", "optimum-onnx", interpreter=True)
-MLX = named("LRCONVERT_MLX_PYTHON", "mlx", interpreter=True)
+MLX = named("LRCONVERT_MLX_PYTHON", "mlx-lm", interpreter=True)
+VLLM = named("LRCONVERT_VLLM_PYTHON", "vLLM", interpreter=True)
 CONVERTER = named("LRCONVERT_CONVERTER_PYTHON", "llama.cpp's converter", interpreter=True)
 SMOLLM2 = named("LRCONVERT_SMOLLM2_GGUF", "SmolLM2-135M as GGUF")
 QUANTISE = named("LRCONVERT_LLAMA_QUANTISE_LIBRARY", "llama_model_quantize")
@@ -130,7 +131,8 @@ BENCHMARKS = (
     Benchmark("onnx-quantised", 5, "onnx_quantised.py", ("demo", "--name", "embedded model"),
               ("demo", "--name", "embedded model", "--dtype", "int4", "--lengths", "512", "--no-mistakes"), (TORCH,)),
     Benchmark("onnx-runs", 10, "onnx_runs.py", (), ("--lengths", "2048", "--trials", "2"), (TORCH,)),
-    Benchmark("angles", 1, "angles.py", (), None, (TORCH, LLAMA), {"--genai": GENAI, "--mlx": MLX}),
+    Benchmark("angles", 1, "angles.py", (), None, (TORCH, LLAMA),
+              {"--genai": GENAI, "--mlx": MLX, "--vllm": VLLM}),
     Benchmark("decode-speed", 2, "decode_speed.py", (), ("--pairs", "3", "--tokens", "32"), (TORCH,)),
     Benchmark("verify-profile", 15, "verify_profile.py", ("--large",), ("--rounds", "1"), (TORCH, LLAMA),
               {"--smollm2": SMOLLM2}),

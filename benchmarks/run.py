@@ -134,7 +134,7 @@ BENCHMARKS = (
     Benchmark("angles", 1, "angles.py", (), None, (TORCH, LLAMA),
               {"--genai": GENAI, "--mlx": MLX, "--vllm": VLLM}),
     Benchmark("decode-speed", 2, "decode_speed.py", (), ("--pairs", "3", "--tokens", "32"), (TORCH,)),
-    Benchmark("verify-profile", 15, "verify_profile.py", ("--large",), ("--rounds", "1"), (TORCH, LLAMA),
+    Benchmark("verify-profile", 20, "verify_profile.py", ("--large",), ("--rounds", "1"), (TORCH, LLAMA),
               {"--smollm2": SMOLLM2}),
     Benchmark("llama-cpp-runs", 20, "llama_cpp_runs.py", (),
               ("--types", "q8_0", "--only", "passkey", "--passkey", "6144", "--trials", "1"), (LLAMA, TORCH)),

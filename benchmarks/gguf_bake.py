@@ -19,13 +19,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _baseline import baseline, baseline_versions, write_tokenizer
+from _baseline import baseline, write_tokenizer
 from _common import (
     RESULTS,
     SHAPES,
     Cost,
     Figure,
     copy_file_with_fsync,
+    installed,
     lrconvert,
     median,
     report,
@@ -248,7 +249,7 @@ def main() -> None:
     if arguments.baseline is None:
         print("\n".join(table(numbers, large)))
     else:
-        keep(numbers, large, baseline_versions(arguments.baseline))
+        keep(numbers, large, installed(arguments.baseline))
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from _baseline import baseline, baseline_versions, write_tokenizer
-from _common import RESULTS, Figure, lrconvert, report, run, save, scratch_folder, write_random
+from _baseline import baseline, write_tokenizer
+from _common import RESULTS, Figure, installed, lrconvert, report, run, save, scratch_folder, write_random
 
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.families import get_family
@@ -260,7 +260,7 @@ def main() -> None:
     unit = f"of {len(results)}"
     report(Figure("GGUF files that pass verify", ours, unit, "llama.cpp's converter", theirs, limit=1, least=True))
     if arguments.only is None:
-        keep(results, baseline_versions(arguments.baseline))
+        keep(results, installed(arguments.baseline))
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from _common import (
     SHAPES,
     Figure,
     copy_with_fsync,
+    installed,
     lrconvert,
     median,
     report,
@@ -46,7 +47,7 @@ from _common import (
     write_checkpoint,
     write_random,
 )
-from _exporters import Command, tools, versions
+from _exporters import Command, tools
 from _memory import Cost, needed, watched
 from _onnx_tables import ABOUT, COPY_ALLOWED, SPEEDUP_NEEDED, cost_table, is_right, missed, refusals, table
 
@@ -411,7 +412,8 @@ def main() -> None:
     elif arguments.skip_size:
         cost, large = earlier()
     if arguments.only is None and arguments.size == "2.8 GB":
-        keep(results, cost, large, versions(arguments.genai, arguments.optimum))
+        versions = {"with transformers 5": installed(arguments.genai), "optimum": installed(arguments.optimum)}
+        keep(results, cost, large, versions)
 
 
 if __name__ == "__main__":

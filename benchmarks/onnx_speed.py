@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from _common import RESULTS, Figure, in_pairs, lrconvert, median, report, run, save, scratch_folder
+from _common import RESULTS, Figure, in_pairs, installed, lrconvert, median, report, run, save, scratch_folder
 from safetensors.numpy import save_file
 
 from lrconvert.checkpoint import locate
@@ -145,15 +144,25 @@ def in_turn(graphs: dict[str, Graph], pairs: int, measure: Callable[[Graph], flo
     return {"ms": times, "ratio": round(median([ours / theirs for ours, theirs in pairs_of]), 3)}
 
 
+def exported(kind: str, source: Path, scratch: Path, genai: Path | None) -> dict[str, Path]:
+    """Our graph of one type with a recipe of 8x, and the builder's where its interpreter is given."""
+    recipe, mine, theirs = scratch / "recipe", scratch / f"ours-{kind}", scratch / f"theirs-{kind}"
+    derived = ("--method", "yarn", "--factor", "8", "--uniform", "-o", recipe, "--force")
+    run(lrconvert("recipe", "derive", source, *derived))
+    run(lrconvert("onnx", source, "--recipe", recipe, "--dtype", kind, "-o", mine, "--force"))
+    paths = {OURS: mine / "onnx" / "model.onnx"}
+    if genai is not None:
+        shutil.rmtree(theirs, ignore_errors=True)
+        builder = [genai, "-m", "onnxruntime_genai.models.builder", "-i", source, "-o", theirs]
+        run([*builder, "-p", PRECISIONS[kind], "-e", "cpu", "-c", scratch / "cache"])
+        paths[THEIRS] = theirs / "model.onnx"
+    return paths
+
+
 def measured(kind: str, source: Path, arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Both graphs of one type."""
-    mine, theirs = scratch / f"ours-{kind}", scratch / f"theirs-{kind}"
-    run(lrconvert("onnx", source, "--recipe", scratch / "recipe", "--dtype", kind, "-o", mine, "--force"))
-    shutil.rmtree(theirs, ignore_errors=True)
-    builder = [arguments.genai, "-m", "onnxruntime_genai.models.builder", "-i", source, "-o", theirs]
-    run([*builder, "-p", PRECISIONS[kind], "-e", "cpu", "-c", scratch / "cache"])
+    paths = exported(kind, source, scratch, arguments.genai)
     capacity = READ + arguments.tokens
-    paths = {OURS: mine / "onnx" / "model.onnx", THEIRS: theirs / "model.onnx"}
     graphs = {OURS: Graph(paths[OURS], capacity, arguments.threads)}
     graphs[THEIRS] = Graph(paths[THEIRS], capacity, arguments.threads, graphs[OURS].caches)
     tokens = np.random.default_rng(3).integers(3, 4000, READ)
@@ -233,15 +242,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = {}
     with scratch_folder(chosen.scratch) as scratch:
         source = chosen.model or write_model(scratch / "model", chosen.layers)
-        derived = ("--method", "yarn", "--factor", "8", "--uniform", "-o", scratch / "recipe", "--force")
-        run(lrconvert("recipe", "derive", source, *derived))
         for kind in chosen.types:
             results[kind] = measured(kind, source, chosen, scratch)
             print(json.dumps({kind: results[kind]}, indent=1), flush=True)
     report(*figures(results))
     if chosen.layers == SHAPE["num_hidden_layers"]:
-        code = "from importlib.metadata import version; print(version('onnxruntime-genai'))"
-        builder = subprocess.run([chosen.genai, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        builder = installed(chosen.genai)["onnxruntime-genai"]
         facts = {"onnxruntime": onnxruntime.__version__, "genai_builder": builder, "threads": chosen.threads}
         keep(results, {**facts, "model": chosen.model.name if chosen.model else f"random, {json.dumps(SHAPE)}"})
 

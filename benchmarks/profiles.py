@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the CPU's time goes on every path, by library, as one picture: docs/profiles.svg.
 
-    python benchmarks/profiles.py [--shape "2.8 GB"] [--only PATH …] [--scratch DIR]
+    python benchmarks/profiles.py [--shape "2.8 GB"] [--only PATH …] [--genai PYTHON] [--scratch DIR]
+    python benchmarks/profiles.py --token [--genai PYTHON]
     python benchmarks/profiles.py --draw
 
 Linux's `perf` samples each command with its threads and children, native code too; a library stands for what it does
-here. The last path is one token in ONNX Runtime, by operator, from its own profiler. Shares hold on a busy machine,
-seconds don't, so there are none. `--draw` makes the picture of results/profiles.json again.
+here. The last path is one token in ONNX Runtime, by operator, from its own profiler; with genai's builder (PYTHON, see
+onnx_speed.py) its operators are counted beside ours. Shares hold on a busy machine, seconds don't, so there are none.
+`--token` measures that path alone and keeps the rest of results/profiles.json; `--draw` makes the picture of it again.
 """
 
 from __future__ import annotations
@@ -17,14 +19,17 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _common import RESULTS, SHAPES, lrconvert, run, save, scratch_folder
+import onnx_speed
+import onnxruntime
+from _common import RESULTS, SHAPES, facts, installed, lrconvert, run, save, scratch_folder
+from onnx_speed import OURS
 from scale import CONVERSIONS, REBAKE, Bench, remove
 
 NAME, PICTURE = "profiles", Path(__file__).parents[1] / "docs" / "profiles.svg"
@@ -106,28 +111,59 @@ def verifications(scratch: Path) -> dict[str, dict[str, float]]:
 
 
 def token(scratch: Path) -> dict[str, float]:
-    """One token after 512, by operator: a fifth of the runs are faster than what counts."""
-    import onnx_speed
-    import onnxruntime
-
-    source, folder, recipe = onnx_speed.write_model(scratch / "model", 12), scratch / "onnx", scratch / "recipe"
-    derived = ("--method", "yarn", "--factor", "8", "--uniform", "-o", recipe, "--force")
-    run(lrconvert("recipe", "derive", source, *derived))
-    run(lrconvert("onnx", source, "--recipe", recipe, "--dtype", "int4", "-o", folder, "--force"))
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.enable_profiling = 1, True
-    options.profile_file_prefix = str(scratch / "ort")
-    graph = onnx_speed.Graph(folder / "onnx" / "model.onnx", 1024, 1, options=options)
-    for _ in range(200):
-        graph.seconds(np.array([10]), 512)
-    times: dict[tuple[str, str], list[float]] = {}
-    for event in json.loads(Path(graph.session.end_profiling()).read_text()):
-        if event["name"].endswith("_kernel_time"):
-            times.setdefault((event["name"], event["args"]["op_name"]), []).append(event["dur"])
+    """One token after 512, the shares of all operators by the names that ONNX Runtime gives them. A fifth of the runs
+    are faster than what counts."""
     found: dict[str, float] = defaultdict(float)
-    for (_, kind), taken in times.items():
-        found[OPERATORS.get(kind, OTHER)] += float(np.percentile(taken, 20))
+    for (_, kind), taken in kernels(scratch, layers=12, runs=200)[OURS].items():
+        found[kind] += float(np.percentile(taken, 20))
+    total = sum(found.values())
+    return {kind: round(value / total, 4) for kind, value in sorted(found.items(), key=lambda item: -item[1])}
+
+
+def by_purpose(operators: Mapping[str, float]) -> dict[str, float]:
+    """Shares of a token by what its operators do."""
+    found: dict[str, float] = defaultdict(float)
+    for kind, share in operators.items():
+        found[OPERATORS.get(kind, OTHER)] += share
     return shares(found)
+
+
+def operators(scratch: Path, genai: Path | None) -> dict[str, dict[str, Any]]:
+    """How many operators ONNX Runtime runs for a token, after it has joined some: in every layer, and once. Ours, and
+    the builder's where its interpreter is given."""
+    few, more = (
+        {name: Counter(kind for _, kind in times) for name, times in kernels(scratch, layers, 1, genai).items()}
+        for layers in (2, 3)
+    )
+    found = {}
+    for name in few:
+        layer = more[name] - few[name]
+        found[name] = {
+            "a layer": layer.total(),
+            "once": few[name].total() - 2 * layer.total(),
+            "of a layer": dict(layer),
+        }
+    return found
+
+
+def kernels(
+    scratch: Path, layers: int, runs: int, genai: Path | None = None
+) -> dict[str, dict[tuple[str, str], list[float]]]:
+    """By graph, the microseconds of its kernels (a node's name and operator) in each of `runs` tokens after 512."""
+    source = onnx_speed.write_model(scratch / f"model-{layers}", layers)
+    found = {}
+    for name, path in onnx_speed.exported("int4", source, scratch, genai).items():
+        options = onnxruntime.SessionOptions()
+        options.enable_profiling, options.profile_file_prefix = True, str(scratch / "ort")
+        graph = onnx_speed.Graph(path, 1024, 1, options=options)
+        for _ in range(runs):
+            graph.seconds(np.array([10]), 512)
+        times: dict[tuple[str, str], list[float]] = defaultdict(list)
+        for event in json.loads(Path(graph.session.end_profiling()).read_text()):
+            if event["name"].endswith("_kernel_time"):
+                times[event["name"], event["args"]["op_name"]].append(event["dur"])
+        found[name] = times
+    return found
 
 
 # --- the picture -----------------------------------------------------------------------------------------
@@ -167,17 +203,27 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="PATH", help="conversions; nothing is kept then")
     parser.add_argument("--scratch", type=Path, help="where to work; default: a temporary folder")
     parser.add_argument("--draw", action="store_true", help="only the picture, of the last result")
+    parser.add_argument("--token", action="store_true", help="only the path of one token; the others are kept")
+    parser.add_argument("--genai", type=Path, help="an interpreter with onnxruntime-genai and transformers 5")
     asked = parser.parse_args()
     if not asked.draw:
-        if shutil.which("perf") is None:
+        if not asked.token and shutil.which("perf") is None:
             sys.exit("perf is needed: the package linux-perf or linux-tools")
         with scratch_folder(asked.scratch) as scratch:
-            paths: dict[str, Any] = conversions(scratch, asked.shape, asked.only)
-            if asked.only:
-                print(json.dumps(paths, indent=1))
-                return
-            paths |= {**verifications(scratch), TOKEN: token(scratch)}
-        save(NAME, {"shape": asked.shape, "paths": paths})
+            kept: dict[str, Any] = {"shape": asked.shape}
+            if asked.token:
+                kept = json.loads((RESULTS / f"{NAME}.json").read_text())
+            else:
+                kept["paths"] = conversions(scratch, asked.shape, asked.only)
+                if asked.only:
+                    print(json.dumps(kept["paths"], indent=1))
+                    return
+                kept["paths"] |= verifications(scratch)
+            alone = token(scratch)
+            kept["paths"][TOKEN] = by_purpose(alone)
+            peers = {} if asked.genai is None else {"peers": {onnx_speed.THEIRS: installed(asked.genai)}}
+            kept["token"] = {**facts(), **peers, "shares": alone, "operators": operators(scratch, asked.genai)}
+        save(NAME, kept)
     PICTURE.write_text(drawn(json.loads((RESULTS / f"{NAME}.json").read_text())["paths"]), encoding="utf-8")
 
 

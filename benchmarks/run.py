@@ -6,9 +6,10 @@
     python benchmarks/run.py --readme [--check]
 
 Peers live in environments of their own, which variables name (benchmarks/README.md): what is absent is a row that says
-so. What ran whole is kept: the script's own results, and its rows with date and versions in results/run.json, in place
-of its earlier ones. `--readme` makes the table of README.md of them. So a run that takes too long for one quiet evening
-is made in parts, with `--only`. `--quick` keeps nothing, and a script that lacks a peer keeps nothing of its own.
+so. What ran whole is kept: the script's own results, and its rows with date and versions (also of what is installed in
+the peers' environments) in results/run.json, in place of its earlier ones. `--readme` makes the table of README.md of
+them. So a run that takes too long for one quiet evening is made in parts, with `--only`. `--quick` keeps nothing, and a
+script that lacks a peer keeps nothing of its own.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from _common import FIGURES_FILE, RESULTS, RESULTS_FOLDER, Figure, facts, scratch_folder
+from _common import FIGURES_FILE, RESULTS, RESULTS_FOLDER, Figure, facts, installed, scratch_folder
 
 HERE = Path(__file__).parent
 README, SAVED = HERE.parent / "README.md", RESULTS / "run.json"
@@ -36,15 +37,17 @@ BEGIN, END = "<!-- benchmarks/run.py --readme: begin -->", "<!-- end -->"
 
 @dataclass(frozen=True)
 class Need:
-    """Something that a machine may lack: `found` is the argument that it becomes, None where it is absent."""
+    """Something that a machine may lack: `found` is the argument that it becomes, None where it is absent.
+    `interpreter`: that is one, and the versions of what is installed there are kept."""
 
     what: str
     found: Callable[[], str | None]
+    interpreter: bool = False
 
 
-def named(variable: str, what: str) -> Need:
+def named(variable: str, what: str, *, interpreter: bool = False) -> Need:
     """A file or an interpreter that an environment variable names."""
-    return Need(f"{what} ({variable})", lambda: os.environ.get(variable) or None)
+    return Need(f"{what} ({variable})", lambda: os.environ.get(variable) or None, interpreter)
 
 
 def folder(path: str) -> Need:
@@ -58,10 +61,11 @@ def has_gpu() -> str | None:
     return "cuda" if torch.cuda.is_available() else None
 
 
-GENAI = named("LRCONVERT_GENAI_PYTHON", "onnxruntime-genai")
-OPTIMUM = named("LRCONVERT_OPTIMUM_PYTHON", "optimum-onnx")
-MLX = named("LRCONVERT_MLX_PYTHON", "mlx")
-CONVERTER = named("LRCONVERT_CONVERTER_PYTHON", "llama.cpp's converter")
+GENAI = named("LRCONVERT_GENAI_PYTHON", "onnxruntime-genai", interpreter=True)
+OPTIMUM = named("LRCONVERT_OPTIMUM_PYTHON", "optimum-onnx", interpreter=True)
+MLX = named("LRCONVERT_MLX_PYTHON", "mlx-lm", interpreter=True)
+VLLM = named("LRCONVERT_VLLM_PYTHON", "vLLM", interpreter=True)
+CONVERTER = named("LRCONVERT_CONVERTER_PYTHON", "llama.cpp's converter", interpreter=True)
 SMOLLM2 = named("LRCONVERT_SMOLLM2_GGUF", "SmolLM2-135M as GGUF")
 QUANTISE = named("LRCONVERT_LLAMA_QUANTISE_LIBRARY", "llama_model_quantize")
 LLAMA = Need("llama.cpp's library", lambda: "" if find_spec("xllamacpp") or find_spec("llama_cpp") else None)
@@ -89,6 +93,11 @@ class Benchmark:
 
     def peers_absent(self) -> list[str]:
         return [need.what for need in self.wants.values() if need.found() is None]
+
+    def peers(self) -> dict[str, dict[str, str]]:
+        """What is installed in the interpreters that it was given, by what they are for."""
+        needs = [need for need in (*self.needs, *self.wants.values()) if need.interpreter]
+        return {need.what: installed(python) for need in needs if (python := need.found()) is not None}
 
     def command(self, *, quick: bool, scratch: Path) -> list[str]:
         given = self.arguments if self.quick is None or not quick else self.quick
@@ -122,9 +131,10 @@ BENCHMARKS = (
     Benchmark("onnx-quantised", 5, "onnx_quantised.py", ("demo", "--name", "embedded model"),
               ("demo", "--name", "embedded model", "--dtype", "int4", "--lengths", "512", "--no-mistakes"), (TORCH,)),
     Benchmark("onnx-runs", 10, "onnx_runs.py", (), ("--lengths", "2048", "--trials", "2"), (TORCH,)),
-    Benchmark("angles", 1, "angles.py", (), None, (TORCH, LLAMA), {"--genai": GENAI, "--mlx": MLX}),
+    Benchmark("angles", 1, "angles.py", (), None, (TORCH, LLAMA),
+              {"--genai": GENAI, "--mlx": MLX, "--vllm": VLLM}),
     Benchmark("decode-speed", 2, "decode_speed.py", (), ("--pairs", "3", "--tokens", "32"), (TORCH,)),
-    Benchmark("verify-profile", 15, "verify_profile.py", ("--large",), ("--rounds", "1"), (TORCH, LLAMA),
+    Benchmark("verify-profile", 20, "verify_profile.py", ("--large",), ("--rounds", "1"), (TORCH, LLAMA),
               {"--smollm2": SMOLLM2}),
     Benchmark("llama-cpp-runs", 20, "llama_cpp_runs.py", (),
               ("--types", "q8_0", "--only", "passkey", "--passkey", "6144", "--trials", "1"), (LLAMA, TORCH)),
@@ -160,6 +170,7 @@ class Ran:
     figures: list[Figure]
     seconds: float = 0.0
     note: str = ""
+    peers: dict[str, dict[str, str]] = field(default_factory=dict)  # versions, by environment
 
     @property
     def failed(self) -> bool:
@@ -188,7 +199,8 @@ def ran(benchmark: Benchmark, scratch: Path, *, quick: bool) -> Ran:
         found = [replace(figure, limit=None) for figure in found]
     notes = [f"failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}"] if done.returncode else []
     notes += [f"without {', '.join(peers)}"] if peers else []
-    return Ran(benchmark.name, found, round(seconds, 1), "; ".join(notes))
+    versions = {} if done.returncode else benchmark.peers()
+    return Ran(benchmark.name, found, round(seconds, 1), "; ".join(notes), versions)
 
 
 # --- the table -------------------------------------------------------------------------------------------
@@ -251,7 +263,8 @@ def block(record: Sequence[dict[str, Any]]) -> str:
     machine = record[0]["machine"]
     lines += ["", f"{' to '.join(dict.fromkeys([dates[0], dates[-1]]))}, {machine['cores']} cores, "
               f"{machine['memory_gib']} GiB; `python benchmarks/run.py`, "
-              "[all figures and their versions](benchmarks/results/run.json)."]  # fmt: skip
+              "[all figures, with the versions of lrconvert and its libraries]"
+              "(benchmarks/results/run.json)."]  # fmt: skip
     return "\n".join([BEGIN, *lines, END])
 
 

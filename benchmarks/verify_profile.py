@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where `lrconvert verify` spends its time: the embedded model as a folder and as a q8_0 GGUF, both profiles in turns.
 
-    python benchmarks/verify_profile.py [--smollm2 FILE] [--large] [--only-large] [--scratch DIR] [--rounds N]
+    python benchmarks/verify_profile.py [--smollm2 FILE] [--large] [--only NAME …] [--scratch DIR] [--rounds N]
         [--threads N] [--name NAME] [--print]
 
-`--smollm2`: SmolLM2-135M's Q4_1 GGUF (LRCONVERT_SMOLLM2_GGUF), re-baked with its recipe, is measured too. `--large`: so
-is a Llama of a billion parameters in q4_k_m and as a folder in bfloat16, in `quick` alone (2 GB of random weights on
-the disk); `--only-large` measures these and keeps the rest of the result. Every timed run is the command as a user
-starts it. One more is under cProfile: its seconds are not kept, but where they went (waiting for the runtime's process
-shows as `readline`), and how often the reference computed how many tokens. The machine's load is kept with the figures:
-counts hold on a busy machine, CPU seconds about, seconds don't. `--threads 1` keeps llama.cpp's threads from spinning
-on a busy machine.
+`--smollm2`: SmolLM2-135M's Q4_1 GGUF (LRCONVERT_SMOLLM2_GGUF), re-baked with its recipe, is measured too, and in
+`quick` alone a folder with its three sets up to 2048k. `--large`: so is a Llama of a billion parameters in q4_k_m and
+as a folder in bfloat16, in `quick` alone (2 GB of random weights on the disk). `lrconvert demo`, which bakes, verifies
+and measures the embedded model, is a row too. `--only` measures rows by their names and keeps the others of the
+result; each then says when it was measured. Every timed run is the command as a user starts it. One more is under
+cProfile: its seconds are not kept, but where they went (waiting for the runtime's process shows as `readline`), and
+how often the reference computed how many tokens. The machine's load is kept with the figures: counts hold on a busy
+machine, CPU seconds about, seconds don't. `--threads 1` keeps llama.cpp's threads from spinning on a busy machine.
 """
 
 from __future__ import annotations
@@ -20,17 +21,21 @@ import json
 import os
 import pstats
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from _baseline import write_tokenizer
-from _common import RESULTS, Cost, Figure, lrconvert, median, report, run, save, scratch_folder, write_checkpoint
+from _common import RESULTS, Cost, Figure, facts, lrconvert, median, report, run, save, scratch_folder, write_checkpoint
 
 PROFILES = ("full", "quick")
 TOP = 8
+SMOLLM2, EXTENDED = "SmolLM2-135M, Q4_1 GGUF", "SmolLM2-135M, folder to 2048k"
 LARGE, LARGE_FOLDER = "1 B, q4_k_m GGUF", "1 B, folder"
+DEMO = "lrconvert demo"
+QUICK = (EXTENDED, LARGE, LARGE_FOLDER)  # these alone
 # Seconds on two idle cores.
-GOALS = {("q8_0 GGUF", "full"): 20, ("SmolLM2-135M, Q4_1 GGUF", "full"): 60, (LARGE, "quick"): 60}
+GOALS = {("q8_0 GGUF", "full"): 20, (SMOLLM2, "full"): 60, (LARGE, "quick"): 60}
 # The command line, which leaves in a file how many tokens each pass of the reference read.
 COUNTED = """
 import atexit, json, sys
@@ -62,7 +67,10 @@ def baked(scratch: Path, smollm2: Path | None, *, large: bool) -> dict[str, Path
     if smollm2 is not None:
         again = scratch / "smollm2.gguf"
         run(lrconvert("gguf", smollm2, "--recipe", "smollm2-135m-64k", "--allow-lossy", "-o", again, "--force"))
-        found["SmolLM2-135M, Q4_1 GGUF"] = again
+        found[SMOLLM2] = again
+        extended = scratch / "smollm2-hf"
+        run(lrconvert("hf", smollm2, "--recipe", "smollm2-135m-2048k", "-o", extended, "--force"))
+        found[EXTENDED] = extended
     if large:
         found |= _large(scratch)
     return found
@@ -103,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smollm2", type=Path)
     parser.add_argument("--large", action="store_true")
-    parser.add_argument("--only-large", action="store_true")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of rows; the others of the result are kept")
     parser.add_argument("--scratch", type=Path, help="where to work; default: a temporary folder")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int)
@@ -115,32 +123,38 @@ def main() -> None:
     if asked.print:
         print(json.dumps(measured, indent=2))
         return
-    kept = RESULTS / f"{asked.name}.json"
-    if asked.only_large and kept.exists():
-        measured["artifacts"] = {**json.loads(kept.read_text())["artifacts"], **measured["artifacts"]}
+    if asked.only:
+        rows = {name: {**facts(), "load_average": measured["load_average"], **row}
+                for name, row in measured["artifacts"].items()}  # fmt: skip
+        kept = json.loads((RESULTS / f"{asked.name}.json").read_text())
+        measured = {**kept, "artifacts": {**kept["artifacts"], **rows}}
     save(asked.name, measured)
 
 
 def measure(scratch: Path, asked: argparse.Namespace) -> dict[str, Any]:
     scratch.mkdir(parents=True, exist_ok=True)
-    artifacts = _large(scratch) if asked.only_large else baked(scratch, asked.smollm2, large=asked.large)
     threads = [] if asked.threads is None else ["--threads", str(asked.threads)]
-    costs: dict[tuple[str, str], list[Cost]] = {
-        (name, profile): []
-        for name in artifacts
-        for profile in (("quick",) if name in (LARGE, LARGE_FOLDER) else PROFILES)
+    commands: dict[tuple[str, str], list[Any]] = {
+        (name, profile): ["verify", artifact, "--profile", profile, *threads]
+        for name, artifact in baked(scratch, asked.smollm2, large=asked.large).items()
+        for profile in (("quick",) if name in QUICK else PROFILES)
     }
+    commands[DEMO, "quick"] = ["demo", "-o", scratch / "demo", "--force"]
+    if asked.only:
+        commands = {key: command for key, command in commands.items() if key[0] in asked.only}
+    costs: dict[tuple[str, str], list[Cost]] = {key: [] for key in commands}
     loads = []
     for _ in range(asked.rounds):
-        for name, profile in costs:
+        for key, command in commands.items():
             loads.append(os.getloadavg()[0])
-            costs[name, profile].append(run(lrconvert("verify", artifacts[name], "--profile", profile, *threads)))
-    rows: dict[str, Any] = {name: {} for name in artifacts}
+            costs[key].append(run(lrconvert(*command)))
+    rows: dict[str, Any] = defaultdict(dict)
     for (name, profile), made in costs.items():
         wall, peak = median([cost.wall for cost in made]), round(max(cost.rss for cost in made) / 1e6)
         goal = GOALS.get((name, profile))
-        report(Figure(f"verify, {name}, {profile}", wall, "s", limit=goal, memory_mb=peak))
-        tops, passes = profiled(scratch, ["verify", artifacts[name], "--profile", profile, *threads])
+        what = name if name == DEMO else f"verify, {name}, {profile}"
+        report(Figure(what, wall, "s", limit=goal, memory_mb=peak))
+        tops, passes = profiled(scratch, commands[name, profile])
         rows[name][profile] = {
             "wall_seconds": [round(cost.wall, 1) for cost in made],
             "cpu_seconds": [round(cost.cpu, 1) for cost in made],

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from xml.etree import ElementTree
 
 import profiles
@@ -16,6 +17,27 @@ def test_shares_are_of_one_and_small_ones_are_together() -> None:
     found = profiles.shares({"sha256": 60.0, "Python": 38.5, "NumPy": 1.0, profiles.OTHER: 0.5})
     assert found == {"sha256": 0.6, "Python": 0.385, profiles.OTHER: pytest.approx(0.015)}
     assert list(found)[-1] == profiles.OTHER
+
+
+def test_operators_of_a_token_are_together_by_what_they_do() -> None:
+    found = profiles.by_purpose({"MatMulNBits": 0.7, "SkipSimplifiedLayerNormalization": 0.1, "RMSNormalization": 0.1,
+                                 "Split": 0.015, "Sin": 0.085})  # fmt: skip
+    assert found == {"quantised products": 0.7, "norms": 0.2, profiles.OTHER: pytest.approx(0.1)}
+
+
+def test_operators_are_counted_in_a_layer_and_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What two and three layers run differs by a layer."""
+
+    def kernels(
+        scratch: Path, layers: int, runs: int, genai: Path | None
+    ) -> dict[str, dict[tuple[str, str], list[float]]]:
+        nodes = [("gather", "Gather"), *((f"{layer}/{n}", "MatMulNBits") for layer in range(layers) for n in range(5))]
+        return {"lrconvert": {node: [1.0] for node in nodes}}
+
+    monkeypatch.setattr(profiles, "kernels", kernels)
+    assert profiles.operators(tmp_path, None) == {
+        "lrconvert": {"a layer": 5, "once": 1, "of a layer": {"MatMulNBits": 5}}
+    }
 
 
 def test_the_picture_has_a_bar_for_every_part() -> None:

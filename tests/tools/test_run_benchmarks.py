@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import ast
 import json
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import run as benchmarks
-from _common import Figure
+from _common import Figure, facts, installed
 
 SCRIPT = """
 import sys
@@ -90,6 +92,32 @@ def test_every_script_hands_its_figures_over() -> None:
             node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
         }
         assert {"report", "Figure"} <= called, benchmark.script
+
+
+def test_results_have_the_versions_of_what_is_installed() -> None:
+    """Of torch and its like without their import; what is absent is left out."""
+    versions = facts()["versions"]
+    assert {name: versions[name] for name in ("numpy", "torch")} == {
+        "numpy": version("numpy"),
+        "torch": version("torch"),
+    }
+    assert {"python", "lrconvert", "transformers", "onnxruntime", "gguf"} <= versions.keys()
+    assert "mobius-onnx" not in versions
+    assert all(versions.values())
+
+
+def test_a_row_has_the_versions_of_its_peers(script: Path, tmp_path: Path) -> None:
+    """Those of the interpreters that it was given, and of no files; a script that fails has no rows to keep."""
+    peer = benchmarks.Need("a peer", lambda: sys.executable, interpreter=True)
+    absent = benchmarks.Need("another", lambda: None, interpreter=True)
+    wants = {"--peer": peer, "--file": needing("here"), "--other": absent}
+    done = run_one(script, tmp_path, wants=wants)
+    assert done.peers == {"a peer": installed(sys.executable)}
+    benchmarks.saved([done], tmp_path / "run.json")
+    (row,) = json.loads((tmp_path / "run.json").read_text())
+    assert row["peers"]["a peer"]["numpy"] == version("numpy")
+    script.write_text("raise SystemExit('broken')")
+    assert run_one(script, tmp_path, wants=wants).peers == {}
 
 
 def test_a_run_replaces_what_it_measured_and_keeps_the_rest(tmp_path: Path) -> None:

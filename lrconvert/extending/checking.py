@@ -72,26 +72,24 @@ def check_keys(plan: Plan, folder: Path, encode: Callable[[], Encode]) -> None:
 def _key_problems(stage: Stage, folder: Path, encode: Callable[[], Encode]) -> Iterator[str]:
     if isinstance(stage, Evaluate):
         yield from _evaluation_problems(stage, folder, encode)
-    if (asked := hiding(stage)) is None:
-        return
-    key, shortest, longest = asked
-    labels, count = len(training_form(folder).labels), min(stage.keys, longest // (2 * KEY_TOKENS))  # type: ignore[union-attr]
-    if count > labels:
-        yield f"keys is {stage.keys}; the keys that the model is trained on have {labels} labels"  # type: ignore[union-attr]
-    if min(stage.keys, shortest // (2 * KEY_TOKENS)) < 1:  # type: ignore[union-attr]
-        yield f"{key} is {shortest}, with keys = {stage.keys}: not one key has room"  # type: ignore[union-attr]
+    for key, shortest, longest, keys in hiding(stage):
+        labels = len(training_form(folder).labels)
+        if min(keys, longest // (2 * KEY_TOKENS)) > labels:
+            yield f"keys is {keys}; the keys that the model is trained on have {labels} labels"
+        if shortest < 2 * KEY_TOKENS:
+            yield f"{key} is {shortest}, with keys = {keys}: not one key has room"
 
 
-def hiding(stage: Stage) -> tuple[str, int, int] | None:
-    """Of a stage that hides labelled keys in its rows: the key of its lengths, the shortest and the longest of them."""
+def hiding(stage: Stage) -> Iterator[tuple[str, int, int, int]]:
+    """Of a stage that hides labelled keys in its rows: the plan's name of their lengths, the shortest and the longest,
+    and how many keys."""
     match stage:
         case Tune() if stage.keys:
-            return "length", stage.length, stage.length
+            yield "length", stage.length, stage.length, stage.keys
         case Search() if stage.row_length is not None and stage.objective != "perplexity":
-            return "row_length", stage.row_length, stage.decide or stage.row_length
+            yield "row_length", stage.row_length, stage.decide or stage.row_length, stage.keys
         case Calibrate() if stage.objective != "perplexity":
-            return "lengths", min(stage.lengths), max(stage.lengths)
-    return None
+            yield "lengths", min(stage.lengths), max(stage.lengths), stage.keys
 
 
 def _evaluation_problems(stage: Evaluate, folder: Path, encode: Callable[[], Encode]) -> Iterator[str]:

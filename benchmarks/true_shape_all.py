@@ -5,8 +5,8 @@
     python benchmarks/true_shape.py --collect rows/
 
 Shapes are made in DIR as they are needed, and removed when the last row of one is done. Each row is a process of its
-own, and is kept as soon as it is known: the same command goes on. `--seconds`: no row is begun after so many; rows that
-took longer than that are cut off, and begun again by the next call.
+own, and is kept as soon as it is known: the same command goes on. `--seconds`: after so many no row is begun, and one
+that still runs is stopped: the next call begins it again.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def missing(plan: Path, out: Path) -> list[Wanted]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--scratch", type=Path, required=True)
+    parser.add_argument("--scratch", type=Path)
     parser.add_argument("--plan", type=Path, default=PLAN)
     parser.add_argument("--library", help="libllama")
     parser.add_argument("--device", default="cuda")
@@ -113,8 +113,9 @@ def main() -> None:
         print(*row.key, "with mistakes" if row.mutants else "", flush=True)
     if options.list:
         return
+    if options.scratch is None:
+        parser.error("--scratch is needed: shapes are made there")
     ends = time.monotonic() + options.seconds
-    failed = []
     for model, rows in itertools.groupby(left, key=lambda row: row.model):
         folder = options.scratch / model
         for row in rows:
@@ -126,12 +127,11 @@ def main() -> None:
             subprocess.run(made, check=True, stdout=subprocess.DEVNULL)
             limit = None if remaining == float("inf") else remaining
             try:
-                done = subprocess.run(row.command(folder, options), timeout=limit)
+                subprocess.run(row.command(folder, options), timeout=limit)
             except subprocess.TimeoutExpired:
                 sys.exit(75)
-            failed += [row] if done.returncode else []
         shutil.rmtree(folder, ignore_errors=True)
-    if failed:
+    if failed := missing(options.plan, options.out):
         sys.exit("failed: " + ", ".join(" ".join(map(str, row.key)) for row in failed))
 
 

@@ -50,10 +50,8 @@ def usable_memory() -> int:
     return min([free, *_limits()])
 
 
-def device_memory(device: str) -> int | None:
-    """Bytes that this process may have of where it computes: of `cpu` or of a GPU. None where PyTorch can't say."""
-    if not device.startswith("cuda"):
-        return usable_memory()
+def gpu_memory(device: str) -> int | None:
+    """Bytes of memory that a GPU has, used or not; None where PyTorch can't say."""
     try:
         import torch
 
@@ -91,11 +89,19 @@ def check_disk(place: Path, needed: int, what: str, *, fits: Fits | None = None,
 
 
 def check_memory(
-    needed: float, what: str, *, has: int | None = None, fits: Fits | None = None, remedy: str | None = None
+    needed: float,
+    what: str,
+    *,
+    device: str = "cpu",
+    has: int | None = None,
+    fits: Fits | None = None,
+    remedy: str | None = None,
 ) -> None:
-    """Refuse what takes more memory than there is: `has` of a device, by default `usable_memory`."""
-    has = usable_memory() if has is None else has
-    if needed > has:
+    """Refuse what takes more memory than there is: `has`, by default what this process may have of a device. What a GPU
+    lacks that PyTorch knows nothing of, the program that loads it says."""
+    if has is None:
+        has = gpu_memory(device) if device.startswith("cuda") else usable_memory()
+    if has is not None and needed > has:
         _refuse(f"{what} takes {size(needed)} of memory or more, {size(has)} are there", fits, has,
                 remedy or "Use a machine with more memory")  # fmt: skip
 

@@ -22,7 +22,7 @@ from lrconvert.checkpoint import open_model
 from lrconvert.errors import EnvironmentFailure
 from lrconvert.machine import check_disk, check_memory, free_disk, usable_memory
 from lrconvert.recipe import write_recipe
-from lrconvert.runtimes import backend, runtime_for
+from lrconvert.runtimes import runtime_for
 from lrconvert.runtimes.backend import OpenOptions
 
 Cli = Callable[..., Result]
@@ -188,12 +188,12 @@ def test_a_gpu_has_its_own_memory(
     parts = list(tmp_path.glob("m-*.gguf"))
     assert len(parts) != 1
     whole = sum(path.stat().st_size for path in parts) or weights(model)
-    monkeypatch.setattr(backend, "device_memory", lambda device: int(0.9 * whole) if device == "cuda" else 2**40)
+    monkeypatch.setattr(machine, "gpu_memory", lambda device: int(0.9 * whole))
     (code,) = [code for code in runtime_for(target, None).backends_of(artifact, None) if code.name != "custom"]
     with pytest.raises(EnvironmentFailure, match="of memory or more"):
         code.check_memory(artifact, OpenOptions(device="cuda"))
     code.check_memory(artifact, OpenOptions(device="cpu"))
-    monkeypatch.setattr(backend, "device_memory", lambda device: None)  # nobody can say: the program will
+    monkeypatch.setattr(machine, "gpu_memory", lambda device: None)  # nobody can say: the program will
     code.check_memory(artifact, OpenOptions(device="cuda"))
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -140,7 +141,7 @@ def warn(plan: Plan) -> None:
 
 def output_option(metavar: str, text: str) -> Callable[..., Any]:
     """-o; without it the output is named for what it is made from."""
-    text = f"{text}  [default: named for MODEL and RECIPE, here]"
+    text = f"{text}  [default: MODEL-RECIPE in the current folder]"
     return click.option("-o", "--output", type=click.Path(path_type=Path), metavar=metavar, help=text)
 
 
@@ -158,6 +159,7 @@ def _stem(reference: str) -> str:
     """Of a folder, a file or a Hub id, its own name."""
     from lrconvert.recipe import RECIPE_FILE
 
-    path = Path(reference).resolve() if Path(reference).exists() else Path(reference)
-    named = path.parent if path.name == RECIPE_FILE else path
-    return named.stem if named.suffix in (".gguf", ".json") else named.name
+    # Not where a link leads: in a cache that is a digest.
+    path = Path(os.path.normpath(Path.cwd() / reference))
+    named = path.parent if path.name in (RECIPE_FILE, "config.json") else path
+    return (named.stem if named.suffix in (".gguf", ".json") else named.name).replace(":", "-")  # OWNER/NAME:Q4_K_M

@@ -190,7 +190,7 @@ def _prepared(
         [len(text.tokens) for text in kept],
     )
     if (machine.get("context_parallel") or 1) > 1 and any(isinstance(s, Tune) and s.distil for s in plan.stage):
-        raise UsageError("--context-parallel: a stage with `distil` reads whole rows", remedy="Do without either")
+        raise UsageError("--context-parallel: a stage with `distil` reads whole rows", remedy="Use one of the two")
     if machine.get("dtype"):
         machine["dtype"] = long_name(machine["dtype"])
     if any(isinstance(stage, Calibrate) for stage in plan.stage):

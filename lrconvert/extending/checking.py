@@ -72,7 +72,7 @@ def check_keys(plan: Plan, folder: Path, encode: Callable[[], Encode]) -> None:
 def _key_problems(stage: Stage, folder: Path, encode: Callable[[], Encode]) -> Iterator[str]:
     if isinstance(stage, Evaluate):
         yield from _evaluation_problems(stage, folder, encode)
-    for key, shortest, longest, keys in hiding(stage):
+    for key, shortest, longest, keys in _hiding(stage):
         labels = len(training_form(folder).labels)
         if min(keys, longest // (2 * KEY_TOKENS)) > labels:
             yield f"keys is {keys}; the keys that the model is trained on have {labels} labels"
@@ -80,7 +80,7 @@ def _key_problems(stage: Stage, folder: Path, encode: Callable[[], Encode]) -> I
             yield f"{key} is {shortest}, with keys = {keys}: not one key has room"
 
 
-def hiding(stage: Stage) -> Iterator[tuple[str, int, int, int]]:
+def _hiding(stage: Stage) -> Iterator[tuple[str, int, int, int]]:
     """Of a stage that hides labelled keys in its rows: the plan's name of their lengths, the shortest and the longest,
     and how many keys."""
     match stage:
@@ -94,16 +94,18 @@ def hiding(stage: Stage) -> Iterator[tuple[str, int, int, int]]:
 
 def _evaluation_problems(stage: Evaluate, folder: Path, encode: Callable[[], Encode]) -> Iterator[str]:
     """By the documents that the evaluation would make, at the shortest lengths."""
-    rng = np.random.default_rng(0)
+    if not (stage.retrieval or stage.passkey):
+        return
+    encoded, rng = encode(), np.random.default_rng(0)
     if stage.retrieval:
         length, form = min(stage.retrieval), LabelledForm.read(evaluation_keys(folder))
         try:
-            build_text(form, encode(), np.zeros(length, np.int64), length, stage.keys, rng)
+            build_text(form, encoded, np.zeros(length, np.int64), length, stage.keys, rng)
         except InputError as error:
             yield f"retrieval is {length}, with keys = {stage.keys}: {error.message}"
     if stage.passkey:
         length, form = min(stage.passkey), PasskeyFormat.read(form_of(folder))
         try:
-            build_document(form, encode(), length, 0.5, rng)
+            build_document(form, encoded, length, 0.5, rng)
         except InputError as error:
             yield f"passkey is {length}: {error.message}"

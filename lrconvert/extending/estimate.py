@@ -42,7 +42,7 @@ def estimate(plan: Plan, task: Task) -> list[Estimate]:
     lower = [] if task.on is None else [tier.max_length for tier in task.on.recipe.tiers[1:]]
     reached = [stage.window for stage in plan.stage if isinstance(stage, Derive | Search)]
     following = min([*lower, *reached], default=window)
-    cache = cache_bytes(task.model.shape, ITEM_BYTES.get(task.loading.get("dtype") or "", 2))
+    cache = cache_bytes(task.model.shape, ITEM_BYTES[task.loading.get("dtype") or "bfloat16"])  # as on a GPU
     for name, stage in zip(plan.names, plan.stage, strict=True):
         if isinstance(stage, Tune):
             passes = _tune(stage, window, [length for length in lower if length < stage.window])

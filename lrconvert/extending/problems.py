@@ -61,9 +61,7 @@ def _search(stage: Search, state: State) -> Problems:
             yield f".{name} is {length}, longer than its window, {stage.window}"
     if stage.row_length is not None:
         yield from _no_keys(stage)
-        yield from _jumps(stage, stage.row_length)
-    elif stage.jumps[0] > stage.jumps[1]:
-        yield f".jumps is {list(stage.jumps)}; the least comes first"
+    yield from _jumps(stage, stage.row_length)
 
 
 def _tune(stage: Tune, state: State) -> Problems:
@@ -92,10 +90,10 @@ def _adapter(stage: Tune, state: State) -> Problems:
             yield f".{name} is {value!r}; the adapter that it trains on has {has!r}"
 
 
-def _jumps(stage: Tune | Search, row: int) -> Problems:
+def _jumps(stage: Tune | Search, row: int | None) -> Problems:
     if stage.jumps[0] > stage.jumps[1]:
         yield f".jumps is {list(stage.jumps)}; the least comes first"
-    if stage.jumps[1] >= row:
+    if row is not None and stage.jumps[1] >= row:
         yield f".jumps is {list(stage.jumps)}; a row of {row} tokens has room for fewer"
 
 

@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -92,7 +93,7 @@ class Extension:
         """Carry out the stages up to `until` (its name), those from `again` on anew; every stage's result."""
         if again is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UsageError("--from needs a single process", remedy="Run it without torchrun, with --until that stage")
-        before, digest = self._start(), self._identity()
+        before, digest = self._start(), self._identity
         done: list[Finished] = []
         anew = False
         for name, stage in zip(self.plan.names, self.plan.stage, strict=True):
@@ -112,17 +113,18 @@ class Extension:
 
     def is_recorded(self, output: Path, name: str) -> bool:
         """Whether the recipe in a folder is this extension's own, of that name, and every stage is finished."""
-        digest = self._identity()
-        for own, stage in zip(self.plan.names, self.plan.stage, strict=True):
-            digest = _digest({"before": digest, "stage": asdict(stage)})
-            if not (self._folder(own, digest) / RESULT).is_file():
-                return False
         try:
             recipe = load_recipe(output)
         except LrconvertError:
             return False
-        stages = recipe.provenance.stages
-        return recipe.name == name and bool(stages) and stages[-1].get("digest") == digest
+        if recipe.name != name or not recipe.provenance.stages:
+            return False
+        digest = self._identity
+        for own, stage in zip(self.plan.names, self.plan.stage, strict=True):
+            digest = _digest({"before": digest, "stage": asdict(stage)})
+            if not (self._folder(own, digest) / RESULT).is_file():
+                return False
+        return recipe.provenance.stages[-1].get("digest") == digest
 
     def recipe_file(self, done: list[Finished]) -> Path:
         """The recipe of the last of the stages."""
@@ -189,6 +191,7 @@ class Extension:
         per_tier = self.task.able.attention == "per tier"
         return 1.0 if per_tier else longrope_attention_factor(max(self.plan.target / window, 1.0), window)
 
+    @cached_property
     def _identity(self) -> str:
         source = describe_source(self.task.model)
         texts = [[text.sha256 for text in group] for group in (self.task.texts, self.task.held_out)]

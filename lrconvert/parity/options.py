@@ -12,7 +12,7 @@ from lrconvert.artifact.checks import Row
 from lrconvert.checkpoint.folder_code import remedy
 from lrconvert.errors import UnsupportedError
 from lrconvert.families import ModelShape
-from lrconvert.machine import device_memory
+from lrconvert.machine import gpu_memory
 from lrconvert.parity.cases import CPU, GPU, GPU_FLOAT32, QUICK, Budget
 from lrconvert.runtimes import runtime_for
 from lrconvert.runtimes.backend import Backend, OpenOptions
@@ -57,7 +57,7 @@ class Options(OpenOptions):
 
     def fitted(self, shape: ModelShape) -> Options:
         """The same, with no more consecutive tokens than a model of this shape has room for on a GPU."""
-        memory = device_memory(self.device) if self.device.startswith("cuda") else None
+        memory = gpu_memory(self.device) if self.device.startswith("cuda") else None
         return self if memory is None else replace(self, most=room(shape, int(ROOM * memory), self.dtype))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from lrconvert.checkpoint import Model
 from lrconvert.errors import require
-from lrconvert.machine import check_memory, device_memory
+from lrconvert.machine import check_memory
 from lrconvert.parity.cases import DECODED, Case, kept, stream
 from lrconvert.rope import RopeSpec, Tier
 from lrconvert.runtimes.backend import Rounding
@@ -24,10 +24,7 @@ MOST_KEPT = 2**28  # bytes of answers that are kept for another code of the same
 def check_reference(model: Model, device: str) -> None:
     """`EnvironmentFailure` where the reference can't fit the device's memory: it reads weights one by one, and in
     float32 at least the head is whole."""
-    has = device_memory(device)
-    if has is not None:
-        needed = 4 * model.shape.vocab * model.shape.hidden
-        check_memory(needed, f"{model.reference} in the reference", has=has)
+    check_memory(4 * model.shape.vocab * model.shape.hidden, f"{model.reference} in the reference", device=device)
 
 
 class ReferenceRunner:

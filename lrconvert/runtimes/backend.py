@@ -13,7 +13,7 @@ from lrconvert.checkpoint import Model, open_checkpoint
 from lrconvert.checkpoint.base import read_json
 from lrconvert.engines.capability import Capability
 from lrconvert.errors import LrconvertError, UsageError, require
-from lrconvert.machine import check_memory, device_memory, size
+from lrconvert.machine import check_memory, size
 from lrconvert.precision import ITEM_BYTES, short_name
 from lrconvert.runtimes.base import Interpreter, Session
 from lrconvert.runtimes.tolerances import Tolerance, tolerance_for
@@ -123,15 +123,13 @@ class Backend:
 
     def check_memory(self, artifact: Path, options: OpenOptions) -> None:
         """`EnvironmentFailure` for weights that don't fit the device's memory, before anything is loaded."""
-        has = device_memory(options.device)
-        if has is None:
-            return  # the program that loads it says what is missing
 
         def fits(has: int) -> str:
             narrow = self.memory(artifact, replace(options, dtype="bfloat16"))
             return f"--dtype bf16 takes {size(narrow)}" if narrow <= has and options.dtype != "bfloat16" else ""
 
-        check_memory(self.memory(artifact, options), f"{artifact.name} in {self.name} code", has=has, fits=fits)
+        what = f"{artifact.name} in {self.name} code"
+        check_memory(self.memory(artifact, options), what, device=options.device, fits=fits)
 
     def is_exact(self, dtype: str) -> bool:
         """Whether rounding in this compute type hides no mistake from a bound."""

@@ -21,6 +21,7 @@ from support.pico import FAMILIES, pico_config, pico_tensors, write_pico
 from lrconvert.artifact.manifest import MANIFEST
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.cli import COMMANDS
+from lrconvert.cli._bake import default_output
 from lrconvert.errors import EnvironmentFailure, InputError, ParityError, UnsupportedError, UsageError
 from lrconvert.families import get_family
 from lrconvert.recipe import load_recipe, parse_recipe, write_recipe
@@ -168,6 +169,19 @@ def test_an_output_is_named_for_what_it_is_made_from(
         before = Path(named).stat().st_mtime_ns
         assert cli(target, named).code == 0
         assert Path(named).stat().st_mtime_ns == before and Path(f"{stem}-{target}{suffix}").exists()
+
+
+def test_an_output_s_name_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never a way out of the folder, and a link's own name: in a cache it leads to a digest."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "0f3a").touch()
+    (tmp_path / "a" / "b" / "m.gguf").symlink_to(tmp_path / "0f3a")
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    for model, recipe, named in (
+        ("m.gguf", "r", "m-r"), ("..", None, "a"), (".", None, "b"), ("OWNER/NAME:Q4_K_M", "r", "NAME-Q4_K_M-r"),
+        ("x/config.json", "y/recipe.json", "x-y"), ("OWNER/Llama-3.1", "/r/s/", "Llama-3.1-s"),
+    ):  # fmt: skip
+        assert default_output("hf", model, recipe) == Path(named), model
 
 
 def test_the_model_itself_is_never_the_output(model: Path, recipe: Path, cli: Run) -> None:

@@ -7,7 +7,7 @@
     python benchmarks/true_shape.py --collect rows/
 
 The weights of the models can't be redistributed; what size and shape decide does not need them. `--dense` raises the
-length up to which positions are consecutive, for models of few layers. `--mutants` bakes every mistake of
+length up to which positions are consecutive, for models of few layers, and `--decode` that of prompts to decode from. `--mutants` bakes every mistake of
 `lrconvert.parity.mutants` too and verifies it in prompts of 512 tokens. `--collect` adds the rows of many calls to
 results/true-shape.{json,md}. true_shape_all.py makes all those that plans/true-shape.toml names.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import tempfile
 import time
@@ -41,18 +42,22 @@ STARTED = time.perf_counter()
 KEPT = ("code", "case", "length", "verdict", "kl_mean", "kl_max", "bound", "noise", "reason", "seconds")
 MADE = "made.json"  # of tools/make_shape.py: how the weights were drawn
 SUFFIX = {"gguf": ".gguf"}
+ACROSS = re.compile(r"decode across (\d+)")
 
 
 @dataclass(frozen=True)
 class Dense(Options):
-    """Consecutive positions up to `dense` tokens, whatever the device is thought to hold; 0: as usual."""
+    """Consecutive positions up to `dense` tokens, and prompts up to `decode`, whatever the device is thought to hold;
+    0: as usual."""
 
     dense: int = 0
+    decode: int = 0
 
     @property
     def budget(self) -> Budget:
         usual = super().budget
-        return replace(usual, dense=self.dense, decode=self.dense) if self.dense else usual
+        dense, decode = self.dense or usual.dense, self.decode or self.dense or usual.decode
+        return replace(usual, dense=dense, decode=decode)
 
 
 class Quick(Options):
@@ -78,6 +83,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     """The row of one artifact."""
     model, recipe = open_model(str(options.model)), load_recipe(options.recipe)
     machine: dict[str, Any] = {"device": options.device, "dtype": long_name(options.dtype), "library": options.library}
+    longest = {"dense": options.dense, "decode": options.decode}
     # A folder of its own: what one call left must not stop the next.
     with scratch_folder(options.scratch) as kept, tempfile.TemporaryDirectory(dir=kept) as made:
         scratch = Path(made)
@@ -85,7 +91,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         started = time.monotonic()
         bake(plan(options, model, recipe, output))
         baked = time.monotonic()
-        report = parity.verify(output, target_of(output), options=Dense(**machine, dense=options.dense), watch=show)
+        report = parity.verify(output, target_of(output), options=Dense(**machine, **longest), watch=show)
         done = time.monotonic()
         print(report.summary, flush=True)
         caught = {}
@@ -141,9 +147,9 @@ def mistake(
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """In Markdown: a row for each artifact."""
     lines = [
-        "| model | layers | recipe, window | artifact | bake | verify | cases | longest consecutive "
+        "| model | layers | recipe, window | artifact | bake | verify | cases | decoded across "
         "| closest to its bound | mistakes caught |",
-        "|---|---:|---|---|---:|---:|---:|---:|---|---:|",
+        "|---|---:|---|---|---:|---:|---:|---|---|---:|",
     ]
     for row in rows:
         judged = [case for case in row["cases"] if case.get("bound") and "kl_mean" in case]
@@ -160,12 +166,24 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             f"{row['seconds']['bake']} s",
             f"{row['seconds']['verify']} s",
             f"{len(judged)} {'passed' if row['passed'] else 'FAILED'}",
-            row.get("dense") or "",
+            crossed(row),
             near,
             mutants,
         )
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
+
+
+def crossed(row: dict[str, Any]) -> str:
+    """The boundaries that were decoded across, and how many were not."""
+    asked, passed = set(), set()
+    for case in row["cases"]:
+        if found := ACROSS.match(case["case"]):
+            asked.add(int(found[1]))
+            if case["verdict"] == "pass":
+                passed.add(int(found[1]))
+    left = f"; {len(asked - passed)} not" if asked - passed else ""
+    return ", ".join(f"{boundary // 1024}k" for boundary in sorted(passed)) + left
 
 
 def row_key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -203,6 +221,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="f32", help="what a folder computes in")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dense", type=int, default=0)
+    parser.add_argument("--decode", type=int, default=0)
     parser.add_argument("--mutants", action="store_true")
     parser.add_argument("--library", help="libllama")
     parser.add_argument("--scratch", type=Path)
@@ -211,7 +230,7 @@ def main() -> None:
     if options.collect:
         collect(options.collect, options.note)
         return
-    row = {**measured(options), "dense": options.dense}
+    row = {**measured(options), "dense": options.dense, "decode": options.decode}
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         row = {**facts(), **row}  # of where it was measured

@@ -46,6 +46,7 @@ class Wanted:
     kind: str  # type of a GGUF or an ONNX folder, or what a folder computes in
     window: int
     mutants: bool
+    decode: int  # tokens of the longest prompt; 0: as the device's budget has it
 
     @property
     def model(self) -> str:
@@ -56,10 +57,16 @@ class Wanted:
     def key(self) -> tuple[Any, ...]:
         return self.model, self.recipe, self.window, f"{self.to} {self.kind}"
 
+    def is_in(self, row: dict[str, Any]) -> bool:
+        """Whether a row of a record is this one: with mistakes and as long prompts, where such are wanted."""
+        enough = bool(row["caught"]) >= self.mutants and row.get("decode", 0) >= self.decode
+        return row_key(row) == self.key and enough
+
     def command(self, folder: Path, options: argparse.Namespace) -> list[str]:
         """What measures it, on a model in a folder."""
         kind = ["--dtype" if self.to == "hf" else "--type", self.kind]
         more = ["--mutants"] if self.mutants else []
+        more += ["--decode", str(self.decode)] if self.decode else []
         more += ["--library", options.library] if options.library and self.to == "gguf" else []
         if self.window != load_recipe(self.recipe).tiers[-1].max_length:
             more += ["--window", str(self.window)]
@@ -79,23 +86,23 @@ def wanted(path: Path) -> Iterator[Wanted]:
                     "layers": row.get("layers"),
                     "widen": row.get("widen", 3.0),
                     "mutants": row.get("mutants", False),
+                    "decode": row.get("decode", 0),
                 }
                 yield Wanted(shape, recipe=recipe, to=row["to"], kind=kind, window=window, **more)
 
 
-def on_record(out: Path) -> set[tuple[Any, ...]]:
-    """Rows that were measured: with the mistakes, where some are wanted."""
+def on_record(out: Path) -> list[dict[str, Any]]:
+    """Rows that passed."""
     kept = RESULTS / f"{NAME}.json"
     rows = json.loads(kept.read_text())["rows"] if kept.is_file() else []
     rows += [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
-    return {(*row_key(row), bool(row["caught"])) for row in rows if row["passed"]}
+    return [row for row in rows if row["passed"]]
 
 
 def missing(plan: Path, out: Path) -> list[Wanted]:
     """In the plan's order, those of one shape together."""
     known = on_record(out)
-    left = [row for row in wanted(plan) if not {(*row.key, True), (*row.key, row.mutants)} & known]
-    return sorted(left, key=lambda row: row.model)
+    return sorted((row for row in wanted(plan) if not any(map(row.is_in, known))), key=lambda row: row.model)
 
 
 def main() -> None:

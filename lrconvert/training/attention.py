@@ -26,10 +26,17 @@ PROBE_TOKENS = 16384  # long enough that attention dominates, short enough to ta
 Timer = Callable[[str], float | None]  # seconds of a forward pass with a kernel; None where it refuses
 
 
-def check_kernel(name: str | None) -> None:
-    """Raises `UsageError` for a name that is not in `KERNELS`."""
+def check_kernel(name: str | None, team: int = 1) -> None:
+    """Raises `UsageError` for a name that is not in `KERNELS`, and for a kernel that a team can't share a document
+    with."""
     if name is not None and name not in KERNELS:
         raise UsageError(f"no attention kernel {name!r}; there are {', '.join(KERNELS)}")
+    if name == "math" and team > 1:
+        raise UsageError(
+            "--context-parallel: PyTorch's ring attention has every kernel but math, and no other was named, or takes "
+            "this dtype and model",
+            remedy="Use another --attention or --dtype, or do without --context-parallel",
+        )
 
 
 def use_kernel(name: str | None) -> AbstractContextManager[Any]:

@@ -68,7 +68,7 @@ class LoadedModel:
         purpose: str = "a search",
         adapt: Callable[[Any], None] | None = None,
     ) -> None:
-        check_kernel(attention)
+        check_kernel(attention, team)
         self.device: torch.device = process_device(device, purpose)
         self.workers = Workers(self.device, team=team, sharded=sharded)
         self.dtype: torch.dtype = getattr(torch, dtype or default_dtype(self.device.type, purpose))
@@ -98,7 +98,10 @@ class LoadedModel:
         if self.device.type == "cuda":  # the same in every process, or a loss would depend on who computes it
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # PyTorch's reasons why it does not use the other kernels
-                self.attention = self.workers.agree(choose_kernel(attention, self._time_kernel))
+                # The name too: of a search that goes on, the leading process alone knows its kernel.
+                named = self.workers.agree(attention)
+                self.attention = self.workers.agree(choose_kernel(named, self._time_kernel))
+            check_kernel(self.attention, team)
 
     @property
     def rotation(self) -> Rotation:
@@ -116,7 +119,8 @@ class LoadedModel:
     ) -> NDArray[np.float32]:
         """Losses in nats of documents [b, n] of equal length: [b, n − 1], entry t of token t + 1.
 
-        Only entries within `judged` (first, end) are computed, the others are zero; None: all. `at`: positions.
+        Only entries within `judged` (first, end) are computed, the others are zero; None: all, as a team always does.
+        `at`: positions.
         """
         ids, positions, targets = self._tensors(tokens, at)
         # Not inference_mode: FSDP keeps buffers that it makes here, and a gradient needs them later.

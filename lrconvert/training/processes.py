@@ -13,6 +13,7 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,14 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lrconvert.errors import UsageError
+
+# PyTorch has ring attention for kernels of these alone; on any other device the first layer of a team would fail.
+RING_DEVICES = {"cuda"}
+
+
+@cache  # a mesh has connections of its own, which a process keeps to its end: models that follow each other share them
+def _mesh(device: str, width: int, team: int) -> DeviceMesh:
+    return init_device_mesh(device, (width, team), mesh_dim_names=("team", "part"))
 
 
 class Workers:
@@ -35,7 +44,7 @@ class Workers:
             raise UsageError(
                 f"--context-parallel {team}: torchrun started {self.count} processes, not a multiple of it"
             )
-        if team > 1 and device.type != "cuda":
+        if team > 1 and device.type not in RING_DEVICES:
             raise UsageError("--context-parallel needs GPUs: PyTorch's context parallelism does not run on a CPU")
         if sharded and self.count == 1:
             raise UsageError("--shard-weights splits the weights among torchrun's processes, but there is only one")
@@ -46,7 +55,7 @@ class Workers:
         self.rank = dist.get_rank() if self.count > 1 else 0
         self._mesh: DeviceMesh | None = None
         if team > 1 or sharded:
-            self._mesh = init_device_mesh(device.type, (self.width, team), mesh_dim_names=("team", "part"))
+            self._mesh = _mesh(device.type, self.width, team)
 
     @property
     def width(self) -> int:

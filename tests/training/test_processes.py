@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who answers which question, in processes that are only thought of: teams themselves need GPUs. And two real processes
-that train one model."""
+"""Who answers which question, in processes that are only thought of, and two real ones that train one model. Teams of
+real ones are in test_context_parallel.py."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
-from safetensors.numpy import load_file
 from support.extending import scaled, write_wordy
 from support.forks import ForkedCommands, Process
 from support.processes import ranks
 from support.staging import linux_only
+from support.trained import assert_same_training
 
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.data import DATA
+from lrconvert.errors import UsageError
+from lrconvert.training import processes
+from lrconvert.training.attention import check_kernel
 from lrconvert.training.distilling import Teacher
 from lrconvert.training.loaded import LoadedModel
 from lrconvert.training.processes import Workers
@@ -62,6 +66,35 @@ def test_every_team_answers_a_question(team: int, together: bool, questions: int
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "all_gather_object", everybody)
         assert every[0].gather("own", questions) == [f"answer {index}" for index in range(questions)]
+
+
+def test_a_team_needs_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's ring has no kernel of a CPU."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="--context-parallel needs GPUs"):
+        Workers(torch.device("cpu"), team=2)
+
+
+def test_models_that_follow_each_other_share_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process keeps those of every mesh to its end: an extension loads dozens of models."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for name, answer in (("is_initialized", True), ("get_rank", 0)):
+        monkeypatch.setattr(dist, name, lambda answer=answer: answer)
+    monkeypatch.setattr(processes, "init_device_mesh", lambda *given, **more: object())
+    processes._mesh.cache_clear()
+    first, second, other = (Workers(torch.device("cuda"), team=team) for team in (2, 2, 4))
+    processes._mesh.cache_clear()
+    assert first._mesh is second._mesh is not other._mesh
+
+
+def test_a_team_needs_a_kernel_of_the_ring() -> None:
+    """Refused before anything is loaded, where it is named; the others are left to the measurement."""
+    nothing: Model = None  # type: ignore[assignment]
+    with pytest.raises(UsageError, match="every kernel but math"):
+        LoadedModel(nothing, device="cpu", attention="math", team=2)
+    for name in (None, "cudnn", "flash", "efficient"):
+        check_kernel(name, team=2)
+    check_kernel("math")
 
 
 # --- fine-tuning in two processes ----------------------------------------------------------------------------
@@ -143,7 +176,7 @@ def test_two_processes_train_as_one(count: int, training: ForkedCommands, tmp_pa
     # A whole state of step 0 and one more step; then the rest.
     assert told["broken"] == [[0, 1], [1, 2]] and told["torn"] == [0, 1, 2]
     for name in ("broken", "torn"):
-        assert_same_training(tmp_path / name, tmp_path / "lora", exactly=True)
+        assert_same_training(tmp_path / name, tmp_path / "lora", 0)
 
 
 def alone(model: Model, method: Any, folder: Path, taught: bool = False) -> None:
@@ -161,19 +194,3 @@ def alone(model: Model, method: Any, folder: Path, taught: bool = False) -> None
     aim = Teacher(teacher, 16, lambda length: scaled(model, 256), 48) if taught else None
     Tuning(loaded, options, rows_of, folder, teacher=aim).run()
     trainable.save(loaded, folder / "adapter")
-
-
-def assert_same_training(found: Path, wanted: Path, exactly: bool = False) -> None:
-    tolerance = 0.0 if exactly else 1e-4
-    logs = [
-        [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (found, wanted)
-    ]
-    for one, other in zip(*logs, strict=True):
-        for key in ("step", "text", "gradient_norm", "tokens"):
-            assert one[key] == pytest.approx(other[key], rel=tolerance, abs=0), (found.name, key)
-    tensors = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (found, wanted)]
-    assert tensors[0].keys() == tensors[1].keys()
-    for name, values in tensors[1].items():
-        # Adam divides by the size of a gradient: where that is almost nothing, its rounding is a whole step.
-        off = np.abs(tensors[0][name] - values)
-        assert off.max() <= (0 if exactly else 2e-2) and np.median(off) <= tolerance, (found.name, name)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from support.extending import any_text, encode, key_maker, prose, scaled, write_wordy
 from support.pico import FAMILIES
+from support.trained import log_of
 
 from lrconvert.checkpoint import Model, open_model
 from lrconvert.checkpoint.adapter import merged, open_adapter
@@ -72,12 +73,6 @@ def tune(
     Tuning(loaded, given, rows_of or any_rows(model), folder, every=0).run(watch)
     trainable.save(loaded, folder / "adapter")
     return loaded, seen, folder / "adapter"
-
-
-def log_of(folder: Path) -> list[dict[str, Any]]:
-    """Without the time that steps took."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
 # --- a step ------------------------------------------------------------------------------------------------

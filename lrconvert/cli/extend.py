@@ -77,12 +77,14 @@ def command(model: str, output: Path, dry_run: bool, **options: Any) -> None:
     lrconvert extend MODEL --text books/ --on recipes/my-model-2048k --plan small-any --for any -o my-model-any
     """
     from lrconvert.extending.api import estimate_extension, extend
+    from lrconvert.training.devices import is_leading
 
     if dry_run:
         given = {key: value for key, value in options.items() if key not in ("seed", "name", "force")}
         with show_progress() as progress:
             found = estimate_extension(model, output=output, progress=progress, **given)
-        _stages(f"{output.name}: estimated", found)
+        if is_leading():
+            _stages(f"{output.name}: estimated", found)
         return
     try:
         with show_progress(every=PIPED_SECONDS) as progress:

@@ -64,6 +64,7 @@ class Search:
                 factor = best[max(best)].question.candidate.attention_factor
                 tier = replace(tier, space=replace(tier.space, attention=(factor, factor)))
             best[tier.length] = self._search_tier(tier)
+        self.evaluator.agree(None)  # whoever reads the journal from here on finds the last answers in it
         return self._recipe(best)
 
     def _search_tier(self, tier: TierPlan) -> Record:

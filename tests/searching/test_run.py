@@ -176,6 +176,19 @@ def test_documents_that_do_not_fit_end_the_search(plan: SearchPlan, tmp_path: Pa
     assert [tier["failed"] for tier in recipe.provenance.search["tiers"]] == [0, 1]
 
 
+def test_all_go_on_when_the_journal_is_whole(plan: SearchPlan, tmp_path: Path) -> None:
+    """A stage of an extension reads it next, in every process: they meet once more behind the last answer."""
+    written: list[int] = []
+
+    class Meeting(Landscape):
+        def agree(self, value: Any) -> Any:
+            written.append(len(read_journal(tmp_path / "j").records))
+            return value
+
+    run(plan, Meeting(landscape(plan).loss), tmp_path / "j")
+    assert written[-1] == len(read_journal(tmp_path / "j").records) > 0
+
+
 def test_another_code_s_journal_is_refused(plan: SearchPlan, tmp_path: Path) -> None:
     """The head is the same, but the questions are not."""
     run(plan, landscape(plan), tmp_path / "j")

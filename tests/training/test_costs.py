@@ -4,11 +4,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from support.extending import write_wordy
 
 from lrconvert.checkpoint import open_model
+from lrconvert.training import costs
 from lrconvert.training.costs import ATTENTION, attention_share, fitted
 from lrconvert.training.loaded import LoadedModel
 
@@ -37,6 +42,15 @@ def test_a_disturbed_measurement_stays_within_what_devices_do(factor: float) -> 
     assert found.seconds(2048) == pytest.approx(0.3) == pytest.approx(true.seconds(2048))
     bounds = [0.3 * 32 * (1 + k * SHARE * 65536) / (1 + k * SHARE * 2048) for k in ATTENTION]
     assert bounds[0] * (1 - 1e-9) <= found.seconds(65536) <= bounds[1] * (1 + 1e-9)
+
+
+def test_all_processes_make_equally_many_passes() -> None:
+    """However long each takes: the leading one's seconds count, here a whole one. Others wait within a pass."""
+    passes: list[int] = []
+    workers = SimpleNamespace(agree=lambda seconds: 1.0)
+    model: Any = SimpleNamespace(device=torch.device("cpu"), workers=workers)
+    assert costs._fastest(model, lambda loaded, tokens: passes.append(1), np.zeros((1, 8), np.int64)) == 1.0
+    assert len(passes) == 2
 
 
 def test_the_share_of_attention_is_the_models(tmp_path: Path) -> None:

@@ -15,12 +15,12 @@ from lrconvert.training.loaded import LoadedModel
 
 
 class LoadedSession:
-    """`tiers` in order; a row of n tokens has the first that reaches n."""
-
-    answers: frozenset[str] = frozenset(("behind",))
+    """`tiers` in order; a row of n tokens has the first that reaches n. A team shares no cache, which one process may
+    not have the memory for: it answers nothing behind a text."""
 
     def __init__(self, model: LoadedModel, tiers: Sequence[Tier]) -> None:
         self.model, self.tiers = model, tuple(tiers)
+        self.answers: frozenset[str] = frozenset(("behind",) if model.workers.team == 1 else ())
         self.info: dict[str, Any] = {**model.describe(), "class": type(model.network).__name__}
 
     def score(self, rows: Sequence[Sequence[int]], judged: Sequence[int]) -> list[Scores]:

@@ -42,10 +42,13 @@ def estimate(plan: Plan, task: Task) -> list[Estimate]:
     lower = [] if task.on is None else [tier.max_length for tier in task.on.recipe.tiers[1:]]
     reached = [stage.window for stage in plan.stage if isinstance(stage, Derive | Search)]
     following = min([*lower, *reached], default=window)
+    cached = task.loading.get("team", 1) == 1  # a team shares no cache: it reads a text anew for every key
     cache = cache_bytes(task.model.shape, ITEM_BYTES[task.loading.get("dtype") or "bfloat16"])  # as on a GPU
     for name, stage in zip(plan.names, plan.stage, strict=True):
         if isinstance(stage, Tune):
             passes = _tune(stage, window, [length for length in lower if length < stage.window])
+        elif isinstance(stage, Evaluate):
+            passes = _evaluate(stage, window, cached)
         else:
             passes = PASSES[type(stage)](stage, window, following)
         taught = _taught(stage, passes) if isinstance(stage, Tune) else []
@@ -55,7 +58,7 @@ def estimate(plan: Plan, task: Task) -> list[Estimate]:
         memory = cost.memory(max((tokens for tokens, _ in passes), default=1.0)) if passes else None
         if memory is not None:
             memory += (forward.base or 0.0) if taught else 0.0  # the teacher is one more copy
-            memory += cache * max(stage.retrieval, default=0) if isinstance(stage, Evaluate) else 0.0
+            memory += cache * max(stage.retrieval, default=0) if isinstance(stage, Evaluate) and cached else 0.0
         found.append(Estimate(name, seconds + (LOADING if passes else 0.0), None if memory is None else int(memory)))
         lower += [stage.window] if isinstance(stage, Derive | Search) else []
     return found
@@ -103,11 +106,11 @@ def _calibrate(stage: Calibrate, window: int, following: int) -> Passes:
     return [(length, float(USUAL * stage.documents)) for length in stage.lengths]
 
 
-def _evaluate(stage: Evaluate, window: int, following: int) -> Passes:
+def _evaluate(stage: Evaluate, window: int, cached: bool) -> Passes:
     return [
         *((length, stage.excerpts) for length in stage.perplexity),
         *([(window, stage.excerpts)] if stage.perplexity else []),  # of the model before its extension
-        *((length, stage.texts) for length in stage.retrieval),
+        *((length, stage.texts * (1 if cached else stage.keys)) for length in stage.retrieval),
         *((length, stage.depths) for length in stage.passkey),
     ]
 
@@ -117,7 +120,6 @@ PASSES: dict[type, Callable[..., Passes]] = {
     Search: _search,
     Recover: _recover,
     Calibrate: _calibrate,
-    Evaluate: _evaluate,
 }
 
 

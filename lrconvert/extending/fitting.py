@@ -39,7 +39,7 @@ def check_memory(plan: Plan, task: Task) -> None:
         full = isinstance(stage, Tune) and stage.method == "full"
         fixed = weights * (size + (OPTIMIZER if full else 0)) / shared
         fixed += weights * size if isinstance(stage, Tune) and stage.distil else 0  # the teacher, in every process
-        for key, (tokens, each) in lengths(stage, shape, size).items():
+        for key, (tokens, each) in lengths(stage, shape, size, team).items():
             needs = fixed + each * tokens / team
             if needs > has:
                 fits = max(0, int((has - fixed) / each * team))
@@ -53,11 +53,12 @@ def check_memory(plan: Plan, task: Task) -> None:
         raise EnvironmentFailure(f"plan {plan.name}: " + "; ".join(problems), remedy=remedy)
 
 
-def lengths(stage: Stage, shape: ModelShape, size: int) -> dict[str, tuple[int, float]]:
-    """Of each key that holds lengths: the longest one in tokens, and the least bytes that a token takes."""
+def lengths(stage: Stage, shape: ModelShape, size: int, team: int = 1) -> dict[str, tuple[int, float]]:
+    """Of each key that holds lengths: the longest one in tokens, and the least bytes that a token takes; a team reads
+    without a cache."""
     forward = token_bytes(shape, size)
     kept = float(shape.layers * shape.hidden * size)  # for a backward pass that computes all else again
-    cache = cache_bytes(shape, size)
+    cache = cache_bytes(shape, size) if team == 1 else 0.0
     match stage:
         case Tune():
             found: dict[str, tuple[Any, float]] = {"length": (stage.length, forward + kept)}

@@ -158,6 +158,18 @@ def test_rows_behind_a_text_have_the_tier_of_the_whole(session: LoadedSession) -
     assert session.info["class"] == "LlamaForCausalLM" and "behind" in session.answers
 
 
+def test_a_team_reads_the_text_anew_for_every_key(session: LoadedSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process may not have the memory for the cache of a text that needs two."""
+    monkeypatch.setattr(session.model.workers, "team", 2)
+    shared = LoadedSession(session.model, session.tiers)
+    monkeypatch.undo()
+    read: list[int] = []
+    real = LoadedModel.scores
+    monkeypatch.setattr(LoadedModel, "scores", lambda *given: read.append(len(given[1])) or real(*given))
+    measure_retrieval(shared, FORM, lambda text: [token % 101 for token in encode(text)], [TEXT % 101], [256], keys=2)
+    assert len(read) == 2 and max(read) == 256
+
+
 def test_perplexity_at_some_of_the_lengths(session: LoadedSession) -> None:
     """`only` measures the same figure as the whole plan: an interrupted evaluation goes on with what is missing."""
     plan, texts = Plan((64, 128, 200), judged=32, excerpts=1), [any_text(400, vocab=101)]

@@ -103,6 +103,9 @@ def test_what_fits_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert check(10 * 2**20, replace(stage, perplexity=(fits,))) == ""
     assert check(10 * 2**20, replace(stage, perplexity=(fits + 1,)))
     assert check(10 * 2**20, replace(stage, perplexity=(2 * fits,)), context_parallel=3) == ""
+    asked = replace(stage, perplexity=(), retrieval=(2 * fits,))
+    assert check(10 * 2**20, asked, context_parallel=2) == ""  # without the cache that one process has
+    assert check(10 * 2**20, replace(asked, retrieval=(fits,)))
     assert check(2**20, Calibrate("calibrate", (64, 100_000))).startswith("plan plan: stage[0].lengths is 100000")
     tune = Tune("tune", 4096, 64, 1)
     assert check(2**20, tune) == "" and "don't fit" in check(2**20, replace(tune, method="full"))

@@ -28,7 +28,7 @@ from lrconvert.evals.in_memory import LoadedSession
 from lrconvert.evals.perplexity import same_token_perplexity
 from lrconvert.extending import estimate, run, stages
 from lrconvert.extending.api import ExtendResult, estimate_extension, extend
-from lrconvert.extending.plan import Tune, load_plan, parse_plan
+from lrconvert.extending.plan import Evaluate, Tune, load_plan, parse_plan
 from lrconvert.recipe import load_recipe
 from lrconvert.rope import Tier, longrope_attention_factor
 from lrconvert.searching.journal import read_journal
@@ -522,6 +522,13 @@ def test_an_estimate_counts_the_teacher() -> None:
     passes = estimate._tune(taught, 64, [])
     assert passes == [(160, 2), (64, 4)]
     assert estimate._taught(taught, passes) == [(64, 6), (64, 4)] and estimate._taught(plain, passes) == []
+
+
+def test_an_estimate_counts_what_a_team_reads_again() -> None:
+    """Without a cache the text is read for every key."""
+    stage = Evaluate("evaluate", retrieval=(512,), texts=3, keys=20)
+    assert estimate._evaluate(stage, 64, cached=True) == [(512, 3)]
+    assert estimate._evaluate(stage, 64, cached=False) == [(512, 60)]
 
 
 def test_an_estimate_counts_the_windows_in_between() -> None:

@@ -390,7 +390,8 @@ def _masks(rows: Sequence[Row]) -> tuple[list[np.ndarray], list[np.ndarray]]:
 def load_trainable(
     model: Model, options: TuneOptions, adapter: Path | None = None, *, base: str | None = None, **machine: Any
 ) -> tuple[LoadedModel, Trainable]:
-    """The model in memory with the weights of `options` trainable; `machine` is what `LoadedModel` takes."""
+    """The model in memory with the weights of `options` trainable; `machine` is what `LoadedModel` takes. A team
+    recomputes activations from the start."""
     refuse_training(model)
     if options.method == "full" and model.shape.experts is not None:
         raise UnsupportedError(
@@ -400,4 +401,7 @@ def load_trainable(
     trainable = Trainable(options, adapter, base)
     if adapter is not None and options.method == "full":
         model = merged(model, open_adapter(adapter))
-    return LoadedModel(model, adapt=trainable.adapt, purpose="fine-tuning", **machine), trainable
+    loaded = LoadedModel(model, adapt=trainable.adapt, purpose="fine-tuning", **machine)
+    # Memory is what a team is for, and its processes can't find out one by one that a step did not fit.
+    loaded.recompute = loaded.workers.team > 1
+    return loaded, trainable

@@ -12,7 +12,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ import pytest
 from conftest import Result
 from support.forks import MAIN, ForkedCommands, Process
 from support.onnx_files import write_adapter
+from support.processes import torchrun
 from support.staging import linux_only
 
 from lrconvert.checkpoint import open_model
@@ -59,12 +59,6 @@ def ranks(count: int) -> list[dict[str, str]]:
         port = str(probe.getsockname()[1])
     shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
-
-
-def torchrun(program: Path) -> list[str]:
-    """Two processes of what the installed command does."""
-    options = ["--standalone", "--nproc-per-node", "2", "--no-python"]
-    return [sys.executable, "-m", "torch.distributed.run", *options, str(program)]
 
 
 def evaluations(path: Path) -> list[Any]:

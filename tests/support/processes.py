@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,12 @@ def ranks(count: int) -> list[dict[str, str]]:
         port = str(probe.getsockname()[1])
     shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
+def torchrun(program: Path) -> list[str]:
+    """Two processes of what the installed command does."""
+    options = ["--standalone", "--nproc-per-node", "2", "--no-python"]
+    return [sys.executable, "-m", "torch.distributed.run", *options, str(program)]
 
 
 def processes_in(folder: Path) -> list[int]:

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from mmap import mmap
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from onnx import TensorProto
@@ -21,7 +21,7 @@ from onnx import TensorProto
 from lrconvert.artifact.prefetch import Job
 from lrconvert.checkpoint import Checkpoint, Model
 from lrconvert.checkpoint.base import all_finite, cast_block, numpy_dtype
-from lrconvert.checkpoint.blocks import Block
+from lrconvert.checkpoint.blocks import Array, Block
 from lrconvert.checkpoint.onnx_folder import PACKED, SCALES, TIED_HEAD
 from lrconvert.errors import InputError, UnsupportedError, require
 
@@ -33,8 +33,8 @@ ALIGNMENT = 4096
 MAX_FILE_BYTES = 2 * 10**9
 DATA_FILE = "model.onnx_data"
 # Quantised at once: they are turned around for ONNX Runtime's function, which takes several times as long for what
-# isn't in the processor's cache.
-QUANTISED_VALUES = 2**16
+# isn't in the processor's cache. Each call has threads of its own, so half as many take a tenth longer.
+QUANTISED_VALUES = 2**17
 
 
 @dataclass(frozen=True)
@@ -139,52 +139,65 @@ def files_of(tensors: Sequence[Stored]) -> dict[str, list[Stored]]:
 
 def jobs(checkpoint: Checkpoint, tensor: Stored, source: str) -> Iterator[Job]:
     """Functions that make a tensor's bytes block by block, padding included, each with about how many it makes.
-    `source`: the checkpoint's name of it."""
-    blocks = checkpoint.blocks(source)
-    if tensor.bits is not None:
-        yield partial(_quantised, tensor, list(blocks), checkpoint.path), tensor.nbytes
-        return
-    for block in blocks:
-        yield partial(_plain, tensor, block, checkpoint.path), tensor.nbytes * block.rows // tensor.shape[0]
+    `source`: the checkpoint's name of it.
+
+    Scales follow the packed values: the blocks leave theirs in one array. Results are taken in order, so when the array
+    is, every block has done so. Nothing else of a tensor is in memory whole.
+    """
+    scales = None if tensor.bits is None else _mapped(tensor.packed_shape[:2])
+    *_, size = tensor.parts[0]
+    for block in checkpoint.blocks(source):
+        make = partial(_plain if scales is None else partial(_packed, scales), tensor, block, checkpoint.path)
+        yield make, size * block.rows // tensor.shape[0]
+    yield from _padding(size)
+    if scales is not None:
+        yield partial(_bytes, scales), scales.nbytes
+        yield from _padding(scales.nbytes)
+
+
+def _mapped(shape: tuple[int, int]) -> Array:
+    """An array of float16 that C's `malloc` doesn't know of: once glibc has freed a large array, it keeps up to twice
+    its size of what is freed later, for every thread."""
+    return np.frombuffer(mmap(-1, 2 * shape[0] * shape[1]), np.float16).reshape(shape)
+
+
+def _padding(size: int) -> Iterator[Job]:
+    """What follows a part of so many bytes."""
+    if missing := -size % ALIGNMENT:
+        yield partial(memoryview, bytes(missing)), missing
+
+
+def _bytes(values: Array) -> memoryview:
+    return values.reshape(-1).view(np.uint8).data
 
 
 def _plain(tensor: Stored, block: Block, source: Path) -> memoryview:
-    data = cast_block(block.read(), tensor.dtype, tensor.name, source).reshape(-1).view(np.uint8)
-    if block.stop == tensor.shape[0]:
-        ((*_, size),) = tensor.parts
-        data = np.concatenate([data, np.zeros(-size % ALIGNMENT, np.uint8)])
-    return data.data
+    return _bytes(cast_block(block.read(), tensor.dtype, tensor.name, source))
 
 
-def _quantised(tensor: Stored, blocks: Sequence[Block], source: Path) -> memoryview:
-    """The packed values and the scales of a whole tensor, in one buffer; float32 copies are no larger than a block of
-    rows."""
-    whole = np.zeros(tensor.nbytes, np.uint8)
-    (*_, packed_bytes), (*_, scale_bytes) = tensor.parts
-    behind = packed_bytes + -packed_bytes % ALIGNMENT
-    packed = whole[:packed_bytes].reshape(tensor.packed_shape)
-    scales = whole[behind : behind + scale_bytes].view(np.float16).reshape(tensor.packed_shape[:2])
-    row = 0
-    for block in blocks:
-        for values in _row_blocks(block.read()):
-            if not all_finite(values):
-                raise InputError(f"{source}: {tensor.name} holds values that are not finite")
-            end = row + len(values)
-            packed[row:end], wide = quantise(values, tensor.bits or 0, tensor.block)
-            with np.errstate(over="ignore"):
-                scales[row:end] = wide
-            if not all_finite(scales[row:end]):
-                raise UnsupportedError(f"{tensor.name} holds values beyond float16's range", remedy="Use --dtype f32")
-            row = end
-    return whole.data
+def _packed(scales: Array, tensor: Stored, block: Block, source: Path) -> memoryview:
+    """The packed values of a block. Its scales go into `scales`, the tensor's."""
+    pieces, row = [], block.start
+    for values in _row_blocks(block.read()):
+        if not all_finite(values):
+            raise InputError(f"{source}: {tensor.name} holds values that are not finite")
+        packed, wide = quantise(values, tensor.bits or 0, tensor.block)
+        end = row + len(values)
+        with np.errstate(over="ignore"):
+            scales[row:end] = wide
+        if not all_finite(scales[row:end]):
+            raise UnsupportedError(f"{tensor.name} holds values beyond float16's range", remedy="Use --dtype f32")
+        pieces.append(packed)
+        row = end
+    return _bytes(np.concatenate(pieces))
 
 
-def _row_blocks(values: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
-    step = max(1, QUANTISED_VALUES // values.shape[1])
-    return (values[start : start + step] for start in range(0, len(values), step))
+def _row_blocks(values: Array) -> list[Array]:
+    """Rows in pieces of about the same size: a small call takes nearly as long as a large one."""
+    return np.array_split(values, min(len(values), -(-values.size // QUANTISED_VALUES)))
 
 
-def quantise(values: np.ndarray[Any, Any], bits: int, block: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def quantise(values: Array, bits: int, block: int) -> tuple[Array, Array]:
     """Rows [n, in] to packed values [n, blocks, bytes] and scales [n, blocks], by ONNX Runtime's own function."""
     native = require("onnxruntime.capi._pybind_state", "onnx", "quantisation")
     rows, columns = values.shape

@@ -17,12 +17,12 @@ from onnx import TensorProto, helper, numpy_helper
 from support.onnx_files import Array, export, graph_of
 
 from lrconvert.api.baking import plan_bake
-from lrconvert.checkpoint import Model, open_model
+from lrconvert.checkpoint import Model, blocks, open_model
 from lrconvert.checkpoint.onnx_folder import OnnxCheckpoint
 from lrconvert.targets import onnx as target
 from lrconvert.targets.onnx import tensors
 from lrconvert.targets.onnx.nodes import ACCURACY, Nodes
-from lrconvert.targets.onnx.tensors import BLOCK, quantise
+from lrconvert.targets.onnx.tensors import ALIGNMENT, BLOCK, quantise
 
 SHAPES = [(64, 64), (96, 64), (7, 33), (5, 1), (101, 200), (1, 32)]
 
@@ -186,20 +186,34 @@ def answered(folder: Path, model: Model, tokens: np.ndarray) -> np.ndarray:
     return np.asarray(session.run(["logits"], feed)[0])
 
 
+@pytest.mark.parametrize("values", [2**17, 200], ids=["one block", "blocks"])
+@pytest.mark.parametrize("quantised", [2**17, 350], ids=["at once", "in pieces"])
 def test_blocks_of_rows_do_not_show(
-    pico: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pico: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: int, quantised: int
 ) -> None:
-    """A tensor quantised a few rows at a time has the bytes of one that is quantised at once."""
+    """A tensor that is read and quantised a few rows at a time has the bytes of one that is done at once."""
     model = pico("llama")
     recipe = recipe_for(model)
     whole = export(model, recipe, tmp_path / "whole", dtype="int4")
-    rows = tensors._row_blocks
-    monkeypatch.setattr(
-        tensors, "_row_blocks", lambda values: (v[i : i + 5] for v in rows(values) for i in range(0, len(v), 5))
-    )
+    monkeypatch.setattr(tensors, "QUANTISED_VALUES", quantised)
+    monkeypatch.setattr(blocks, "BLOCK_VALUES", values)
     parts = export(model, recipe, tmp_path / "parts", dtype="int4")
     assert (whole / "onnx/model.onnx_data").read_bytes() == (parts / "onnx/model.onnx_data").read_bytes()
     onnx.checker.check_model(str(whole / "onnx/model.onnx"), full_check=True)
+
+
+@pytest.mark.parametrize("dtype", ["int4", "int8", "f16"])
+def test_no_tensor_is_made_whole(
+    pico: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """What is handed over is a block of rows, a padding, or a tensor's scales: the embedding has three pages."""
+    model = pico("llama")
+    monkeypatch.setattr(blocks, "BLOCK_VALUES", 256)
+    planned = target.plan(model, recipe_for(model), tmp_path / "o", target.Options(dtype=dtype))
+    for tensor in (tensor for stream in planned.streams for tensor in stream.tensors):
+        sizes = [make().nbytes for make, _ in tensor.jobs()]
+        assert sum(sizes) == tensor.nbytes
+        assert max(sizes) < ALIGNMENT, tensor.name
 
 
 SMOLLM2 = os.environ.get("LRCONVERT_SMOLLM2_GGUF")

@@ -194,7 +194,7 @@ def dying(made):
             os.kill(os.getpid(), signal.SIGKILL)
         return made(*arguments, **named)
     return make
-tensors._plain, tensors._quantised = dying(tensors._plain), dying(tensors._quantised)
+tensors._plain, tensors._packed = dying(tensors._plain), dying(tensors._packed)
 if left == 0:
     Staging.publish = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
 from lrconvert.cli import run

@@ -7,9 +7,10 @@
     python benchmarks/true_shape.py --collect rows/
 
 The weights of the models can't be redistributed; what size and shape decide does not need them. `--dense` raises the
-length up to which positions are consecutive, for models of few layers, and `--decode` that of prompts to decode from. `--mutants` bakes every mistake of
-`lrconvert.parity.mutants` too and verifies it in prompts of 512 tokens. `--collect` adds the rows of many calls to
-results/true-shape.{json,md}. true_shape_all.py makes all those that plans/true-shape.toml names.
+length up to which positions are consecutive, for models of few layers, and `--decode` that of prompts to decode from.
+`--mutants` bakes every mistake of `lrconvert.parity.mutants` too and verifies it in prompts of 512 tokens. `--collect`
+adds the rows of many calls to results/true-shape.{json,md}. true_shape_all.py makes all those that
+plans/true-shape.toml names.
 """
 
 from __future__ import annotations

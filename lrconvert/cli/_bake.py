@@ -131,10 +131,14 @@ def show(plan: Plan, *, detailed: bool) -> None:
 
 def warn(plan: Plan) -> None:
     """What the artifact does not do, and what its user must know."""
+    from lrconvert.engines.ways_out import to_form
+
     for loss in plan.dropped:
         out.warn(f"dropped: {loss}")
     for loss in plan.losses:
         out.warn(f"without trust_remote_code: {loss}")
+    if plan.losses and (way := to_form(plan.recipe)):
+        out.hint(f"without trust_remote_code {way}")
     for note in plan.notes:
         out.warn(note)
 

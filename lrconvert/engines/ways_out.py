@@ -20,8 +20,8 @@ def ways_out(able: Capability, recipe: Recipe, spec: RopeSpec) -> list[str]:
     """What gives an artifact of which nothing is dropped, where `able` can't express `recipe`, resolved as `spec`: its
     shipped form, else the longest window beyond the original one that works, else another recipe. Empty where there is
     none of them."""
-    if form := form_of(recipe):
-        return [f"use `--recipe {form}`, its form for every runtime"]
+    if way := to_form(recipe):
+        return [way]
     for count in range(len(spec.tiers) - 1, 0, -1):
         window = spec.tiers[count - 1].max_length
         cut = replace(spec, window=window, tiers=spec.tiers[:count])
@@ -32,6 +32,12 @@ def ways_out(able: Capability, recipe: Recipe, spec: RopeSpec) -> list[str]:
     if recipe.provenance.kind == "derived" and not able.fit(even)[1]:
         return ["make one attention factor for both sets with `recipe derive --uniform`"]
     return [MAKE[recipe.provenance.kind]] if recipe.provenance.kind in MAKE else []
+
+
+def to_form(recipe: Recipe) -> str | None:
+    """The way to a recipe's shipped form, if it has one."""
+    form = form_of(recipe)
+    return None if form is None else f"use `--recipe {form}`, its form for every runtime"
 
 
 def remedy(*ways: str) -> str:

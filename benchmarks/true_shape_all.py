@@ -59,8 +59,8 @@ class Wanted:
 
     def is_in(self, row: dict[str, Any]) -> bool:
         """Whether a row of a record is this one: with mistakes and as long prompts, where such are wanted."""
-        enough = bool(row["caught"]) >= self.mutants and row.get("decode", 0) >= self.decode
-        return row_key(row) == self.key and enough
+        mistakes = bool(row["caught"]) or not self.mutants
+        return row_key(row) == self.key and mistakes and row.get("decode", 0) >= self.decode
 
     def command(self, folder: Path, options: argparse.Namespace) -> list[str]:
         """What measures it, on a model in a folder."""

@@ -33,8 +33,8 @@ def check_kernel(name: str | None, team: int = 1) -> None:
         raise UsageError(f"no attention kernel {name!r}; there are {', '.join(KERNELS)}")
     if name == "math" and team > 1:
         raise UsageError(
-            "--context-parallel: PyTorch's ring attention has every kernel but math, and no other was named, or takes "
-            "this dtype and model",
+            "--context-parallel: PyTorch's ring attention has every kernel but math; math was named, or is the only "
+            "one for this dtype and model",
             remedy="Use another --attention or --dtype, or do without --context-parallel",
         )
 

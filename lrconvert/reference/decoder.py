@@ -27,9 +27,11 @@ if TYPE_CHECKING:
     from lrconvert.checkpoint import Model
 
 Tables = tuple[torch.Tensor, torch.Tensor]  # cos and sin, [n, rotated channels / 2] each
-# Attention scores held at once: 32 MB of float64 stay near a CPU's caches, a GPU wants larger matrices.
-MAX_SCORES = {"cpu": 2**22, "cuda": 2**27}
+# Attention scores held at once: 32 MB of float64 stay near a CPU's caches. A GPU wants larger matrices: a part of its
+# memory in float32, 2.2 GB of an H200's.
+MAX_SCORES, SCORES_PART = 2**22, 1 / 64
 MAX_LOGITS = 2**26
+MAX_FED = 2**12  # tokens in a feed-forward network at once: 0.7 GB of a 7B's float32, where 256k tokens are 45 GB
 MAX_SCORED = 2**24  # logits held at once where only losses are wanted
 # Keys and values of sequences that are kept between passes; on a GPU, a part of its memory.
 PREFIX_BYTES, PREFIX_PART = 2**30, 1 / 4
@@ -67,6 +69,7 @@ class Reference:
         on_gpu = self.device.type == "cuda"
         memory = torch.cuda.get_device_properties(self.device).total_memory if on_gpu else 0
         self._prefixes = Prefixes(int(memory * PREFIX_PART) if on_gpu else PREFIX_BYTES)
+        self._scores = int(memory * SCORES_PART) // 4 if on_gpu else MAX_SCORES
         self.watch: Callable[[float], None] | None = None  # gets the part of a forward pass that is done
 
     # --- weights -----------------------------------------------------------------------------------------
@@ -244,8 +247,12 @@ class Reference:
         return self._made(x if bias is None else x + bias)
 
     def _feed_forward(self, x: torch.Tensor, layer: int) -> torch.Tensor:
-        if self.shape.experts is None:
-            return self._mlp(x, layer)
+        """Tokens don't see each other here, so a part of them at a time."""
+        one = self._mlp if self.shape.experts is None else self._mixture
+        return torch.cat([one(part, layer) for part in x.split(MAX_FED)])
+
+    def _mixture(self, x: torch.Tensor, layer: int) -> torch.Tensor:
+        assert self.shape.experts is not None
         gates = gates_of(self._linear(x, "router", layer), self.shape.experts)
         made = torch.zeros_like(x)
         for expert in range(gates.shape[-1]):
@@ -331,10 +338,10 @@ class Reference:
         indices of the queries among the keys. A token sees the last `reach` tokens, itself included; all where that is
         0."""
         heads, n, width = q.shape
-        groups, most = len(k), MAX_SCORES.get(q.device.type, 2**22)
+        groups = len(k)
         q, k, v = q * (self.shape.multipliers.attention / width**0.5), k.transpose(1, 2).contiguous(), v.contiguous()
         out, everyone = torch.empty_like(q), torch.arange(k.shape[2], device=q.device)
-        rows = max(1, min(n, most // (heads * len(everyone))))
+        rows = max(1, min(n, self._scores // (heads * len(everyone))))
         for start in range(0, n, rows):
             at = own[start : start + rows, None]
             seen = int(at.max()) + 1

@@ -35,6 +35,11 @@ class Worker:
             "dtype": request["dtype"],
         }
 
+    def rest(self):
+        """A long prompt's memory goes back to the GPU, where the reference computes next."""
+        if self.device.type == "cuda":
+            self.torch.cuda.empty_cache()
+
     def save(self, tensor):
         import numpy
 

@@ -25,8 +25,8 @@ class NoDevice(RuntimeError):
 
 
 def serve(open_worker, remedy):
-    """Answer `open`, and every other method of the worker (`logits`, `generate`); `remedy` is what to install
-    where a module is missing."""
+    """Answer `open`, and every other method of the worker (`logits`, `generate`); a worker's `rest`, where it has one,
+    is called after each. `remedy` is what to install where a module is missing."""
     worker: Any = None
     requests: Any = queue.SimpleQueue()
     threading.Thread(target=_read, args=(requests, Path.cwd().parent), daemon=True).start()
@@ -38,6 +38,8 @@ def serve(open_worker, remedy):
                 answer = worker.info
             else:
                 answer = getattr(worker, request["do"])(request)
+                if hasattr(worker, "rest"):
+                    worker.rest()
         except ModuleNotFoundError as error:
             answer = {"missing": error.name or str(error), "remedy": remedy}
         except NoDevice as error:

@@ -24,7 +24,7 @@ from lrconvert.parity.mutants import RECIPE_MUTANTS, unpermuted_qk
 from lrconvert.recipe import Recipe, derive_recipe, load_recipe
 from lrconvert.rope import longrope_attention_factor
 from lrconvert.runtimes.base import Interpreter
-from lrconvert.runtimes.transformers import WORKER
+from lrconvert.runtimes.transformers import WORKER, open_session
 from lrconvert.targets import hf
 
 pytestmark = pytest.mark.gpu
@@ -141,3 +141,16 @@ def test_every_family_in_bfloat16(
             report = verify(artifact, options=Options("cuda", dtype, interpreter=interpreter))
             record(f"pico {family} {dtype}", report)
             assert report.passed, report.summary
+
+
+def test_a_long_prompt_leaves_no_memory_behind(interpreter: Interpreter, tmp_path: Path) -> None:
+    """The reference computes next, on the same GPU. 32k tokens take more than a gigabyte while they are read."""
+    import torch
+
+    artifact = baked(open_model("demo"), load_recipe("demo-yarn-8x"), tmp_path / "a")
+    with open_session(artifact, custom=True, device="cuda", interpreter=interpreter) as session:
+        session.logits([[3, 4, 5]], keep=[-1])  # libraries take what they keep
+        before, _ = torch.cuda.mem_get_info()
+        session.logits([[3] * 32768], keep=[-1])
+        after, _ = torch.cuda.mem_get_info()
+    assert before - after < 2**28

@@ -59,11 +59,16 @@ def test_the_decoder_computes_what_transformers_computes(
     assert np.abs(spoiled - theirs).max() > 100 * ROUNDING
 
 
-def test_chunks_do_not_change_the_result(pico_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention and logits in chunks of a few rows are the same numbers; `keep` picks rows."""
-    model = open_model(pico_folder("llama"))
+@pytest.mark.parametrize("family", ["llama", "qwen2_moe"])
+def test_chunks_do_not_change_the_result(
+    pico_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """Attention, feed-forward networks (one, or experts) and logits of a few tokens at a time are the same numbers;
+    `keep` picks rows."""
+    model = open_model(pico_folder(family))
     whole = Reference(model, plain(model)).logits(TOKENS)
-    monkeypatch.setattr(decoder_module, "MAX_SCORES", {"cpu": 4 * 40 * 3})
+    monkeypatch.setattr(decoder_module, "MAX_SCORES", 4 * 40 * 3)
+    monkeypatch.setattr(decoder_module, "MAX_FED", 7)
     monkeypatch.setattr(decoder_module, "MAX_LOGITS", 101 * 7)
     chunked = Reference(model, plain(model)).logits(TOKENS)
     np.testing.assert_allclose(chunked, whole, atol=1e-12)

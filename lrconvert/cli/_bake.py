@@ -138,7 +138,7 @@ def warn(plan: Plan) -> None:
     for loss in plan.losses:
         out.warn(f"without trust_remote_code: {loss}")
     if plan.losses and (way := to_form(plan.recipe)):
-        out.hint(f"without trust_remote_code {way}")
+        out.hint(f"without trust_remote_code, {way}")
     for note in plan.notes:
         out.warn(note)
 

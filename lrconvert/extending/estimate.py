@@ -4,7 +4,7 @@ a step of training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,91 +35,122 @@ class Estimate:
     memory: int | None
 
 
+@dataclass(frozen=True)
+class Around:
+    """What a stage's work depends on beside its own options: the original window, those that earlier stages reached,
+    and the first beyond it that any stage reaches, in tokens; whether a text can be read once for all its keys (a team
+    shares no cache)."""
+
+    window: int
+    lower: tuple[int, ...]
+    following: int
+    cached: bool
+
+
+Passes = Sequence[tuple[float, float]]  # (tokens, how many)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of a stage: passes forward, passes with a step of training, and the tokens of the longest cache. A stage that has
+    both kinds holds a second model, its teacher."""
+
+    forward: Passes
+    steps: Passes = ()
+    cached: int = 0
+
+
 def estimate(plan: Plan, task: Task) -> list[Estimate]:
     """Every stage's, in order. Loads the model twice: frozen, and trainable as the first fine-tuning stage has it."""
     forward, step = measured(plan, task)
-    window, found = task.model.rotation.original_window, []
-    lower = [] if task.on is None else [tier.max_length for tier in task.on.recipe.tiers[1:]]
-    reached = [stage.window for stage in plan.stage if isinstance(stage, Derive | Search)]
-    following = min([*lower, *reached], default=window)
-    cached = task.loading.get("team", 1) == 1  # a team shares no cache: it reads a text anew for every key
     cache = cache_bytes(task.model.shape, ITEM_BYTES[task.loading.get("dtype") or "bfloat16"])  # as on a GPU
-    for name, stage in zip(plan.names, plan.stage, strict=True):
-        if isinstance(stage, Tune):
-            passes = _tune(stage, window, [length for length in lower if length < stage.window])
-        elif isinstance(stage, Evaluate):
-            passes = _evaluate(stage, window, cached)
-        else:
-            passes = PASSES[type(stage)](stage, window, following)
-        taught = _taught(stage, passes) if isinstance(stage, Tune) else []
-        cost = step if isinstance(stage, Tune) else forward
-        seconds = sum(count * cost.seconds(tokens) for tokens, count in passes)
-        seconds += sum(count * forward.seconds(tokens) for tokens, count in taught)
-        memory = cost.memory(max((tokens for tokens, _ in passes), default=1.0)) if passes else None
+    found = []
+    for name, stage, around in zip(plan.names, plan.stage, _surroundings(plan, task), strict=True):
+        work = WORK[type(stage)](stage, around)
+        passes, cost = (work.steps, step) if work.steps else (work.forward, forward)
+        seconds = LOADING if passes else 0.0
+        seconds += sum(count * forward.seconds(tokens) for tokens, count in work.forward)
+        seconds += sum(count * step.seconds(tokens) for tokens, count in work.steps)
+        memory = cost.memory(max(tokens for tokens, _ in passes)) if passes else None
         if memory is not None:
-            memory += (forward.base or 0.0) if taught else 0.0  # the teacher is one more copy
-            memory += cache * max(stage.retrieval, default=0) if isinstance(stage, Evaluate) and cached else 0.0
-        found.append(Estimate(name, seconds + (LOADING if passes else 0.0), None if memory is None else int(memory)))
-        lower += [stage.window] if isinstance(stage, Derive | Search) else []
+            memory += cache * work.cached
+            memory += (forward.base or 0.0) if work.steps and work.forward else 0.0
+        found.append(Estimate(name, seconds, None if memory is None else int(memory)))
     return found
 
 
-# --- passes of each kind of stage: (tokens, how many) ----------------------------------------------------
+def _surroundings(plan: Plan, task: Task) -> Iterator[Around]:
+    """Of each stage, in order."""
+    window, cached = task.model.rotation.original_window, task.loading.get("team", 1) == 1
+    lower = [] if task.on is None else [tier.max_length for tier in task.on.recipe.tiers[1:]]
+    reached = [stage.window for stage in plan.stage if isinstance(stage, Derive | Search)]
+    following = min([*lower, *reached], default=window)
+    for stage in plan.stage:
+        yield Around(window, tuple(lower), following, cached)
+        lower += [stage.window] if isinstance(stage, Derive | Search) else []
 
-Passes = list[tuple[float, float]]
+
+# --- the work of each kind of stage ----------------------------------------------------------------------
 
 
-def _search(stage: Search, window: int, following: int) -> Passes:
-    budget = stage.budget or default_budget(stage.algorithm, stage.window, window)
+def _derive(stage: Derive, around: Around) -> Work:
+    return Work([])
+
+
+def _search(stage: Search, around: Around) -> Work:
+    budget = stage.budget or default_budget(stage.algorithm, stage.window, around.window)
     row, count = stage.window, stage.documents
     if stage.row_length is not None:
         row, count = stage.row_length, stage.rows * len(PARTS[stage.objective])
     deciding = [] if stage.decide is None else [(float(stage.decide), 2.0 * stage.finalists)]
-    return [(float(row), float(budget * count)), *deciding]
+    return Work([(float(row), float(budget * count)), *deciding])
 
 
-def _tune(stage: Tune, window: int, lower: Sequence[int]) -> Passes:
-    """`lower`: windows between the original one and the stage's, which mixed steps keep in turns with that."""
+def _tune(stage: Tune, around: Around) -> Work:
+    """Mixed steps keep, in turns, the original window and those between it and the stage's."""
+    lower = [length for length in around.lower if length < stage.window]
     mixed = stage.steps // stage.mixed_every if stage.mixed_every else 0
     turn = mixed / (1 + len(lower))
-    return [
+    steps: Passes = [
         (stage.length, (stage.steps - mixed) * stage.rows),
-        (window, turn * stage.mixed_rows),
+        (around.window, turn * stage.mixed_rows),
         *((min(stage.length, length), turn * stage.rows) for length in lower),
     ]
+    return Work(_taught(stage.distil, steps) if stage.distil else [], steps)
 
 
-def _taught(stage: Tune, passes: Passes) -> Passes:
-    """A teacher's, over the same rows: of long ones in windows that overlap."""
-    if not stage.distil:
-        return []
-    windows = [(min(stage.distil, int(tokens)), int(tokens), count) for tokens, count in passes]
+def _taught(length: int, steps: Passes) -> Passes:
+    """A teacher's, over the same rows: of long ones in windows of `length` that overlap."""
+    windows = [(min(length, int(tokens)), int(tokens), count) for tokens, count in steps]
     return [(window, count * len(window_starts(tokens, window))) for window, tokens, count in windows]
 
 
-def _recover(stage: Recover, window: int, following: int) -> Passes:
-    rows = stage.documents * min(following // window, MOST_WINDOWS)
-    return [(window, (stage.budget or default_budget("guided", window, window)) * rows)]
+def _recover(stage: Recover, around: Around) -> Work:
+    rows = stage.documents * min(around.following // around.window, MOST_WINDOWS)
+    return Work([(around.window, (stage.budget or default_budget("guided", around.window, around.window)) * rows)])
 
 
-def _calibrate(stage: Calibrate, window: int, following: int) -> Passes:
-    return [(length, float(USUAL * stage.documents)) for length in stage.lengths]
+def _calibrate(stage: Calibrate, around: Around) -> Work:
+    return Work([(length, float(USUAL * stage.documents)) for length in stage.lengths])
 
 
-def _evaluate(stage: Evaluate, window: int, cached: bool) -> Passes:
-    return [
+def _evaluate(stage: Evaluate, around: Around) -> Work:
+    passes: Passes = [
         *((length, stage.excerpts) for length in stage.perplexity),
-        *([(window, stage.excerpts)] if stage.perplexity else []),  # of the model before its extension
-        *((length, stage.texts * (1 if cached else stage.keys)) for length in stage.retrieval),
+        *([(around.window, stage.excerpts)] if stage.perplexity else []),  # of the model before its extension
+        *((length, stage.texts * (1 if around.cached else stage.keys)) for length in stage.retrieval),
         *((length, stage.depths) for length in stage.passkey),
     ]
+    return Work(passes, cached=max(stage.retrieval, default=0) if around.cached else 0)
 
 
-PASSES: dict[type, Callable[..., Passes]] = {
-    Derive: lambda stage, window, following: [],
+WORK: dict[type, Callable[..., Work]] = {
+    Derive: _derive,
     Search: _search,
+    Tune: _tune,
     Recover: _recover,
     Calibrate: _calibrate,
+    Evaluate: _evaluate,
 }
 
 

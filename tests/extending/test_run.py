@@ -519,23 +519,26 @@ def test_an_estimate_counts_the_teacher() -> None:
     """Of two long rows three windows each, of four short ones one."""
     _, plain, taught = (stage for stage in parse_plan(DISTILLED, "plan.toml").stage)
     assert isinstance(plain, Tune) and isinstance(taught, Tune)
-    passes = estimate._tune(taught, 64, [])
-    assert passes == [(160, 2), (64, 4)]
-    assert estimate._taught(taught, passes) == [(64, 6), (64, 4)] and estimate._taught(plain, passes) == []
+    around = estimate.Around(64, (), 64, cached=True)
+    steps = [(160, 2), (64, 4)]
+    assert estimate.WORK[Tune](taught, around) == estimate.Work([(64, 6), (64, 4)], steps)
+    assert estimate.WORK[Tune](plain, around).forward == []
 
 
 def test_an_estimate_counts_what_a_team_reads_again() -> None:
     """Without a cache the text is read for every key."""
     stage = Evaluate("evaluate", retrieval=(512,), texts=3, keys=20)
-    assert estimate._evaluate(stage, 64, cached=True) == [(512, 3)]
-    assert estimate._evaluate(stage, 64, cached=False) == [(512, 60)]
+    alone, team = (estimate.Around(64, (), 64, cached) for cached in (True, False))
+    assert estimate.WORK[Evaluate](stage, alone) == estimate.Work([(512, 3)], cached=512)
+    assert estimate.WORK[Evaluate](stage, team) == estimate.Work([(512, 60)], cached=0)
 
 
 def test_an_estimate_counts_the_windows_in_between() -> None:
     """Which mixed steps keep in turns with the original one: 40 of 120 steps, half of them on rows of 256k."""
     (stage, *_) = (stage for stage in load_plan("small-far").stage if isinstance(stage, Tune))
     assert (stage.steps, stage.mixed_every, stage.length) == (120, 3, 65536)
-    assert estimate._tune(stage, 8192, [262144]) == [(65536, 80), (8192, 20 * stage.mixed_rows), (65536, 20)]
+    work = estimate.WORK[Tune](stage, estimate.Around(8192, (262144, 2097152), 262144, cached=True))
+    assert work.steps == [(65536, 80), (8192, 20 * stage.mixed_rows), (65536, 20)]
 
 
 def test_an_evaluation_may_stay_below_the_original_window(case: Case, tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_a_refusal_names_the_form(name: str, command: tuple[str, ...], tmp_path:
 @pytest.mark.parametrize("name", ["demo-2048k", "demo-8x", "demo-yarn-8x"])
 def test_a_warning_of_native_code_names_the_form(name: str, tmp_path: Path, cli: Cli) -> None:
     """Once, and of the form there is nothing to warn of."""
-    told = f"without trust_remote_code use `--recipe {name}-any`, its form for every runtime\n"
+    told = f"without trust_remote_code, use `--recipe {name}-any`, its form for every runtime\n"
     done = cli("hf", "demo", "--recipe", name, "-o", tmp_path / "m", "--dry-run")
     assert done.code == 0 and "warning: without trust_remote_code" in done.err
     assert done.err.count(told) == done.err.count("--recipe") == 1

@@ -4,17 +4,20 @@
     check_disk(output.parent, nbytes, "llama.gguf", fits=lambda free: "--type q4_k_m takes 4.1 GB")
     check_memory(nbytes, "the weights in float32")
 
-Both raise `EnvironmentFailure` (exit code 6) with what is needed, what there is, and what would fit.
+Both raise `EnvironmentFailure` (exit code 6) with what is needed, what there is, and what would fit. `within_memory`
+raises one for what no refusal foresaw.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lrconvert.errors import EnvironmentFailure
+from lrconvert.errors import EnvironmentFailure, LrconvertError
+from lrconvert.shortage import is_shortage, told
 
 MEMINFO = Path("/proc/meminfo")  # Linux
 CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # of a container
@@ -104,6 +107,19 @@ def check_memory(
     if has is not None and needed > has:
         _refuse(f"{what} takes {size(needed)} of memory or more, {size(has)} are there", fits, has,
                 remedy or "Use a machine with more memory")  # fmt: skip
+
+
+@contextlib.contextmanager
+def within_memory(what: str, *, remedy: str) -> Iterator[None]:
+    """Memory that runs out in `what` all the same is the machine's matter, not the input's and no bug."""
+    try:
+        yield
+    except LrconvertError:
+        raise
+    except Exception as error:
+        if not is_shortage(error):
+            raise
+        raise EnvironmentFailure(f"{what} ran out of memory: {told(error)}", remedy=remedy) from error
 
 
 def _refuse(text: str, fits: Fits | None, has: int, remedy: str) -> None:

@@ -17,6 +17,7 @@ from lrconvert import __version__
 from lrconvert.cli._output import hint
 from lrconvert.cli._third_parties import hush
 from lrconvert.errors import EnvironmentFailure, LrconvertError, UsageError
+from lrconvert.shortage import is_shortage, told
 
 # Name: (module under lrconvert.cli, one line of help). A command's module is imported only when it is used.
 COMMANDS = {
@@ -111,7 +112,10 @@ def run(arguments: list[str]) -> int:
     except OSError as error:  # refused by the machine, and not explained by a command
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}", EnvironmentFailure.exit_code, debug)
-    except Exception as error:  # anything else is a bug of ours
+    except Exception as error:
+        if is_shortage(error):  # where no command says of what
+            return _fail(f"memory ran out: {told(error)}", EnvironmentFailure.exit_code, debug)
+        # Anything else is a bug of ours
         line = f"a bug in lrconvert, {type(error).__name__}: {error}. Please report it with the output of --debug"
         return _fail(line, 1, debug)
 

@@ -23,10 +23,11 @@ from lrconvert.checkpoint import describe_source
 from lrconvert.checkpoint.adapter import WEIGHTS
 from lrconvert.checkpoint.links import is_inside
 from lrconvert.checkpoint.source import sha256_of
-from lrconvert.errors import EnvironmentFailure, InputError, LrconvertError, UsageError, first_problem
+from lrconvert.errors import InputError, LrconvertError, UsageError, first_problem
 from lrconvert.extending.plan import Evaluate, Plan
 from lrconvert.extending.stages import STAGES, Facts
 from lrconvert.extending.task import ADAPTER, Ground, Task
+from lrconvert.machine import within_memory
 from lrconvert.progress import Step
 from lrconvert.recipe import RECIPE_FILE, SCHEMA_VERSION, Provenance, Recipe, load_recipe, read_bounded
 from lrconvert.rope import STRICT, Tier, longrope_attention_factor
@@ -35,6 +36,7 @@ RESULT, START = "result.json", "0-start"
 SPENT = "spent.json"  # what an unfinished stage took so far
 KEPT_EVERY = 2.0  # seconds between two times that they are written
 WAIT = 0.2  # seconds between two looks for what the leading process writes
+SMALLER = "Use shorter lengths in the plan, --shard-weights, or a device with more memory"
 FORMAT = 2  # of the digests: another one repeats all stages
 
 
@@ -217,17 +219,8 @@ class _Spending:
 
 def _facts(stage: Any, task: Task) -> Facts:
     """What the stage found. Raises `EnvironmentFailure` where it does not fit the memory."""
-    try:
+    with within_memory(task.name, remedy=SMALLER):
         return STAGES[stage.kind](stage, task)
-    except (MemoryError, RuntimeError) as error:
-        from lrconvert.training.devices import is_out_of_memory
-
-        if not is_out_of_memory(error):
-            raise
-        raise EnvironmentFailure(
-            f"{task.name} does not fit the memory of this device",
-            remedy="Use shorter lengths in the plan, --shard-weights, or a device with more memory",
-        ) from error
 
 
 def extended_recipe(extension: Extension, done: list[Finished], name: str) -> Recipe:

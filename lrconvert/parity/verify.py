@@ -25,6 +25,7 @@ from lrconvert.checkpoint.adapter import Adapter, merged, open_adapter
 from lrconvert.checkpoint.fold import folded
 from lrconvert.engines.capability import static
 from lrconvert.errors import InputError, LrconvertError, UsageError
+from lrconvert.machine import within_memory
 from lrconvert.parity import stored as stored_rows
 from lrconvert.parity.asking import Run, ask_backend
 from lrconvert.parity.expected import Expected, exact_fold_rows, expected, lifted_rows, lost, rounding_rows
@@ -37,6 +38,7 @@ from lrconvert.parity.report import Report, Rows
 from lrconvert.progress import Progress, Steps, silent
 from lrconvert.recipe import Recipe, load_recipe, parse_recipe
 from lrconvert.runtimes.backend import Backend
+from lrconvert.runtimes.base import LESS
 
 QUICK_NOTE = (
     "quick profile: one case on each side of every boundary and the far end; no batches, no decoding, no search for "
@@ -61,7 +63,7 @@ def verify(
     """Compare an artifact with the reference on the model and recipe it claims (or on those given).
 
     `progress` gets every step, `watch` every row when it is known. Returns the report, good or bad; raises only
-    where nothing could be compared.
+    where nothing could be compared, and `EnvironmentFailure` where memory ran out: no verdict on the artifact.
     """
     options, progress = options or Options(), progress or silent
     if not artifact.exists():
@@ -108,7 +110,8 @@ def verify(
             if recipe is None and len(manifest.losses) < len(wanted.dropped):
                 reason = f"it says {len(manifest.losses)} losses, and there are more: {'; '.join(wanted.dropped)}"
                 report.rows.append(Row("files", manifest_path(artifact).name, "fail", reason=reason))
-        _compare(run, target, wanted, record, backends)
+        with within_memory("the reference", remedy=LESS):
+            _compare(run, target, wanted, record, backends)
     if options.files_only or options.quick:
         report.notes.append(FILES_NOTE if options.files_only else QUICK_NOTE)
     if manifest is not None and evidence is not None:

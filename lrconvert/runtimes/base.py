@@ -23,6 +23,8 @@ import numpy as np
 from lrconvert.errors import EnvironmentFailure, InputError
 from lrconvert.temporary import temporary_folder
 
+LESS = "Free memory on the device, or ask for less: verify --profile quick, eval with shorter --lengths"
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -127,8 +129,8 @@ class Interpreter:
         )
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The worker's answer. `EnvironmentFailure` when it died or lacks a module or a device, `InputError` when
-        the runtime raised."""
+        """The worker's answer. `EnvironmentFailure` when it died or lacks a module, a device or memory, `InputError`
+        when the runtime raised."""
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
@@ -143,6 +145,8 @@ class Interpreter:
             raise EnvironmentFailure(f"this check needs {missing}, which can't be imported", remedy=answer["remedy"])
         if reason := answer.get("no_device"):
             raise EnvironmentFailure(reason, remedy="Use --device cpu")
+        if reason := answer.get("no_memory"):
+            raise EnvironmentFailure(f"the runtime ran out of memory: {reason}", remedy=LESS)
         if error := answer.get("error"):
             raise InputError(f"the runtime refuses the artifact: {error}")
         return answer

@@ -45,11 +45,19 @@ def serve(open_worker, remedy):
         except NoDevice as error:
             answer = {"no_device": str(error)}
         except Exception as error:  # the parent reports it and ends the session
-            lines = str(error).strip().splitlines() or [""]
-            answer = {"error": f"{type(error).__name__}: {lines[0]}"}
+            answer = _failed(error)
         with contextlib.suppress(BrokenPipeError):  # the parent is gone, and `_read` ends this process
             ANSWERS.write(json.dumps(answer) + "\n")
             ANSWERS.flush()
+
+
+def _failed(error):
+    """What went wrong: the machine's matter where memory ran out, otherwise the artifact's."""
+    shortage = _beside("shortage")
+    if shortage.is_shortage(error):
+        return {"no_memory": shortage.told(error)}
+    lines = str(error).strip().splitlines() or [""]
+    return {"error": f"{type(error).__name__}: {lines[0]}"}
 
 
 def _read(requests, folder):
@@ -70,11 +78,17 @@ def _read(requests, folder):
 
 def _remove_folders_of_parent(folder):
     """What a parent that was killed could not remove. Its locks end with it, a moment after its pipes."""
-    spec: Any = importlib.util.spec_from_file_location("temporary", Path(__file__).parents[1] / "temporary.py")
-    temporary = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(temporary)
+    temporary = _beside("temporary")
     for _ in range(20):
         time.sleep(0.1)
         temporary.remove_abandoned(folder.parent)
         if not folder.exists():
             break
+
+
+def _beside(name):
+    """A module of lrconvert's that imports none."""
+    spec: Any = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

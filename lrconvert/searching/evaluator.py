@@ -16,7 +16,7 @@ import torch
 
 from lrconvert.searching.objective import Document, Objective
 from lrconvert.searching.protocol import Answer, Question
-from lrconvert.training.devices import is_out_of_memory
+from lrconvert.shortage import is_shortage
 from lrconvert.training.loaded import LoadedModel
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class TransformersEvaluator:
         try:
             return self._evaluate(objective, question, started)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
+            if not is_shortage(error):
                 raise
             message = str(error).partition("\n")[0]
         self.model.free()

@@ -80,14 +80,6 @@ def device_memory(device: Any) -> int:
     return total_memory()
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was short. PyTorch raises a class of its own on a GPU, and a RuntimeError on a CPU."""
-    torch = require("torch", "search", "computing with PyTorch")
-    words = ("out of memory", "not enough memory", "can't allocate memory")
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or (isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words))
-
-
 def free_memory(device: Any) -> None:
     """Give back what nothing refers to. Call it outside of the `except` block: the exception holds the frames, and
     they hold the tensors."""

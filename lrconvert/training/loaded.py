@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from lrconvert.checkpoint.fold import in_weights
 from lrconvert.errors import UnsupportedError
+from lrconvert.shortage import is_shortage
 from lrconvert.training.attention import PROBE_TOKENS, check_kernel, choose_kernel, use_kernel
-from lrconvert.training.devices import default_dtype, free_memory, is_out_of_memory, process_device
+from lrconvert.training.devices import default_dtype, free_memory, process_device
 from lrconvert.training.losses import (
     Taught,
     chunked_choices,
@@ -267,7 +268,7 @@ class LoadedModel:
         try:
             self.losses(self._any_tokens(length))
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
+            if not is_shortage(error):
                 raise
         else:
             return True

@@ -27,8 +27,8 @@ from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.adapter import PREFIX, merged, open_adapter
 from lrconvert.checkpoint.fold import refuse_training
 from lrconvert.errors import InputError, UnsupportedError, require
+from lrconvert.shortage import is_shortage
 from lrconvert.training.adapter_file import write_weights
-from lrconvert.training.devices import is_out_of_memory
 from lrconvert.training.distilling import Teacher
 from lrconvert.training.loaded import LoadedModel
 from lrconvert.training.projections import PROJECTIONS
@@ -271,7 +271,7 @@ class Tuning:
         try:
             return sum((self._backward(batch, counts) for batch in self._batches(rows)), np.zeros(2))
         except RuntimeError as error:
-            if not is_out_of_memory(error) or self.model.recompute or self.model.workers.together:
+            if not is_shortage(error) or self.model.recompute or self.model.workers.together:
                 raise
         for weight in self.model.trainable:
             weight.grad = None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lrconvert.artifact.again import check_not_merged
 from lrconvert.artifact.bake import bake
 from lrconvert.artifact.manifest import Manifest
 from lrconvert.artifact.plan import Plan
@@ -56,6 +57,8 @@ def plan_bake(
     loaded, folder, notes = _recipe(opened, recipe, getattr(options, "window", None))
     chosen = choose_adapter(adapter, loaded.adapter, folder)
     merged = None if chosen is None else open_adapter(chosen)
+    if merged is not None:
+        check_not_merged(opened, merged, of_recipe=adapter is None)
     if recipe is not None:
         notes += fit_notes(opened, loaded, tuned=merged is not None)
     opened = replace(opened, notes=(*opened.notes, *notes))

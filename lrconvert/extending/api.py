@@ -219,7 +219,7 @@ def _check(model: Model, plan: Plan, on: Ground | None) -> None:
     if folder.is_dir() and (reason := refuses_native(folder)) is not None:
         raise InputError(
             f"{model.reference}: {reason}",
-            remedy="Take it out, or merge an adapter first: lrconvert hf MODEL --adapter ADAPTER",
+            remedy="Take it out, or merge the adapter first, with PEFT's merge_and_unload",
         )
     if any(isinstance(stage, Tune) for stage in plan.stage):
         refuse_training(model)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lrconvert.artifact.again import check_not_merged
 from lrconvert.checkpoint import Model
 from lrconvert.checkpoint.adapter import CONFIG, choose_adapter, merged, open_adapter
 from lrconvert.checkpoint.base import read_json
@@ -63,6 +64,8 @@ class Ground:
         chosen = choose_adapter(None, recipe.adapter, recipe_folder(reference))
         if chosen is not None and not Path(chosen).is_dir():
             raise InputError(f"{reference}: its adapter, {chosen}, is not beside it", remedy="Download it first")
+        if chosen is not None:
+            check_not_merged(model, open_adapter(chosen), of_recipe=True)
         return cls(replace(recipe, tiers=fitted.tiers), None if chosen is None else Path(chosen), tuple(dropped))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from lrconvert.artifact.again import check_not_merged
 from lrconvert.artifact.sliding import lifted_note
 from lrconvert.checkpoint import Model, describe_source, open_model
 from lrconvert.checkpoint.adapter import Adapter, choose_adapter, merged, open_adapter
@@ -138,6 +139,7 @@ def plan_search(request: SearchRequest) -> SearchPlan:
     on = load_recipe(request.on) if request.on else None
     adapter = _adapter(request, on)
     if adapter is not None:
+        check_not_merged(model, adapter, of_recipe=request.adapter is None)
         model = merged(model, adapter)
     base, notes = base_of(request, model, on)
     if request.on and request.start_from:

@@ -20,7 +20,13 @@ from lrconvert.errors import EnvironmentFailure, LrconvertError
 from lrconvert.shortage import is_shortage, told
 
 MEMINFO = Path("/proc/meminfo")  # Linux
-CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # of a container
+# Limits of a container, a service or a job (Linux): a process's groups, and by the controller's name in them (none in
+# cgroup v2) the tree that they are in and its file. The limits of all groups above hold too.
+OWN_GROUPS = Path("/proc/self/cgroup")
+CGROUPS = {
+    "": (Path("/sys/fs/cgroup"), "memory.max"),
+    "memory": (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),
+}
 
 Fits = Callable[[int], str]  # from the bytes that there are to words on what would fit them, "" for none
 
@@ -66,12 +72,21 @@ def gpu_memory(device: str) -> int | None:
 
 
 def _limits() -> list[int]:
+    try:
+        lines = [line.split(":", 2) for line in OWN_GROUPS.read_text().splitlines()]
+    except OSError:
+        lines = []
+    own = {name: group.strip("/") for _, names, group in lines for name in names.split(",")}
     found = []
-    for path in CGROUPS:
-        try:
-            found.append(int(path.read_text()))
-        except (OSError, ValueError):  # none, or "max"
-            continue
+    for name, (tree, file) in CGROUPS.items():
+        group = tree / own.get(name, "")
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(tree):
+                break
+            try:
+                found.append(int((folder / file).read_text()))
+            except (OSError, ValueError):  # none, or "max"
+                continue
     return found
 
 

@@ -65,14 +65,25 @@ def weights(folder: Path) -> int:
 # --- measuring -------------------------------------------------------------------------------------------
 
 
-def test_free_memory_is_bounded_by_the_container(memory: Room, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "file"), [("", "memory.max"), ("memory", "memory.limit_in_bytes")])
+def test_free_memory_is_bounded_by_the_container(
+    memory: Room, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, file: str
+) -> None:
+    """Also by a group inside of it, as a service or a job has one, whichever is less; of both versions of cgroups."""
     memory(8 * 2**30)
     assert usable_memory() == 8 * 2**30
-    limit = tmp_path / "memory.max"
-    monkeypatch.setattr(machine, "CGROUPS", (limit, tmp_path / "none"))
-    for text, found in (("max", 8 * 2**30), (str(2**30), 2**30), (str(2**40), 8 * 2**30)):
-        limit.write_text(text)
-        assert usable_memory() == found
+    (tmp_path / "tree" / "job" / "step").mkdir(parents=True)
+    monkeypatch.setattr(machine, "CGROUPS", {name: (tmp_path / "tree", file), "other": (tmp_path / "none", file)})
+    (tmp_path / "own").write_text(f"5:devices:/elsewhere\n4:{name}:/job/step\n")
+    monkeypatch.setattr(machine, "OWN_GROUPS", tmp_path / "own")
+    for group in ("", "job", "job/step"):
+        limit = tmp_path / "tree" / group / file
+        for text, found in (("max", 8 * 2**30), (str(2**30), 2**30), (str(2**40), 8 * 2**30)):
+            limit.write_text(text)
+            assert usable_memory() == found, group
+    (tmp_path / "tree" / file).write_text(str(2**20))
+    monkeypatch.setattr(machine, "OWN_GROUPS", tmp_path / "gone")  # the tree's own limit is still known
+    assert usable_memory() == 2**20
 
 
 def test_a_system_that_says_nothing_of_free_memory_has_all_of_it(

@@ -14,6 +14,7 @@ import click
 from lrconvert.cli import _output as out
 from lrconvert.cli._common import force_option
 from lrconvert.cli._progress import show_progress
+from lrconvert.machine import check_disk
 from lrconvert.progress import Steps
 from lrconvert.recipe import Recipe
 from lrconvert.writing import replace_file
@@ -21,6 +22,7 @@ from lrconvert.writing import replace_file
 RECIPE = "demo-2048k"
 LENGTHS = (4096, 8192, 16384)
 ALL_LENGTHS = (*LENGTHS, 32768)
+DISK = 25_000_000  # bytes: the artifact twice, since it is baked beside its place
 KEYS = 16  # labelled keys hidden in one text, each asked for behind it
 
 
@@ -61,6 +63,7 @@ def command(ctx: click.Context, output: Path, full: bool, force: bool) -> int:
     artifact = output / RECIPE
     if output.exists() and not force:
         raise UsageError(f"{output} exists", remedy="Name another folder with -o, or replace it with --force")
+    check_disk(output, DISK, "the demo")
     started = time.monotonic()
     _step(f"lrconvert hf demo --recipe {RECIPE} -o {artifact}")
     force_artifact = force and (artifact / MANIFEST).exists()
@@ -145,6 +148,6 @@ def _show_record(recipe: Recipe) -> None:
         cells = [f"{found[f'perplexity@{length}']['perplexity']['value']:.1f}"]
         rows = (found[f"{kind}@{length}"] for kind in ("retrieval", "passkey"))
         lines.append((f"{length:,}", *cells, *(f"{row['hits']} of {row['trials']}" for row in rows)))
-    title = f"From {recipe.name}'s record, measured on a GPU ({before})"
+    title = f"From {recipe.name}'s record, measured on a GPU, of other excerpts than above ({before})"
     out.table(("tokens", "perplexity", "keys", "passkeys"), lines, title=title)
     out.say("perplexity: the same last 1,024 tokens of four excerpts; keys: all behind one text; passkeys: one by one")

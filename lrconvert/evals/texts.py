@@ -92,8 +92,10 @@ def _no_tokenizer(text: str) -> list[int]:
 def _read_file(path: Path, encode: Encode) -> Text:
     try:
         content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: can't be read as text ({error})") from error
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror or error})") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not a text in UTF-8 ({error})") from error
     if not content.strip():
         raise InputError(f"{path}: no text in it")
     return _text(path.name, content, encode)

@@ -125,6 +125,7 @@ def extend(
         *(() if task.on is None else task.on.dropped),
         *task.model.read_dequantised("the stages run on its dequantised weights"),
         *lifted_note(task.model, "an extension"),
+        *_seen_notes(task),
     )
     return ExtendResult(written, path, tuple(done), task.folder, notes, task.leading)
 
@@ -225,6 +226,13 @@ def _check(model: Model, plan: Plan, on: Ground | None) -> None:
         refuse_training(model)
     begun = {} if on is None else {"reach": on.window, "rank": on.rank, "projections": on.projections}
     check_plan(plan, f"plan {plan.name}", found.original_window, **begun)
+
+
+def _seen_notes(task: Task) -> list[str]:
+    """Of texts that were trained on and evaluated on. (A tenth that was held out of one is named for it.)"""
+    read = {(text.sha256, text.name) for text in task.texts}
+    seen = [text.name for text in task.held_out if (text.sha256, text.name) in read]
+    return [f"{', '.join(seen)}: trained on as well, so figures on it are no held-out ones"] if seen else []
 
 
 def _texts(

@@ -23,8 +23,7 @@ def check_texts(plan: Plan, window: int, texts: Sequence[int], held_out: Sequenc
     """Raises `InputError` where a stage needs more text than there is; the numbers are tokens of each text. `window` is
     the original one, which rows under the short set have."""
     problems = []
-    for number, stage in enumerate(plan.stage):
-        key = f"stage[{number}]"
+    for key, stage in zip(plan.names, plan.stage, strict=True):
         if isinstance(stage, Tune) and stage.length > max(texts):
             problems.append(f"{key}.length is {stage.length}; the longest text has {max(texts)} tokens")
         if isinstance(stage, Tune) and stage.mixed_every and window > max(texts):
@@ -63,8 +62,8 @@ def check_keys(plan: Plan, folder: Path, encode: Callable[[], Encode]) -> None:
     """Raises `InputError` where a stage asks for more keys than there are labels, or where its lengths have no room for
     them; `folder` is the model's, which may have forms of its own."""
     problems = []
-    for number, stage in enumerate(plan.stage):
-        problems += [f"stage[{number}].{problem}" for problem in _key_problems(stage, folder, encode)]
+    for name, stage in zip(plan.names, plan.stage, strict=True):
+        problems += [f"{name}.{problem}" for problem in _key_problems(stage, folder, encode)]
     if problems:
         raise InputError("; ".join(problems), remedy="Ask for fewer keys, or for longer lengths")
 

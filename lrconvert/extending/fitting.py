@@ -35,7 +35,7 @@ def check_memory(plan: Plan, task: Task) -> None:
     shared = int(os.environ.get("WORLD_SIZE", "1")) if task.machine.get("shard_weights") else 1
     weights = weight_count(task.model)
     problems = []
-    for number, stage in enumerate(plan.stage):
+    for name, stage in zip(plan.names, plan.stage, strict=True):
         full = isinstance(stage, Tune) and stage.method == "full"
         fixed = weights * (size + (OPTIMIZER if full else 0)) / shared
         fixed += weights * size if isinstance(stage, Tune) and stage.distil else 0  # the teacher, in every process
@@ -45,7 +45,7 @@ def check_memory(plan: Plan, task: Task) -> None:
                 fits = max(0, int((has - fixed) / each * team))
                 words = f"up to {fits} tokens fit" if fits > 1 else "its weights alone don't fit"
                 problems.append(
-                    f"stage[{number}].{key} is {tokens}: that takes {needs / GIB:.1f} GiB or more, and {device} has "
+                    f"{name}.{key} is {tokens}: that takes {needs / GIB:.1f} GiB or more, and {device} has "
                     f"{has / GIB:.1f}; {words}"
                 )
     if problems:

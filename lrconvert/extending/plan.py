@@ -248,14 +248,15 @@ def _problem(item: Any) -> str:
     """One line for an error of pydantic: the key, and what is wrong with it."""
     where = list(item["loc"])
     if len(where) > 1 and where[0] == "stage":
-        where = [f"stage[{where[1]}]", *where[3:]]
+        number, kind = where[1] + 1, where[2:3]
+        where = [f"{number}-{kind[0]}" if kind else f"stage {number}", *where[3:]]
     key = ".".join(str(part) for part in where)
     if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"unknown key {key}"
     if item["type"] in ("missing", "union_tag_not_found"):
-        return f"{key}{'.kind' if item['type'] != 'missing' else ''} is missing"
+        return f"{key}{': kind' if item['type'] != 'missing' else ''} is missing"
     if item["type"] == "union_tag_invalid":
-        return f"{key}.kind is {item['ctx']['tag']!r}; one of {item['ctx']['expected_tags']} is needed"
+        return f"{key}: kind is {item['ctx']['tag']!r}; one of {item['ctx']['expected_tags']} is needed"
     return f"{key} is {item['input']!r}; {item['msg'][0].lower()}{item['msg'][1:]}"
 
 

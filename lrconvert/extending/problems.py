@@ -39,11 +39,11 @@ def problems(
     """Each with its key. With --on, `reach` is the window of the sets that there are already, and `rank` and
     `projections` are the adapter's."""
     state, found = State(window, reach or window, rank, projections), []
-    for number, stage in enumerate(plan.stage):
+    for name, stage in zip(plan.names, plan.stage, strict=True):
         own = list(KINDS[type(stage)](stage, state))
         if isinstance(stage, Calibrate) and any(isinstance(other, Tune | Search | Recover) for other in plan.stage):
             own.append(" needs other text than stages that search or train; make it a plan of its own, for --on")
-        found += [f"stage[{number}]{problem}" for problem in own]
+        found += [f"{name}{problem}" for problem in own]
         state.first = False
     return found
 

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from lrconvert.machine import usable_memory
+
 if TYPE_CHECKING:
     from lrconvert.checkpoint import Model
 
-# What is kept between passes. On a GPU, a part of its memory: a 7B in bfloat16 takes a tenth of an H200's, and another
-# in the program that is compared, which needs room for its cache too.
+# What is kept between passes, at most. On a GPU, a part of its memory: a 7B in bfloat16 takes a tenth of an H200's, and
+# another in the program that is compared, which needs room for its cache too. On a CPU, of what is free for the same
+# reason; what isn't kept is read again.
 KEEP_BYTES, KEEP_PART = 6 * 2**30, 1 / 3
 # Up to so many bytes in float64, weights are kept as they are computed with: those of SmolLM2-135M fit. Those of larger
 # models are kept as they are stored: a billion bfloat16 numbers take 2 GB, and 8 when they are wide. To widen a matrix
@@ -36,8 +39,9 @@ class Weights:
         self.model, self.device, self._stored_dtype = model, device, stored_dtype
         self._kept: dict[tuple[Key, torch.dtype | None], torch.Tensor] = {}
         on_gpu = device.type == "cuda"
-        memory = torch.cuda.get_device_properties(device).total_memory * KEEP_PART if on_gpu else KEEP_BYTES
-        self._room = memory if keep_bytes is None else keep_bytes
+        memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else usable_memory()
+        most = memory * KEEP_PART if on_gpu else min(KEEP_BYTES, memory * KEEP_PART)
+        self._room = most if keep_bytes is None else keep_bytes
         numbers = sum(math.prod(info.shape) for info in model.checkpoint.tensors.values())
         self._wide = not on_gpu and numbers * 8 <= WIDE_BYTES
 

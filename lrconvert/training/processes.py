@@ -42,7 +42,10 @@ class Workers:
         self.team, self.sharded = team, sharded
         if self.count % team:
             raise UsageError(
-                f"--context-parallel {team}: torchrun started {self.count} processes, not a multiple of it"
+                f"--context-parallel {team} needs {team} processes or a multiple, and there is 1"
+                if self.count == 1
+                else f"--context-parallel {team} needs a multiple of {team} processes, and there are {self.count}",
+                remedy=f"Start it with torchrun --nproc-per-node {team}",
             )
         if team > 1 and device.type not in RING_DEVICES:
             raise UsageError("--context-parallel needs GPUs: PyTorch's context parallelism does not run on a CPU")

@@ -79,9 +79,9 @@ HEAD = b"\x93NUMPY\x01\x00G\x00{'descr': '<i8', 'fortran_order': False, 'shape':
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("gone.txt", None, "can't be read as text"),
+        ("gone.txt", None, r"can.t be read \(No such file or directory\)"),
         ("empty.txt", b" \n", "no text in it"),
-        ("binary.txt", b"\xff\xfe\x00", "can't be read as text"),
+        ("binary.txt", b"\xff\xfe\x00", "not a text in UTF-8"),
         ("no.npy", b"not an array", "can't be read as token ids"),
         ("archive.npy", b"PK\x03\x04 of several", "can't be read as token ids"),
         ("damaged.npy", HEAD.replace(b"G", b":"), "can't be read as token ids"),

@@ -73,9 +73,9 @@ def test_every_key_is_named_with_what_would_fit(run: Any, tmp_path: Path, monkey
     with pytest.raises(EnvironmentFailure) as caught:
         run(tmp_path / "wordy", plan=PLAN, device="cpu", progress=started.append, **given)
     message = str(caught.value)
-    for key in ("stage[2].decide is 4096", "stage[4].perplexity is 8192", "stage[4].retrieval is 8192"):
+    for key in ("3-search.decide is 4096", "5-evaluate.perplexity is 8192", "5-evaluate.retrieval is 8192"):
         assert key in message
-    assert "stage[1]" not in message and "row_length" not in message
+    assert "2-tune" not in message and "row_length" not in message
     assert "cpu has 0.0; up to " in message and "--shard-weights" in message
     assert not started and not (tmp_path / "out").exists() and not (tmp_path / "out.work").exists()
 
@@ -106,7 +106,7 @@ def test_what_fits_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     asked = replace(stage, perplexity=(), retrieval=(2 * fits,))
     assert check(10 * 2**20, asked, context_parallel=2) == ""  # without the cache that one process has
     assert check(10 * 2**20, replace(asked, retrieval=(fits,)))
-    assert check(2**20, Calibrate("calibrate", (64, 100_000))).startswith("plan plan: stage[0].lengths is 100000")
+    assert check(2**20, Calibrate("calibrate", (64, 100_000))).startswith("plan plan: 1-calibrate.lengths is 100000")
     tune = Tune("tune", 4096, 64, 1)
     assert check(2**20, tune) == "" and "don't fit" in check(2**20, replace(tune, method="full"))
     weights = fitting.weight_count(model) * 4  # in float32

@@ -112,10 +112,10 @@ def test_what_does_not_go_together(made: ExtendResult, cli: Cli) -> None:
         extended(folder, "x", parse_plan(MORE, ""), on=folder / "made", target=512)
     with pytest.raises(InputError, match="the sets before it reach 64"):
         extended(folder, "x", parse_plan(MORE, ""))
-    with pytest.raises(InputError, match=r"stage\[0\]\.rank is 8; the adapter .* has 4"):  # before it is loaded
+    with pytest.raises(InputError, match=r"1-tune\.rank is 8; the adapter .* has 4"):  # before it is loaded
         extended(folder, "x", parse_plan(MORE.replace("rank = 4", "rank = 8"), ""), on=folder / "made")
     other = parse_plan(MORE.replace("rank = 4", "rank = 4, projections = 'turned'"), "")
-    with pytest.raises(InputError, match=r"stage\[0\]\.projections is 'turned'; the adapter .* has 'all'"):
+    with pytest.raises(InputError, match=r"1-tune\.projections is 'turned'; the adapter .* has 'all'"):
         extended(folder, "x", other, on=folder / "made")
     with pytest.raises(InputError, match="demo-8x"):
         extended(folder, "x", parse_plan(MORE, ""), on="demo-8x")

@@ -40,93 +40,93 @@ CALIBRATE = '[[stage]]\nkind = "calibrate"\nlengths = [256]\n'
 EVALUATE = '[[stage]]\nkind = "evaluate"\nperplexity = [256]\n'
 
 WRONG: dict[str, tuple[str, str]] = {
-    "an unknown key of a stage": (f"{DERIVE}speed = 3\n", "unknown key stage[0].speed"),
+    "an unknown key of a stage": (f"{DERIVE}speed = 3\n", "unknown key 1-derive.speed"),
     "an unknown key of the plan": (f"speed = 3\n{DERIVE}", "unknown key speed"),
-    "an unknown kind": (DERIVE.replace("derive", "dream"), "stage[0].kind is 'dream'"),
-    "no kind": ("[[stage]]\nwindow = 256\n", "stage[0].kind is missing"),
-    "no window": ('[[stage]]\nkind = "derive"\n', "stage[0].window is missing"),
+    "an unknown kind": (DERIVE.replace("derive", "dream"), "stage 1: kind is 'dream'"),
+    "no kind": ("[[stage]]\nwindow = 256\n", "stage 1: kind is missing"),
+    "no window": ('[[stage]]\nkind = "derive"\n', "1-derive.window is missing"),
     "no stage": ('name = "empty"\n', "stage is missing"),
     "an empty list of stages": ("stage = []\n", "stage is []"),
-    "a stage that is none": ("stage = [3]\n", "stage[0]"),
+    "a stage that is none": ("stage = [3]\n", "stage 1 is 3"),
     "not TOML": ("[[stage\n", "not TOML"),
     "nested without end": (f"name = {'[' * 9999}\n", "not TOML (nested too deeply)"),
     "a number of thousands of digits": (DERIVE.replace("256", "9" * 5000), "not TOML"),
-    "a text for a number": (DERIVE.replace("256", '"long"'), "stage[0].window is 'long'"),
-    "a unit that nobody has": (DERIVE.replace("256", '"2g"'), "stage[0].window is '2g'"),
-    "a fraction of a token": (DERIVE.replace("256", "256.5"), "stage[0].window is 256.5"),
-    "no number": (f"{TUNE}rate = nan\n", "stage[0].rate"),
-    "a window that does not grow": (DERIVE + SEARCH, "stage[1].window is 256; windows grow, so more than 256"),
-    "a window within the model's": (DERIVE.replace("256", "64"), "stage[0].window is 64; windows grow"),
-    "steps 0": (DERIVE + TUNE.replace("steps = 2", "steps = 0"), "stage[1].steps is 0"),
-    "steps -1": (DERIVE + TUNE.replace("steps = 2", "steps = -1"), "stage[1].steps is -1"),
-    "a rate of 0": (f"{DERIVE}{TUNE}rate = 0.0\n", "stage[1].rate is 0.0"),
-    "a budget of 0": (f"{SEARCH}budget = 0\n", "stage[0].budget is 0"),
-    "rows longer than the window": (DERIVE + TUNE.replace("128", "512"), "stage[1].length is 512, longer than"),
-    "training beyond the sets": (TUNE, "stage[0].window is 256; the sets before it reach 64"),
-    "jumps the wrong way round": (f"{DERIVE}{TUNE}jumps = [4, 1]\n", "stage[1].jumps is [4, 1]; the least"),
-    "more jumps than tokens": (f"{DERIVE}{TUNE}jumps = [1, 128]\n", "stage[1].jumps is [1, 128]; a row of 128"),
+    "a text for a number": (DERIVE.replace("256", '"long"'), "1-derive.window is 'long'"),
+    "a unit that nobody has": (DERIVE.replace("256", '"2g"'), "1-derive.window is '2g'"),
+    "a fraction of a token": (DERIVE.replace("256", "256.5"), "1-derive.window is 256.5"),
+    "no number": (f"{TUNE}rate = nan\n", "1-tune.rate"),
+    "a window that does not grow": (DERIVE + SEARCH, "2-search.window is 256; windows grow, so more than 256"),
+    "a window within the model's": (DERIVE.replace("256", "64"), "1-derive.window is 64; windows grow"),
+    "steps 0": (DERIVE + TUNE.replace("steps = 2", "steps = 0"), "2-tune.steps is 0"),
+    "steps -1": (DERIVE + TUNE.replace("steps = 2", "steps = -1"), "2-tune.steps is -1"),
+    "a rate of 0": (f"{DERIVE}{TUNE}rate = 0.0\n", "2-tune.rate is 0.0"),
+    "a budget of 0": (f"{SEARCH}budget = 0\n", "1-search.budget is 0"),
+    "rows longer than the window": (DERIVE + TUNE.replace("128", "512"), "2-tune.length is 512, longer than"),
+    "training beyond the sets": (TUNE, "1-tune.window is 256; the sets before it reach 64"),
+    "jumps the wrong way round": (f"{DERIVE}{TUNE}jumps = [4, 1]\n", "2-tune.jumps is [4, 1]; the least"),
+    "more jumps than tokens": (f"{DERIVE}{TUNE}jumps = [1, 128]\n", "2-tune.jumps is [1, 128]; a row of 128"),
     "more jumps than a searched row": (
-        f"{SEARCH}row_length = 4\n", "stage[0].jumps is [1, 4]; a row of 4 tokens has room for fewer"
+        f"{SEARCH}row_length = 4\n", "1-search.jumps is [1, 4]; a row of 4 tokens has room for fewer"
     ),
     "a teacher that reads no less than a row": (
-        f"{DERIVE}{TUNE}distil = 128\n", "stage[1].distil is 128; it has to be less than a row, 128 tokens"
+        f"{DERIVE}{TUNE}distil = 128\n", "2-tune.distil is 128; it has to be less than a row, 128 tokens"
     ),
-    "a teacher that reads less than nothing": (f"{DERIVE}{TUNE}distil = -1\n", "stage[1].distil is -1"),
-    "another rank": (f"{DERIVE}{TUNE}{TUNE}rank = 4\n", "stage[2].rank is 4; the adapter that it trains on has 32"),
+    "a teacher that reads less than nothing": (f"{DERIVE}{TUNE}distil = -1\n", "2-tune.distil is -1"),
+    "another rank": (f"{DERIVE}{TUNE}{TUNE}rank = 4\n", "3-tune.rank is 4; the adapter that it trains on has 32"),
     "other projections": (
         f"{DERIVE}{TUNE}{TUNE}projections = 'turned'\n",
-        "stage[2].projections is 'turned'; the adapter that it trains on has 'all'",
+        "3-tune.projections is 'turned'; the adapter that it trains on has 'all'",
     ),
     "an adapter on whole weights": (
-        f'{DERIVE}{TUNE}method = "full"\n{TUNE}', "stage[2].method is 'lora'; after stages that trained all weights"
+        f'{DERIVE}{TUNE}method = "full"\n{TUNE}', "3-tune.method is 'lora'; after stages that trained all weights"
     ),
-    "nothing to recover from": (RECOVER, "stage[0] has nothing to recover from"),
-    "calibrated beyond the sets": (CALIBRATE, "stage[0].lengths has 256; the sets before it reach 64"),
+    "nothing to recover from": (RECOVER, "1-recover has nothing to recover from"),
+    "calibrated beyond the sets": (CALIBRATE, "1-calibrate.lengths has 256; the sets before it reach 64"),
     "calibrated on what was trained on": (
-        DERIVE + TUNE + CALIBRATE, "stage[2] needs other text than stages that search or train"
+        DERIVE + TUNE + CALIBRATE, "3-calibrate needs other text than stages that search or train"
     ),
     "calibrated on what the short set was searched on": (
-        DERIVE + RECOVER + CALIBRATE, "stage[2] needs other text than stages that search or train"
+        DERIVE + RECOVER + CALIBRATE, "3-calibrate needs other text than stages that search or train"
     ),
-    "calibrated at no length": (f"{DERIVE}{CALIBRATE}".replace("[256]", "[]"), "stage[1].lengths is []"),
+    "calibrated at no length": (f"{DERIVE}{CALIBRATE}".replace("[256]", "[]"), "2-calibrate.lengths is []"),
     "too little text to calibrate": (
-        f"{DERIVE}{CALIBRATE}".replace("256", "1000"), "stage[1] needs 1000 tokens of text; there are 900"
+        f"{DERIVE}{CALIBRATE}".replace("256", "1000"), "2-calibrate needs 1000 tokens of text; there are 900"
     ),
-    "nothing measured": (f'{DERIVE}[[stage]]\nkind = "evaluate"\n', "stage[1] measures nothing"),
-    "measured beyond the sets": (EVALUATE, "stage[0] measures at 256; the sets before it reach 64"),
-    "too little text for a search": (SEARCH.replace("256", '"1m"'), "stage[0] needs 1048576 tokens of text"),
+    "nothing measured": (f'{DERIVE}[[stage]]\nkind = "evaluate"\n', "2-evaluate measures nothing"),
+    "measured beyond the sets": (EVALUATE, "1-evaluate measures at 256; the sets before it reach 64"),
+    "too little text for a search": (SEARCH.replace("256", '"1m"'), "1-search needs 1048576 tokens of text"),
     "too little text for rows": (
         f"{DERIVE}{TUNE}".replace("256", '"64k"').replace("128", '"32k"'),
-        "stage[1].length is 32768; the longest text has 900 tokens",
+        "2-tune.length is 32768; the longest text has 900 tokens",
     ),
     "too little text for searched rows": (
-        f"{SEARCH}row_length = 1000\n".replace("256", '"2k"'), "stage[0].row_length is 1000; the longest text has 900"
+        f"{SEARCH}row_length = 1000\n".replace("256", '"2k"'), "1-search.row_length is 1000; the longest text has 900"
     ),
     "too little text to decide": (
-        f"{SEARCH}row_length = 64\ndecide = 1000\n".replace("256", '"2k"'), "stage[0] needs 1000 tokens of text"
+        f"{SEARCH}row_length = 64\ndecide = 1000\n".replace("256", '"2k"'), "1-search needs 1000 tokens of text"
     ),
     "searched rows longer than the window": (
-        f"{SEARCH}row_length = 257\n", "stage[0].row_length is 257, longer than its window, 256"
+        f"{SEARCH}row_length = 257\n", "1-search.row_length is 257, longer than its window, 256"
     ),
     "decided beyond the window": (
-        f"{SEARCH}row_length = 64\ndecide = 257\n", "stage[0].decide is 257, longer than its window, 256"
+        f"{SEARCH}row_length = 64\ndecide = 257\n", "1-search.decide is 257, longer than its window, 256"
     ),
     "an objective of keys without any": (
-        f'{SEARCH}row_length = 64\nobjective = "mixed"\nkeys = 0\n', "stage[0].objective is 'mixed', and keys is 0"
+        f'{SEARCH}row_length = 64\nobjective = "mixed"\nkeys = 0\n', "1-search.objective is 'mixed', and keys is 0"
     ),
     "more keys than labels": (
         f"{DERIVE}{TUNE}keys = 5000\n".replace("256", '"1m"').replace("128", '"512k"'),
-        "stage[1].keys is 5000; the keys that the model is trained on have 122 labels",
+        "2-tune.keys is 5000; the keys that the model is trained on have 122 labels",
     ),
     "rows without room for a key": (
-        f"{DERIVE}{TUNE}".replace("128", "64"), "stage[1].length is 64, with keys = 24: not one key has room"
+        f"{DERIVE}{TUNE}".replace("128", "64"), "2-tune.length is 64, with keys = 24: not one key has room"
     ),
     "calibrated on rows without room for a key": (
         f'{DERIVE}{CALIBRATE}objective = "mixed"\n'.replace("lengths = [256]", "lengths = [64, 256]"),
-        "stage[1].lengths is 64, with keys = 24: not one key has room",
+        "2-calibrate.lengths is 64, with keys = 24: not one key has room",
     ),
     "training that nothing begins": (TUNE, "begin with --on RECIPE, or with a stage that makes its set"),
-    "too little held-out text": (DERIVE + EVALUATE, "stage[1] needs 256 tokens of held-out text; there are 100"),
+    "too little held-out text": (DERIVE + EVALUATE, "2-evaluate needs 256 tokens of held-out text; there are 100"),
 }  # fmt: skip
 
 
@@ -170,16 +170,14 @@ def test_texts_for_rows_of_the_original_window(text: Path, pico_folder: Callable
 
     model = pico_folder("llama", max_position_embeddings=4096)
     plan = parse_plan((DERIVE + TUNE + RECOVER).replace("256", "8192"), "p")
-    with pytest.raises(
-        InputError, match=r"stage\[1\]\.mixed_every asks for rows of 4096 tokens.*stage\[2\] needs 4096"
-    ):
+    with pytest.raises(InputError, match=r"2-tune\.mixed_every asks for rows of 4096 tokens.*3-recover needs 4096"):
         extend(model, texts=[text], output=tmp_path / "r", plan=plan)
 
 
 def test_every_problem_is_reported_at_once() -> None:
     with pytest.raises(InputError) as found:
         parse_plan(f"speed = 1\n{DERIVE}x = 1\n{TUNE.replace('steps = 2', 'steps = 0')}", "p.toml")
-    for said in ("p.toml: ", "unknown key speed", "unknown key stage[0].x", "stage[1].steps is 0"):
+    for said in ("p.toml: ", "unknown key speed", "unknown key 1-derive.x", "2-tune.steps is 0"):
         assert said in str(found.value)
 
 
@@ -198,7 +196,8 @@ def test_models_that_can_not_be_extended(
     shutil.copytree(pico_folder("llama"), tmp_path / "adapted")
     (tmp_path / "adapted" / "adapter_config.json").write_text("{}")
     found = cli("extend", tmp_path / "adapted", *options)
-    assert found.code == 3 and "adapter_config.json is in the folder" in found.err and "--adapter" in found.err
+    assert found.code == 3 and "adapter_config.json is in the folder" in found.err
+    assert "merge_and_unload" in found.err
     assert not (tmp_path / "r.work").exists()
 
 

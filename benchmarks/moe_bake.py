@@ -20,12 +20,14 @@ from typing import Any
 
 from _common import (
     Cost,
+    Figure,
     copy_file_with_fsync,
     copy_with_fsync,
     lrconvert,
     make_shape,
     median,
     repeat,
+    report,
     run,
     save,
     scratch_folder,
@@ -143,6 +145,11 @@ def main() -> None:
         }
         whole = planned_whole(scratch)
     allowed = {"ratio": RATIO_ALLOWED, "peak_rss_mb": RSS_ALLOWED_MB, "plan_seconds": PLAN_SECONDS_ALLOWED}
+    for name, what in (("hf", "HF folder with an adapter, Phi-3.5-MoE"), ("gguf", "GGUF bf16, Mixtral")):
+        ours, copied = median(found[name]["seconds"]), median(found[name]["copy_seconds"])
+        peak = found[name]["peak_rss_mb"]
+        report(Figure(what, ours, "s", "a copy", copied, RATIO_ALLOWED, memory_mb=peak))
+    report(Figure(f"dry run of all of {WHOLE}", median(whole["seconds"]), "s", limit=PLAN_SECONDS_ALLOWED))
     layers = LAYERS if arguments.layers is None else dict.fromkeys(LAYERS, arguments.layers)
     save("moe-bake", {"layers": layers, **found, "plan": whole, "allowed": allowed, "missed": missed(found, whole)})
 

@@ -5,11 +5,11 @@
     python benchmarks/run.py --list
     python benchmarks/run.py --readme [--check]
 
-Peers live in environments of their own, which variables name (benchmarks/README.md): what is absent is a row that says
-so. What ran whole is kept: the script's own results, and its rows with date and versions (also of what is installed in
-the peers' environments) in results/run.json, in place of its earlier ones. `--readme` makes the table of README.md of
-them. So a run that takes too long for one quiet evening is made in parts, with `--only`. `--quick` keeps nothing, and a
-script that lacks a peer keeps nothing of its own.
+Peers live in environments of their own, which variables name (benchmarks/README.md). What a benchmark needs and this
+machine lacks, a peer or room on the disk, is in its row of the table. What ran whole is kept: the script's own results,
+and its rows with date and versions (also of what is installed in the peers' environments) in results/run.json, in place
+of its earlier ones. `--readme` makes the table of README.md of them. So a run that takes too long for one quiet evening
+is made in parts, with `--only`. `--quick` keeps nothing, and a script that lacks a peer keeps nothing of its own.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ from pathlib import Path
 from typing import Any
 
 from _common import FIGURES_FILE, RESULTS, RESULTS_FOLDER, Figure, facts, installed, scratch_folder
+
+from lrconvert.errors import EnvironmentFailure
+from lrconvert.machine import free_disk
 
 HERE = Path(__file__).parent
 README, SAVED = HERE.parent / "README.md", RESULTS / "run.json"
@@ -77,7 +80,8 @@ FACTORS, JOURNAL = folder("../shared/factors"), folder("../shared/search/evoluti
 @dataclass(frozen=True)
 class Benchmark:
     """A script and how it is called. `needs`: without these it doesn't run. `wants`: options that name a peer, left out
-    without it. `quick`: what replaces `arguments` where a try should be short, None where it is short as it is."""
+    without it. `quick`: what replaces `arguments` where a try should be short, None where it is short as it is.
+    `disk`: what it has on the disk at once, about, and in a try."""
 
     name: str
     minutes: float  # about, on two cores
@@ -86,10 +90,20 @@ class Benchmark:
     quick: tuple[str | Need, ...] | None = None
     needs: tuple[Need, ...] = ()
     wants: dict[str, Need] = field(default_factory=dict)
+    disk: float = 2.0  # GB
+    quick_disk: float = 2.0
 
     def absent(self) -> list[str]:
         """What it can't run without, and this machine lacks."""
         return [need.what for need in self.needs if need.found() is None]
+
+    def no_room(self, scratch: Path, *, quick: bool) -> str | None:
+        """Why the disk of `scratch` is too small for it, and what would fit there."""
+        free, needed = free_disk(scratch) / 1e9, self.quick_disk if quick else self.disk
+        if needed <= free:
+            return None
+        tried = f"; --quick needs {self.quick_disk:g} GB" if self.quick_disk <= free else ""
+        return f"{needed:g} GB in --scratch, where {free:.1f} GB are free{tried}"
 
     def peers_absent(self) -> list[str]:
         return [need.what for need in self.wants.values() if need.found() is None]
@@ -111,20 +125,23 @@ SMALL = ("--shape", "0.1 GB", "--rounds", "1", "--scratch", "SCRATCH")
 BENCHMARKS = (
     Benchmark("startup", 1, "startup.py"),
     Benchmark("scale-written", 55, "scale.py", ("written", "--scratch", "SCRATCH"),
-              ("written", "--shape", "0.1 GB", "--rounds", "0", "--scratch", "SCRATCH"), (LLAMA,)),
+              ("written", "--shape", "0.1 GB", "--rounds", "0", "--scratch", "SCRATCH"), (LLAMA,), disk=45),
     Benchmark("scale-quantised", 80, "scale.py", ("quantised", "--scratch", "SCRATCH"),
               ("quantised", "--shape", "0.1 GB", "--rounds", "0", "--scratch", "SCRATCH"),
-              (LLAMA,), {"--quantise": QUANTISE}),
+              (LLAMA,), {"--quantise": QUANTISE}, disk=45),
     Benchmark("scale-large", 10, "scale.py", ("large", "--scratch", "SCRATCH"),
-              ("large", "--large-shards", "1", "--large-layers", "1", "--scratch", "SCRATCH"), (LLAMA,)),
-    Benchmark("hf-bake", 2, "hf_bake.py", ("--scratch", "SCRATCH"), SMALL),
-    Benchmark("adapter-merge", 2, "adapter_merge.py", ("--scratch", "SCRATCH"), SMALL),
+              ("large", "--large-shards", "1", "--large-layers", "1", "--scratch", "SCRATCH"), (LLAMA,), disk=30),
+    Benchmark("hf-bake", 2, "hf_bake.py", ("--scratch", "SCRATCH"), SMALL, disk=10),
+    Benchmark("adapter-merge", 2, "adapter_merge.py", ("--scratch", "SCRATCH"), SMALL, disk=12),
+    Benchmark("moe-bake", 6, "moe_bake.py", ("--scratch", "SCRATCH"),
+              ("--layers", "1", "--rounds", "0", "--scratch", "SCRATCH"), (LLAMA,), disk=30, quick_disk=12),
     Benchmark("quantised-sources", 3, "quantised_sources.py", ("--scratch", "SCRATCH"), SMALL[2:]),
-    Benchmark("gguf-bake", 6, "gguf_bake.py", ("--scratch", "SCRATCH"), SMALL, (LLAMA,), {"--baseline": CONVERTER}),
+    Benchmark("gguf-bake", 6, "gguf_bake.py", ("--scratch", "SCRATCH"), SMALL, (LLAMA,), {"--baseline": CONVERTER},
+              disk=12),
     Benchmark("gguf-baseline", 5, "gguf_baseline.py", ("--baseline", CONVERTER), None, (CONVERTER, LLAMA, FACTORS)),
     Benchmark("onnx-baseline", 45, "onnx_baseline.py", ("--genai", GENAI, "--optimum", OPTIMUM, "--scratch", "SCRATCH"),
               ("--genai", GENAI, "--optimum", OPTIMUM, "--only", "llama 256", "--size", "0.1 GB", "--rounds", "1"),
-              (GENAI, OPTIMUM)),
+              (GENAI, OPTIMUM), disk=12),
     Benchmark("onnx-speed", 9, "onnx_speed.py", ("--genai", GENAI),
               ("--genai", GENAI, "--types", "int4", "--layers", "2", "--pairs", "2", "--tokens", "8"), (GENAI,)),
     Benchmark("onnx-experts", 1, "onnx_experts.py", ("--scratch", "SCRATCH"), ("--pairs", "2", "--scratch", "SCRATCH")),
@@ -135,7 +152,7 @@ BENCHMARKS = (
               {"--genai": GENAI, "--mlx": MLX, "--vllm": VLLM}),
     Benchmark("decode-speed", 2, "decode_speed.py", (), ("--pairs", "3", "--tokens", "32"), (TORCH,)),
     Benchmark("verify-profile", 20, "verify_profile.py", ("--large",), ("--rounds", "1"), (TORCH, LLAMA),
-              {"--smollm2": SMOLLM2}),
+              {"--smollm2": SMOLLM2}, disk=8),
     Benchmark("llama-cpp-runs", 20, "llama_cpp_runs.py", (),
               ("--types", "q8_0", "--only", "passkey", "--passkey", "6144", "--trials", "1"), (LLAMA, TORCH)),
     Benchmark("published-configs", 30, "published_configs.py", (str(HERE / "factors"), FACTORS),
@@ -179,8 +196,9 @@ class Ran:
 
 def ran(benchmark: Benchmark, scratch: Path, *, quick: bool) -> Ran:
     """Run a script in a process of its own, and read its figures."""
-    if lacking := benchmark.absent():
-        return Ran(benchmark.name, [], note=f"not run: needs {', '.join(lacking)}")
+    lacking, room = benchmark.absent(), benchmark.no_room(scratch, quick=quick)
+    if lacking or room:
+        return Ran(benchmark.name, [], note=f"not run: needs {', '.join([*lacking, *([room] if room else [])])}")
     peers = benchmark.peers_absent()
     work, figures = scratch / benchmark.name, scratch / f"{benchmark.name}.figures"
     for made in (work / "scratch", work / "results"):
@@ -221,7 +239,7 @@ def cells(figure: Figure) -> list[str]:
 
 
 LEAD = (
-    "Speed, memory and correctness beside other tools, on the same machine in the same run "
+    "Speed, memory and correctness, beside another tool in the same run where one is named "
     "([benchmarks](benchmarks/README.md)):"
 )
 HEAD = ("what", "ours", "peer", "peer's", "ratio", "limit", "MB")
@@ -293,9 +311,10 @@ def write_readme(*, check: bool) -> int:
 # --- the command -----------------------------------------------------------------------------------------
 
 
-def listed(benchmarks: Sequence[Benchmark]) -> Iterator[str]:
+def listed(benchmarks: Sequence[Benchmark], scratch: Path) -> Iterator[str]:
     for benchmark in benchmarks:
-        lacking = benchmark.absent()
+        room = benchmark.no_room(scratch, quick=False)
+        lacking = [*benchmark.absent(), *([room] if room else [])]
         state = f"needs {', '.join(lacking)}" if lacking else "runs"
         if not lacking and (peers := benchmark.peers_absent()):
             state += f" without {', '.join(peers)}"
@@ -319,7 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return write_readme(check=asked.check)
     chosen = [benchmark for benchmark in BENCHMARKS if not asked.only or benchmark.name in asked.only]
     if asked.list:
-        print("\n".join(listed(chosen)))
+        print("\n".join(listed(chosen, asked.scratch or Path(tempfile.gettempdir()))))
         return 0
     results = []
     with scratch_folder(asked.scratch) as place, tempfile.TemporaryDirectory(dir=place) as scratch:
@@ -329,7 +348,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for path in [*([asked.json] if asked.json else []), *([] if asked.quick else [SAVED])]:
                 saved(results[-1:], path)  # at once: hours of a run that is stopped are not lost
     print("\n".join(table(results)))
-    return int(any(result.failed for result in results))
+    if any(result.failed for result in results):
+        return 1
+    # Asked for by name and too large: no error, and not what was asked for.
+    return EnvironmentFailure.exit_code if asked.only and not any(result.figures for result in results) else 0
 
 
 if __name__ == "__main__":

@@ -54,6 +54,22 @@ def test_what_is_absent_is_a_row(script: Path, tmp_path: Path) -> None:
     assert len(run_one(script, tmp_path, needs=(needing("here"),)).figures) == 2
 
 
+def test_what_the_disk_has_no_room_for_is_a_row_with_what_fits(
+    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before it begins; exit code 6 where nothing else was asked for."""
+    monkeypatch.setattr(benchmarks, "free_disk", lambda place: 3_000_000_000)
+    told = "not run: needs 40 GB in --scratch, where 3.0 GB are free"
+    assert run_one(script, tmp_path, quick=False, disk=40.0).note == f"{told}; --quick needs 2 GB"
+    assert run_one(script, tmp_path, quick=False, disk=40.0, quick_disk=4.0).note == told
+    assert run_one(script, tmp_path, disk=40.0).note == ""  # a try has room
+    monkeypatch.setattr(benchmarks, "BENCHMARKS", (benchmarks.Benchmark("tried", 1, str(script), disk=40.0),))
+    assert benchmarks.main(["--only", "tried", "--scratch", str(tmp_path / "there")]) == 6
+    assert told in capsys.readouterr().out
+    assert benchmarks.main(["--list"]) == 0
+    assert "[needs 40 GB in --scratch, where 3.0 GB are free; --quick needs 2 GB]" in capsys.readouterr().out
+
+
 def test_a_script_runs_without_a_peer_that_it_can_do_without(script: Path, tmp_path: Path) -> None:
     done = run_one(script, tmp_path, wants={"--peer": needing(None)})
     assert (len(done.figures), done.note) == (2, "without a peer")

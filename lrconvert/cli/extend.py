@@ -114,7 +114,8 @@ def _stages(title: str, stages: Sequence[Estimate | Finished]) -> None:
         )
         for stage in stages
     ]
-    out.table(("stage", "time", *(["GPU memory"] if memory else [])), rows, title=title)
+    column = "memory, at least" if any(getattr(stage, "least", False) for stage in stages) else "GPU memory"
+    out.table(("stage", "time", *([column] if memory else [])), rows, title=title)
     out.say(f"in total {out.duration(sum(stage.seconds for stage in stages))}")
 
 

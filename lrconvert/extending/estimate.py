@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lrconvert.extending.calibrating import USUAL
+from lrconvert.extending.fitting import demands
 from lrconvert.extending.plan import Calibrate, Derive, Evaluate, Plan, Recover, Search, Tune
 from lrconvert.extending.stages import MOST_WINDOWS
 from lrconvert.precision import ITEM_BYTES
@@ -28,11 +29,13 @@ LOADING = 5.0  # seconds that a stage takes before its first pass, beyond what i
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one stage: seconds, and bytes of the GPU's memory (None on a CPU)."""
+    """Of one stage: seconds, and bytes of memory. `least`: no less than these, as far as shapes alone say it, where
+    nothing can be measured (on a CPU); None where they say nothing."""
 
     name: str
     seconds: float
     memory: int | None
+    least: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,9 @@ def estimate(plan: Plan, task: Task) -> list[Estimate]:
     """Every stage's, in order. Loads the model twice: frozen, and trainable as the first fine-tuning stage has it."""
     forward, step = measured(plan, task)
     cache = cache_bytes(task.model.shape, ITEM_BYTES[task.loading.get("dtype") or "bfloat16"])  # as on a GPU
+    least: dict[str, float] = {}
+    for demand in demands(plan, task):
+        least[demand.stage] = max(demand.bytes, least.get(demand.stage, 0.0))
     found = []
     for name, stage, around in zip(plan.names, plan.stage, _surroundings(plan, task), strict=True):
         work = WORK[type(stage)](stage, around)
@@ -75,7 +81,9 @@ def estimate(plan: Plan, task: Task) -> list[Estimate]:
         if memory is not None:
             memory += cache * work.cached
             memory += (forward.base or 0.0) if work.steps and work.forward else 0.0
-        found.append(Estimate(name, seconds, None if memory is None else int(memory)))
+        bound = least.get(name) if memory is None else None
+        known = bound if memory is None else memory
+        found.append(Estimate(name, seconds, None if known is None else int(known), least=bound is not None))
     return found
 
 

@@ -7,6 +7,8 @@ What a stage takes is more than this. A stage that is refused here would fail fo
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lrconvert.errors import EnvironmentFailure
@@ -23,34 +25,54 @@ OPTIMIZER = 16  # bytes for each number that trains, whatever the model's dtype:
 GIB = 2**30
 
 
+@dataclass(frozen=True)
+class Demand:
+    """The least bytes that a stage needs at the longest length of one of its keys, on one device."""
+
+    stage: str
+    key: str
+    tokens: int
+    fixed: float
+    each: float  # a token, on this device
+
+    @property
+    def bytes(self) -> float:
+        return self.fixed + self.each * self.tokens
+
+
 def check_memory(plan: Plan, task: Task) -> None:
     """`EnvironmentFailure` for stages that need more memory than the device has, each with its key and what fits.
 
     Nothing is loaded. Processes of torchrun share rows and weights as `task.machine` says.
     """
     device = process_device(task.machine.get("device"), "an extension")
-    has, shape = device_memory(device), task.model.shape
+    has, problems = device_memory(device), []
+    for demand in demands(plan, task):
+        if demand.bytes > has:
+            fits = max(0, int((has - demand.fixed) / demand.each))
+            words = f"up to {fits} tokens fit" if fits > 1 else "its weights alone don't fit"
+            problems.append(
+                f"{demand.stage}.{demand.key} is {demand.tokens}: that takes {demand.bytes / GIB:.1f} GiB or more, and "
+                f"{device} has {has / GIB:.1f}; {words}"
+            )
+    if problems:
+        remedy = "Use shorter lengths, --shard-weights, or a device with more memory"
+        raise EnvironmentFailure(f"plan {plan.name}: " + "; ".join(problems), remedy=remedy)
+
+
+def demands(plan: Plan, task: Task) -> Iterator[Demand]:
+    """Of every stage with lengths, and every key of it that holds some."""
+    device = process_device(task.machine.get("device"), "an extension")
     size = ITEM_BYTES[task.machine.get("dtype") or default_dtype(device.type, "an extension")]
     team = task.machine.get("context_parallel") or 1
     shared = int(os.environ.get("WORLD_SIZE", "1")) if task.machine.get("shard_weights") else 1
     weights = weight_count(task.model)
-    problems = []
     for name, stage in zip(plan.names, plan.stage, strict=True):
         full = isinstance(stage, Tune) and stage.method == "full"
         fixed = weights * (size + (OPTIMIZER if full else 0)) / shared
         fixed += weights * size if isinstance(stage, Tune) and stage.distil else 0  # the teacher, in every process
-        for key, (tokens, each) in lengths(stage, shape, size, team).items():
-            needs = fixed + each * tokens / team
-            if needs > has:
-                fits = max(0, int((has - fixed) / each * team))
-                words = f"up to {fits} tokens fit" if fits > 1 else "its weights alone don't fit"
-                problems.append(
-                    f"{name}.{key} is {tokens}: that takes {needs / GIB:.1f} GiB or more, and {device} has "
-                    f"{has / GIB:.1f}; {words}"
-                )
-    if problems:
-        remedy = "Use shorter lengths, --shard-weights, or a device with more memory"
-        raise EnvironmentFailure(f"plan {plan.name}: " + "; ".join(problems), remedy=remedy)
+        for key, (tokens, each) in lengths(stage, task.model.shape, size, team).items():
+            yield Demand(name, key, tokens, fixed, each / team)
 
 
 def lengths(stage: Stage, shape: ModelShape, size: int, team: int = 1) -> dict[str, tuple[int, float]]:

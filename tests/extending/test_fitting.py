@@ -61,6 +61,19 @@ def test_stages_after_the_last_one_asked_for_need_no_memory(tmp_path: Path, monk
     assert [stage.name for stage in done.stages] == ["1-derive"]
 
 
+def test_an_estimate_on_a_cpu_has_the_bound(tmp_path: Path) -> None:
+    """There nothing is measured. A stage with no length of its own has none."""
+    write_wordy(tmp_path / "wordy")
+    (tmp_path / "text.txt").write_text(prose(30000), encoding="utf-8")
+    plan = Plan((Derive("derive", 4096), Tune("tune", 4096, 1024, 3), Evaluate("evaluate", perplexity=(64, 512))))
+    given = {"texts": [tmp_path / "text.txt"], "output": tmp_path / "out", "plan": plan, "device": "cpu"}
+    derived, tuned, evaluated = estimate_extension(tmp_path / "wordy", **given)
+    assert (derived.memory, derived.least) == (None, False)
+    weights = sum(path.stat().st_size for path in (tmp_path / "wordy").glob("*.safetensors"))
+    assert tuned.least and evaluated.least
+    assert tuned.memory > evaluated.memory > weights  # type: ignore[operator]
+
+
 @pytest.mark.parametrize("run", [extend, estimate_extension])
 def test_every_key_is_named_with_what_would_fit(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is loaded or written. With the memory that the message asks for, the plan is accepted."""

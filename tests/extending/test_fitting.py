@@ -61,6 +61,21 @@ def test_stages_after_the_last_one_asked_for_need_no_memory(tmp_path: Path, monk
     assert [stage.name for stage in done.stages] == ["1-derive"]
 
 
+def test_a_text_for_both_is_named(tmp_path: Path) -> None:
+    """Figures on it aren't those of text that was held out. A tenth that is held out of a text is."""
+    write_wordy(tmp_path / "wordy")
+    for name in ("text", "other"):
+        (tmp_path / f"{name}.txt").write_text(f"{name} {prose(30000)}", encoding="utf-8")
+    text, other = tmp_path / "text.txt", tmp_path / "other.txt"
+
+    def notes(*held_out: Path) -> str:
+        given = {"output": tmp_path / "out", "plan": Plan((Derive("derive", 4096),)), "device": "cpu", "force": True}
+        return "; ".join(extend(tmp_path / "wordy", texts=[text], held_out=held_out, **given).notes)
+
+    assert "text.txt: trained on as well" in notes(other, text)
+    assert "trained on" not in notes(other) and "trained on" not in notes()
+
+
 def test_an_estimate_on_a_cpu_has_the_bound(tmp_path: Path) -> None:
     """There nothing is measured. A stage with no length of its own has none."""
     write_wordy(tmp_path / "wordy")

@@ -81,7 +81,7 @@ FACTORS, JOURNAL = folder("../shared/factors"), folder("../shared/search/evoluti
 class Benchmark:
     """A script and how it is called. `needs`: without these it doesn't run. `wants`: options that name a peer, left out
     without it. `quick`: what replaces `arguments` where a try should be short, None where it is short as it is.
-    `disk`: what it has on the disk at once, about, and in a try."""
+    `disk`, `quick_disk`: about what it has on the disk at once, in a run and in a try."""
 
     name: str
     minutes: float  # about, on two cores
@@ -93,17 +93,14 @@ class Benchmark:
     disk: float = 2.0  # GB
     quick_disk: float = 2.0
 
-    def absent(self) -> list[str]:
-        """What it can't run without, and this machine lacks."""
-        return [need.what for need in self.needs if need.found() is None]
-
-    def no_room(self, scratch: Path, *, quick: bool) -> str | None:
-        """Why the disk of `scratch` is too small for it, and what would fit there."""
+    def absent(self, scratch: Path, *, quick: bool) -> list[str]:
+        """What it can't run without, and this machine lacks; of the disk, with what would fit there."""
+        lacking = [need.what for need in self.needs if need.found() is None]
         free, needed = free_disk(scratch) / 1e9, self.quick_disk if quick else self.disk
-        if needed <= free:
-            return None
-        tried = f"; --quick needs {self.quick_disk:g} GB" if self.quick_disk <= free else ""
-        return f"{needed:g} GB in --scratch, where {free:.1f} GB are free{tried}"
+        if needed > free:
+            tried = f"; --quick needs {self.quick_disk:g} GB" if self.quick_disk <= free else ""
+            lacking.append(f"{needed:g} GB in --scratch, where {free:.1f} GB are free{tried}")
+        return lacking
 
     def peers_absent(self) -> list[str]:
         return [need.what for need in self.wants.values() if need.found() is None]
@@ -130,7 +127,8 @@ BENCHMARKS = (
               ("quantised", "--shape", "0.1 GB", "--rounds", "0", "--scratch", "SCRATCH"),
               (LLAMA,), {"--quantise": QUANTISE}, disk=45),
     Benchmark("scale-large", 10, "scale.py", ("large", "--scratch", "SCRATCH"),
-              ("large", "--large-shards", "1", "--large-layers", "1", "--scratch", "SCRATCH"), (LLAMA,), disk=30),
+              ("large", "--large-shards", "1", "--large-layers", "1", "--scratch", "SCRATCH"), (LLAMA,), disk=30,
+              quick_disk=12),
     Benchmark("hf-bake", 2, "hf_bake.py", ("--scratch", "SCRATCH"), SMALL, disk=10),
     Benchmark("adapter-merge", 2, "adapter_merge.py", ("--scratch", "SCRATCH"), SMALL, disk=12),
     Benchmark("moe-bake", 6, "moe_bake.py", ("--scratch", "SCRATCH"),
@@ -196,9 +194,8 @@ class Ran:
 
 def ran(benchmark: Benchmark, scratch: Path, *, quick: bool) -> Ran:
     """Run a script in a process of its own, and read its figures."""
-    lacking, room = benchmark.absent(), benchmark.no_room(scratch, quick=quick)
-    if lacking or room:
-        return Ran(benchmark.name, [], note=f"not run: needs {', '.join([*lacking, *([room] if room else [])])}")
+    if lacking := benchmark.absent(scratch, quick=quick):
+        return Ran(benchmark.name, [], note=f"not run: needs {', '.join(lacking)}")
     peers = benchmark.peers_absent()
     work, figures = scratch / benchmark.name, scratch / f"{benchmark.name}.figures"
     for made in (work / "scratch", work / "results"):
@@ -313,8 +310,7 @@ def write_readme(*, check: bool) -> int:
 
 def listed(benchmarks: Sequence[Benchmark], scratch: Path) -> Iterator[str]:
     for benchmark in benchmarks:
-        room = benchmark.no_room(scratch, quick=False)
-        lacking = [*benchmark.absent(), *([room] if room else [])]
+        lacking = benchmark.absent(scratch, quick=False)
         state = f"needs {', '.join(lacking)}" if lacking else "runs"
         if not lacking and (peers := benchmark.peers_absent()):
             state += f" without {', '.join(peers)}"

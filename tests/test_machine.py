@@ -140,6 +140,13 @@ def test_a_bake_names_what_the_disk_has_room_for(
     assert cli(*run).code == 0
 
 
+def test_the_demo_needs_room(tmp_path: Path, disk: Room, cli: Cli) -> None:
+    disk(10**6)
+    said = cli("demo", "-o", tmp_path / "demo")
+    assert said.code == 6 and "the demo takes 25,000,000 bytes, 1,000,000 are free" in said.err, said.err
+    assert not (tmp_path / "demo").exists()
+
+
 def test_hard_links_need_no_room(model: Path, recipe: Path, tmp_path: Path, disk: Room, cli: Cli) -> None:
     disk(weights(model) // 2)
     run = ("hf", model, "--recipe", recipe, "-o", tmp_path / "out")

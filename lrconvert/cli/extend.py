@@ -84,7 +84,8 @@ def command(model: str, output: Path, dry_run: bool, **options: Any) -> None:
         with show_progress() as progress:
             found = estimate_extension(model, output=output, progress=progress, **given)
         if is_leading():
-            _stages(f"{output.name}: estimated", found)
+            column = "memory, at least" if any(stage.least for stage in found) else "GPU memory"
+            _stages(f"{output.name}: estimated", found, column)
         return
     try:
         with show_progress(every=PIPED_SECONDS) as progress:
@@ -104,7 +105,7 @@ def command(model: str, output: Path, dry_run: bool, **options: Any) -> None:
     out.hint(f"next: {shlex.join(['lrconvert', 'hf', model, '--recipe', str(output), '-o', baked])}")
 
 
-def _stages(title: str, stages: Sequence[Estimate | Finished]) -> None:
+def _stages(title: str, stages: Sequence[Estimate | Finished], column: str = "GPU memory") -> None:
     memory = any(stage.memory for stage in stages)
     rows = [
         (
@@ -114,7 +115,6 @@ def _stages(title: str, stages: Sequence[Estimate | Finished]) -> None:
         )
         for stage in stages
     ]
-    column = "memory, at least" if any(getattr(stage, "least", False) for stage in stages) else "GPU memory"
     out.table(("stage", "time", *([column] if memory else [])), rows, title=title)
     out.say(f"in total {out.duration(sum(stage.seconds for stage in stages))}")
 

@@ -232,7 +232,7 @@ def _seen_notes(task: Task) -> list[str]:
     """Of texts that were trained on and evaluated on. (A tenth that was held out of one is named for it.)"""
     read = {(text.sha256, text.name) for text in task.texts}
     seen = [text.name for text in task.held_out if (text.sha256, text.name) in read]
-    return [f"{', '.join(seen)}: trained on as well, so figures on it are no held-out ones"] if seen else []
+    return [f"{', '.join(seen)}: trained on as well, so its figures are not of held-out text"] if seen else []
 
 
 def _texts(

@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from lrconvert.checkpoint import Model
 
 # What is kept between passes, at most. On a GPU, a part of its memory: a 7B in bfloat16 takes a tenth of an H200's, and
-# another in the program that is compared, which needs room for its cache too. On a CPU, of what is free for the same
-# reason; what isn't kept is read again.
+# another in the program that is compared, which needs room for its cache too. On a CPU, the same part of what is free.
 KEEP_BYTES, KEEP_PART = 6 * 2**30, 1 / 3
 # Up to so many bytes in float64, weights are kept as they are computed with: those of SmolLM2-135M fit. Those of larger
 # models are kept as they are stored: a billion bfloat16 numbers take 2 GB, and 8 when they are wide. To widen a matrix

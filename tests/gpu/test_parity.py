@@ -144,7 +144,8 @@ def test_every_family_in_bfloat16(
 
 
 def test_a_long_prompt_leaves_no_memory_behind(interpreter: Interpreter, tmp_path: Path) -> None:
-    """The reference computes next, on the same GPU. 32k tokens take more than a gigabyte while they are read."""
+    """The reference computes next, on the same GPU. The MLP alone has three tensors of a float32 for each of 32k tokens
+    and each of its channels, and one layer's are kept by PyTorch where nobody gives them back."""
     import torch
 
     artifact = baked(open_model("demo"), load_recipe("demo-yarn-8x"), tmp_path / "a")
@@ -153,4 +154,5 @@ def test_a_long_prompt_leaves_no_memory_behind(interpreter: Interpreter, tmp_pat
         before, _ = torch.cuda.mem_get_info()
         session.logits([[3] * 32768], keep=[-1])
         after, _ = torch.cuda.mem_get_info()
-    assert before - after < 2**28
+    channels = open_model("demo").checkpoint.config["intermediate_size"]
+    assert before - after < 3 * 32768 * channels * 4 / 2

@@ -84,6 +84,19 @@ def test_weights_need_not_stay_in_memory(pico_folder: Callable[..., Path]) -> No
     assert kept.weights._kept and not read.weights._kept
 
 
+def test_no_more_weights_are_kept_than_memory_has_room_for(
+    pico_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A third of what is free."""
+    model = open_model(pico_folder("llama"))
+    for free in (0, 60_000, 2**40):
+        monkeypatch.setattr(weights_module, "usable_memory", lambda free=free: free)
+        reference = Reference(model, plain(model))
+        reference.logits(TOKENS)
+        kept = sum(tensor.nbytes for tensor in reference.weights._kept.values())
+        assert kept <= free / 3 and (kept > 0) == (free > 0)
+
+
 def test_large_weights_are_kept_as_they_are_stored(
     pico_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,13 +73,14 @@ def gpu_memory(device: str) -> int | None:
 
 def _limits() -> list[int]:
     try:
-        lines = [line.split(":", 2) for line in OWN_GROUPS.read_text().splitlines()]
+        lines = [line.split(":", 2) for line in OWN_GROUPS.read_text().splitlines() if line.count(":") > 1]
     except OSError:
         lines = []
     own = {name: group.strip("/") for _, names, group in lines for name in names.split(",")}
     found = []
     for name, (tree, file) in CGROUPS.items():
-        group = tree / own.get(name, "")
+        inside = own.get(name, "")
+        group = tree if ".." in inside else tree / inside  # another namespace's, which can't be seen here
         for folder in (group, *group.parents):
             if not folder.is_relative_to(tree):
                 break

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lrconvert.families import ModelShape
 
 OPTIMIZER = 16  # bytes for each number that trains, whatever the model's dtype: float32 copy, its gradient, two moments
+SMALLER = "Use shorter lengths in the plan, --shard-weights, or a device with more memory"
 GIB = 2**30
 
 
@@ -56,8 +57,7 @@ def check_memory(plan: Plan, task: Task) -> None:
                 f"{device} has {has / GIB:.1f}; {words}"
             )
     if problems:
-        remedy = "Use shorter lengths, --shard-weights, or a device with more memory"
-        raise EnvironmentFailure(f"plan {plan.name}: " + "; ".join(problems), remedy=remedy)
+        raise EnvironmentFailure(f"plan {plan.name}: " + "; ".join(problems), remedy=SMALLER)
 
 
 def demands(plan: Plan, task: Task) -> Iterator[Demand]:

@@ -24,6 +24,7 @@ from lrconvert.checkpoint.adapter import WEIGHTS
 from lrconvert.checkpoint.links import is_inside
 from lrconvert.checkpoint.source import sha256_of
 from lrconvert.errors import InputError, LrconvertError, UsageError, first_problem
+from lrconvert.extending.fitting import SMALLER
 from lrconvert.extending.plan import Evaluate, Plan
 from lrconvert.extending.stages import STAGES, Facts
 from lrconvert.extending.task import ADAPTER, Ground, Task
@@ -36,7 +37,6 @@ RESULT, START = "result.json", "0-start"
 SPENT = "spent.json"  # what an unfinished stage took so far
 KEPT_EVERY = 2.0  # seconds between two times that they are written
 WAIT = 0.2  # seconds between two looks for what the leading process writes
-SMALLER = "Use shorter lengths in the plan, --shard-weights, or a device with more memory"
 FORMAT = 2  # of the digests: another one repeats all stages
 
 

@@ -8,10 +8,11 @@
 `quick` alone a folder with its three sets up to 2048k. `--large`: so is a Llama of a billion parameters in q4_k_m and
 as a folder in bfloat16, in `quick` alone (2 GB of random weights on the disk). `lrconvert demo`, which bakes, verifies
 and measures the embedded model, is a row too. `--only` measures rows by their names and keeps the others of the
-result; each then says when it was measured. Every timed run is the command as a user starts it. One more is under
-cProfile: its seconds are not kept, but where they went (waiting for the runtime's process shows as `readline`), and
-how often the reference computed how many tokens. The machine's load is kept with the figures: counts hold on a busy
-machine, CPU seconds about, seconds don't. `--threads 1` keeps llama.cpp's threads from spinning on a busy machine.
+result; each then says when it was measured. Every timed run is the command as a user starts it. One more is watched
+for its memory: of all its processes together, without what is mapped from files. Another is under cProfile: its
+seconds are not kept, but where they went (waiting for the runtime's process shows as `readline`), and how often the
+reference computed how many tokens. The machine's load is kept with the figures: counts hold on a busy machine, CPU
+seconds about, seconds don't. `--threads 1` keeps llama.cpp's threads from spinning on a busy machine.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 
 from _baseline import write_tokenizer
 from _common import RESULTS, Cost, Figure, facts, lrconvert, median, report, run, save, scratch_folder, write_checkpoint
+from _memory import needed
 
 PROFILES = ("full", "quick")
 TOP = 8
@@ -150,7 +152,8 @@ def measure(scratch: Path, asked: argparse.Namespace) -> dict[str, Any]:
             costs[key].append(run(lrconvert(*command)))
     rows: dict[str, Any] = defaultdict(dict)
     for (name, profile), made in costs.items():
-        wall, peak = median([cost.wall for cost in made]), round(max(cost.rss for cost in made) / 1e6)
+        wall = median([cost.wall for cost in made])
+        peak = round(needed(lrconvert(*commands[name, profile])).anonymous / 1e6)
         goal = GOALS.get((name, profile))
         what = name if name == DEMO else f"verify, {name}, {profile}"
         report(Figure(what, wall, "s", limit=goal, memory_mb=peak))
@@ -161,7 +164,7 @@ def measure(scratch: Path, asked: argparse.Namespace) -> dict[str, Any]:
             "wall_goal_seconds": goal,
             "reference_passes": len(passes),
             "reference_tokens": sum(passes),
-            "peak_rss_mb": peak,
+            "peak_anonymous_mb": peak,
             "top": tops,
         }
     return {"load_average": [round(load, 1) for load in loads], "artifacts": rows}

@@ -6,7 +6,10 @@ The measurement is what a test replaces: /proc/meminfo, and what the system says
 
 from __future__ import annotations
 
+import platform
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -231,3 +234,25 @@ def test_search_refuses_documents_that_memory_can_not_hold(
     assert "tokens fit" in said.err
     monkeypatch.setattr(estimate, "device_memory", lambda device: weights(model) // 2)
     assert "its weights alone take" in cli(*run).err
+
+
+HOLES = """
+from lrconvert.machine import release_freed
+
+def resident():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) // 1024
+
+blocks = [b"x" * 100_000 for _ in range(2_000)]
+blocks = blocks[::20]
+before = resident()
+release_freed()
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such call")
+def test_freed_memory_goes_back_to_the_system() -> None:
+    """190 MB between blocks that stay: the heap does not shrink by itself."""
+    done = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 100, done.stdout

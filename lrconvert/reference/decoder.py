@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from lrconvert.machine import release_freed
 from lrconvert.reference.prefix import Layer, Prefixes, Read
 from lrconvert.reference.rotation import FactorSet, Rotation
 from lrconvert.reference.routing import gates_of
@@ -130,8 +131,7 @@ class Reference:
         wanted = np.arange(len(tokens)) if keep is None else np.asarray(keep, dtype=np.int64)
         x = self._hidden(tokens, wanted, positions, length, forgotten, remember=remember)
         parts = [logits.double().cpu() for logits in self._answers(x, MAX_LOGITS)]
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # the runtime under test shares the GPU with the reference
+        self._release()
         return torch.cat(parts).numpy()
 
     @torch.inference_mode()
@@ -149,6 +149,13 @@ class Reference:
             losses.append((torch.logsumexp(logits, dim=-1) - chosen).double().cpu())
             preferred.append((logits.argmax(dim=-1) == wanted).cpu())
         return torch.cat(losses).numpy(), torch.cat(preferred).numpy()
+
+    def _release(self) -> None:
+        """What a pass has freed goes back: the runtime under test needs it."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        else:
+            release_freed()
 
     def _hidden(
         self,

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weights that references compute with: read once for all of them, and widened to what each computes in."""
+"""The weights that references compute with: kept once for all of them, as they are stored, while there is room."""
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,12 +14,11 @@ if TYPE_CHECKING:
     from lrconvert.checkpoint import Model
 
 # What is kept between passes, at most. On a GPU, a part of its memory: a 7B in bfloat16 takes a tenth of an H200's, and
-# another in the program that is compared, which needs room for its cache too. On a CPU, the same part of what is free.
-KEEP_BYTES, KEEP_PART = 6 * 2**30, 1 / 3
-# Up to so many bytes in float64, weights are kept as they are computed with: those of SmolLM2-135M fit. Those of larger
-# models are kept as they are stored: a billion bfloat16 numbers take 2 GB, and 8 when they are wide. To widen a matrix
-# of 5,632 rows by 2,048 takes a quarter of the time of its product with 512 tokens, on two cores.
-WIDE_BYTES = 5 * 2**28
+# another in the program that is compared, which needs room for its cache too. On a CPU, the same part of what is free,
+# and no more than these bytes: the program that is compared holds all weights too. Floats are read again from the
+# system's cache in a moment. What may be quantised takes longer: a billion weights in q4_k_m take 10 seconds where two
+# cores take 30 for their products with 512 tokens.
+KEEP_PART, KEEP_FLOATS, KEEP_QUANTISED = 1 / 3, 2**27, 5 * 2**29
 
 Key = tuple[str, int | None, int | None]  # role, layer, expert
 
@@ -36,27 +34,25 @@ class Weights:
         self, model: Model, device: torch.device, stored_dtype: str | None = None, keep_bytes: int | None = None
     ) -> None:
         self.model, self.device, self._stored_dtype = model, device, stored_dtype
-        self._kept: dict[tuple[Key, torch.dtype | None], torch.Tensor] = {}
+        self._kept: dict[Key, torch.Tensor] = {}
         on_gpu = device.type == "cuda"
         memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else usable_memory()
-        most = memory * KEEP_PART if on_gpu else min(KEEP_BYTES, memory * KEEP_PART)
+        most = memory * KEEP_PART
+        if not on_gpu:
+            most = min(most, KEEP_QUANTISED if model.checkpoint.dequantises else KEEP_FLOATS)
         self._room = most if keep_bytes is None else keep_bytes
-        numbers = sum(math.prod(info.shape) for info in model.checkpoint.tensors.values())
-        self._wide = not on_gpu and numbers * 8 <= WIDE_BYTES
 
     def get(self, key: Key, dtype: torch.dtype, rows: torch.Tensor | None = None) -> torch.Tensor | None:
         """A weight, or some of its rows, in a type; None where the model has none."""
-        kept = (key, dtype if self._wide else None)
-        tensor = self._kept.get(kept)
+        tensor = self._kept.get(key)
         if tensor is None:
             tensor = self._read(key)
             if tensor is None:
                 return None
-            tensor = tensor.to(dtype) if self._wide else tensor
             size = tensor.numel() * tensor.element_size()
             if size <= self._room:
                 self._room -= size
-                self._kept[kept] = tensor
+                self._kept[key] = tensor
         return (tensor if rows is None else tensor[rows]).to(dtype)
 
     def _read(self, key: Key) -> torch.Tensor | None:

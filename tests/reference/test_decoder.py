@@ -97,21 +97,34 @@ def test_no_more_weights_are_kept_than_memory_has_room_for(
         assert kept <= free / 3 and (kept > 0) == (free > 0)
 
 
-def test_large_weights_are_kept_as_they_are_stored(
-    pico_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Once for two references that compute in other types, in a quarter of float64's bytes, with the same result as
-    small ones, which are kept wide."""
+def test_weights_are_kept_as_they_are_stored(pico_folder: Callable[..., Path]) -> None:
+    """Once for two references that compute in other types, each as if it had read them itself."""
     model = open_model(pico_folder("qwen2"))
-    small = Reference(model, plain(model), stored_dtype="BF16")
-    monkeypatch.setattr(weights_module, "WIDE_BYTES", 0)
-    large = Reference(model, plain(model), stored_dtype="BF16")
-    narrow = Reference(model, plain(model), dtype=torch.float32, weights=large.weights)
-    np.testing.assert_array_equal(large.logits(TOKENS), small.logits(TOKENS))
-    kept = sum(tensor.nbytes for tensor in large.weights._kept.values())
-    assert kept * 4 == sum(tensor.nbytes for tensor in small.weights._kept.values())
-    np.testing.assert_allclose(narrow.logits(TOKENS), large.logits(TOKENS), atol=1e-3)
-    assert sum(tensor.nbytes for tensor in large.weights._kept.values()) == kept
+    wide = Reference(model, plain(model), stored_dtype="BF16")
+    narrow = Reference(model, plain(model), dtype=torch.float32, weights=wide.weights)
+    alone = Reference(model, plain(model), dtype=torch.float32, stored_dtype="BF16")
+    first = wide.logits(TOKENS)
+    kept = dict(wide.weights._kept)
+    assert {tensor.dtype for tensor in kept.values()} == {torch.bfloat16}
+    np.testing.assert_array_equal(narrow.logits(TOKENS), alone.logits(TOKENS))
+    np.testing.assert_array_equal(wide.logits(TOKENS), first)
+    assert all(wide.weights._kept[key] is tensor for key, tensor in kept.items())
+    assert wide.weights._kept.keys() == kept.keys()
+
+
+@pytest.mark.parametrize(("dequantises", "limit"), [(False, "KEEP_FLOATS"), (True, "KEEP_QUANTISED")])
+def test_what_is_kept_has_a_limit(
+    pico_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, dequantises: bool, limit: str
+) -> None:
+    """One for floats, another for what takes longer to read."""
+    model = open_model(pico_folder("llama"))
+    monkeypatch.setattr(model.checkpoint, "dequantises", dequantises)
+    monkeypatch.setattr(weights_module, "KEEP_FLOATS", 0)
+    monkeypatch.setattr(weights_module, "KEEP_QUANTISED", 0)
+    monkeypatch.setattr(weights_module, limit, 20_000)
+    reference = Reference(model, plain(model))
+    reference.logits(TOKENS)
+    assert 0 < sum(tensor.nbytes for tensor in reference.weights._kept.values()) <= 20_000
 
 
 def test_the_set_is_chosen_by_the_length_of_the_sequence(pico_folder: Callable[..., Path]) -> None:

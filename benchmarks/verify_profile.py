@@ -2,7 +2,7 @@
 """Where `lrconvert verify` spends its time: the embedded model as a folder and as a q8_0 GGUF, both profiles in turns.
 
     python benchmarks/verify_profile.py [--smollm2 FILE] [--large] [--only NAME …] [--scratch DIR] [--rounds N]
-        [--threads N] [--name NAME] [--print]
+        [--threads N] [--name NAME] [--print | --memory]
 
 `--smollm2`: SmolLM2-135M's Q4_1 GGUF (LRCONVERT_SMOLLM2_GGUF), re-baked with its recipe, is measured too, and in
 `quick` alone a folder with its three sets up to 2048k. `--large`: so is a Llama of a billion parameters in q4_k_m and
@@ -12,7 +12,8 @@ result; each then says when it was measured. Every timed run is the command as a
 for its memory: of all its processes together, without what is mapped from files. Another is under cProfile: its
 seconds are not kept, but where they went (waiting for the runtime's process shows as `readline`), and how often the
 reference computed how many tokens. The machine's load is kept with the figures: counts hold on a busy machine, CPU
-seconds about, seconds don't. `--threads 1` keeps llama.cpp's threads from spinning on a busy machine.
+seconds about, seconds don't. `--threads 1` keeps llama.cpp's threads from spinning on a busy machine. `--memory`
+measures memory alone, and keeps the rest of the result.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from typing import Any
 from _baseline import write_tokenizer
 from _common import RESULTS, Cost, Figure, facts, lrconvert, median, report, run, save, scratch_folder, write_checkpoint
 from _memory import needed
+
+Commands = dict[tuple[str, str], list[Any]]
 
 PROFILES = ("full", "quick")
 TOP = 8
@@ -119,9 +122,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--name", default="verify-profile", help="of the result")
     parser.add_argument("--print", action="store_true", help="keep no result")
+    parser.add_argument("--memory", action="store_true", help="measure nothing else")
     asked = parser.parse_args()
     with scratch_folder(asked.scratch) as scratch:
-        measured = measure(scratch, asked)
+        commands = commands_of(scratch, asked)
+        if asked.memory:
+            save(asked.name, with_memory(json.loads((RESULTS / f"{asked.name}.json").read_text()), commands))
+            return
+        measured = measure(scratch, asked, commands)
     if asked.print:
         print(json.dumps(measured, indent=2))
         return
@@ -133,17 +141,32 @@ def main() -> None:
     save(asked.name, measured)
 
 
-def measure(scratch: Path, asked: argparse.Namespace) -> dict[str, Any]:
+def commands_of(scratch: Path, asked: argparse.Namespace) -> Commands:
+    """What is measured, by the names of its row and its profile."""
     scratch.mkdir(parents=True, exist_ok=True)
     threads = [] if asked.threads is None else ["--threads", str(asked.threads)]
-    commands: dict[tuple[str, str], list[Any]] = {
+    commands: Commands = {
         (name, profile): ["verify", artifact, "--profile", profile, *threads]
         for name, artifact in baked(scratch, asked.smollm2, large=asked.large).items()
         for profile in (("quick",) if name in QUICK else PROFILES)
     }
     commands[DEMO, "quick"] = ["demo", "-o", scratch / "demo", "--force"]
-    if asked.only:
-        commands = {key: command for key, command in commands.items() if key[0] in asked.only}
+    return {key: command for key, command in commands.items() if not asked.only or key[0] in asked.only}
+
+
+def peak_mb(command: list[Any]) -> int:
+    """Memory of all processes of a command together, without what is mapped from files."""
+    return round(needed(lrconvert(*command)).anonymous / 1e6)
+
+
+def with_memory(kept: dict[str, Any], commands: Commands) -> dict[str, Any]:
+    """A result with the memory of these rows as it is now."""
+    for (name, profile), command in commands.items():
+        kept["artifacts"][name][profile] |= {"peak_anonymous_mb": peak_mb(command)}
+    return {**kept, "memory": facts()}
+
+
+def measure(scratch: Path, asked: argparse.Namespace, commands: Commands) -> dict[str, Any]:
     costs: dict[tuple[str, str], list[Cost]] = {key: [] for key in commands}
     loads = []
     for _ in range(asked.rounds):
@@ -153,7 +176,7 @@ def measure(scratch: Path, asked: argparse.Namespace) -> dict[str, Any]:
     rows: dict[str, Any] = defaultdict(dict)
     for (name, profile), made in costs.items():
         wall = median([cost.wall for cost in made])
-        peak = round(needed(lrconvert(*commands[name, profile])).anonymous / 1e6)
+        peak = peak_mb(commands[name, profile])
         goal = GOALS.get((name, profile))
         what = name if name == DEMO else f"verify, {name}, {profile}"
         report(Figure(what, wall, "s", limit=goal, memory_mb=peak))

@@ -121,8 +121,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--name", default="verify-profile", help="of the result")
-    parser.add_argument("--print", action="store_true", help="keep no result")
-    parser.add_argument("--memory", action="store_true", help="measure nothing else")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--print", action="store_true", help="keep no result")
+    instead.add_argument("--memory", action="store_true", help="measure nothing else")
     asked = parser.parse_args()
     with scratch_folder(asked.scratch) as scratch:
         commands = commands_of(scratch, asked)

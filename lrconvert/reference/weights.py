@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 # What is kept between passes, at most. On a GPU, a part of its memory: a 7B in bfloat16 takes a tenth of an H200's, and
 # another in the program that is compared, which needs room for its cache too. On a CPU, the same part of what is free,
 # and no more than these bytes: the program that is compared holds all weights too. Floats are read again from the
-# system's cache in a moment. What may be quantised takes longer: a billion weights in q4_k_m take 10 seconds where two
-# cores take 30 for their products with 512 tokens.
+# system's cache in a moment. What may be quantised takes longer: of the 30 seconds that a case of 512 tokens took with
+# a billion weights in q4_k_m, on two slow cores, reading all of them again would have been 10.
 KEEP_PART, KEEP_FLOATS, KEEP_QUANTISED = 1 / 3, 2**27, 5 * 2**29
 
 Key = tuple[str, int | None, int | None]  # role, layer, expert
